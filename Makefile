@@ -1,0 +1,44 @@
+# make play, make test, make lint: each makes the environment it needs in .venv; what is there already is kept.
+# Options go through ARGS: make play ARGS="--verify", make test ARGS="-k scopes".
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help play test lint clean
+.DELETE_ON_ERROR:
+# Two pips at once in one environment break it.
+.NOTPARALLEL:
+
+help:
+	@echo 'make play   play CartPole with a tree search over the cache   (ARGS="--verify --episodes 4", ARGS="--help")'
+	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
+	@echo 'make lint   ruff and mypy'
+	@echo 'make clean  remove the environment and what tools left'
+
+play: $(VENV)/play.stamp
+	@$(BIN)/python -m examples.cartpole $(ARGS)
+
+test: $(VENV)/test.stamp
+	@$(BIN)/python -m pytest $(ARGS)
+
+# mypy reads the types of what the tests and examples import, so lint needs all of it.
+lint: $(VENV)/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "concurrent_kv needs Python 3.10 or later: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+# One extra a stamp: play.stamp, test.stamp, dev.stamp. The interpreter is order-only because its link carries the time
+# stamp of the system's Python, which would make every stamp look old after an upgrade of that.
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the packages that make $(MAKECMDGOALS) needs ($*)"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[$*]"
+	@touch $@

@@ -1,0 +1,63 @@
+"""A thread-safe, stream-aware key/value cache for parallel tree search over transformer world models."""
+
+from .batch import Batch
+from .entry import Scope
+from .errors import (
+    CapacityError,
+    ClosedError,
+    IntegrityError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KeyNotFoundError,
+    KVCacheError,
+    SearchEndedError,
+    WaitTimeoutError,
+    WindowOverflowError,
+    WrongProcessError,
+)
+from .integrity import IntegrityReport, RepairReport
+from .keys import hash_state
+from .kv import KeysValues
+from .layout import KVLayout
+from .manager import KVCacheManager
+from .overflow import DropAndCorrect, DropLazily, DropOldest, PositionTable, RaiseOnOverflow
+from .pin import Pin
+from .pool import KVPool
+from .search import Search
+from .stats import PoolStats, StatsSummary
+from .storage import KVStorage
+
+__all__ = [
+    "Batch",
+    "CapacityError",
+    "ClosedError",
+    "DropAndCorrect",
+    "DropLazily",
+    "DropOldest",
+    "IntegrityError",
+    "IntegrityReport",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "KVCacheError",
+    "KVCacheManager",
+    "KVLayout",
+    "KVPool",
+    "KVStorage",
+    "KeyNotFoundError",
+    "KeysValues",
+    "Pin",
+    "PoolStats",
+    "PositionTable",
+    "RaiseOnOverflow",
+    "RepairReport",
+    "Scope",
+    "Search",
+    "SearchEndedError",
+    "StatsSummary",
+    "WaitTimeoutError",
+    "WindowOverflowError",
+    "WrongProcessError",
+    "hash_state",
+]
+
+__version__ = "0.1.0"

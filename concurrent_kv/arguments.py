@@ -1,0 +1,82 @@
+"""Checks of what callers pass in; each error names the argument, what it was, and what would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+from .errors import InvalidArgumentError, InvalidTypeError
+from .layout import KVLayout, positive_int
+
+__all__ = ["check_keys", "check_priorities", "check_sides", "hash_of", "last_of_each", "slots_of_capacity"]
+
+
+def hash_of(key: Hashable, name: str = "key") -> int:
+    """`hash(key)`, or an error that names the argument."""
+    try:
+        return hash(key)
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
+
+
+def check_keys(keys: Sequence[Hashable]) -> list[Hashable]:
+    """`keys` as a list of at least one hashable."""
+    if isinstance(keys, (str, bytes)):
+        raise InvalidTypeError(f"keys must be a sequence of keys, got the single {type(keys).__name__} {keys!r}")
+    try:
+        keys = list(keys)
+    except TypeError as error:
+        raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
+    if not keys:
+        raise InvalidArgumentError("keys must name at least one key, got none")
+    for key in keys:
+        hash_of(key, "keys")
+    return keys
+
+
+def check_sides(sides: Sequence[object] | None, rows: int) -> Sequence[object]:
+    """One piece of side data for each row."""
+    if sides is None:
+        return [None] * rows
+    if len(sides) != rows:
+        raise InvalidArgumentError(f"sides must have one item for each of {rows} keys, got {len(sides)}")
+    return sides
+
+
+def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[float]:
+    """One number for each row; NaN has no place in an order."""
+    if priorities is None:
+        return [0.0] * rows
+    if len(priorities) != rows:
+        raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(priorities)}")
+    for priority in priorities:
+        if isinstance(priority, bool) or not isinstance(priority, (int, float)):
+            raise InvalidTypeError(f"priority must be a number, got {priority!r}")
+        if math.isnan(priority):
+            raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")
+    return priorities
+
+
+def last_of_each(keys: Sequence[Hashable]) -> list[int]:
+    """Positions of the last occurrence of each key, in ascending order."""
+    return sorted({key: position for position, key in enumerate(keys)}.values())
+
+
+def slots_of_capacity(layout: KVLayout, max_entries: int, max_slots: int | None, max_bytes: int | None) -> int:
+    """The slot quota that a caller stated, in slots, in bytes, or not at all (full windows)."""
+    if max_slots is not None and max_bytes is not None:
+        raise InvalidArgumentError(f"give max_slots or max_bytes, not both: got {max_slots} and {max_bytes}")
+    if max_bytes is not None:
+        max_slots = positive_int("max_bytes", max_bytes) // layout.bytes_per_token
+        given = f"max_bytes={max_bytes}"
+    elif max_slots is not None:
+        max_slots = positive_int("max_slots", max_slots)
+        given = f"max_slots={max_slots}"
+    else:
+        return max_entries * layout.max_tokens
+    if max_slots < layout.max_tokens:
+        raise InvalidArgumentError(
+            f"{given} is room for {max_slots} tokens, less than one window of {layout.max_tokens} tokens "
+            f"({layout.bytes_per_entry} bytes)"
+        )
+    return max_slots

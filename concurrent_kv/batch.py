@@ -1,0 +1,292 @@
+"""`Batch`: many entries read at once into one padded buffer that a model appends to; an open handle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .entry import Entry, Generation, Hold, Scope
+from .errors import ClosedError, InvalidArgumentError, WindowOverflowError
+from .kv import KeysValues, check_fits
+from .layout import positive_int
+from .tensors import plain_torch_state
+
+if TYPE_CHECKING:
+    from .storage import KVStorage
+
+__all__ = ["Batch"]
+
+
+class Batch:
+    """The result of a gather: K and V of many entries, and the references that a commit needs to share their slots.
+
+    Rows are left-padded with zeros to the longest; the valid tokens of every row end at the same column; free room for
+    new tokens follows. Each layer's K and V are contiguous `[batch, heads, columns, head_dim]`.
+
+    A batch is a handle: it keeps its entries alive until every row is committed or it is closed (leaving its `with`
+    closes it, and so does the end of its search). Its buffer then goes back to the storage and must not be used any
+    more. One thread at a time may use a batch.
+
+    Attributes:
+        data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
+        hits: which rows were found.
+        side: the side data stored with each row's entry; None for misses.
+    """
+
+    def __init__(
+        self,
+        storage: KVStorage,
+        scope: Scope,
+        generation: Generation,
+        hold: Hold,
+        entries: Sequence[Entry | None],
+        data: Tensor,
+        start: int,
+        *,
+        owns_buffer: bool,
+    ) -> None:
+        self.data = data
+        self.hits: tuple[bool, ...] = tuple(entry is not None for entry in entries)
+        self.side: tuple[object, ...] = tuple(None if entry is None else entry.side for entry in entries)
+        self.scope = scope
+        self.generation = generation
+        self.entries = list(entries)
+        self._storage = storage
+        self._hold = hold
+        self._owns_buffer = owns_buffer
+        self._start = start
+        self._layers = storage.layout.num_layers
+        self._ends = [start] * self._layers
+        self._gathered = [0 if entry is None else entry.length for entry in entries]
+        self._filled = [False] * len(self.entries)
+        self._committed = [False] * len(self.entries)
+        self._padding: Tensor | None = None
+
+    # What a model reads and writes ---------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.entries)
+
+    @property
+    def keys(self) -> Tensor:
+        """`[layers, batch, heads, columns, head_dim]`, a view of the buffer."""
+        return self.data[: self._layers]
+
+    @property
+    def values(self) -> Tensor:
+        """`[layers, batch, heads, columns, head_dim]`, a view of the buffer."""
+        return self.data[self._layers :]
+
+    @property
+    def start(self) -> int:
+        """The column after the newest gathered token: tokens of the longest row."""
+        return self._start
+
+    @property
+    def end(self) -> int:
+        """The column after the newest token in every layer; the next token goes here."""
+        return min(self._ends)
+
+    @property
+    def room(self) -> int:
+        """Columns left for new tokens."""
+        return self.data.shape[3] - self.end
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Valid tokens of each row, appended ones included; 0 for a miss that was not filled."""
+        new = self.end - self._start
+        return tuple(length + new if length else 0 for length in self._gathered)
+
+    @property
+    def padding(self) -> Tensor:
+        """Columns of left padding of each row, int64 `[batch]` on the batch's device; a model masks them out."""
+        if self._padding is None:
+            columns = [self._start - length for length in self._gathered]
+            self._padding = torch.tensor(columns, dtype=torch.int64, device=self.data.device)
+        return self._padding
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
+        end = self._ends[index]
+        return self.data[index, :, :, :end], self.data[self._layers + index, :, :, :end]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new tokens after each row's newest, in one layer.
+
+        Args:
+            layer: which layer.
+            keys, values: `[batch, heads, tokens, head_dim]`.
+
+        Returns the layer's keys and values up to and including them, `[batch, heads, columns, head_dim]` (views).
+
+        Raises:
+            WindowOverflowError: no room is left for them.
+            InvalidArgumentError: wrong shape, or no such layer.
+            ClosedError: the batch is closed.
+        """
+        self._check_open()
+        if not 0 <= layer < self._layers:
+            raise InvalidArgumentError(f"layer must be 0 to {self._layers - 1}, got {layer}")
+        layout = self._storage.layout
+        end = self._ends[layer]
+        expected = (self.batch_size, layout.num_heads, keys.shape[2] if keys.dim() == 4 else -1, layout.head_dim)
+        if tuple(keys.shape) != expected or tuple(values.shape) != expected:
+            raise InvalidArgumentError(
+                f"keys and values must have the shape [batch={expected[0]}, heads={expected[1]}, tokens, "
+                f"head_dim={expected[3]}], got {tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        new_end = self._check_room(end, keys.shape[2])
+        self.data[layer, :, :, end:new_end] = keys
+        self.data[self._layers + layer, :, :, end:new_end] = values
+        self._ends[layer] = new_end
+        return self.layer(layer)
+
+    def advance(self, tokens: int) -> None:
+        """State that `tokens` columns after `end` were written in place, in every layer.
+
+        Raises:
+            WindowOverflowError: the buffer has no such columns.
+            ClosedError: the batch is closed.
+        """
+        self._check_open()
+        tokens = positive_int("tokens", tokens)
+        self._ends = [self._check_room(end, tokens) for end in self._ends]
+
+    def _check_room(self, end: int, tokens: int) -> int:
+        if end + tokens > self.data.shape[3]:
+            raise WindowOverflowError(
+                f"{tokens} new tokens do not fit: {end} of the batch's {self.data.shape[3]} columns are taken; "
+                "gather with more room=, or commit with an overflow policy that keeps rows shorter"
+            )
+        return end + tokens
+
+    # Misses --------------------------------------------------------------------------------------------------------
+
+    def fill(self, row: int, kv: KeysValues) -> None:
+        """Give a row that missed its tokens; it is then committed whole.
+
+        Fill before anything is appended. If `kv` is longer than the longest row so far, every row moves right.
+
+        Args:
+            row: a row of which `hits` is False.
+            kv: one row of 1 to `columns` tokens.
+
+        Raises:
+            InvalidArgumentError: the row hit or was filled before, or `kv` does not fit the layout.
+            WindowOverflowError: `kv` is longer than the buffer.
+            ClosedError: the batch is closed.
+        """
+        self._check_open()
+        if not 0 <= positive_int("row", row, minimum=0) < self.batch_size:
+            raise InvalidArgumentError(f"row must be 0 to {self.batch_size - 1}, got {row}")
+        if self.hits[row] or self._filled[row]:
+            raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
+        if any(end != self._start for end in self._ends):
+            raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
+        check_fits(kv, self._storage.layout, rows=1)
+        length = kv.lengths[0]
+        if length > self.data.shape[3]:
+            raise WindowOverflowError(f"kv has {length} tokens, the batch {self.data.shape[3]} columns")
+        with plain_torch_state():
+            if length > self._start:
+                self._move_right(length - self._start)
+            columns = slice(self._start - length, self._start)
+            source = kv.row(0)
+            self.data[: self._layers, row, :, columns] = source.keys[:, 0].detach()
+            self.data[self._layers :, row, :, columns] = source.values[:, 0].detach()
+        self._gathered[row] = length
+        self._filled[row] = True
+        self._padding = None
+
+    def _move_right(self, columns: int) -> None:
+        start = self._start
+        if start:
+            self.data[:, :, :, columns : columns + start] = self.data[:, :, :, :start].clone()
+        self.data[:, :, :, :columns] = 0
+        self._start = start + columns
+        self._ends = [self._start] * self._layers
+
+    # For commits ---------------------------------------------------------------------------------------------------
+
+    def pending_rows(self) -> list[int]:
+        """Rows not committed yet."""
+        return [row for row, committed in enumerate(self._committed) if not committed]
+
+    def check_committable(self, rows: Sequence[int]) -> int:
+        """New tokens of each row, or an error that says why `rows` cannot be committed."""
+        self._check_open()
+        if len(set(self._ends)) > 1:
+            raise InvalidArgumentError(
+                f"batch has layers with different numbers of new tokens: they end at {self._ends}"
+            )
+        new = self.end - self._start
+        if not new:
+            raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
+        for row in rows:
+            if not self._gathered[row]:
+                raise InvalidArgumentError(f"row {row} missed and was not filled: there is nothing to commit")
+            if self._committed[row]:
+                raise InvalidArgumentError(f"row {row} was committed before")
+        return new
+
+    def gathered(self, row: int) -> int:
+        """Tokens that a row had before the new ones."""
+        return self._gathered[row]
+
+    @property
+    def hold(self) -> Hold:
+        """The registered hold of the gathered entries."""
+        return self._hold
+
+    def mark_committed(self, rows: Sequence[int]) -> None:
+        """Note commits; the batch closes when no row is left."""
+        for row in rows:
+            self._committed[row] = True
+        if all(self._committed):
+            self.close()
+
+    # Life ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or committed whole, or its search closed."""
+        return self._hold.released
+
+    def close(self) -> None:
+        """Let the entries go and give the buffer back. Never blocks; nothing happens the second time."""
+        if not self._hold.released:
+            self._storage.ledger.release(self._hold)
+            if self._owns_buffer:
+                # Only here, in its user's own thread: a search that closes meanwhile must not hand the buffer on.
+                clock = self._storage.clock
+                self._storage.tensor.return_buffer(self.data, clock.stamp(clock.current(), (self.data,)))
+
+    def _check_open(self) -> None:
+        if self._hold.released:
+            raise ClosedError("this batch is closed: it was committed or closed before, or its search has ended")
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+        hold = getattr(self, "_hold", None)
+        if hold is not None and not hold.released:
+            self._storage.ledger.abandoned.append(partial(self._storage.ledger.release, hold))
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"
+        return f"<Batch of {self.batch_size} rows, {state}>"

@@ -1,0 +1,47 @@
+"""Sweeps: taking everything out of a scope that is older than its generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .entry import Entry, Scope
+from .ledger import wake
+from .locks import Deadline
+from .writing import unpublish
+
+__all__ = ["sweep", "sweep_if"]
+
+ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
+
+
+def sweep(scope: Scope, deadline: Deadline) -> None:
+    """Remove every entry of an older generation than the scope's, one shard at a time."""
+    sweep_if(scope, lambda entry: entry.generation is not scope.generation, deadline)
+
+
+def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
+    """Remove the entries that meet `condition` (no user code); returns how many.
+
+    Holds one shard at a time, for work that grows with the entries of that shard; the mutex for bounded work.
+    """
+    pool = scope.pool
+    ledger = pool.storage.ledger
+    removed = 0
+    for part, shard in enumerate(scope.shards):
+        dead: list[Entry] = []
+        with pool.storage.locks.write((shard,), deadline):
+            going = [entry for entry in scope.entries[part].values() if condition(entry)]
+            for entry in going:
+                del scope.entries[part][entry.key]
+            for begin in range(0, len(going), ENTRIES_PER_HOLD):
+                some = going[begin : begin + ENTRIES_PER_HOLD]
+                with ledger.mutex:
+                    dead += unpublish(pool, some)
+                    pool.counters.removal_count += len(some)
+            with ledger.mutex:
+                waiters = ledger.take_waiters()
+        wake(waiters)
+        removed += len(going)
+        # Keys and side data are finalised here, outside of every lock.
+        del dead, going
+    return removed

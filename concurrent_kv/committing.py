@@ -1,0 +1,142 @@
+"""Batches that are gathered to be committed: opening one, and storing what a model appended to it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .arguments import check_keys, check_priorities, check_sides, last_of_each
+from .batch import Batch
+from .entry import Entry, Generation, Hold, Scope
+from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
+from .layout import positive_int
+from .locks import Deadline
+from .overflow import Overflow
+from .plan import plan_commit
+from .reading import gather_entries
+from .streams import NO_TICKS, Ticks
+from .tensors import plain_torch_state
+from .writing import write
+
+if TYPE_CHECKING:
+    from .pool import KVPool
+    from .storage import KVStorage
+
+__all__ = ["commit_batch", "open_batch"]
+
+
+def open_batch(
+    storage: KVStorage,
+    scope: Scope,
+    generation: Generation,
+    hold: Hold,
+    entries: Sequence[Entry | None],
+    room: int | None,
+    out: Tensor | None,
+) -> Batch:
+    """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
+    longest = max((entry.length for entry in entries if entry is not None), default=0)
+    columns = _columns(storage, longest, room, out)
+    ready: Ticks = NO_TICKS
+    if out is None:
+        with plain_torch_state():
+            data, ready = storage.tensor.take_buffer(len(entries), columns)
+    else:
+        data = _check_out(storage, out, len(entries))
+    gather_entries(storage, entries, data, longest, ready)
+    return Batch(storage, scope, generation, hold, entries, data, longest, owns_buffer=out is None)
+
+
+def _columns(storage: KVStorage, longest: int, room: int | None, out: Tensor | None) -> int:
+    window = storage.layout.max_tokens
+    if room is not None:
+        room = positive_int("room", room, minimum=0)
+        if longest + room > window:
+            raise InvalidArgumentError(
+                f"room must be at most {window - longest}: the longest row has {longest} of the window's {window} "
+                f"tokens, got {room}"
+            )
+    if out is not None:
+        if getattr(out, "ndim", 0) == 5 and out.shape[3] < longest + (room or 0):
+            raise InvalidArgumentError(f"out must have at least {longest + (room or 0)} columns, got {out.shape[3]}")
+        return longest
+    # A batch of misses only still needs columns to be filled and appended to.
+    return window if room is None else max(1, longest + room)
+
+
+def _check_out(storage: KVStorage, out: Tensor, batch: int) -> Tensor:
+    layout = storage.layout
+    if not isinstance(out, Tensor):
+        raise InvalidTypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
+    columns = out.shape[3] if out.dim() == 5 else 0
+    expected = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
+    if tuple(out.shape) != expected or columns > layout.max_tokens:
+        raise InvalidArgumentError(
+            f"out must have the shape [2 * layers={expected[0]}, batch={batch}, heads={expected[2]}, columns up to "
+            f"{layout.max_tokens}, head_dim={expected[4]}], got {tuple(out.shape)}"
+        )
+    if out.dtype != layout.dtype or out.device != layout.device:
+        raise InvalidArgumentError(f"out must be {layout.dtype} on {layout.device}, got {out.dtype} on {out.device}")
+    if not out.is_contiguous():
+        raise InvalidArgumentError("out must be contiguous")
+    if out.requires_grad:
+        raise InvalidArgumentError("out must not require gradients: a gather writes into it")
+    return out
+
+
+def commit_batch(
+    pool: KVPool,
+    batch: Batch,
+    keys: Sequence[Hashable],
+    rows: Sequence[int] | None,
+    overflow: Overflow | None,
+    sides: Sequence[object] | None,
+    priorities: Sequence[float] | None,
+    deadline: Deadline,
+) -> bool:
+    """Store the new tokens of `rows` of a batch under `keys`; see `KVPool.commit`."""
+    if not isinstance(batch, Batch):
+        raise InvalidTypeError(f"batch must be a Batch, got {type(batch).__name__}")
+    scope = batch.scope
+    if scope.pool is not pool:
+        raise InvalidArgumentError(f"batch was gathered for {scope.pool.name}, and cannot be committed to {pool.name}")
+    keys = check_keys(keys)
+    committed = _check_rows(batch, rows)
+    if len(keys) != len(committed):
+        raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
+    sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    last = last_of_each(keys)
+    ledger = pool.storage.ledger
+    # The commit's own references: the search that owns the batch may be closed by another thread at any point.
+    guard = Hold("commit", [])
+    with ledger.mutex:
+        if batch.closed:
+            raise ClosedError("this batch is closed: it was committed or closed before, or its search has ended")
+        ledger.extend(guard, [entry for row in committed if (entry := batch.entries[row]) is not None])
+    try:
+        plan = plan_commit(
+            pool.storage,
+            batch,
+            [keys[i] for i in last],
+            [committed[i] for i in last],
+            overflow,
+            [sides[i] for i in last],
+            [priorities[i] for i in last],
+        )
+        batch.check_committable(committed)
+        stored = write(pool, scope, batch.generation, plan, deadline)
+    finally:
+        ledger.release(guard)
+    batch.mark_committed(committed)
+    return stored
+
+
+def _check_rows(batch: Batch, rows: Sequence[int] | None) -> list[int]:
+    if rows is None:
+        return batch.pending_rows()
+    checked = [positive_int("rows", row, minimum=0) for row in rows]
+    if any(row >= batch.batch_size for row in checked) or len(set(checked)) != len(checked):
+        raise InvalidArgumentError(f"rows must be different numbers from 0 to {batch.batch_size - 1}, got {checked}")
+    return checked

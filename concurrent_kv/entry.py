@@ -1,0 +1,170 @@
+"""`Entry`, the record of one cached sequence, `Scope`, its namespace, and `Hold`, what keeps entries alive.
+
+An entry's life: made (in flight, unknown to anyone), published (its scope's index names it), removed from the index
+(replaced, evicted, popped, released or swept by a clear), dead when the last hold lets go; then its slots are free.
+
+                     +-- HELD by the pool's policy <---+-----------------------+
+    published -------+         | popped as victim      | unpinned              | its last token is its own again
+                     |         v                       |                       |
+                     |      CLAIMED -- is pinned --> PINNED                    |
+                     |         +------ slots are short and it would free none --> SHARED
+                     +-- EXEMPT: belongs to a search, is never a victim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from enum import IntEnum
+from itertools import count
+from typing import TYPE_CHECKING, NamedTuple
+
+from .overflow import PositionTable
+from .streams import NO_TICKS, Ticks
+
+if TYPE_CHECKING:
+    from .pool import KVPool
+    from .quota import Budget
+
+__all__ = ["Entry", "Generation", "Hold", "Place", "Scope"]
+
+
+class Generation(NamedTuple):
+    """The epoch and weights version of a scope. Compared by identity: each clear and bump makes a new one."""
+
+    epoch: int
+    version: int
+
+
+class Place(IntEnum):
+    """Where an entry stands with its pool's eviction policy."""
+
+    NONE = 0
+    HELD = 1
+    CLAIMED = 2
+    PINNED = 3
+    SHARED = 4
+    EXEMPT = 5
+
+
+class Entry:
+    """An immutable record, reference-counted as a whole. `refs`, `pins`, `place`, `ticks` belong to the mutex.
+
+    Attributes:
+        key, scope, generation: what it was stored as.
+        row: its row in the ledger's slot tables.
+        length: tokens.
+        tail: slot of its last token.
+        side: the caller's side data.
+        priority, fingerprint: what policies look at.
+        correction: the differences its tokens need on reading, where some were moved lazily.
+        refs: the index (1 while published) and every hold.
+        pins: holds that also forbid eviction (pins, adopted roots).
+        written: stream ticks of the writes of its slots.
+        ticks: stream ticks of every use of its slots, writes and reads.
+    """
+
+    __slots__ = (
+        "correction",
+        "fingerprint",
+        "generation",
+        "key",
+        "length",
+        "pins",
+        "place",
+        "priority",
+        "published",
+        "refs",
+        "row",
+        "scope",
+        "side",
+        "tail",
+        "ticks",
+        "written",
+    )
+
+    def __init__(
+        self,
+        key: Hashable,
+        scope: Scope,
+        generation: Generation,
+        length: int,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        fingerprint: int = 0,
+        correction: PositionTable | None = None,
+    ) -> None:
+        self.key = key
+        self.scope = scope
+        self.generation = generation
+        self.length = length
+        self.side = side
+        self.priority = priority
+        self.fingerprint = fingerprint
+        self.correction = correction
+        self.row = -1
+        self.tail = 0
+        self.refs = 0
+        self.pins = 0
+        self.place = Place.NONE
+        self.published = False
+        self.written: Ticks = NO_TICKS
+        self.ticks: Ticks = NO_TICKS
+
+
+_scope_numbers = count(1)
+
+
+class Scope:
+    """A namespace of keys with a life of its own, and its part of the index.
+
+    Args:
+        pool: the pool whose quota its entries count against.
+        name: what it is called in messages and statistics.
+        shards: the lock shards that guard its keys, in ascending order; a key's shard is `shards[hash % len]`.
+        budget: what a search reserved: its entries are paid from it, and are never victims.
+
+    `ended` says why nothing can be stored in it any more (a closed or ended search); set under its shards' write locks.
+    """
+
+    __slots__ = ("budget", "ended", "entries", "generation", "name", "number", "pool", "shards")
+
+    def __init__(self, pool: KVPool, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None) -> None:
+        self.pool = pool
+        self.name = name
+        self.number = next(_scope_numbers)
+        self.shards = shards
+        self.budget = budget
+        self.ended: str | None = None
+        self.generation = Generation(0, 0)
+        # One dict for each shard, guarded by that shard's lock.
+        self.entries: tuple[dict[Hashable, Entry], ...] = tuple({} for _ in shards)
+
+    @property
+    def epoch(self) -> int:
+        """Number of clears so far."""
+        return self.generation.epoch
+
+    @property
+    def version(self) -> int:
+        """Weights version."""
+        return self.generation.version
+
+    def part_of(self, key: Hashable) -> int:
+        """Which of the scope's dicts holds `key`. Runs the key's `__hash__`."""
+        return hash(key) % len(self.shards) if len(self.shards) > 1 else 0
+
+    def __repr__(self) -> str:
+        return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
+
+
+class Hold:
+    """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once."""
+
+    __slots__ = ("entries", "pinning", "released", "what")
+
+    def __init__(self, what: str, entries: list[Entry], *, pinning: bool = False) -> None:
+        self.what = what
+        self.entries = entries
+        self.pinning = pinning
+        self.released = False

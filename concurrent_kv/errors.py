@@ -1,0 +1,83 @@
+"""The exceptions of the package.
+
+Each derives from `KVCacheError`, and from the builtin that a caller would expect to catch. Messages name the argument
+or the resource, what it was, and what would do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CapacityError",
+    "ClosedError",
+    "IntegrityError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "KVCacheError",
+    "KeyNotFoundError",
+    "SearchEndedError",
+    "WaitTimeoutError",
+    "WindowOverflowError",
+    "WrongProcessError",
+]
+
+
+class KVCacheError(Exception):
+    """Base of every exception raised by this package."""
+
+
+class InvalidArgumentError(KVCacheError, ValueError):
+    """An argument has a value that cannot work: a wrong shape, dtype, device, length, name or number."""
+
+
+class InvalidTypeError(KVCacheError, TypeError):
+    """An argument is of a type that cannot work, for example a key that is not hashable."""
+
+
+class KeyNotFoundError(KVCacheError, KeyError):
+    """A key that has to be there is not. (Lookups that may miss return `None` instead.)"""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would put a whole message between quotes.
+        return str(self.args[0]) if self.args else ""
+
+
+class CapacityError(KVCacheError, RuntimeError):
+    """The request cannot fit into the pool, whatever is evicted.
+
+    Attributes:
+        required_entries: entries that the pool would have to hold for the request to fit.
+        required_slots: slots (tokens) that the pool would have to hold for the request to fit.
+    """
+
+    def __init__(self, message: str, *, required_entries: int, required_slots: int) -> None:
+        super().__init__(message)
+        self.required_entries = required_entries
+        self.required_slots = required_slots
+
+
+class WindowOverflowError(KVCacheError, ValueError):
+    """A row would grow past the window, and the caller stated no overflow policy that allows it."""
+
+
+class WaitTimeoutError(KVCacheError, TimeoutError):
+    """A bounded wait ended without what it waited for; the message names the pool, the shard and the thing."""
+
+
+class ClosedError(KVCacheError, RuntimeError):
+    """The pool, manager, search, batch or pin was closed before."""
+
+
+class SearchEndedError(ClosedError):
+    """The search was ended from outside: its pool closed, or the weights version was bumped."""
+
+
+class WrongProcessError(KVCacheError, RuntimeError):
+    """A pool was used in a process other than the one that made it (a forked child, for example)."""
+
+
+class IntegrityError(KVCacheError, RuntimeError):
+    """`check_integrity()` found state that contradicts itself; `problems` lists every finding."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("the storage contradicts itself: " + "; ".join(problems))
+        self.problems = problems

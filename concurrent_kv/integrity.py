@@ -1,0 +1,208 @@
+"""`check_integrity` and `repair`: the books of a storage against a recount of its pools and handles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .entry import Entry, Place
+from .errors import IntegrityError
+from .ledger import wake
+
+if TYPE_CHECKING:
+    from .pool import KVPool
+    from .storage import KVStorage
+
+__all__ = ["IntegrityReport", "RepairReport", "check_integrity", "repair"]
+
+
+class IntegrityReport(NamedTuple):
+    """What a check without findings counted."""
+
+    entries: int
+    free_slots: int
+    referenced_slots: int
+    handles: int
+
+
+class RepairReport(NamedTuple):
+    """What `repair` returned to circulation."""
+
+    slots: int
+    entries: int
+    pending_writes: int
+
+
+class _Recount(NamedTuple):
+    published: dict[KVPool, list[Entry]]
+    held: Counter[Entry]
+    pinned: Counter[Entry]
+
+    def alive(self) -> list[Entry]:
+        indexed = {entry for entries in self.published.values() for entry in entries}
+        return list(indexed | set(self.held))
+
+    def references(self, entry: Entry) -> int:
+        return self.held[entry] + (1 if entry.published else 0)
+
+
+def _recount(storage: KVStorage) -> _Recount:
+    published: dict[KVPool, list[Entry]] = {}
+    for pool in storage.pools:
+        scopes = [*pool.registered_scopes(), *(search.scope for search in pool.searches)]
+        published[pool] = [entry for scope in scopes for part in scope.entries for entry in part.values()]
+    held: Counter[Entry] = Counter()
+    pinned: Counter[Entry] = Counter()
+    for hold in storage.ledger.holds:
+        held.update(hold.entries)
+        if hold.pinning:
+            pinned.update(hold.entries)
+    return _Recount(published, held, pinned)
+
+
+def _slot_counts(storage: KVStorage, entries: list[Entry]) -> npt.NDArray[np.int32]:
+    counts = np.zeros_like(storage.ledger.slots.counts)
+    if entries:
+        np.add.at(counts, storage.ledger.tables_of(entries).ravel(), 1)
+        counts[0] = 0
+    return counts
+
+
+def check_integrity(storage: KVStorage) -> IntegrityReport:
+    """Compare every count with a recount; to be called when no operation is under way.
+
+    Raises:
+        IntegrityError: with every contradiction found.
+    """
+    ledger = storage.ledger
+    deadline = storage.enter_quietly()
+    with storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
+        recount = _recount(storage)
+        alive = recount.alive()
+        counts = _slot_counts(storage, alive)
+        problems = ledger.slots.problems(counts)
+        problems += _entry_problems(storage, recount, alive)
+        for pool, entries in recount.published.items():
+            problems += _pool_problems(pool, entries)
+        if not storage.closed and bool(storage.tensor.data[:, 0].any()):
+            problems.append("slot 0, which serves all padding, is not zero")
+        report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
+    if problems:
+        raise IntegrityError(tuple(problems))
+    return report
+
+
+def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -> list[str]:
+    found = []
+    tables = storage.ledger.tables_of(alive) if alive else np.zeros((0, 1), dtype=np.int64)
+    lengths = np.count_nonzero(tables, axis=1)
+    for entry, length, tail in zip(alive, lengths.tolist(), tables[:, -1].tolist(), strict=True):
+        if entry.refs != recount.references(entry):
+            found.append(f"{entry.key!r} counts {entry.refs} references, {recount.references(entry)} hold it")
+        if entry.pins != recount.pinned[entry]:
+            found.append(f"{entry.key!r} counts {entry.pins} pins, {recount.pinned[entry]} pin it")
+        if length != entry.length or tail != entry.tail:
+            found.append(f"{entry.key!r} has {entry.length} tokens, its table {length}")
+    rows = [entry.row for entry in alive]
+    if len(set(rows)) != len(rows):
+        found.append("two entries have the same row of the slot tables")
+    return found
+
+
+def _pool_problems(pool: KVPool, published: list[Entry]) -> list[str]:
+    quota, ledger = pool.quota, pool.storage.ledger
+    own = [entry for entry in published if entry.scope.budget is None]
+    found = []
+    counts = _slot_counts(pool.storage, own)
+    if quota.entries != len(own):
+        found.append(f"{pool.name} counts {quota.entries} entries, {len(own)} are in its index")
+    if quota.slots != np.count_nonzero(counts) or not np.array_equal(quota.counts[1:], counts[1:]):
+        found.append(f"{pool.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
+    if quota.pending_entries or quota.pending_slots:
+        found.append(f"{pool.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
+    if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
+        found.append(f"{pool.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
+    held = set(pool.policy)
+    for entry in published:
+        if not entry.published:
+            found.append(f"{entry.key!r} is in an index and not marked as published")
+        if (entry.place is Place.HELD) != (entry in held):
+            found.append(f"{entry.key!r} is in place {entry.place.name}, the policy says otherwise")
+        if entry.place in (Place.NONE, Place.CLAIMED):
+            found.append(f"{entry.key!r} is published, but in place {entry.place.name}")
+        if entry.place is Place.PINNED and not entry.pins:
+            found.append(f"{entry.key!r} is set aside as pinned, and nobody pins it")
+        if entry.place is Place.SHARED and not ledger.shares_tail(entry):
+            found.append(f"{entry.key!r} is set aside as shared, and shares nothing")
+    if not held <= set(own):
+        found.append(f"the policy of {pool.name} holds entries that are not in its index")
+    for search in pool.searches:
+        entries = [entry for entry in published if entry.scope is search.scope]
+        if search.budget.entries != len(entries):
+            found.append(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
+    reserved = sum(search.budget.max_entries for search in pool.searches)
+    if quota.reserved_entries != reserved:
+        found.append(f"{pool.name} counts {quota.reserved_entries} reserved entries, its searches {reserved}")
+    return found
+
+
+def repair(storage: KVStorage) -> RepairReport:
+    """Rebuild every count from the indexes and the open handles; to be called when no operation is under way."""
+    ledger = storage.ledger
+    deadline = storage.enter_quietly()
+    with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
+        for hold in [hold for hold in ledger.holds if hold.what in ("read", "commit")]:
+            ledger.holds.discard(hold)  # an operation's own: it was cut off before it could let go
+        recount = _recount(storage)
+        entries = pending = 0
+        for pool, published in recount.published.items():
+            pending += pool.quota.pending_entries
+            entries += _repair_pool(pool, published)
+        alive = recount.alive()
+        for entry in alive:
+            entries += entry.refs != recount.references(entry)
+            entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
+        slots = ledger.slots.rebuild(_slot_counts(storage, alive), storage.clock.everything())
+        ledger.rebuild_rows({entry.row for entry in alive})
+        for pool in storage.pools:
+            for entry in recount.published[pool]:
+                _replace_in_policy(pool, entry)
+        waiters = ledger.take_waiters()
+    wake(waiters)
+    return RepairReport(slots, entries, pending)
+
+
+def _repair_pool(pool: KVPool, published: list[Entry]) -> int:
+    quota = pool.quota
+    quota.pending_entries = quota.pending_slots = 0
+    wrong = 0
+    own = []
+    for entry in published:
+        wrong += not entry.published
+        entry.published = True
+        if entry.scope.budget is None:
+            own.append(entry)
+    quota.counts = _slot_counts(pool.storage, own)
+    quota.entries, quota.slots = len(own), int(np.count_nonzero(quota.counts))
+    for search in pool.searches:
+        search.budget.entries = sum(entry.scope is search.scope for entry in published)
+    quota.reserved_entries = sum(search.budget.max_entries for search in pool.searches)
+    quota.reserved_slots = sum(search.budget.reservation.size for search in pool.searches)
+    own_set = set(own)
+    for entry in [entry for entry in pool.policy if entry not in own_set]:
+        pool.policy.remove(entry)
+    return wrong
+
+
+def _replace_in_policy(pool: KVPool, entry: Entry) -> None:
+    """Put a published entry where it belongs: with its search, or with the policy, which sorts the rest out."""
+    pool.storage.ledger.forget_parked(entry)
+    if entry.scope.budget is not None:
+        entry.place = Place.EXEMPT
+    else:
+        if entry not in pool.policy:
+            pool.policy.add(entry)
+        entry.place = Place.HELD

@@ -1,0 +1,78 @@
+"""`KVLayout`: the shape of one token's keys and values, and what it costs in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Integral
+
+import torch
+
+from .errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = ["KVLayout", "positive_int"]
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
+    """`value` as an int of at least `minimum`, or an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    number = int(value)
+    if number < minimum:
+        raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of a model's K/V cache. Immutable; two pools can share entries only if their layouts are equal.
+
+    Args:
+        num_layers: transformer layers.
+        num_heads: attention heads of each layer.
+        head_dim: numbers of one head's key (or value).
+        max_tokens: the window: the largest number of tokens that an entry holds.
+        dtype: float32, float16 or bfloat16; what goes in comes out in the same dtype.
+        device: where the slots live.
+
+    Raises:
+        InvalidArgumentError: a size below 1, an unsupported dtype, a device that torch does not know.
+        InvalidTypeError: a size that is no int, a dtype that is no `torch.dtype`.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    max_tokens: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "head_dim", "max_tokens"):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name)))
+        if not isinstance(self.dtype, torch.dtype):
+            raise InvalidTypeError(f"dtype must be a torch.dtype, got {self.dtype!r}")
+        if self.dtype not in SUPPORTED_DTYPES:
+            raise InvalidArgumentError(f"dtype must be one of {SUPPORTED_DTYPES}, got {self.dtype}")
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise InvalidArgumentError(
+                f"device must name a torch device ('cpu', 'cuda:0'), got {self.device!r}"
+            ) from error
+        if device.type not in ("cpu", "cuda"):
+            raise InvalidArgumentError(f"device must be a CPU or a CUDA device, got {device}")
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        object.__setattr__(self, "device", device)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one slot: K and V of one token over all layers."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of an entry that fills the window and shares nothing."""
+        return self.bytes_per_token * self.max_tokens

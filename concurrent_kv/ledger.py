@@ -1,0 +1,201 @@
+"""`Ledger`: who holds what. Slots, slot tables, reference counts, handles and waiters, all under the one mutex.
+
+Methods that say "mutex held" are called inside `with ledger.mutex`; the others take it themselves. What dies under the
+mutex is returned to the caller, so that side data and keys are finalised outside of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .entry import Entry, Hold, Place
+from .slots import SlotAllocator
+from .streams import NO_TICKS, Ticks, merge
+
+__all__ = ["Ledger", "wake"]
+
+
+class Ledger:
+    """The books of one storage.
+
+    Args:
+        num_slots: usable slots.
+        window: tokens of the longest entry.
+        lock_factory, event_factory: make the mutex and the waiters' events; a scheduler may pass its own.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        window: int,
+        *,
+        lock_factory: Callable[[], Any] = threading.Lock,
+        event_factory: Callable[[], Any] = threading.Event,
+    ) -> None:
+        self.mutex = lock_factory()
+        self.slots = SlotAllocator(num_slots)
+        self.window = window
+        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest.
+        self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
+        # Position each slot's token was written at, in its row; only lazy corrections look at it.
+        self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
+        self.holds: set[Hold] = set()
+        # What finalisers left to be done: they only append, and the next operation does it.
+        self.abandoned: deque[Callable[[], None]] = deque()
+        self._free_rows = list(range(63, -1, -1))
+        self._shared: dict[int, list[Entry]] = {}  # entries in Place.SHARED, by tail slot
+        self._event_factory = event_factory
+        self._waiters: list[Any] = []
+
+    # Entries -----------------------------------------------------------------------------------------------------
+
+    def make(self, entries: Sequence[Entry], tables: npt.NDArray[np.int64]) -> None:
+        """Give new entries their slot tables `[entries, window]` and the reference of the index. Mutex held."""
+        while len(self._free_rows) < len(entries):
+            rows = len(self.tables)
+            # Readers may be using the old array without the mutex: it is replaced, never resized in place.
+            self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)])
+            self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
+        rows_taken = [self._free_rows.pop() for _ in entries]
+        self.tables[rows_taken] = tables
+        self.slots.hold(tables)
+        for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
+            entry.row, entry.tail, entry.refs = row, tail, 1
+
+    def tables_of(self, entries: Sequence[Entry]) -> npt.NDArray[np.int64]:
+        """Slot tables `[entries, window]` of entries that the caller keeps alive (a copy)."""
+        return self.tables[[entry.row for entry in entries]]
+
+    def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Drop one reference of each; returns those that died. Mutex held."""
+        dead = []
+        for entry in entries:
+            entry.refs -= 1
+            if not entry.refs:
+                dead.append(entry)
+        if dead:
+            rows = [entry.row for entry in dead]
+            tables = self.tables[rows]
+            ticks: Ticks = NO_TICKS
+            for entry in dead:
+                ticks = merge(ticks, entry.ticks)
+                entry.row = -1
+            self.slots.drop(tables, ticks)
+            self._free_rows.extend(rows)
+            if self._shared:
+                self._unpark_unshared(tables)
+        return dead
+
+    def rebuild_rows(self, used: set[int]) -> None:
+        """Set the free rows of the tables as found by a full recount. Mutex held."""
+        self._free_rows = [row for row in range(len(self.tables) - 1, -1, -1) if row not in used]
+
+    # Eviction candidates -----------------------------------------------------------------------------------------
+
+    def shares_tail(self, entry: Entry) -> bool:
+        """Whether another entry names the last token of `entry`, so that evicting it would free no slot. Mutex held."""
+        return bool(self.slots.counts[entry.tail] > 1)
+
+    def park_shared(self, entry: Entry) -> None:
+        """Set a claimed victim aside until its last token is its own again. Mutex held."""
+        entry.place = Place.SHARED
+        self._shared.setdefault(entry.tail, []).append(entry)
+
+    def unpark(self, entry: Entry) -> None:
+        """Give a parked entry back to its policy, as the next candidate. Mutex held."""
+        self.forget_parked(entry)
+        entry.place = Place.HELD
+        entry.scope.pool.policy.give_back(entry)
+
+    def unpark_shared(self, pool: object) -> bool:
+        """Give back what `pool` had parked for sharing: now an entry is wanted, not a slot. Mutex held."""
+        parked = [entry for entries in self._shared.values() for entry in entries if entry.scope.pool is pool]
+        for entry in parked:
+            self.unpark(entry)
+        return bool(parked)
+
+    def forget_parked(self, entry: Entry) -> None:
+        """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
+        if entry.place is Place.SHARED:
+            siblings = self._shared[entry.tail]
+            siblings.remove(entry)
+            if not siblings:
+                del self._shared[entry.tail]
+
+    def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
+        flat = tables.ravel()
+        for slot in flat[self.slots.counts[flat] == 1].tolist():
+            for entry in tuple(self._shared.get(slot, ())):
+                self.unpark(entry)
+
+    # Holds -------------------------------------------------------------------------------------------------------
+
+    def extend(self, hold: Hold, entries: Sequence[Entry]) -> None:
+        """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
+        self.holds.add(hold)
+        for entry in entries:
+            entry.refs += 1
+            if hold.pinning:
+                entry.pins += 1
+            hold.entries.append(entry)
+
+    def drop_from(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
+        """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
+        for entry in entries:
+            hold.entries.remove(entry)
+        return self._unhold(hold, entries)
+
+    def end(self, hold: Hold) -> list[Entry]:
+        """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
+        if hold.released:
+            return []
+        hold.released = True
+        self.holds.discard(hold)
+        entries, hold.entries = hold.entries, []
+        return self._unhold(hold, entries)
+
+    def _unhold(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
+        if hold.pinning:
+            for entry in entries:
+                entry.pins -= 1
+                if not entry.pins and entry.place is Place.PINNED:
+                    self.unpark(entry)
+        return self.let_go(entries)
+
+    def release(self, hold: Hold) -> None:
+        """Release a hold, and wake whoever waits for room."""
+        with self.mutex:
+            dead = self.end(hold)
+            waiters = self.take_waiters()
+        wake(waiters)
+        del dead
+
+    def stamp_reads(self, entries: Iterable[Entry], ticks: Ticks) -> None:
+        """Note a use of each entry's slots. Mutex held."""
+        for entry in entries:
+            entry.ticks = merge(entry.ticks, ticks)
+
+    # Waiting for room ----------------------------------------------------------------------------------------------
+
+    def waiter(self) -> Any:
+        """An event that is set at the next release of anything. Mutex held, in the hold that found no room."""
+        event = self._event_factory()
+        self._waiters.append(event)
+        return event
+
+    def take_waiters(self) -> list[Any]:
+        """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+
+def wake(waiters: Iterable[Any]) -> None:
+    """Set the events of `Ledger.take_waiters`, outside the mutex."""
+    for waiter in waiters:
+        waiter.set()

@@ -1,0 +1,347 @@
+"""`KVCacheManager`: the pools of a world model by role, over one storage, and the searches over them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import count
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING
+
+from .config import ManagerConfig
+from .errors import InvalidArgumentError
+from .integrity import IntegrityReport, RepairReport, check_integrity, repair
+from .kv import KeysValues
+from .layout import positive_int
+from .overflow import Overflow
+from .pool import KVPool
+from .search import LookupOrder, Search, open_search
+from .stats import NoCounters, StatsSummary
+from .storage import KVStorage
+
+if TYPE_CHECKING:
+    from .entry import Entry
+    from .eviction import EvictionPolicy, PolicyFactory
+
+__all__ = ["KVCacheManager"]
+
+logger = logging.getLogger("concurrent_kv")
+
+
+class KVCacheManager:
+    """One storage, an init pool for each environment, a recurrent pool, a world-model pool, and searches over them.
+
+    Thread-safe throughout. The roles are separate scopes: equal keys in different pools never meet, and a lookup names
+    its pools and their order.
+
+    Args:
+        config: an EasyDict, a dict, a dataclass or any object with `num_layers`, `num_heads`, `embed_dim`,
+            `context_length` (window in tokens), `num_simulations`, `max_cache_size` (entries of the recurrent pool) and
+            `device`; `dtype` is optional.
+        env_num: environments; their ids are 0 to `env_num - 1`.
+        enable_stats: count hits, misses and the rest. Where False, every count stays 0.
+        init_entries: entries of each environment's init pool.
+        recur_slots: slots of the recurrent pool; room for the full windows of one search over all environments if left
+            out (`env_num * (num_simulations + 1) * context_length`).
+        wm_entries: entries of the world-model pool; `env_num` if left out.
+        policy: eviction policy of every pool, by name or factory; "fifo" is what LightZero does.
+        shards: lock shards, shared by the pools.
+        writers: writers that can replace entries of full pools at once without waiting for each other.
+        wait_timeout: seconds an operation waits at most.
+        log_every_clears, log_every_steps: log the statistics at every N-th clear and at every N-th `step()`; never if
+            left out.
+        name: what messages call it.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: a setting is missing, impossible or contradicts another; by name.
+    """
+
+    def __init__(
+        self,
+        config: object,
+        env_num: int,
+        enable_stats: bool = True,
+        *,
+        init_entries: int = 16,
+        recur_slots: int | None = None,
+        wm_entries: int | None = None,
+        policy: str | PolicyFactory[EvictionPolicy[Entry]] | None = "fifo",
+        shards: int = 16,
+        writers: int = 8,
+        wait_timeout: float = 10.0,
+        log_every_clears: int | None = None,
+        log_every_steps: int | None = None,
+        name: str = "cache",
+    ) -> None:
+        settings = ManagerConfig.read(config, env_num)
+        layout, window = settings.layout, settings.layout.max_tokens
+        init_entries = positive_int("init_entries", init_entries)
+        wm_entries = settings.env_num if wm_entries is None else positive_int("wm_entries", wm_entries)
+        if recur_slots is None:
+            recur_slots = settings.env_num * (settings.num_simulations + 1) * window
+        recur_slots = positive_int("recur_slots", recur_slots, minimum=window)
+        self.config = settings
+        self.layout = layout
+        self.env_num = settings.env_num
+        self.stats_enabled = enable_stats
+        self.name = name
+        self._log_every_clears = (
+            None if log_every_clears is None else positive_int("log_every_clears", log_every_clears)
+        )
+        self._log_every_steps = None if log_every_steps is None else positive_int("log_every_steps", log_every_steps)
+        self.storage = KVStorage(
+            layout,
+            (settings.env_num * init_entries + wm_entries) * window + recur_slots,
+            headroom_slots=positive_int("writers", writers) * window,
+            shards=shards,
+            wait_timeout=wait_timeout,
+            name=name,
+        )
+
+        def pool(role: str, entries: int, slots: int | None = None, shard: int | None = None) -> KVPool:
+            made = KVPool(
+                layout,
+                entries,
+                max_slots=slots,
+                policy=policy,
+                name=f"{name}.{role}",
+                storage=self.storage,
+                scope_shards=None if shard is None else (shard % self.storage.locks.count,),
+            )
+            if not enable_stats:
+                made.counters = NoCounters()
+            return made
+
+        # One shard for each environment's pool: a gather over many environments takes few locks.
+        self._init_pools = tuple(pool(f"init[{env}]", init_entries, shard=env) for env in range(settings.env_num))
+        self._init_pool_by_env: Mapping[Hashable, KVPool] = MappingProxyType(dict(enumerate(self._init_pools)))
+        self.recur_pool = pool("recur", settings.max_cache_size, recur_slots)
+        self.wm_pool = pool("wm", wm_entries)
+        self._search_numbers = count()
+        self._clears = count(1)
+        self._steps = count(1)
+        self._wm_list: list[object] = []
+        self._wm_size_list: list[int] = []
+
+    # Pools by role ---------------------------------------------------------------------------------------------------
+
+    @property
+    def init_pools(self) -> tuple[KVPool, ...]:
+        """Each environment's pool of root entries, by environment id."""
+        return self._init_pools
+
+    def _init_pool(self, env_id: int) -> KVPool:
+        if isinstance(env_id, bool) or env_id not in self._init_pool_by_env:
+            raise InvalidArgumentError(f"env_id must be 0 to {self.env_num - 1}, got {env_id!r}")
+        return self._init_pool_by_env[env_id]
+
+    def set_init_cache(
+        self, env_id: int, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+    ) -> bool:
+        """Store a root entry of an environment; see `KVPool.put`. May block."""
+        return self._init_pool(env_id).put(cache_key, kv_cache, side=side, priority=priority)
+
+    def get_init_cache(self, env_id: int, cache_key: Hashable) -> KeysValues | None:
+        """A private copy of a root entry of an environment, or None; see `KVPool.get`. May block."""
+        return self._init_pool(env_id).get(cache_key)
+
+    def set_recur_cache(
+        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+    ) -> bool:
+        """Store an entry in the recurrent pool; see `KVPool.put`. May block."""
+        return self.recur_pool.put(cache_key, kv_cache, side=side, priority=priority)
+
+    def get_recur_cache(self, cache_key: Hashable) -> KeysValues | None:
+        """A private copy of an entry of the recurrent pool, or None; see `KVPool.get`. May block."""
+        return self.recur_pool.get(cache_key)
+
+    def set_wm_cache(
+        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+    ) -> bool:
+        """Store an entry in the world-model pool; see `KVPool.put`. May block."""
+        return self.wm_pool.put(cache_key, kv_cache, side=side, priority=priority)
+
+    def get_wm_cache(self, cache_key: Hashable) -> KeysValues | None:
+        """A private copy of an entry of the world-model pool, or None; see `KVPool.get`. May block."""
+        return self.wm_pool.get(cache_key)
+
+    def hierarchical_get(
+        self, env_id: int, cache_key: Hashable, *, order: Sequence[str] = ("init", "recur")
+    ) -> KeysValues | None:
+        """A private copy from the first pool of `order` that has the key: "init" (the environment's), "recur", "wm".
+
+        A hit counts in the pool that had it, a miss in the last one asked. May block.
+        """
+        pools = {"init": self._init_pool(env_id), "recur": self.recur_pool, "wm": self.wm_pool}
+        unknown = [role for role in order if role not in pools]
+        if unknown or not order or isinstance(order, str):
+            raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {order!r}")
+        for role in order:
+            found = pools[role].get(cache_key, count_miss=role == order[-1])
+            if found is not None:
+                return found
+        return None
+
+    # Searches --------------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        env_ids: Iterable[int],
+        *,
+        entries: int | None = None,
+        tokens: int | None = None,
+        order: LookupOrder = "own_first",
+        overflow: Overflow | None = None,
+        timeout: float | None = None,
+    ) -> Search:
+        """Open a search: a scope of its own in the recurrent pool, kept whole until it closes. May block.
+
+        Args:
+            env_ids: the environments that it is for.
+            entries: entries to reserve; `num_simulations + 1` for each environment if left out.
+            tokens: slots to reserve; a full window for each entry if left out. (With shared prefixes a child takes only
+                its new tokens: `env * (window + 2 * simulations)` is enough for two tokens a step that never copy.)
+            order: where parents are looked up first: "own_first" or "init_first".
+            overflow: what commits do with rows that outgrow the window, unless they say otherwise.
+            timeout: seconds to wait for other searches to close, if their room is needed.
+
+        Raises:
+            CapacityError: the recurrent pool cannot set that much aside; says which capacity would do.
+            InvalidArgumentError: an unknown environment, or one that comes twice.
+        """
+        deadline = self.storage.enter(timeout)
+        return open_search(
+            self.recur_pool,
+            self._init_pool_by_env,
+            env_ids,
+            number=next(self._search_numbers),
+            entries_per_env=self.config.num_simulations + 1,
+            entries=entries,
+            tokens=tokens,
+            order=order,
+            overflow=overflow,
+            deadline=deadline,
+        )
+
+    # Clears, versions, end -------------------------------------------------------------------------------------------
+
+    def clear_all(self) -> None:
+        """Clear every pool, and the compatibility lists; open searches keep what they have. May block."""
+        self._log_clear("clear_all")
+        for pool in (*self._init_pools, self.recur_pool, self.wm_pool):
+            pool.clear()
+        self._wm_list.clear()
+        self._wm_size_list.clear()
+
+    def clear_init_caches(self) -> None:
+        """Clear every environment's init pool. May block."""
+        self._log_clear("clear_init_caches")
+        for pool in self._init_pools:
+            pool.clear()
+
+    def clear_recur_cache(self) -> None:
+        """Clear the recurrent pool; open searches keep what they have. May block."""
+        self._log_clear("clear_recur_cache")
+        self.recur_pool.clear()
+
+    def bump_version(self) -> None:
+        """State that the weights changed: every entry is a miss from now on, every open search ends. May block."""
+        for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
+            pool.bump_version()
+
+    def close(self) -> None:
+        """End every search, drop every entry and free the storage. Closing twice is fine. May block."""
+        if self.storage.closed:
+            return
+        for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
+            pool.close()
+        self.storage.close()
+
+    def __enter__(self) -> KVCacheManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def get_stats_summary(self) -> StatsSummary:
+        """The statistics of every pool and their total, as numbers. Never waits for a shard."""
+        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
+        return StatsSummary(
+            {pool.name.removeprefix(f"{self.name}."): pool.stats() for pool in pools}, self.stats_enabled
+        )
+
+    def reset_stats(self) -> None:
+        """Start every count from zero."""
+        for pool in (*self._init_pools, self.recur_pool, self.wm_pool):
+            pool.reset_stats()
+
+    def step(self) -> None:
+        """Note one environment step: with `log_every_steps=N`, every N-th logs the statistics."""
+        number = next(self._steps)
+        if self._log_every_steps and number % self._log_every_steps == 0:
+            self._log("step", number)
+
+    def _log_clear(self, what: str) -> None:
+        # Before anything is cleared: the line shows what is about to go.
+        number = next(self._clears)
+        if self._log_every_clears and number % self._log_every_clears == 0:
+            self._log(what, number)
+
+    def _log(self, what: str, number: int) -> None:
+        total = self.get_stats_summary().total
+        logger.info(
+            "%s: %s %d: %d entries, %d slots, hit rate %.4f of %d requests, %d evictions, %d stale writes",
+            self.name,
+            what,
+            number,
+            total.entries,
+            total.slots_in_use,
+            total.hit_rate,
+            total.request_count,
+            total.eviction_count,
+            total.stale_write_count,
+        )
+
+    def allocation(self) -> dict[str, int]:
+        """Bytes set aside for each pool's quota, for the headroom, and in total (what the storage allocates)."""
+        token = self.layout.bytes_per_token
+        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
+        bytes_by_role = {pool.name.removeprefix(f"{self.name}."): pool.quota.max_slots * token for pool in pools}
+        bytes_by_role["headroom"] = (self.storage.headroom_slots + 1) * token  # and the zero slot
+        bytes_by_role["total"] = self.storage.tensor.nbytes
+        return bytes_by_role
+
+    def check_integrity(self) -> IntegrityReport:
+        """Recount everything; call it when no operation is under way. Raises `IntegrityError` with what it finds."""
+        return check_integrity(self.storage)
+
+    def repair(self) -> RepairReport:
+        """Rebuild the books after asynchronous exceptions; call it when no operation is under way."""
+        return repair(self.storage)
+
+    # Kept while code migrates: plain lists of the caller's, which nothing here reads -------------------------------
+
+    @property
+    def keys_values_wm_list(self) -> list[object]:
+        """The caller's list of world-model caches; assigning copies the items, clearing empties it."""
+        return self._wm_list
+
+    @keys_values_wm_list.setter
+    def keys_values_wm_list(self, items: Iterable[object]) -> None:
+        self._wm_list[:] = items
+
+    @property
+    def keys_values_wm_size_list(self) -> list[int]:
+        """The caller's list of their sizes; assigning copies the items, clearing empties it."""
+        return self._wm_size_list
+
+    @keys_values_wm_size_list.setter
+    def keys_values_wm_size_list(self, items: Iterable[int]) -> None:
+        self._wm_size_list[:] = items
+
+    def __repr__(self) -> str:
+        return f"<KVCacheManager {self.name!r}: {self.env_num} environments, {self.storage.tensor.nbytes} bytes>"

@@ -1,0 +1,62 @@
+"""`Pin`: a handle that keeps one entry from being evicted."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from .entry import Entry, Hold
+from .errors import ClosedError
+from .kv import KeysValues
+from .reading import copy_out
+
+if TYPE_CHECKING:
+    from .storage import KVStorage
+
+__all__ = ["Pin"]
+
+
+class Pin:
+    """Keeps what it pinned alive, and from being evicted, until it is closed by leaving its `with` or dropped.
+
+    Attributes:
+        side: the side data of the pinned entry.
+        length: its tokens.
+    """
+
+    def __init__(self, storage: KVStorage, entry: Entry, hold: Hold) -> None:
+        self._storage = storage
+        self._entry = entry
+        self._hold = hold
+        self.side = entry.side
+        self.length = entry.length
+
+    def get(self) -> KeysValues:
+        """A private copy of what was pinned, whatever has happened to its key since.
+
+        Raises:
+            ClosedError: the pin or the pool is closed.
+        """
+        self._storage.enter()
+        if self._hold.released:
+            raise ClosedError("this pin is closed")
+        return KeysValues.from_packed(copy_out(self._storage, self._entry))
+
+    def close(self) -> None:
+        """Let the entry go. Nothing happens the second time."""
+        self._storage.ledger.release(self._hold)
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+        hold = getattr(self, "_hold", None)
+        if hold is not None and not hold.released:
+            self._storage.ledger.abandoned.append(partial(self._storage.ledger.release, hold))

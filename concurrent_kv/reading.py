@@ -1,0 +1,126 @@
+"""The read half of the protocol: look entries up and retain them under their shards, copy with no lock held."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from .entry import Entry, Generation, Hold, Place, Scope
+from .locks import Deadline
+from .streams import NO_TICKS, Ticks, merge
+from .tensors import Indices, plain_torch_state
+
+if TYPE_CHECKING:
+    from .storage import KVStorage
+
+__all__ = ["copy_out", "gather_entries", "generations_of", "retain", "sorted_shards"]
+
+Wanted = Sequence[tuple[Scope, Hashable]]
+
+
+def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
+    """The epochs and versions of an operation's scopes, read once at its start."""
+    return {scope: scope.generation for scope in scopes}
+
+
+def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
+    """The lock shards of (scope, part) pairs, ascending and without repeats."""
+    return tuple(sorted({scope.shards[part] for scope, part in located}))
+
+
+def retain(
+    storage: KVStorage,
+    wanted: Wanted,
+    generations: dict[Scope, Generation],
+    deadline: Deadline,
+    *,
+    hold: Hold,
+    quiet: bool = False,
+) -> list[Entry | None]:
+    """Look `wanted` up and add what was found to `hold`, atomically with respect to every write of those keys.
+
+    An entry whose epoch or version is not its scope's counts as absent. Every hit is noted with the policy and the
+    statistics of its pool unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
+    """
+    located = [(scope, scope.part_of(key)) for scope, key in wanted]
+    found: list[Entry | None] = []
+    ledger = storage.ledger
+    with storage.locks.read(sorted_shards(located), deadline):
+        for (scope, part), (_, key) in zip(located, wanted, strict=True):
+            entry = scope.entries[part].get(key)
+            if entry is not None and entry.generation is not generations[scope]:
+                entry = None
+            found.append(entry)
+        with ledger.mutex:
+            ledger.extend(hold, [entry for entry in found if entry is not None])
+            if not quiet:
+                for entry in found:
+                    if entry is not None:
+                        pool = entry.scope.pool
+                        pool.counters.hit_count += 1
+                        if entry.place is Place.HELD and pool.policy.observes_hits:
+                            pool.policy.touch(entry)
+    return found
+
+
+def gather_entries(
+    storage: KVStorage, entries: Sequence[Entry | None], out: Tensor, end: int, ready: Ticks = NO_TICKS
+) -> Ticks:
+    """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
+
+    One gather, in the caller's stream, after the writes of everything that it reads and after `ready`, the earlier
+    uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock is held.
+    """
+    present = [entry for entry in entries if entry is not None]
+    rows = [row for row, entry in enumerate(entries) if entry is not None]
+    table = np.zeros((len(entries), out.shape[3]), dtype=np.int64)
+    tables = storage.ledger.tables_of(present) if present else None
+    if tables is not None and end:
+        table[rows, :end] = tables[:, storage.layout.max_tokens - end :]
+    clock = storage.clock
+    stream = clock.current()
+    ticks = merge(ready, storage.zeroed)
+    for entry in present:
+        ticks = merge(ticks, entry.written)
+    clock.order_after(stream, ticks)
+    temporaries: tuple[Tensor, ...] = ()
+    with plain_torch_state():
+        try:
+            temporaries = (storage.tensor.gather(table, out),)
+            for correction in {entry.correction for entry in present if entry.correction is not None}:
+                concerned = [
+                    row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction
+                ]
+                temporaries += _correct(storage, table, out, end, concerned, correction)
+        finally:
+            read = clock.stamp(stream, (*temporaries, out))
+            if read:
+                with storage.ledger.mutex:
+                    storage.ledger.stamp_reads(present, read)
+    return read
+
+
+def _correct(
+    storage: KVStorage, table: Indices, out: Tensor, end: int, rows: Sequence[int], correction: object
+) -> tuple[Tensor, ...]:
+    """Add what tokens that moved since they were written are owed; rows that moved nothing get zeros added."""
+    lengths = np.count_nonzero(table, axis=1)
+    positions = np.arange(table.shape[1], dtype=np.int64)[None, :] - (end - lengths)[:, None]
+    concerned = np.zeros(len(table), dtype=bool)
+    concerned[list(rows)] = True
+    valid = (table > 0) & concerned[:, None]
+    moved = np.where(valid, storage.ledger.written_at[table] - positions, 0)
+    if not moved.any():
+        return ()
+    return storage.tensor.correct(out, moved, np.where(valid, positions, 0), correction)  # type: ignore[arg-type]
+
+
+def copy_out(storage: KVStorage, entry: Entry) -> Tensor:
+    """A private copy `[2 * layers, 1, heads, tokens, head_dim]` of one retained entry."""
+    with plain_torch_state():
+        out = storage.tensor.new_buffer(1, entry.length)
+    gather_entries(storage, [entry], out, entry.length)
+    return out

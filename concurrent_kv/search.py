@@ -1,0 +1,440 @@
+"""A search: a scope of its own in which parents are gathered and children committed, kept whole until it closes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Literal
+
+from torch import Tensor
+
+from .arguments import check_keys, hash_of
+from .batch import Batch
+from .clearing import sweep_if
+from .committing import commit_batch, open_batch
+from .entry import Entry, Hold, Scope
+from .errors import InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from .layout import positive_int
+from .ledger import wake
+from .locks import Deadline
+from .overflow import Overflow
+from .plan import plan_share
+from .pool import KVPool
+from .reading import generations_of, retain
+from .writing import reserve_budget, write
+
+__all__ = ["LookupOrder", "Search"]
+
+LookupOrder = Literal["own_first", "init_first"]
+
+RootKey = tuple[Hashable, Hashable]  # (env_id, key)
+
+
+class SearchState:
+    """What a search owns: scope and budget, adopted roots, open batches. Ended once, by whoever comes first.
+
+    The search's entries and its roots are guarded by one lock shard, that of its scope.
+    """
+
+    def __init__(self, pool: KVPool, init_pools: Mapping[Hashable, KVPool], number: int, scope: Scope) -> None:
+        assert scope.budget is not None
+        self.pool = pool
+        self.init_pools = init_pools
+        self.scope = scope
+        self.budget = scope.budget
+        self.roots: dict[RootKey, Entry] = {}  # under the scope's shard
+        self.roots_hold = Hold("search", [], pinning=True)
+        self.batches: list[Hold] = []  # under the mutex
+        self.finished = False  # under the mutex
+        self.number = number
+
+    @property
+    def own(self) -> dict[Hashable, Entry]:
+        """The search's own entries, under the scope's shard."""
+        return self.scope.entries[0]
+
+    def check_open(self) -> None:
+        """Raise `SearchEndedError` if it has ended."""
+        if self.scope.ended is not None:
+            raise SearchEndedError(self.scope.ended)
+
+    def track(self, hold: Hold) -> None:
+        """Remember an open batch, to be closed with the search. Mutex held."""
+        if len(self.batches) > 64:
+            self.batches = [batch for batch in self.batches if not batch.released]
+        self.batches.append(hold)
+
+    def end(self, reason: str, deadline: Deadline) -> None:
+        """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
+        storage = self.pool.storage
+        ledger = storage.ledger
+        with storage.locks.write(self.scope.shards, deadline):
+            # From here on no batch is opened, no child published and no root adopted.
+            if self.scope.ended is None:
+                self.scope.ended = reason
+            roots, self.roots = self.roots, {}
+        sweep_if(self.scope, lambda entry: True, deadline)
+        with ledger.mutex:
+            if self.finished:
+                return
+            self.finished = True
+            dead = ledger.end(self.roots_hold)
+            for hold in self.batches:
+                dead += ledger.end(hold)
+            self.pool.searches.discard(self)
+            quota = self.pool.quota
+            quota.reserved_entries -= self.budget.max_entries
+            quota.reserved_slots -= self.budget.reservation.size
+            ledger.slots.cancel(self.budget.reservation)
+            waiters = ledger.take_waiters()
+        wake(waiters)
+        del roots, dead
+
+
+class Search:
+    """An open search over some environments; made by `KVCacheManager.search`. Several threads may use it.
+
+    Its entries, and the roots that it gathered from the init pools, stay until it closes, whatever is cleared or
+    written elsewhere; other searches never see them. Leaving its `with` releases everything, also after an exception.
+
+    Attributes:
+        env_ids: the environments it is for.
+    """
+
+    def __init__(
+        self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
+    ) -> None:
+        self.env_ids = env_ids
+        self._state = state
+        self._order = order
+        self._overflow = overflow
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def gather(
+        self,
+        keys: Sequence[Hashable],
+        env_ids: Sequence[Hashable],
+        *,
+        order: LookupOrder | None = None,
+        room: int | None = None,
+        out: Tensor | None = None,
+        timeout: float | None = None,
+    ) -> Batch:
+        """Read the parents of the next children into one padded batch. May block.
+
+        Args:
+            keys: one for each row.
+            env_ids: the environment of each row, in whose init pool its root may be.
+            order: "own_first" looks among the search's entries before the init pools, "init_first" the other way
+                round; the search's own if left out. Roots adopted before come before either's init pools.
+            room: free columns after the longest row; up to the window if left out.
+            out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+
+        Returns a batch whose `hits` say which rows were found; `fill` the others, then `commit`.
+
+        Raises:
+            InvalidArgumentError: lengths differ, an environment is not of this search, too much room, an unfit `out`.
+            SearchEndedError: the search is closed, or was ended by a version bump or by closing the pool.
+            WaitTimeoutError: a shard was not free in time.
+        """
+        state = self._state
+        storage = state.pool.storage
+        deadline = storage.enter(timeout)
+        keys = check_keys(keys)
+        env_ids = self._check_envs(env_ids)
+        if len(env_ids) != len(keys):
+            raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
+        roots: list[RootKey] = list(zip(env_ids, keys, strict=True))
+        generation = state.scope.generation
+        hold = Hold("batch", [])
+        found: list[Entry | None] = [None] * len(keys)
+        try:
+            if check_order(order or self._order) == "own_first":
+                self._retain_here(found, keys, roots, hold, deadline)
+                self._retain_roots(found, roots, hold, deadline)
+            else:
+                self._retain_here(found, None, roots, hold, deadline)
+                self._retain_roots(found, roots, hold, deadline)
+                self._retain_here(found, keys, None, hold, deadline)
+            state.pool.count_misses(found.count(None))
+            return open_batch(storage, state.scope, generation, hold, found, room, out)
+        except BaseException:
+            storage.ledger.release(hold)
+            raise
+
+    def _retain_here(
+        self,
+        found: list[Entry | None],
+        keys: Sequence[Hashable] | None,
+        roots: Sequence[RootKey] | None,
+        hold: Hold,
+        deadline: Deadline,
+    ) -> None:
+        """Look missing rows up among the search's own entries (`keys`) and its adopted roots (`roots`)."""
+        missing = [row for row, entry in enumerate(found) if entry is None]
+        if not missing:
+            return
+        state = self._state
+        ledger = state.pool.storage.ledger
+        with state.pool.storage.locks.read(state.scope.shards, deadline):
+            state.check_open()
+            for row in missing:
+                entry = None if keys is None else state.own.get(keys[row])
+                if entry is None and roots is not None:
+                    entry = state.roots.get(roots[row])
+                found[row] = entry
+            present = [entry for row in missing if (entry := found[row]) is not None]
+            with ledger.mutex:
+                ledger.extend(hold, present)
+                state.track(hold)
+                for entry in present:
+                    entry.scope.pool.counters.hit_count += 1
+
+    def _retain_roots(
+        self, found: list[Entry | None], roots: Sequence[RootKey], hold: Hold, deadline: Deadline
+    ) -> None:
+        """Look missing rows up in their environments' init pools, and adopt what is found there."""
+        missing = [row for row, entry in enumerate(found) if entry is None]
+        if not missing:
+            return
+        state = self._state
+        storage = state.pool.storage
+        wanted = [(state.init_pools[roots[row][0]].default_scope, roots[row][1]) for row in missing]
+        generations = generations_of([scope for scope, _ in wanted])
+        entries = retain(storage, wanted, generations, deadline, hold=hold)
+        adopted = {}
+        for row, entry in zip(missing, entries, strict=True):
+            found[row] = entry
+            if entry is not None:
+                adopted[roots[row]] = entry
+        if adopted:
+            # `hold` keeps them alive until the search does.
+            with storage.locks.write(state.scope.shards, deadline):
+                state.check_open()
+                new = {root: entry for root, entry in adopted.items() if root not in state.roots}
+                state.roots.update(new)
+                with storage.ledger.mutex:
+                    storage.ledger.extend(state.roots_hold, list(new.values()))
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether `key` is one of the search's own entries. May block."""
+        hash_of(key)
+        state = self._state
+        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter()):
+            return key in state.own
+
+    def __len__(self) -> int:
+        """Number of the search's own entries. Never blocks."""
+        return len(self._state.own)
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        keys: Sequence[Hashable],
+        batch: Batch,
+        *,
+        rows: Sequence[int] | None = None,
+        overflow: Overflow | None = None,
+        sides: Sequence[object] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Store what the model appended to a batch as entries of this search, sharing the slots of their parents.
+
+        Args:
+            keys: one for each committed row; a key that comes twice gets the last of its rows.
+            batch: an open batch of this search's `gather`. It closes when every row has been committed.
+            rows: which rows, in the order of `keys`; all that are left if not given.
+            overflow: what happens to rows that outgrow the window; the search's own policy if left out, and an error
+                where that has none.
+            sides: side data, one item for each row.
+
+        Raises:
+            CapacityError: the search needs more than it reserved, and the pool has no more; names what would do.
+            WindowOverflowError: a row grew too long. SearchEndedError: the search has ended.
+            ClosedError: the batch is closed. InvalidArgumentError: see `KVPool.commit`.
+            WaitTimeoutError: the search's shard was not free in time.
+        """
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        state.check_open()
+        if getattr(batch, "scope", state.scope) is not state.scope:
+            raise InvalidArgumentError("batch was gathered by another search or pool, and cannot be committed here")
+        commit_batch(state.pool, batch, keys, rows, overflow or self._overflow, sides, None, deadline)
+
+    def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
+        """Remove some of the search's own entries; their room can be used again at once. May block.
+
+        Raises:
+            KeyNotFoundError: a key is not one of the search's entries; nothing is released then.
+        """
+        going = set(check_keys(list(keys)))
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        with state.pool.storage.locks.read(state.scope.shards, deadline):
+            state.check_open()
+            missing = [key for key in going if key not in state.own]
+        if missing:
+            raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
+        sweep_if(state.scope, lambda entry: entry.key in going, deadline)
+
+    def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
+        """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
+
+        Returns the number of own entries released. May block.
+        """
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        staying = set(keys)
+        ledger = state.pool.storage.ledger
+        state.check_open()
+        released = sweep_if(state.scope, lambda entry: entry.key not in staying, deadline)
+        with state.pool.storage.locks.write(state.scope.shards, deadline):
+            going = [root for root in state.roots if root[1] not in staying]
+            entries = [state.roots.pop(root) for root in going]
+            with ledger.mutex:
+                dead = ledger.drop_from(state.roots_hold, entries)
+                waiters = ledger.take_waiters()
+        wake(waiters)
+        del dead, entries
+        return released
+
+    def promote(
+        self,
+        key: Hashable,
+        env_id: Hashable,
+        *,
+        as_key: Hashable = None,
+        side: object = None,
+        priority: float = 0.0,
+        timeout: float | None = None,
+    ) -> bool:
+        """Store one of the search's entries in an environment's init pool too, sharing its slots. May block.
+
+        Args:
+            key: one of the search's own entries, or a root it adopted.
+            env_id: the environment whose init pool gets it.
+            as_key: its key there; the same if left out.
+            side: its side data there; the entry's own if left out.
+
+        Returns True, or False with nothing stored if the init pool was cleared meanwhile.
+
+        Raises:
+            KeyNotFoundError: the search has no such entry.
+            InvalidArgumentError: an environment that is not of this search.
+        """
+        state = self._state
+        storage = state.pool.storage
+        deadline = storage.enter(timeout)
+        hash_of(key)
+        (env_id,) = self._check_envs([env_id])
+        target = state.init_pools[env_id].default_scope
+        generation = target.generation
+        hold = Hold("commit", [])
+        with storage.locks.read(state.scope.shards, deadline):
+            state.check_open()
+            entry = state.own.get(key) or state.roots.get((env_id, key))
+            if entry is None:
+                raise KeyNotFoundError(f"the search has no entry for {key!r} to promote")
+            with storage.ledger.mutex:
+                storage.ledger.extend(hold, [entry])
+        try:
+            new_key = key if as_key is None else as_key
+            hash_of(new_key, "as_key")
+            plan = plan_share(storage, entry, new_key, entry.side if side is None else side, priority)
+            return write(target.pool, target, generation, plan, deadline)
+        finally:
+            del entry
+            storage.ledger.release(hold)
+
+    # Life ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or ended from outside."""
+        return self._state.scope.ended is not None
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """Release every entry, root, open batch and reservation. May block; nothing happens the second time."""
+        state = self._state
+        if state.finished:
+            return
+        storage = state.pool.storage
+        state.end("the search was closed", storage.enter_quietly(timeout))
+
+    def _check_envs(self, env_ids: Sequence[Hashable]) -> list[Hashable]:
+        checked = list(env_ids)
+        unknown = [env_id for env_id in checked if env_id not in self.env_ids]
+        if unknown:
+            raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
+        return checked
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+        state = getattr(self, "_state", None)
+        if state is not None and not state.finished:
+            ledger = state.pool.storage.ledger
+            ledger.abandoned.append(partial(_end_abandoned, state))
+
+    def __repr__(self) -> str:
+        return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"
+
+
+def _end_abandoned(state: SearchState) -> None:
+    state.end("the search was dropped without being closed", Deadline(state.pool.storage.wait_timeout))
+
+
+def check_order(order: object) -> LookupOrder:
+    """`order` if it names a lookup order."""
+    if order == "own_first":
+        return "own_first"
+    if order == "init_first":
+        return "init_first"
+    raise InvalidArgumentError(f"order must be 'own_first' or 'init_first', got {order!r}")
+
+
+def open_search(
+    pool: KVPool,
+    init_pools: Mapping[Hashable, KVPool],
+    env_ids: Iterable[Hashable],
+    *,
+    number: int,
+    entries_per_env: int,
+    entries: int | None,
+    tokens: int | None,
+    order: LookupOrder,
+    overflow: Overflow | None,
+    deadline: Deadline,
+) -> Search:
+    """Reserve room in `pool` and open a search over `env_ids`; see `KVCacheManager.search`."""
+    ids = tuple(env_ids)
+    if not ids:
+        raise InvalidArgumentError("env_ids must name at least one environment, got none")
+    unknown = [env_id for env_id in ids if env_id not in init_pools]
+    if unknown:
+        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {unknown[0]!r}")
+    if len(set(ids)) != len(ids):
+        raise InvalidArgumentError(f"env_ids must be different, got {ids}")
+    check_order(order)
+    entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
+    tokens = positive_int("tokens", tokens) if tokens is not None else entries * pool.layout.max_tokens
+    budget = reserve_budget(pool, entries, tokens, deadline)
+    # All of a search's keys under one shard: a gather or commit of any number of rows takes one lock.
+    shard = number % pool.storage.locks.count
+    scope = Scope(pool, f"search {number}", (shard,), budget=budget)
+    state = SearchState(pool, init_pools, number, scope)
+    with pool.storage.ledger.mutex:
+        pool.check_open()
+        pool.storage.ledger.holds.add(state.roots_hold)
+        pool.searches.add(state)
+    return Search(state, ids, order, overflow)

@@ -1,0 +1,202 @@
+"""The allocator of token slots: free runs in the order of their release, use counts, reservations.
+
+Slot 0 is never handed out: it is all zeros and serves the padding. Every method is called with the ledger's mutex held.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .streams import NO_TICKS, Ticks, merge
+
+__all__ = ["Reservation", "SlotAllocator", "Slots"]
+
+Slots = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Slots set aside for one owner (a search): nobody else can take them, and what it frees comes back to it."""
+
+    number: int
+    size: int  # slots set aside in all
+    left: int  # of these, not yet taken
+
+
+class SlotAllocator:
+    """Which slots are free, how many entries name each of the others, and who they are reserved for.
+
+    Args:
+        num_slots: usable slots, numbered 1 to `num_slots`.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.free_count = num_slots
+        self.reserved_count = 0  # of the free ones
+        self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
+        self._runs: deque[tuple[Slots, Ticks]] = deque([(np.arange(1, num_slots + 1, dtype=np.int64), NO_TICKS)])
+        self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
+        self._reservations: dict[int, Reservation] = {}
+        self._last_reservation = 0
+        # Ticks of entries that died while others still named their slots: they go with whatever is freed next.
+        self._residual: Ticks = NO_TICKS
+
+    @property
+    def available(self) -> int:
+        """Free slots that are not reserved."""
+        return self.free_count - self.reserved_count
+
+    @property
+    def in_use(self) -> int:
+        """Slots that are not free."""
+        return self.num_slots - self.free_count
+
+    def allocate(self, count: int, reservation: Reservation | None = None) -> tuple[Slots, Ticks] | None:
+        """`count` slots and the ticks their next writer has to wait for, or None with nothing changed."""
+        own = 0 if reservation is None else min(count, reservation.left)
+        if count - own > self.available:
+            return None
+        taken: list[Slots] = []
+        ticks: Ticks = NO_TICKS
+        missing = count
+        while missing:
+            run, run_ticks = self._runs.popleft()
+            if len(run) > missing:
+                self._runs.appendleft((run[missing:], run_ticks))
+                run = run[:missing]
+            taken.append(run)
+            ticks = merge(ticks, run_ticks)
+            missing -= len(run)
+        slots = taken[0] if len(taken) == 1 else np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
+        self.free_count -= count
+        self._owner[slots] = 0
+        if reservation is not None:
+            reservation.left -= own
+            self.reserved_count -= own
+            # Only these come back to the reservation when freed; the rest was lent by everyone.
+            self._owner[slots[:own]] = reservation.number
+        return slots, ticks
+
+    def hold(self, tables: npt.NDArray[np.integer]) -> None:
+        """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
+        np.add.at(self.counts, tables.ravel(), 1)
+        self.counts[0] = 0
+
+    def drop(self, tables: npt.NDArray[np.integer], ticks: Ticks) -> int:
+        """Count one entry less for every slot in `tables`; slots that nobody names any more become free.
+
+        `ticks` are the uses of the dropped entries. Returns the number of slots freed.
+        """
+        flat = tables.ravel()
+        np.subtract.at(self.counts, flat, 1)
+        self.counts[0] = 1  # never a candidate below
+        freed = flat[self.counts[flat] == 0]
+        self.counts[0] = 0
+        if len(freed) > 1:
+            freed = np.unique(freed)
+        if ticks:
+            self._residual = merge(self._residual, ticks)
+        self._free(freed.astype(np.int64, copy=False), self._residual)
+        return len(freed)
+
+    def give_back(self, slots: Slots, ticks: Ticks) -> None:
+        """Free allocated slots that no entry came to name."""
+        self._free(slots, merge(ticks, self._residual))
+
+    def _free(self, slots: Slots, ticks: Ticks) -> None:
+        if not len(slots):
+            return
+        self._runs.append((slots, ticks))
+        self.free_count += len(slots)
+        if self._reservations:
+            numbers, counts = np.unique(self._owner[slots], return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                reservation = self._reservations.get(number)
+                if reservation is not None:
+                    reservation.left += count
+                    self.reserved_count += count
+
+    def reserve(self, count: int) -> Reservation | None:
+        """Set `count` free slots aside, or None with nothing changed."""
+        if count > self.available:
+            return None
+        self._last_reservation += 1
+        reservation = Reservation(self._last_reservation, count, count)
+        self._reservations[reservation.number] = reservation
+        self.reserved_count += count
+        return reservation
+
+    def extend(self, reservation: Reservation, count: int) -> bool:
+        """Set `count` more slots aside for `reservation`; False with nothing changed where there are not enough."""
+        if count > self.available:
+            return False
+        reservation.size += count
+        reservation.left += count
+        self.reserved_count += count
+        return True
+
+    def cancel(self, reservation: Reservation) -> None:
+        """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed."""
+        if self._reservations.pop(reservation.number, None) is not None:
+            self.reserved_count -= reservation.left
+            reservation.size = reservation.left = 0
+
+    def shared_count(self) -> int:
+        """Slots that two or more entries name."""
+        return int(np.count_nonzero(self.counts > 1))
+
+    def free_slots(self) -> Slots:
+        """Every free slot, in the order of release."""
+        if not self._runs:
+            return np.empty(0, dtype=np.int64)
+        return np.concatenate([run for run, _ in self._runs])
+
+    def rebuild(self, counts: npt.NDArray[np.int32], ticks: Ticks) -> int:
+        """Set the use counts as found by a full recount and free the rest; returns the slots that this gave back."""
+        before = self.free_count
+        free = np.flatnonzero(counts[1:] == 0).astype(np.int64) + 1
+        self.counts = counts
+        self._runs = deque([(free, ticks)] if len(free) else [])
+        self.free_count = len(free)
+        for reservation in self._reservations.values():
+            reservation.left = reservation.size - self._taken(reservation, counts)
+        self.reserved_count = sum(reservation.left for reservation in self._reservations.values())
+        return self.free_count - before
+
+    def _taken(self, reservation: Reservation, counts: npt.NDArray[np.int32]) -> int:
+        return int(np.count_nonzero((self._owner == reservation.number) & (counts > 0)))
+
+    def problems(self, counts: npt.NDArray[np.int32]) -> list[str]:
+        """What contradicts a recount `counts` of the entries alive."""
+        found: list[str] = []
+        free = self.free_slots()
+        if len(free) != self.free_count:
+            found.append(f"free count {self.free_count} but {len(free)} slots in the free runs")
+        if len(np.unique(free)) != len(free):
+            found.append("a slot is free twice")
+        if len(free) and (free.min() < 1 or free.max() > self.num_slots):
+            found.append("a free slot is out of range")
+        if not np.array_equal(counts[1:], self.counts[1:]):
+            wrong = (np.flatnonzero(counts[1:] != self.counts[1:]) + 1).tolist()
+            found.append(f"use counts differ from the entries at slots {wrong[:8]} ({len(wrong)} in all)")
+        used = int(np.count_nonzero(counts[1:]))
+        if used + len(free) != self.num_slots:
+            found.append(f"{len(free)} free + {used} referenced slots != {self.num_slots}")
+        if len(free) and counts[free].any():
+            found.append("a free slot is referenced by an entry")
+        reserved = sum(reservation.left for reservation in self._reservations.values())
+        if reserved != self.reserved_count:
+            found.append(f"reserved count {self.reserved_count} but reservations add up to {reserved}")
+        found += [
+            f"{reservation} does not add up: {self._taken(reservation, counts)} of its slots are in use"
+            for reservation in self._reservations.values()
+            if reservation.left + self._taken(reservation, counts) != reservation.size
+        ]
+        if self.reserved_count > self.free_count:
+            found.append(f"{self.reserved_count} slots reserved but only {self.free_count} free")
+        return found

@@ -1,0 +1,139 @@
+"""Statistics: counters under the mutex, and immutable numeric snapshots under Caffeine's names.
+
+A row asked for is one request: a hit counts in the pool that had it, a miss in the last pool that was asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+__all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary"]
+
+
+@dataclass
+class Counters:
+    """What a pool counts, each exactly, under the ledger's mutex."""
+
+    hit_count: int = 0
+    miss_count: int = 0
+    insert_count: int = 0
+    replace_count: int = 0
+    eviction_count: int = 0
+    removal_count: int = 0
+    clear_count: int = 0
+    stale_write_count: int = 0
+
+
+class NoCounters(Counters):
+    """Counters of a pool without statistics: every count stays 0."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, 0)
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """One moment of a pool. Counts since the pool was made (or `reset_stats()`); everything is a number.
+
+    Attributes:
+        hit_count, miss_count: rows asked for and found, or not.
+        insert_count: entries stored under a new key. replace_count: entries that replaced another.
+        eviction_count: entries evicted to make room. removal_count: entries popped, released or swept by a clear.
+        clear_count: clears. stale_write_count: entries not stored because their epoch or version was over.
+        entries, max_entries: entries stored now (those of open searches included), and the quota.
+        slots_in_use, max_slots: slots of the pool's own entries and of its open searches, and the quota.
+        shared_slots: slots of the storage that two or more entries name.
+        reserved_entries, reserved_slots: set aside by open searches.
+        lock_wait_count, lock_wait_seconds: how often, and how long in all, a lock shard had to be waited for
+            (of the whole storage).
+    """
+
+    hit_count: int = 0
+    miss_count: int = 0
+    insert_count: int = 0
+    replace_count: int = 0
+    eviction_count: int = 0
+    removal_count: int = 0
+    clear_count: int = 0
+    stale_write_count: int = 0
+    entries: int = 0
+    max_entries: int = 0
+    slots_in_use: int = 0
+    max_slots: int = 0
+    shared_slots: int = 0
+    reserved_entries: int = 0
+    reserved_slots: int = 0
+    lock_wait_count: int = 0
+    lock_wait_seconds: float = 0.0
+
+    @property
+    def request_count(self) -> int:
+        """Rows asked for."""
+        return self.hit_count + self.miss_count
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits by requests; 1.0 where nothing was asked for (as Caffeine's `CacheStats.hitRate` has it)."""
+        return self.hit_count / self.request_count if self.request_count else 1.0
+
+    @property
+    def miss_rate(self) -> float:
+        """Misses by requests; 0.0 where nothing was asked for."""
+        return self.miss_count / self.request_count if self.request_count else 0.0
+
+    def __sub__(self, earlier: PoolStats) -> PoolStats:
+        """What happened since `earlier`: counts and seconds are differences, fill and capacity are the later ones."""
+        return PoolStats(
+            **{
+                field.name: getattr(self, field.name) - getattr(earlier, field.name)
+                if field.name.endswith(("_count", "_seconds"))
+                else getattr(self, field.name)
+                for field in fields(self)
+            }
+        )
+
+    def as_dict(self, prefix: str = "") -> dict[str, float]:
+        """Every number and rate, flat."""
+        values = {prefix + field.name: float(getattr(self, field.name)) for field in fields(self)}
+        for name in ("request_count", "hit_rate", "miss_rate"):
+            values[prefix + name] = float(getattr(self, name))
+        return values
+
+
+# Facts about the storage that pools share: adding them up would count them several times.
+_OF_THE_STORAGE = ("shared_slots", "lock_wait_count", "lock_wait_seconds")
+
+
+@dataclass(frozen=True)
+class StatsSummary:
+    """One moment of a manager: its pools by name, and their total."""
+
+    pools: dict[str, PoolStats]
+    stats_enabled: bool = True
+
+    @property
+    def total(self) -> PoolStats:
+        """All pools together; what concerns the shared storage counts once."""
+        pools = list(self.pools.values())
+        return PoolStats(
+            **{
+                field.name: (max if field.name in _OF_THE_STORAGE else sum)(
+                    [getattr(pool, field.name) for pool in pools] or [0]
+                )
+                for field in fields(PoolStats)
+            }
+        )
+
+    def __sub__(self, earlier: StatsSummary) -> StatsSummary:
+        """What happened since `earlier`, pool by pool."""
+        return StatsSummary(
+            {name: pool - earlier.pools.get(name, PoolStats()) for name, pool in self.pools.items()},
+            self.stats_enabled,
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        """Every number of every pool and of the total, flat, under `<pool>/<name>`."""
+        values = self.total.as_dict("total/")
+        for name, pool in self.pools.items():
+            values.update(pool.as_dict(f"{name}/"))
+        return values

@@ -1,0 +1,128 @@
+"""`KVStorage`: what the pools of one manager share: slots, books, locks, stream clock, and the way into operations."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
+from .layout import KVLayout, positive_int
+from .ledger import Ledger, wake
+from .locks import Deadline, ShardedRWLock
+from .streams import StreamBackend, StreamClock, backend_for
+from .tensors import SlotTensor
+
+if TYPE_CHECKING:
+    from .pool import KVPool
+
+__all__ = ["KVStorage", "check_seconds"]
+
+logger = logging.getLogger("concurrent_kv")
+
+
+def check_seconds(name: str, value: object) -> float:
+    """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(f"{name} must be a number of seconds, got {value!r}")
+    if not isfinite(value) or value < 0:
+        raise InvalidArgumentError(f"{name} must be a finite number of seconds of at least 0, got {value!r}")
+    return float(value)
+
+
+class KVStorage:
+    """Token slots with their allocator, locks and stream clock. A manager has one; a `KVPool` made alone has its own.
+
+    Args:
+        layout: shapes, dtype and device of every entry.
+        num_slots: slots of all pools over it together.
+        headroom_slots: more slots on top, so that a write that replaces an entry needs nobody to leave first.
+        shards: lock shards, shared by the pools.
+        wait_timeout: seconds that an operation waits at most, unless its own `timeout` says otherwise.
+        name: what messages call it.
+        lock_factory, event_factory, locks, tensor, backend: replaceable parts, for schedulers and simulated devices.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_slots: int,
+        *,
+        headroom_slots: int,
+        shards: int = 16,
+        wait_timeout: float = 10.0,
+        name: str = "storage",
+        lock_factory: Callable[[], Any] = threading.Lock,
+        event_factory: Callable[[], Any] = threading.Event,
+        locks: ShardedRWLock | None = None,
+        tensor: SlotTensor | None = None,
+        backend: StreamBackend | None = None,
+    ) -> None:
+        total = positive_int("num_slots", num_slots) + positive_int("headroom_slots", headroom_slots, minimum=0)
+        self.layout = layout
+        self.name = name
+        self.headroom_slots = headroom_slots
+        self.wait_timeout = check_seconds("wait_timeout", wait_timeout)
+        self.locks = locks or ShardedRWLock(positive_int("shards", shards), name=name, lock_factory=lock_factory)
+        self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
+        self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
+        self.tensor = tensor or SlotTensor(layout, total)
+        # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
+        self.zeroed = self.clock.stamp(self.clock.current())
+        self.closed = False
+        self.pools: list[KVPool] = []
+        self._pid = os.getpid()
+
+    def enter(self, timeout: float | None = None) -> Deadline:
+        """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
+
+        Raises:
+            ClosedError: the storage is closed.
+            WrongProcessError: this process is not the one that made the storage.
+        """
+        self._check_process()
+        if self.closed:
+            raise ClosedError(f"{self.name} is closed")
+        if self.ledger.abandoned:
+            self._drain_abandoned()
+        return Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+
+    def enter_quietly(self, timeout: float | None = None) -> Deadline:
+        """Begin a check or a close: as `enter`, on a closed storage too."""
+        self._check_process()
+        self._drain_abandoned()
+        return Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+
+    def close(self) -> None:
+        """Free the slots; every operation from now on fails with `ClosedError`."""
+        with self.ledger.mutex:
+            self.closed = True
+            waiters = self.ledger.take_waiters()
+        wake(waiters)
+        self.tensor.free()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise WrongProcessError(
+                f"{self.name} belongs to process {self._pid} and was used in process {os.getpid()}: "
+                "its locks and its memory do not survive a fork; make a new one in the child"
+            )
+
+    def _drain_abandoned(self) -> None:
+        """Release what was dropped without being closed."""
+        abandoned = self.ledger.abandoned
+        while abandoned:
+            try:
+                release = abandoned.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                release()
+            except WaitTimeoutError:
+                # Not this operation's business: whoever comes next tries again.
+                logger.warning("%s: something dropped without being closed could not be released yet", self.name)
+                abandoned.append(release)
+                return

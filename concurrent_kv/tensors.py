@@ -1,0 +1,180 @@
+"""`SlotTensor`: the tensor of token slots, and the two copies that move tokens in and out of it.
+
+Each copy is the same few operator calls whatever the batch and the number of layers: indices say everything.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .errors import ClosedError
+from .layout import KVLayout
+from .overflow import PositionTable
+from .streams import NO_TICKS, Ticks
+
+__all__ = ["SlotTensor", "plain_torch_state"]
+
+MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
+
+Indices = npt.NDArray[np.int64]
+
+
+@contextmanager
+def _normal_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def plain_torch_state() -> Any:
+    """A context without gradients and without inference mode, whatever the caller's thread is in.
+
+    A tensor made under inference mode could not be written to outside of it: whether a pool works must not depend on
+    which thread came first.
+    """
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        return _normal_mode()
+    return _as_it_is()
+
+
+class SlotTensor:
+    """Slots for tokens, `[2 * layers, slots, heads, head_dim]`: all layers' keys, then all layers' values.
+
+    Slot 0 is zeros for good and serves all padding. Allocated once.
+
+    Args:
+        layout: shapes, dtype and device.
+        num_slots: usable slots (1 to `num_slots`).
+    """
+
+    def __init__(self, layout: KVLayout, num_slots: int) -> None:
+        self.layout = layout
+        self.num_slots = num_slots
+        with plain_torch_state():
+            self._data: Tensor | None = torch.zeros(
+                (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim),
+                dtype=layout.dtype,
+                device=layout.device,
+            )
+        self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
+        self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
+        self._buffers_lock = threading.Lock()
+
+    @property
+    def data(self) -> Tensor:
+        """`[2 * layers, slots + 1, heads, head_dim]`."""
+        data = self._data
+        if data is None:
+            raise ClosedError("the storage of this pool was freed by close()")
+        return data
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots, the zero slot included."""
+        return (self.num_slots + 1) * self.layout.bytes_per_token
+
+    def gather(self, table: Indices, out: Tensor) -> Tensor:
+        """Copy the tokens of `table` `[batch, columns]` (slot numbers, 0 for padding) into `out`, in one copy.
+
+        `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Returns the index tensor, which has to
+        live until the copy is done.
+        """
+        layout, data = self.layout, self.data
+        index = self._index((table[:, None, :] * layout.num_heads + self._heads[None, :, None]).ravel())
+        rows = data.view(data.shape[0], -1, layout.head_dim)
+        torch.index_select(rows, 1, index, out=out.view(data.shape[0], -1, layout.head_dim))
+        return index
+
+    def scatter(
+        self,
+        source: Tensor,
+        rows: Indices,
+        columns: Indices,
+        slots: Indices,
+        difference: Tensor | None = None,
+        runs: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """Copy token `columns[i]` of row `rows[i]` of `source` into slot `slots[i]`, for every `i`.
+
+        Args:
+            source: contiguous, `[2 * layers, batch, heads, columns, head_dim]`.
+            rows, columns, slots: one number for each token.
+            difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
+            runs: see `difference`.
+
+        Returns the indices and temporaries, which have to live until the copy is done.
+        """
+        layout, data = self.layout, self.data
+        flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
+        source_index, slot_index = self._index(flat.ravel()), self._index(slots)
+        tokens = torch.index_select(source.view(data.shape[0], -1, layout.head_dim), 1, source_index)
+        tokens = tokens.view(data.shape[0], len(slots), layout.num_heads, layout.head_dim)
+        if difference is not None:
+            corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
+            corrected = corrected.view(data.shape[0], runs, *difference.shape[1:])
+            corrected.add_(difference.unsqueeze(1))
+        data.index_copy_(1, slot_index, tokens)
+        return source_index, slot_index, tokens
+
+    def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
+        """Add the differences of tokens that moved to a gathered buffer.
+
+        Args:
+            out: `[2 * layers, batch, heads, columns, head_dim]`.
+            moved: `[batch, columns]`, how far each token stands before the position it was written at.
+            positions: `[batch, columns]`, where each token stands now.
+        """
+        layout = self.layout
+        rows = (moved * table.window + positions)[:, None, :] * layout.num_heads + self._heads[None, :, None]
+        index = self._index(rows.ravel())
+        difference = torch.index_select(table.rows, 1, index)
+        out.view(out.shape[0], -1, layout.head_dim).add_(difference)
+        return index, difference
+
+    def _index(self, index: Indices) -> Tensor:
+        tensor = torch.from_numpy(index)
+        if self.layout.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.layout.device, non_blocking=True)
+
+    def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
+        """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
+        with self._buffers_lock:
+            free = self._buffers.get((batch, columns))
+            if free:
+                return free.pop()
+        return self.new_buffer(batch, columns), NO_TICKS
+
+    def new_buffer(self, batch: int, columns: int) -> Tensor:
+        """A buffer that is the caller's for good."""
+        layout = self.layout
+        shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
+        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+
+    def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
+        """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
+        with self._buffers_lock:
+            shape = (buffer.shape[1], buffer.shape[3])
+            if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
+                self._buffers.pop(next(iter(self._buffers)))
+            free = self._buffers.setdefault(shape, [])
+            if len(free) < keep:
+                free.append((buffer, ticks))
+
+    def free(self) -> None:
+        """Give the memory back; copies under way keep theirs until they are done."""
+        self._data = None
+        with self._buffers_lock:
+            self._buffers.clear()

@@ -1,0 +1,77 @@
+"""Every code block of the README does what it says: Python runs as it stands, commands name what exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELL = {"sh", "bash", "shell", "console"}
+DATA = {"json", "text", "toml"}
+
+BLOCKS = [token for token in MarkdownIt().parse((ROOT / "README.md").read_text("utf-8")) if token.type == "fence"]
+
+
+def language_of(block: Token) -> str:
+    return (block.info.split() or [""])[0]
+
+
+def blocks_in(*languages: str) -> list[object]:
+    """The blocks in these languages as pytest parameters, named by the line on which they open."""
+    return [
+        pytest.param(block.content, id=f"line {block.map[0] + 1}")
+        for block in BLOCKS
+        if block.map is not None and language_of(block) in languages
+    ]
+
+
+def commands_of(block: str) -> list[str]:
+    """The commands of a shell block, without prompts, comments and what a console shows in answer."""
+    lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+    prompted = [line[2:] for line in lines if line.startswith(("$ ", "% "))]
+    return [command for line in prompted or lines if (command := line.split(" #")[0].strip()).strip("#")]
+
+
+def test_every_block_names_a_language_that_is_checked_here() -> None:
+    assert BLOCKS, "the README has no code block"
+    unknown = [language_of(block) for block in BLOCKS if language_of(block) not in {"python", *SHELL, *DATA}]
+    assert not unknown
+
+
+def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
+    assert blocks_in("python")
+    commands = [command for block in BLOCKS if language_of(block) in SHELL for command in commands_of(block.content)]
+    assert any(re.match(r"make play\b", command) for command in commands)
+    assert any(re.match(r"make test\b", command) for command in commands)
+
+
+@pytest.mark.parametrize("code", blocks_in("python"))
+def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
+    script = tmp_path / "readme_block.py"
+    script.write_text(code, "utf-8")
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("block", blocks_in(*SHELL))
+def test_a_command_of_a_shell_block_names_make_targets_that_exist(block: str) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    for command in commands_of(block):
+        if re.match(r"make\b", command):
+            words = re.sub(r"\w+=(\"[^\"]*\"|'[^']*'|\S*)", "", command).split()[1:]
+            missing = {word for word in words if not word.startswith("-")} - targets
+            assert not missing, f"`{command}` names targets the Makefile does not have"
+
+
+def test_every_json_block_is_valid() -> None:
+    for block in BLOCKS:
+        if language_of(block) == "json":
+            json.loads(block.content)
