@@ -1,0 +1,1 @@
+"""Programs that use `concurrent_kv` on real input."""
