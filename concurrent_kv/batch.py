@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -144,8 +145,10 @@ class Batch:
                 f"head_dim={expected[3]}], got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
         new_end = self._check_room(end, keys.shape[2])
-        self.data[layer, :, :, end:new_end] = keys
-        self.data[self._layers + layer, :, :, end:new_end] = values
+        # Without this, keys that require gradients would make the whole buffer part of their graph.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            self.data[layer, :, :, end:new_end] = keys
+            self.data[self._layers + layer, :, :, end:new_end] = values
         self._ends[layer] = new_end
         return self.layer(layer)
 

@@ -246,8 +246,11 @@ class KVCacheManager:
 
     def bump_version(self) -> None:
         """State that the weights changed: every entry is a miss from now on, every open search ends. May block."""
-        for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
-            pool.bump_version()
+        deadline = self.storage.enter()
+        for pool in (*self._init_pools, self.recur_pool, self.wm_pool):
+            pool.renew(deadline, version=True)
+        # Last: a search opened from here on can no longer adopt a root of the old weights.
+        self.recur_pool.end_searches(f"{self.name}: the weights version was bumped; open a new search", deadline)
 
     def close(self) -> None:
         """End every search, drop every entry and free the storage. Closing twice is fine. May block."""

@@ -404,13 +404,13 @@ class KVPool:
         Writes that began before and publish afterwards store nothing, and say so.
         """
         deadline = self._enter(timeout)
-        self._renew([self._scope(scope)] if scope is not None else self.scopes(), deadline, version=False)
+        self.renew(deadline, None if scope is None else [self._scope(scope)])
 
     def bump_version(self, *, timeout: float | None = None) -> None:
         """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
         deadline = self._enter(timeout)
+        self.renew(deadline, version=True)
         self.end_searches(f"{self.name}: the weights version was bumped; open a new search", deadline)
-        self._renew(self.scopes(), deadline, version=True)
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
@@ -419,8 +419,9 @@ class KVPool:
         for search in searches:
             search.end(reason, deadline)
 
-    def _renew(self, scopes: Iterable[Scope], deadline: Deadline, *, version: bool) -> None:
-        scopes = tuple(scopes)
+    def renew(self, deadline: Deadline, scopes: Iterable[Scope] | None = None, *, version: bool = False) -> None:
+        """Begin a new epoch (or weights version) in `scopes`, all by default, and sweep what is older."""
+        scopes = self.scopes() if scopes is None else tuple(scopes)
         # First the new generation, then the sweep: what is published in between is older than neither.
         with self.storage.ledger.mutex:
             for scope in scopes:
@@ -441,7 +442,7 @@ class KVPool:
         with self.storage.ledger.mutex:
             self.closed = True
         self.end_searches(f"{self.name} was closed", deadline)
-        self._renew(self.scopes(), deadline, version=False)
+        self.renew(deadline)
         if self.owns_storage:
             self.storage.close()
 

@@ -159,7 +159,12 @@ class Search:
                 self._retain_roots(found, roots, hold, deadline)
                 self._retain_here(found, keys, None, hold, deadline)
             state.pool.count_misses(found.count(None))
-            return open_batch(storage, state.scope, generation, hold, found, room, out)
+            batch = open_batch(storage, state.scope, generation, hold, found, room, out)
+            # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
+            with storage.ledger.mutex:
+                state.check_open()
+                state.track(hold)
+            return batch
         except BaseException:
             storage.ledger.release(hold)
             raise
@@ -188,7 +193,6 @@ class Search:
             present = [entry for row in missing if (entry := found[row]) is not None]
             with ledger.mutex:
                 ledger.extend(hold, present)
-                state.track(hold)
                 for entry in present:
                     entry.scope.pool.counters.hit_count += 1
 

@@ -44,6 +44,7 @@ class Ticket:
     slots: int
     taken: Slots
     ticks: Ticks
+    spent: bool = False  # published: an exception after that must not give the slots back
 
 
 def write(pool: KVPool, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
@@ -301,6 +302,8 @@ def _evict(pool: KVPool, victim: Entry, deadline: Deadline) -> None:
             if victim.place is Place.CLAIMED:
                 victim.place = Place.HELD
                 pool.policy.give_back(victim)
+            waiters = ledger.take_waiters()  # somebody may have found no victim because this one was claimed
+        wake(waiters)
         raise
     wake(waiters)
     del dead
@@ -382,6 +385,7 @@ def _publish(
                 scope.budget.entries -= len(old)
             pool.counters.insert_count += len(entries) - len(old)
             pool.counters.replace_count += len(old)
+            ticket.spent = True
             waiters = ledger.take_waiters()
     wake(waiters)
     del dead, old, replaced
@@ -431,6 +435,9 @@ def _cancel(pool: KVPool, scope: Scope, ticket: Ticket, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
     ledger = pool.storage.ledger
     with ledger.mutex:
+        if ticket.spent:
+            return
+        ticket.spent = True
         ledger.slots.give_back(ticket.taken, used)
         if scope.budget is None:
             pool.quota.pending_entries -= ticket.entries
