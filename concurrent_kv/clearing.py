@@ -1,4 +1,4 @@
-"""Sweeps: taking everything out of a scope that is older than its generation."""
+"""Taking entries out of the index: one, or everything in a scope that is older than its generation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ from collections.abc import Callable
 from .entry import Entry, Scope
 from .ledger import wake
 from .locks import Deadline
-from .writing import unpublish
+from .room import unpublish
 
-__all__ = ["sweep", "sweep_if"]
+__all__ = ["remove", "sweep", "sweep_if"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
+
+
+def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+    """Take `entry` out of the index if it is still the entry of its key."""
+    pool = scope.pool
+    ledger = pool.storage.ledger
+    part = scope.part_of(entry.key)
+    with pool.storage.locks.write((scope.shards[part],), deadline):
+        if scope.entries[part].get(entry.key) is not entry:
+            return False
+        del scope.entries[part][entry.key]
+        with ledger.mutex:
+            dead = unpublish(pool, [entry])
+            pool.counters.removal_count += 1
+            waiters = ledger.take_waiters()
+    wake(waiters)
+    del dead
+    return True
 
 
 def sweep(scope: Scope, deadline: Deadline) -> None:

@@ -1,4 +1,4 @@
-"""Batches that are gathered to be committed: opening one, and storing what a model appended to it."""
+"""From checked arguments to writes: rows put whole, batches opened, and what a model appended to them committed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .arguments import check_keys, check_priorities, check_sides, last_of_each
 from .batch import Batch
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
+from .kv import KeysValues, check_fits
 from .layout import positive_int
 from .locks import Deadline
 from .overflow import Overflow
-from .plan import plan_commit
+from .plan import plan_commit, plan_put
 from .reading import gather_entries
 from .streams import NO_TICKS, Ticks
 from .tensors import plain_torch_state
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .pool import KVPool
     from .storage import KVStorage
 
-__all__ = ["commit_batch", "open_batch"]
+__all__ = ["commit_batch", "open_batch", "put_rows"]
 
 
 def open_batch(
@@ -84,6 +85,32 @@ def _check_out(storage: KVStorage, out: Tensor, batch: int) -> Tensor:
     if out.requires_grad:
         raise InvalidArgumentError("out must not require gradients: a gather writes into it")
     return out
+
+
+def put_rows(
+    scope: Scope,
+    keys: Sequence[Hashable],
+    kv: KeysValues,
+    sides: Sequence[object] | None,
+    priorities: Sequence[float] | None,
+    deadline: Deadline,
+) -> bool:
+    """Store every row of `kv` under the key of the same position; see `KVPool.put_many`."""
+    pool = scope.pool
+    keys = check_keys(keys)
+    kv = check_fits(kv, pool.layout, rows=len(keys))
+    sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    generation = scope.generation
+    last = last_of_each(keys)
+    plan = plan_put(
+        pool.storage,
+        [keys[row] for row in last],
+        kv,
+        last,
+        [sides[row] for row in last],
+        [priorities[row] for row in last],
+    )
+    return write(pool, scope, generation, plan, deadline)
 
 
 def commit_batch(

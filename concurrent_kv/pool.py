@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .arguments import check_keys, check_priorities, check_sides, hash_of, last_of_each, slots_of_capacity
+from .arguments import check_keys, hash_of, slots_of_capacity
 from .batch import Batch
-from .clearing import sweep
-from .committing import commit_batch, open_batch
+from .clearing import remove, sweep
+from .committing import commit_batch, open_batch, put_rows
 from .entry import Entry, Generation, Hold, Scope
-from .errors import CapacityError, ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
+from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
 from .eviction import EvictionPolicy, PolicyFactory, make_policy
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
-from .kv import KeysValues, check_fits
+from .kv import KeysValues
 from .layout import KVLayout, positive_int
-from .ledger import wake
 from .locks import Deadline
 from .overflow import Overflow
 from .pin import Pin
-from .plan import plan_put
 from .quota import Quota
 from .reading import copy_out, generations_of, retain
 from .stats import Counters, PoolStats
 from .storage import KVStorage
-from .writing import unpublish, write
 
 if TYPE_CHECKING:
     from .search import SearchState
@@ -148,53 +146,52 @@ class KVPool:
             WaitTimeoutError: the key's shard was not free in time.
             ClosedError, WrongProcessError, InvalidTypeError (`key` is not hashable).
         """
-        found = self._read(key, scope, timeout, quiet=False)
-        if found is None and count_miss:
+        with self._retained(key, scope, self._enter(timeout), quiet=False) as entry:
+            if entry is not None:
+                return KeysValues.from_packed(copy_out(self.storage, entry))
+        if count_miss:
             self.count_misses(1)
-        return found
+        return None
 
     def peek(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> KeysValues | None:
         """As `get`, without touching statistics or the eviction policy."""
-        return self._read(key, scope, timeout, quiet=True)
+        with self._retained(key, scope, self._enter(timeout)) as entry:
+            return None if entry is None else KeysValues.from_packed(copy_out(self.storage, entry))
 
-    def _read(self, key: Hashable, scope: Scope | None, timeout: float | None, *, quiet: bool) -> KeysValues | None:
-        deadline = self._enter(timeout)
-        entry, hold = self._retain_one(key, scope, deadline, quiet=quiet)
-        if entry is None:
-            return None
+    def side(
+        self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
+    ) -> object:
+        """The side data stored with `key` (the object itself); `default` on a miss. Not counted. May block."""
+        with self._retained(key, scope, self._enter(timeout)) as entry:
+            return default if entry is None else entry.side
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether `key` is stored in the default scope just now. Not counted. May block."""
+        with self._retained(key, None, self._enter(None)) as entry:
+            return entry is not None
+
+    def __len__(self) -> int:
+        """Entries stored, without those of searches. Never waits for a shard."""
+        with self.storage.ledger.mutex:
+            return self.quota.entries
+
+    @contextmanager
+    def _retained(
+        self, key: Hashable, scope: Scope | None, deadline: Deadline, *, quiet: bool = True
+    ) -> Iterator[Entry | None]:
+        """The entry of `key`, kept alive for the length of a `with`; None on a miss."""
+        hold = Hold("read", [])
         try:
-            return KeysValues.from_packed(copy_out(self.storage, entry))
+            yield self._retain(key, scope, deadline, hold, quiet=quiet)
         finally:
-            del entry
             self.storage.ledger.release(hold)
 
-    def _retain_one(
-        self, key: Hashable, scope: Scope | None, deadline: Deadline, *, quiet: bool, hold: Hold | None = None
-    ) -> tuple[Entry | None, Hold]:
+    def _retain(
+        self, key: Hashable, scope: Scope | None, deadline: Deadline, hold: Hold, *, quiet: bool
+    ) -> Entry | None:
         hash_of(key)
         found_in = self._scope(scope)
-        hold = hold or Hold("read", [])
-        (entry,) = retain(self.storage, [(found_in, key)], generations_of([found_in]), deadline, hold=hold, quiet=quiet)
-        if entry is None:
-            self.storage.ledger.release(hold)
-        return entry, hold
-
-    def count_misses(self, number: int) -> None:
-        """Count rows that nobody had."""
-        if number:
-            with self.storage.ledger.mutex:
-                self.counters.miss_count += number
-
-    def side(self, key: Hashable, default: object = None, *, scope: Scope | None = None) -> object:
-        """The side data stored with `key` (the object itself); `default` on a miss. Not counted. May block."""
-        deadline = self._enter(None)
-        entry, hold = self._retain_one(key, scope, deadline, quiet=True)
-        if entry is None:
-            return default
-        side = entry.side
-        del entry
-        self.storage.ledger.release(hold)
-        return side
+        return retain(self.storage, [(found_in, key)], generations_of([found_in]), deadline, hold=hold, quiet=quiet)[0]
 
     def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """A handle that keeps the entry of `key` from being evicted until it is closed (leaving its `with`). May block.
@@ -204,26 +201,18 @@ class KVPool:
         Raises:
             KeyNotFoundError: there is no such key.
         """
-        deadline = self._enter(timeout)
-        entry, hold = self._retain_one(key, scope, deadline, quiet=True, hold=Hold("pin", [], pinning=True))
+        hold = Hold("pin", [], pinning=True)
+        entry = self._retain(key, scope, self._enter(timeout), hold, quiet=True)
         if entry is None:
+            self.storage.ledger.release(hold)
             raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
         return Pin(self.storage, entry, hold)
 
-    def __contains__(self, key: Hashable) -> bool:
-        """Whether `key` is stored in the default scope just now. Not counted. May block."""
-        deadline = self._enter(None)
-        entry, hold = self._retain_one(key, None, deadline, quiet=True)
-        if entry is None:
-            return False
-        del entry
-        self.storage.ledger.release(hold)
-        return True
-
-    def __len__(self) -> int:
-        """Entries stored, without those of searches."""
-        with self.storage.ledger.mutex:
-            return self.quota.entries
+    def count_misses(self, number: int) -> None:
+        """Count rows that nobody had."""
+        if number:
+            with self.storage.ledger.mutex:
+                self.counters.miss_count += number
 
     def gather(
         self,
@@ -285,7 +274,9 @@ class KVPool:
             InvalidArgumentError, InvalidTypeError: an argument that cannot work; the pool is unchanged.
             WaitTimeoutError: no room (everything is pinned or reserved), or a shard not free, in time.
         """
-        return self._put([key], kv, 1, [side], [priority], scope, timeout)
+        deadline = self._enter(timeout)
+        hash_of(key)
+        return put_rows(self._scope(scope), [key], kv, [side], [priority], deadline)
 
     def put_many(
         self,
@@ -304,35 +295,8 @@ class KVPool:
         Raises:
             CapacityError: more rows or tokens than the pool holds at all.
         """
-        keys = check_keys(keys)
-        return self._put(keys, kv, len(keys), sides, priorities, scope, timeout)
-
-    def _put(
-        self,
-        keys: Sequence[Hashable],
-        kv: KeysValues,
-        rows: int,
-        sides: Sequence[object] | None,
-        priorities: Sequence[float] | None,
-        scope: Scope | None,
-        timeout: float | None,
-    ) -> bool:
         deadline = self._enter(timeout)
-        store_in = self._scope(scope)
-        check_keys(keys)
-        kv = check_fits(kv, self.layout, rows=rows)
-        sides, priorities = check_sides(sides, rows), check_priorities(priorities, rows)
-        generation = store_in.generation
-        last = last_of_each(keys)
-        plan = plan_put(
-            self.storage,
-            [keys[row] for row in last],
-            kv,
-            last,
-            [sides[row] for row in last],
-            [priorities[row] for row in last],
-        )
-        return write(self, store_in, generation, plan, deadline)
+        return put_rows(self._scope(scope), keys, kv, sides, priorities, deadline)
 
     def commit(
         self,
@@ -366,35 +330,14 @@ class KVPool:
     def pop(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> KeysValues | None:
         """Remove the entry of `key` and return it; None on a miss. May block."""
         deadline = self._enter(timeout)
-        found_in = self._scope(scope)
         while True:
-            entry, hold = self._retain_one(key, scope, deadline, quiet=True)
-            if entry is None:
-                return None
-            try:
+            with self._retained(key, scope, deadline) as entry:
+                if entry is None:
+                    return None
                 # Copied before it is removed: if the copy fails, the pool is as it was.
                 kv = KeysValues.from_packed(copy_out(self.storage, entry))
-                if self._remove(found_in, key, entry, deadline):
+                if remove(entry.scope, entry, deadline):
                     return kv
-            finally:
-                del entry
-                self.storage.ledger.release(hold)
-
-    def _remove(self, scope: Scope, key: Hashable, entry: Entry, deadline: Deadline) -> bool:
-        """Take `entry` out of the index if it is still the entry of `key`."""
-        part = scope.part_of(key)
-        ledger = self.storage.ledger
-        with self.storage.locks.write((scope.shards[part],), deadline):
-            if scope.entries[part].get(key) is not entry:
-                return False
-            del scope.entries[part][key]
-            with ledger.mutex:
-                dead = unpublish(self, [entry])
-                self.counters.removal_count += 1
-                waiters = ledger.take_waiters()
-        wake(waiters)
-        del dead
-        return True
 
     # Clears, versions, end -----------------------------------------------------------------------------------------
 
@@ -500,17 +443,6 @@ class KVPool:
         """Raise `ClosedError` if the pool or its storage is closed."""
         if self.closed or self.storage.closed:
             raise ClosedError(f"{self.name} is closed")
-
-    def check_capacity(self, entries: int, slots: int) -> None:
-        """Raise `CapacityError` if so much can never be stored at once."""
-        quota = self.quota
-        if entries > quota.max_entries or slots > quota.max_slots:
-            raise CapacityError(
-                f"{self.name} holds at most {quota.max_entries} entries and {quota.max_slots} slots, and {entries} "
-                f"entries with {slots} slots were to be stored at once",
-                required_entries=entries,
-                required_slots=slots,
-            )
 
     def _enter(self, timeout: float | None) -> Deadline:
         deadline = self.storage.enter(timeout)

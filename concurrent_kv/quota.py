@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .errors import CapacityError
 from .slots import Reservation
 
 __all__ = ["Budget", "Quota"]
@@ -43,6 +44,16 @@ class Quota:
     def can_ever_fit(self, entries: int, slots: int) -> bool:
         """Whether so much more fits once everything that is not reserved is evicted."""
         return entries <= self.max_entries - self.reserved_entries and slots <= self.max_slots - self.reserved_slots
+
+    def check_size(self, name: str, entries: int, slots: int) -> None:
+        """Raise `CapacityError` if so much can never be stored at once in the pool called `name`."""
+        if entries > self.max_entries or slots > self.max_slots:
+            raise CapacityError(
+                f"{name} holds at most {self.max_entries} entries and {self.max_slots} slots, and {entries} entries "
+                f"with {slots} slots were to be stored at once",
+                required_entries=entries,
+                required_slots=slots,
+            )
 
     def add(self, tables: npt.NDArray[np.int64]) -> None:
         """Count the entries with these slot tables `[entries, window]`."""

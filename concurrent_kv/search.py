@@ -22,7 +22,8 @@ from .overflow import Overflow
 from .plan import plan_share
 from .pool import KVPool
 from .reading import generations_of, retain
-from .writing import reserve_budget, write
+from .room import reserve_budget
+from .writing import write
 
 __all__ = ["LookupOrder", "Search"]
 
