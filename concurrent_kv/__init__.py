@@ -10,11 +10,13 @@ from .errors import (
     InvalidTypeError,
     KeyNotFoundError,
     KVCacheError,
+    RecursiveComputationError,
     SearchEndedError,
     WaitTimeoutError,
     WindowOverflowError,
     WrongProcessError,
 )
+from .flights import Claim
 from .integrity import IntegrityReport, RepairReport
 from .keys import hash_state
 from .kv import KeysValues
@@ -30,6 +32,7 @@ from .storage import KVStorage
 __all__ = [
     "Batch",
     "CapacityError",
+    "Claim",
     "ClosedError",
     "DropAndCorrect",
     "DropLazily",
@@ -49,6 +52,7 @@ __all__ = [
     "PoolStats",
     "PositionTable",
     "RaiseOnOverflow",
+    "RecursiveComputationError",
     "RepairReport",
     "Scope",
     "Search",

@@ -22,7 +22,7 @@ from .tensors import plain_torch_state
 from .writing import write
 
 if TYPE_CHECKING:
-    from .pool import KVPool
+    from .pool_core import PoolCore
     from .storage import KVStorage
 
 __all__ = ["commit_batch", "open_batch", "put_rows"]
@@ -114,7 +114,7 @@ def put_rows(
 
 
 def commit_batch(
-    pool: KVPool,
+    pool: PoolCore,
     batch: Batch,
     keys: Sequence[Hashable],
     rows: Sequence[int] | None,

@@ -22,7 +22,7 @@ from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
-    from .pool import KVPool
+    from .pool_core import PoolCore
     from .quota import Budget
 
 __all__ = ["Entry", "Generation", "Hold", "Place", "Scope"]
@@ -124,12 +124,14 @@ class Scope:
         shards: the lock shards that guard its keys, in ascending order; a key's shard is `shards[hash % len]`.
         budget: what a search reserved: its entries are paid from it, and are never victims.
 
-    `ended` says why nothing can be stored in it any more (a closed or ended search); set under its shards' write locks.
+    `ended` says why nothing can be stored in it any more (its search is over); set under its shards' write locks.
     """
 
     __slots__ = ("budget", "ended", "entries", "generation", "name", "number", "pool", "shards")
 
-    def __init__(self, pool: KVPool, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None) -> None:
+    def __init__(
+        self, pool: PoolCore, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None
+    ) -> None:
         self.pool = pool
         self.name = name
         self.number = next(_scope_numbers)

@@ -14,6 +14,7 @@ __all__ = [
     "InvalidTypeError",
     "KVCacheError",
     "KeyNotFoundError",
+    "RecursiveComputationError",
     "SearchEndedError",
     "WaitTimeoutError",
     "WindowOverflowError",
@@ -39,6 +40,10 @@ class KeyNotFoundError(KVCacheError, KeyError):
     def __str__(self) -> str:
         # KeyError shows the repr of its argument, which would put a whole message between quotes.
         return str(self.args[0]) if self.args else ""
+
+
+class RecursiveComputationError(KVCacheError, RuntimeError):
+    """The computation of a key asked for that same key, and would have waited for its own end."""
 
 
 class CapacityError(KVCacheError, RuntimeError):

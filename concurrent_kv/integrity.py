@@ -13,7 +13,7 @@ from .errors import IntegrityError
 from .ledger import wake
 
 if TYPE_CHECKING:
-    from .pool import KVPool
+    from .pool_core import PoolCore
     from .storage import KVStorage
 
 __all__ = ["IntegrityReport", "RepairReport", "check_integrity", "repair"]
@@ -37,7 +37,7 @@ class RepairReport(NamedTuple):
 
 
 class _Recount(NamedTuple):
-    published: dict[KVPool, list[Entry]]
+    published: dict[PoolCore, list[Entry]]
     held: Counter[Entry]
     pinned: Counter[Entry]
 
@@ -50,7 +50,7 @@ class _Recount(NamedTuple):
 
 
 def _recount(storage: KVStorage) -> _Recount:
-    published: dict[KVPool, list[Entry]] = {}
+    published: dict[PoolCore, list[Entry]] = {}
     for pool in storage.pools:
         scopes = [*pool.registered_scopes(), *(search.scope for search in pool.searches)]
         published[pool] = [entry for scope in scopes for part in scope.entries for entry in part.values()]
@@ -112,7 +112,7 @@ def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -
     return found
 
 
-def _pool_problems(pool: KVPool, published: list[Entry]) -> list[str]:
+def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
     quota, ledger = pool.quota, pool.storage.ledger
     own = [entry for entry in published if entry.scope.budget is None]
     found = []
@@ -175,7 +175,7 @@ def repair(storage: KVStorage) -> RepairReport:
     return RepairReport(slots, entries, pending)
 
 
-def _repair_pool(pool: KVPool, published: list[Entry]) -> int:
+def _repair_pool(pool: PoolCore, published: list[Entry]) -> int:
     quota = pool.quota
     quota.pending_entries = quota.pending_slots = 0
     wrong = 0
@@ -197,7 +197,7 @@ def _repair_pool(pool: KVPool, published: list[Entry]) -> int:
     return wrong
 
 
-def _replace_in_policy(pool: KVPool, entry: Entry) -> None:
+def _replace_in_policy(pool: PoolCore, entry: Entry) -> None:
     """Put a published entry where it belongs: with its search, or with the policy, which sorts the rest out."""
     pool.storage.ledger.forget_parked(entry)
     if entry.scope.budget is not None:

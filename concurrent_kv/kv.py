@@ -130,6 +130,11 @@ class KeysValues:
             return self
         return KeysValues(self.keys.to(target), self.values.to(target), self.lengths, self.end)
 
+    def copy(self) -> KeysValues:
+        """A copy that shares no memory with this one, packed, without the columns after `end`."""
+        packed = torch.cat([self.keys[..., : self.end, :], self.values[..., : self.end, :]]).detach()
+        return KeysValues.from_packed(packed, self.lengths)
+
     def __repr__(self) -> str:
         layers, batch, heads, tokens, head_dim = self.keys.shape
         return (

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .arguments import check_keys, hash_of, slots_of_capacity
+from .arguments import check_keys, hash_of
 from .batch import Batch
-from .clearing import remove, sweep
+from .clearing import remove
 from .committing import commit_batch, open_batch, put_rows
-from .entry import Entry, Generation, Hold, Scope
-from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
-from .eviction import EvictionPolicy, PolicyFactory, make_policy
-from .integrity import IntegrityReport, RepairReport, check_integrity, repair
+from .entry import Entry, Hold, Scope
+from .errors import KeyNotFoundError
+from .flights import Claim
 from .kv import KeysValues
-from .layout import KVLayout, positive_int
+from .loading import claim, get_or_compute
 from .locks import Deadline
 from .overflow import Overflow
 from .pin import Pin
-from .quota import Quota
+from .pool_core import PoolCore
 from .reading import copy_out, generations_of, retain
-from .stats import Counters, PoolStats
-from .storage import KVStorage
-
-if TYPE_CHECKING:
-    from .search import SearchState
 
 __all__ = ["KVPool"]
 
 
-class KVPool:
+class KVPool(PoolCore):
     """A thread-safe pool of K/V entries.
 
     Any number of threads may call anything at any time. Every wait is bounded by `timeout` seconds (`wait_timeout` of
@@ -58,75 +51,6 @@ class KVPool:
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
     """
-
-    def __init__(
-        self,
-        layout: KVLayout,
-        max_entries: int,
-        *,
-        max_slots: int | None = None,
-        max_bytes: int | None = None,
-        policy: str | EvictionPolicy[Entry] | PolicyFactory[EvictionPolicy[Entry]] | None = "fifo",
-        shards: int = 16,
-        wait_timeout: float = 10.0,
-        writers: int = 4,
-        name: str = "pool",
-        storage: KVStorage | None = None,
-        scope_shards: tuple[int, ...] | None = None,
-    ) -> None:
-        if not isinstance(layout, KVLayout):
-            raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
-        max_entries = positive_int("max_entries", max_entries)
-        max_slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
-        self.policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
-        self.layout = layout
-        self.name = name
-        self.owns_storage = storage is None
-        self.storage = storage or KVStorage(
-            layout,
-            max_slots,
-            headroom_slots=positive_int("writers", writers) * layout.max_tokens,
-            shards=shards,
-            wait_timeout=wait_timeout,
-            name=name,
-        )
-        self.quota = Quota(max_entries, max_slots, self.storage.ledger.slots.num_slots)
-        self.counters = Counters()
-        self.closed = False
-        self.searches: set[SearchState] = set()  # open ones; guarded by the mutex
-        self.default_scope = Scope(self, name, scope_shards or tuple(range(self.storage.locks.count)))
-        self._scopes: dict[Hashable, Scope] = {name: self.default_scope}  # guarded by the mutex
-        self.storage.pools.append(self)
-
-    # Scopes --------------------------------------------------------------------------------------------------------
-
-    def scope(self, name: Hashable) -> Scope:
-        """The scope of that name, made if it is new: keys of its own, cleared by themselves. Never blocks."""
-        self.storage.enter()
-        hash_of(name, "name")
-        with self.storage.ledger.mutex:
-            scope = self._scopes.get(name)
-            if scope is None:
-                scope = self._scopes[name] = Scope(self, name, self.default_scope.shards)
-            return scope
-
-    def scopes(self) -> tuple[Scope, ...]:
-        """Every scope, without those of searches."""
-        with self.storage.ledger.mutex:
-            return tuple(self._scopes.values())
-
-    def registered_scopes(self) -> tuple[Scope, ...]:
-        """As `scopes`, with the mutex held already."""
-        return tuple(self._scopes.values())
-
-    def _scope(self, scope: Scope | None) -> Scope:
-        if scope is None:
-            return self.default_scope
-        if not isinstance(scope, Scope):
-            raise InvalidTypeError(f"scope must be a Scope of this pool, got {type(scope).__name__}")
-        if scope.pool is not self:
-            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.pool.name}")
-        return scope
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -339,55 +263,54 @@ class KVPool:
                 if remove(entry.scope, entry, deadline):
                     return kv
 
-    # Clears, versions, end -----------------------------------------------------------------------------------------
+    # One computation for each missing key ----------------------------------------------------------------------------
 
-    def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
-        """Remove every entry of `scope`, or of all scopes; open searches are not touched. May block.
+    def get_or_compute(
+        self,
+        key: Hashable,
+        compute: Callable[[], KeysValues],
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+    ) -> KeysValues:
+        """The entry of `key`, computed and stored if it is missing: once, however many callers miss it together.
 
-        Writes that began before and publish afterwards store nothing, and say so.
+        Everyone gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, everyone
+        who waits hears the same error, and nothing is remembered of it; if it is cut off (`KeyboardInterrupt`, a
+        cancelled task), the first to wake computes instead. May block; runs `compute` with no lock held.
+
+        Args:
+            compute: gives one row; called in the calling thread. It may use the pool, but not ask for `key` itself.
+            side, priority, scope: as in `put`.
+            timeout: seconds to wait for somebody else's computation.
+
+        Raises:
+            WaitTimeoutError: somebody else's computation was not over in time.
+            RecursiveComputationError: called from inside the computation of this very key.
+            ClosedError: the pool was closed meanwhile.
+            Exception: whatever `compute`, or storing its result, raised.
         """
         deadline = self._enter(timeout)
-        self.renew(deadline, None if scope is None else [self._scope(scope)])
+        hash_of(key)
+        return get_or_compute(self, self._scope(scope), key, compute, deadline, side, priority)
 
-    def bump_version(self, *, timeout: float | None = None) -> None:
-        """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
-        deadline = self._enter(timeout)
-        self.renew(deadline, version=True)
-        self.end_searches(f"{self.name}: the weights version was bumped; open a new search", deadline)
+    def try_claim(
+        self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None
+    ) -> Claim:
+        """Who computes a missing key, for callers that must not wait: the claim's `mine` says whether the caller does.
 
-    def end_searches(self, reason: str, deadline: Deadline) -> None:
-        """End every open search; its user gets `SearchEndedError` with `reason`."""
-        with self.storage.ledger.mutex:
-            searches = list(self.searches)
-        for search in searches:
-            search.end(reason, deadline)
+        A claim that is `mine` is a duty: `fulfil`, `fail` or `abandon` it (leaving its `with`, or dropping it,
+        abandons it). Does not look whether the key is stored.
 
-    def renew(self, deadline: Deadline, scopes: Iterable[Scope] | None = None, *, version: bool = False) -> None:
-        """Begin a new epoch (or weights version) in `scopes`, all by default, and sweep what is older."""
-        scopes = self.scopes() if scopes is None else tuple(scopes)
-        # First the new generation, then the sweep: what is published in between is older than neither.
-        with self.storage.ledger.mutex:
-            for scope in scopes:
-                epoch, weights = scope.generation
-                scope.generation = Generation(epoch, weights + 1) if version else Generation(epoch + 1, weights)
-            self.counters.clear_count += 1
-        for scope in scopes:
-            sweep(scope, deadline)
-
-    def close(self, *, timeout: float | None = None) -> None:
-        """End every search, drop every entry and, for a pool made alone, free the storage. Closing twice is fine.
-
-        Operations under way fail with `ClosedError` or finish as if they had come first.
+        Raises:
+            RecursiveComputationError, ClosedError: as `get_or_compute`.
         """
-        if self.closed or self.storage.closed:
-            return
-        deadline = self._enter(timeout)
-        with self.storage.ledger.mutex:
-            self.closed = True
-        self.end_searches(f"{self.name} was closed", deadline)
-        self.renew(deadline)
-        if self.owns_storage:
-            self.storage.close()
+        self._enter(None)
+        hash_of(key)
+        found_in = self._scope(scope)
+        return claim(self, found_in, key, found_in.generation, side, priority)[0]
 
     def __enter__(self) -> KVPool:
         return self
@@ -396,62 +319,3 @@ class KVPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # State ---------------------------------------------------------------------------------------------------------
-
-    def stats(self) -> PoolStats:
-        """One consistent moment of the counters and the fill. Never waits for a shard."""
-        waits, seconds = self.storage.locks.contention()
-        ledger, quota = self.storage.ledger, self.quota
-        with ledger.mutex:
-            searches = [search.budget for search in self.searches]
-            return PoolStats(
-                **vars(self.counters),
-                entries=quota.entries + sum(budget.entries for budget in searches),
-                max_entries=quota.max_entries,
-                slots_in_use=quota.slots + sum(b.reservation.size - b.reservation.left for b in searches),
-                max_slots=quota.max_slots,
-                shared_slots=ledger.slots.shared_count(),
-                reserved_entries=quota.reserved_entries,
-                reserved_slots=quota.reserved_slots,
-                lock_wait_count=waits,
-                lock_wait_seconds=seconds,
-            )
-
-    def reset_stats(self) -> None:
-        """Start every counter from zero."""
-        with self.storage.ledger.mutex:
-            self.counters = type(self.counters)()
-        self.storage.locks.reset_contention()
-
-    def check_integrity(self) -> IntegrityReport:
-        """Recount everything; call it when no operation is under way.
-
-        Raises:
-            IntegrityError: the books of the storage contradict what its pools and handles hold.
-        """
-        return check_integrity(self.storage)
-
-    def repair(self) -> RepairReport:
-        """Rebuild the books from the index and the open handles; call it when no operation is under way.
-
-        Returns what operations that were cut off by an asynchronous exception had taken and not given back.
-        """
-        return repair(self.storage)
-
-    def check_open(self) -> None:
-        """Raise `ClosedError` if the pool or its storage is closed."""
-        if self.closed or self.storage.closed:
-            raise ClosedError(f"{self.name} is closed")
-
-    def _enter(self, timeout: float | None) -> Deadline:
-        deadline = self.storage.enter(timeout)
-        self.check_open()
-        return deadline
-
-    def __repr__(self) -> str:
-        quota = self.quota
-        return (
-            f"<KVPool {self.name!r}: {quota.entries} of {quota.max_entries} entries, "
-            f"{quota.slots} of {quota.max_slots} slots{', closed' if self.closed else ''}>"
-        )

@@ -17,7 +17,7 @@ from .slots import Slots
 from .streams import Ticks
 
 if TYPE_CHECKING:
-    from .pool import KVPool
+    from .pool_core import PoolCore
 
 __all__ = ["Ticket", "cancel", "make_room", "reserve", "reserve_budget", "unpublish"]
 
@@ -36,7 +36,7 @@ class Ticket:
 
 
 def reserve(
-    pool: KVPool, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> Ticket:
     """All the slots a plan needs, and its place in the quota, or nothing."""
     count, slots = len(plan.keys), plan.num_slots
@@ -55,7 +55,7 @@ def reserve(
 
 
 def _take(
-    pool: KVPool,
+    pool: PoolCore,
     budget: Budget | None,
     new_entries: int,
     new_slots: int,
@@ -96,7 +96,7 @@ def _take(
         _evict_or_wait(pool, victim, waiter, deadline, count, slots)
 
 
-def _extend(pool: KVPool, budget: Budget, entries: int, slots: int) -> None:
+def _extend(pool: PoolCore, budget: Budget, entries: int, slots: int) -> None:
     """Grow a search's budget beyond what it reserved, if the pool has room just now. Mutex held."""
     quota = pool.quota
     if (entries or slots) and quota.fits(entries, slots):
@@ -107,7 +107,7 @@ def _extend(pool: KVPool, budget: Budget, entries: int, slots: int) -> None:
         quota.reserved_slots += slots
 
 
-def _budget_error(pool: KVPool, budget: Budget, entries: int, slots: int) -> CapacityError:
+def _budget_error(pool: PoolCore, budget: Budget, entries: int, slots: int) -> CapacityError:
     need_entries, need_slots = budget.max_entries + entries, budget.reservation.size + slots
     return CapacityError(
         f"the search reserved {budget.max_entries} entries and {budget.reservation.size} slots in {pool.name} and "
@@ -118,7 +118,7 @@ def _budget_error(pool: KVPool, budget: Budget, entries: int, slots: int) -> Cap
     )
 
 
-def make_room(pool: KVPool, entries: int, slots: int, deadline: Deadline) -> None:
+def make_room(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> None:
     """Count `entries` and `slots` more as pending in the pool's quota, evicting or waiting until they fit."""
     ledger, quota = pool.storage.ledger, pool.quota
     while True:
@@ -132,7 +132,7 @@ def make_room(pool: KVPool, entries: int, slots: int, deadline: Deadline) -> Non
         _evict_or_wait(pool, victim, waiter, deadline, entries, slots)
 
 
-def reserve_budget(pool: KVPool, entries: int, slots: int, deadline: Deadline) -> Budget:
+def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> Budget:
     """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do."""
     ledger, quota = pool.storage.ledger, pool.quota
     while True:
@@ -164,7 +164,7 @@ def reserve_budget(pool: KVPool, entries: int, slots: int, deadline: Deadline) -
     )
 
 
-def _victim_or_waiter(pool: KVPool, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:
+def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """A claimed victim, or an event that is set at the next release, or neither: look again. Mutex held."""
     ledger = pool.storage.ledger
     if not may_evict:
@@ -185,7 +185,7 @@ def _victim_or_waiter(pool: KVPool, may_evict: bool, *, want_slots: bool) -> tup
 
 
 def _evict_or_wait(
-    pool: KVPool, victim: Entry | None, waiter: Any, deadline: Deadline, entries: int, slots: int
+    pool: PoolCore, victim: Entry | None, waiter: Any, deadline: Deadline, entries: int, slots: int
 ) -> None:
     if victim is not None:
         _evict(pool, victim, deadline)
@@ -199,7 +199,7 @@ def _evict_or_wait(
         )
 
 
-def _evict(pool: KVPool, victim: Entry, deadline: Deadline) -> None:
+def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     """Take a claimed victim out of the index, if it is still there and still nobody's."""
     ledger, scope = pool.storage.ledger, victim.scope
     part = scope.part_of(victim.key)
@@ -228,7 +228,7 @@ def _evict(pool: KVPool, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
-def unpublish(pool: KVPool, entries: Sequence[Entry], *, counted_out: bool = False) -> list[Entry]:
+def unpublish(pool: PoolCore, entries: Sequence[Entry], *, counted_out: bool = False) -> list[Entry]:
     """Books of entries that left the index: policy, the index's reference, and the quota unless that was done before.
 
     Returns the dead. Mutex held.
@@ -251,7 +251,7 @@ def unpublish(pool: KVPool, entries: Sequence[Entry], *, counted_out: bool = Fal
     return ledger.let_go(entries)
 
 
-def cancel(pool: KVPool, scope: Scope, ticket: Ticket, used: Ticks) -> None:
+def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
     ledger = pool.storage.ledger
     with ledger.mutex:

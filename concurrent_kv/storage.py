@@ -17,7 +17,7 @@ from .streams import StreamBackend, StreamClock, backend_for
 from .tensors import SlotTensor
 
 if TYPE_CHECKING:
-    from .pool import KVPool
+    from .pool_core import PoolCore
 
 __all__ = ["KVStorage", "check_seconds"]
 
@@ -73,7 +73,7 @@ class KVStorage:
         # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
         self.zeroed = self.clock.stamp(self.clock.current())
         self.closed = False
-        self.pools: list[KVPool] = []
+        self.pools: list[PoolCore] = []
         self._pid = os.getpid()
 
     def enter(self, timeout: float | None = None) -> Deadline:

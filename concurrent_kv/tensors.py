@@ -170,7 +170,7 @@ class SlotTensor:
             if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
                 self._buffers.pop(next(iter(self._buffers)))
             free = self._buffers.setdefault(shape, [])
-            if len(free) < keep:
+            if len(free) < keep and self._data is not None:
                 free.append((buffer, ticks))
 
     def free(self) -> None:

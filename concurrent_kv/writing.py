@@ -19,7 +19,7 @@ from .tensors import plain_torch_state
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .pool import KVPool
+    from .pool_core import PoolCore
 
 __all__ = ["write"]
 
@@ -32,7 +32,7 @@ class Outcome(Enum):
     NO_ROOM = "no room"  # what it would have replaced, or shared slots with, has left the pool meanwhile
 
 
-def write(pool: KVPool, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
+def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
     """Store what `plan` says, all of it or nothing.
 
     Returns False, with nothing stored, if `scope` was cleared or its version bumped since `generation`.
@@ -80,7 +80,7 @@ def write(pool: KVPool, scope: Scope, generation: Generation, plan: WritePlan, d
     return outcome is Outcome.PUBLISHED
 
 
-def _new_entries(pool: KVPool, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
+def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
     entries = []
     for i, key in enumerate(plan.keys):
         entry = Entry(
@@ -102,7 +102,7 @@ def _new_entries(pool: KVPool, scope: Scope, generation: Generation, plan: Write
 
 
 def _publish(
-    pool: KVPool,
+    pool: PoolCore,
     scope: Scope,
     generation: Generation,
     entries: Sequence[Entry],
@@ -131,7 +131,10 @@ def _publish(
         if any(missing):
             return Outcome.NO_ROOM, missing
         try:
-            for part, entry in zip(parts, entries, strict=True):
+            for part, entry, previous in zip(parts, entries, replaced, strict=True):
+                if previous is not None:
+                    # A dict keeps the key it has: without this the old key object would be finalised under the shard.
+                    del part[previous.key]
                 part[entry.key] = entry
         except BaseException:
             _restore(parts, entries, replaced)
@@ -154,11 +157,11 @@ def _publish(
             ticket.spent = True
             waiters = ledger.take_waiters()
     wake(waiters)
-    del dead, old, replaced
+    del dead, old, replaced, previous
     return Outcome.PUBLISHED, (0, 0)
 
 
-def _count_in(pool: KVPool, scope: Scope, plan: WritePlan, old: Sequence[Entry], ticket: Ticket) -> tuple[int, int]:
+def _count_in(pool: PoolCore, scope: Scope, plan: WritePlan, old: Sequence[Entry], ticket: Ticket) -> tuple[int, int]:
     """Exchange old entries for new ones in the quota; or change nothing and say by how much that would exceed it."""
     if scope.budget is not None:
         return 0, 0
@@ -175,7 +178,7 @@ def _count_in(pool: KVPool, scope: Scope, plan: WritePlan, old: Sequence[Entry],
     return missing
 
 
-def _count_out(pool: KVPool, scope: Scope, plan: WritePlan, old: Sequence[Entry], ticket: Ticket) -> None:
+def _count_out(pool: PoolCore, scope: Scope, plan: WritePlan, old: Sequence[Entry], ticket: Ticket) -> None:
     """Undo `_count_in`."""
     if scope.budget is None:
         ledger, quota = pool.storage.ledger, pool.quota
@@ -190,8 +193,6 @@ def _count_out(pool: KVPool, scope: Scope, plan: WritePlan, old: Sequence[Entry]
 def _restore(parts: Sequence[dict[Any, Entry]], entries: Sequence[Entry], replaced: Sequence[Entry | None]) -> None:
     """Undo the index changes of a publication that failed in a key's own `__eq__` or `__hash__`."""
     for part, entry, old in zip(parts, entries, replaced, strict=True):
-        if part.get(entry.key) is entry:
-            if old is None:
-                del part[entry.key]
-            else:
-                part[entry.key] = old
+        part.pop(entry.key, None)
+        if old is not None:
+            part[old.key] = old

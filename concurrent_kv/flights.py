@@ -1,0 +1,280 @@
+"""Flights: one computation for each missing key, however many callers miss it together.
+
+    join -> mine ----- compute, put -----> DONE       everyone gets a copy of the result, which the flight carries
+              |------- compute raises ---> FAILED     everyone hears the same error; nothing is remembered of it
+              |------- cancelled, dropped -> ABANDONED  everyone wakes; the first to run joins again, and computes
+              '------- the pool closes --> CLOSED     everyone hears `ClosedError`
+
+A flight belongs to a key in one epoch and weights version: after a clear, callers start another, and the older one's
+result reaches those who waited for it and is not kept. The table's lock is never held while anything is called, and
+nothing else is locked inside it; a key's `__hash__` and `__eq__` run under it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from enum import Enum
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from .entry import Generation, Scope
+from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
+from .kv import KeysValues
+from .locks import Deadline
+from .streams import NO_TICKS, StreamClock, Ticks
+from .tensors import plain_torch_state
+
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "wait_in_thread"]
+
+FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
+Waker = Callable[[], None]
+
+# What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
+_computing: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+
+
+class FlightState(Enum):
+    """Where a computation stands."""
+
+    COMPUTING = "computing"
+    DONE = "done"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+    CLOSED = "closed"
+
+
+class Flight:
+    """One computation under way. Settled once, by whoever comes first."""
+
+    __slots__ = ("error", "key", "ready", "result", "state", "wakers")
+
+    def __init__(self, key: FlightKey) -> None:
+        self.key = key
+        self.state = FlightState.COMPUTING
+        self.result: KeysValues | None = None
+        self.ready: Ticks = NO_TICKS  # the copy that made `result`
+        self.error: Exception | None = None
+        self.wakers: list[Waker] = []
+
+    def subscribe(self, waker: Waker) -> bool:
+        """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
+        self.wakers.append(waker)
+        # After the append: whoever settles sets the state first and looks at the wakers then, so that one of the two
+        # sees the other. (A finaliser settles without the table's lock.)
+        return self.state is FlightState.COMPUTING
+
+    def wake(self) -> None:
+        """Call every waker; one may be called twice."""
+        for waker in tuple(self.wakers):
+            waker()
+
+
+class FlightTable:
+    """The flights of one pool."""
+
+    def __init__(self, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
+        self.name = name
+        self._lock = lock_factory()
+        self._flights: dict[FlightKey, Flight] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Computations under way."""
+        return len(self._flights)
+
+    def join(self, scope: Scope, key: Hashable, generation: Generation) -> tuple[Flight, bool]:
+        """The flight of a key, and whether the caller is the one to compute.
+
+        Raises:
+            RecursiveComputationError: the caller is inside the computation of this very key.
+            ClosedError: the pool is closed.
+        """
+        flight_key = (scope.number, key, generation)
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.name} is closed")
+            flight = self._flights.get(flight_key)
+            if flight is None or flight.state is not FlightState.COMPUTING:
+                flight = self._flights[flight_key] = Flight(flight_key)
+                return flight, True
+        if flight in _computing.get():
+            raise RecursiveComputationError(
+                f"{self.name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+            )
+        return flight, False
+
+    def settle(
+        self,
+        flight: Flight,
+        state: FlightState,
+        *,
+        result: KeysValues | None = None,
+        ready: Ticks = NO_TICKS,
+        error: Exception | None = None,
+    ) -> bool:
+        """End a flight and wake everyone; False if it was over before."""
+        with self._lock:
+            if flight.state is not FlightState.COMPUTING:
+                return False
+            flight.result, flight.ready, flight.error = result, ready, error
+            flight.state = state
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
+        flight.wake()
+        return True
+
+    def close(self) -> None:
+        """End every flight with `ClosedError`, and every later join."""
+        with self._lock:
+            self._closed = True
+            flights = list(self._flights.values())
+        for flight in flights:
+            self.settle(flight, FlightState.CLOSED)
+
+
+class Claim:
+    """The right, and the duty, to compute one key: a handle, ended once.
+
+    Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: somebody else takes over.
+
+    Attributes:
+        mine: whether the caller is the one to compute; False where somebody else is at it.
+    """
+
+    def __init__(
+        self, table: FlightTable, flight: Flight, mine: bool, store: Callable[[KeysValues], bool], clock: StreamClock
+    ) -> None:
+        self.mine = mine
+        self._table = table
+        self._flight = flight
+        self._store = store
+        self._clock = clock
+
+    @property
+    def flight(self) -> Flight:
+        """The computation it is a claim to."""
+        return self._flight
+
+    @property
+    def over(self) -> bool:
+        """Whether the computation has ended, in whatever way."""
+        return self._flight.state is not FlightState.COMPUTING
+
+    def fulfil(self, kv: KeysValues) -> bool:
+        """Store the result and hand it to everyone who waits. May block.
+
+        Returns False if the pool did not keep it: its scope was cleared, or its version bumped, meanwhile.
+
+        Raises:
+            ClosedError: the claim is not the caller's, or is over.
+            InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
+        """
+        self._check_mine()
+        stored = self._store(kv)
+        self.pass_on(kv)
+        return stored
+
+    def pass_on(self, kv: KeysValues) -> None:
+        """Hand a result to everyone who waits, without storing it."""
+        self._check_mine()
+        with plain_torch_state():
+            result = kv.copy()
+        ready = self._clock.stamp(self._clock.current(), (kv.keys, kv.values))
+        self._table.settle(self._flight, FlightState.DONE, result=result, ready=ready)
+
+    def fail(self, error: Exception) -> None:
+        """End the computation with an error, which everyone who waits hears. Never blocks."""
+        self._check_mine()
+        self._table.settle(self._flight, FlightState.FAILED, error=error)
+
+    def abandon(self) -> None:
+        """Leave the computation to whoever asks next. Never blocks; fine if it is over, or not the caller's."""
+        if self.mine:
+            self._table.settle(self._flight, FlightState.ABANDONED)
+
+    def computing(self) -> _Computing:
+        """A context in which asking for the claimed key raises instead of waiting for itself."""
+        return _Computing(self._flight)
+
+    def _check_mine(self) -> None:
+        if not self.mine or self.over:
+            raise ClosedError("this claim is over" if self.mine else "this key is being computed by somebody else")
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread, also inside the table's lock: it must take none. The wakers are reentrant
+        # by contract, and whoever joins next replaces an abandoned flight.
+        flight = getattr(self, "_flight", None)
+        if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
+            flight.state = FlightState.ABANDONED
+            flight.wake()
+
+
+class _Computing:
+    """Marks a flight as being computed in this context, for the length of a `with`."""
+
+    __slots__ = ("_flight", "_token")
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+
+    def __enter__(self) -> None:
+        self._token = _computing.set(_computing.get() | {self._flight})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _computing.reset(self._token)
+
+
+def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
+    """Block the calling thread until a flight is over.
+
+    Raises:
+        WaitTimeoutError: it was not over before the deadline.
+    """
+    # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
+    over: SimpleQueue[None] = SimpleQueue()
+    if flight.subscribe(lambda: over.put(None)):
+        try:
+            over.get(timeout=deadline.left())
+        except Empty:
+            raise WaitTimeoutError(
+                f"{name}: the computation of {flight.key[1]!r} by another caller was not over within "
+                f"{deadline.seconds:g} s"
+            ) from None
+
+
+def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
+    """A private copy of an ended flight's result, made in the caller's stream.
+
+    None if the flight was abandoned: the caller has to join again.
+
+    Raises:
+        Exception: the error that the computation raised.
+        ClosedError: the pool was closed meanwhile.
+    """
+    if flight.state is FlightState.DONE:
+        assert flight.result is not None
+        stream = clock.current()
+        clock.order_after(stream, flight.ready)
+        with plain_torch_state():
+            copied = flight.result.copy()
+        clock.stamp(stream, (flight.result.keys,))
+        return copied
+    if flight.state is FlightState.FAILED:
+        assert flight.error is not None
+        raise flight.error
+    if flight.state is FlightState.CLOSED:
+        raise ClosedError(f"{name} was closed while {flight.key[1]!r} was being computed")
+    return None

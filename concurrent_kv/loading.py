@@ -1,0 +1,75 @@
+"""`get_or_compute` and `try_claim` for threads: a lookup, then one computation for all who missed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .entry import Generation, Scope
+from .errors import InvalidTypeError
+from .flights import Claim, FlightState, outcome, wait_in_thread
+from .kv import KeysValues
+from .locks import Deadline
+
+if TYPE_CHECKING:
+    from .pool import KVPool
+
+__all__ = ["claim", "compute_here", "get_or_compute"]
+
+
+def claim(
+    pool: KVPool, scope: Scope, key: Hashable, generation: Generation, side: object, priority: float
+) -> tuple[Claim, bool]:
+    """Join the flight of a key; and whether the caller is the one to compute."""
+    flight, mine = pool.flights.join(scope, key, generation)
+    store = partial(pool.put, key, side=side, priority=priority, scope=scope)
+    return Claim(pool.flights, flight, mine, store, pool.storage.clock), mine
+
+
+def get_or_compute(
+    pool: KVPool,
+    scope: Scope,
+    key: Hashable,
+    compute: Callable[[], KeysValues],
+    deadline: Deadline,
+    side: object,
+    priority: float,
+) -> KeysValues:
+    """See `KVPool.get_or_compute`."""
+    found = pool.get(key, scope=scope)
+    generation = scope.generation
+    while found is None:
+        joined, mine = claim(pool, scope, key, generation, side, priority)
+        if mine:
+            return compute_here(pool, joined, key, scope, compute)
+        wait_in_thread(joined.flight, deadline, pool.name)
+        found = outcome(joined.flight, pool.storage.clock, pool.name)
+    return found
+
+
+def compute_here(
+    pool: KVPool, joined: Claim, key: Hashable, scope: Scope, compute: Callable[[], KeysValues]
+) -> KeysValues:
+    """Compute a claimed key in the calling thread, and end its flight in whatever way that ends."""
+    with joined, joined.computing():
+        try:
+            # Another flight may have ended between the caller's lookup and its claim.
+            kv = pool.peek(key, scope=scope)
+            if kv is None:
+                kv = compute()
+                if inspect.isawaitable(kv):
+                    if inspect.iscoroutine(kv):
+                        kv.close()
+                    raise InvalidTypeError("compute must return a KeysValues, got an awaitable: await the async pool's")
+                joined.fulfil(kv)
+            else:
+                joined.pass_on(kv)
+        except Exception as error:
+            if not joined.over:
+                joined.fail(error)
+            raise
+    result = outcome(joined.flight, pool.storage.clock, pool.name)
+    assert result is not None, joined.flight.state is FlightState.DONE
+    return result
