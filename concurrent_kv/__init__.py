@@ -1,5 +1,6 @@
 """A thread-safe, stream-aware key/value cache for parallel tree search over transformer world models."""
 
+from .aio import AsyncKVCacheManager, AsyncKVPool, AsyncSearch
 from .batch import Batch
 from .entry import Scope
 from .errors import (
@@ -30,6 +31,9 @@ from .stats import PoolStats, StatsSummary
 from .storage import KVStorage
 
 __all__ = [
+    "AsyncKVCacheManager",
+    "AsyncKVPool",
+    "AsyncSearch",
     "Batch",
     "CapacityError",
     "Claim",

@@ -288,7 +288,7 @@ class Batch:
         # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
-            self._storage.ledger.abandoned.append(partial(self._storage.ledger.release, hold))
+            self._storage.ledger.abandoned.append(partial(self._storage.ledger.release_abandoned, hold))
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

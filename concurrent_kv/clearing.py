@@ -20,6 +20,7 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     ledger = pool.storage.ledger
     part = scope.part_of(entry.key)
     with pool.storage.locks.write((scope.shards[part],), deadline):
+        deadline.check(pool.name)
         if scope.entries[part].get(entry.key) is not entry:
             return False
         del scope.entries[part][entry.key]

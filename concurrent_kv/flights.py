@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -65,6 +66,11 @@ class Flight:
         # After the append: whoever settles sets the state first and looks at the wakers then, so that one of the two
         # sees the other. (A finaliser settles without the table's lock.)
         return self.state is FlightState.COMPUTING
+
+    def unsubscribe(self, waker: Waker) -> None:
+        """Forget a waker of somebody who no longer waits."""
+        with suppress(ValueError):
+            self.wakers.remove(waker)
 
     def wake(self) -> None:
         """Call every waker; one may be called twice."""
@@ -145,7 +151,7 @@ class Claim:
     """
 
     def __init__(
-        self, table: FlightTable, flight: Flight, mine: bool, store: Callable[[KeysValues], bool], clock: StreamClock
+        self, table: FlightTable, flight: Flight, mine: bool, store: Callable[..., bool], clock: StreamClock
     ) -> None:
         self.mine = mine
         self._table = table
@@ -163,7 +169,7 @@ class Claim:
         """Whether the computation has ended, in whatever way."""
         return self._flight.state is not FlightState.COMPUTING
 
-    def fulfil(self, kv: KeysValues) -> bool:
+    def fulfil(self, kv: KeysValues, *, timeout: float | None = None) -> bool:
         """Store the result and hand it to everyone who waits. May block.
 
         Returns False if the pool did not keep it: its scope was cleared, or its version bumped, meanwhile.
@@ -173,7 +179,7 @@ class Claim:
             InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
         """
         self._check_mine()
-        stored = self._store(kv)
+        stored = self._store(kv, timeout=timeout)
         self.pass_on(kv)
         return stored
 

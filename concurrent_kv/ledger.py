@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .entry import Entry, Hold, Place
+from .locks import Deadline
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
 
@@ -46,8 +47,8 @@ class Ledger:
         # Position each slot's token was written at, in its row; only lazy corrections look at it.
         self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
         self.holds: set[Hold] = set()
-        # What finalisers left to be done: they only append, and the next operation does it.
-        self.abandoned: deque[Callable[[], None]] = deque()
+        # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
+        self.abandoned: deque[Callable[[Deadline], None]] = deque()
         self._free_rows = list(range(63, -1, -1))
         self._shared: dict[int, list[Entry]] = {}  # entries in Place.SHARED, by tail slot
         self._event_factory = event_factory
@@ -175,6 +176,10 @@ class Ledger:
             waiters = self.take_waiters()
         wake(waiters)
         del dead
+
+    def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
+        """As `release`, in the form that `abandoned` takes; waits for no shard."""
+        self.release(hold)
 
     def stamp_reads(self, entries: Iterable[Entry], ticks: Ticks) -> None:
         """Note a use of each entry's slots. Mutex held."""

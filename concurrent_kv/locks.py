@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -18,21 +19,45 @@ from readerwriterlock import rwlock
 
 from .errors import WaitTimeoutError
 
-__all__ = ["Deadline", "ShardedRWLock"]
+__all__ = ["Cancellation", "Deadline", "ShardedRWLock", "cancellation"]
+
+
+class Cancellation:
+    """Set when the caller of an operation has left: the operation may still fail, but no longer take effect."""
+
+    __slots__ = ("requested",)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+# Of the operation that the current thread runs for a task, if it does.
+cancellation: ContextVar[Cancellation | None] = ContextVar("concurrent_kv_cancellation", default=None)
 
 
 class Deadline:
-    """A point in time that bounds every wait of one operation."""
+    """A point in time that bounds every wait of one operation; past at once when its caller has left."""
 
-    __slots__ = ("_at", "seconds")
+    __slots__ = ("_at", "_cancellation", "seconds")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._at = time.monotonic() + seconds
+        self._cancellation = cancellation.get()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has left."""
+        return self._cancellation is not None and self._cancellation.requested
 
     def left(self) -> float:
         """Seconds left, never below 0."""
-        return max(0.0, self._at - time.monotonic())
+        return 0.0 if self.cancelled else max(0.0, self._at - time.monotonic())
+
+    def check(self, name: str) -> None:
+        """Raise `WaitTimeoutError` if the caller has left; called under the shards, before anything takes effect."""
+        if self.cancelled:
+            raise WaitTimeoutError(f"{name}: the operation was cancelled before it took effect")
 
 
 class _Held:

@@ -166,7 +166,12 @@ class KVCacheManager:
         return self.wm_pool.get(cache_key)
 
     def hierarchical_get(
-        self, env_id: int, cache_key: Hashable, *, order: Sequence[str] = ("init", "recur")
+        self,
+        env_id: int,
+        cache_key: Hashable,
+        *,
+        order: Sequence[str] = ("init", "recur"),
+        timeout: float | None = None,
     ) -> KeysValues | None:
         """A private copy from the first pool of `order` that has the key: "init" (the environment's), "recur", "wm".
 
@@ -177,7 +182,7 @@ class KVCacheManager:
         if unknown or not order or isinstance(order, str):
             raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {order!r}")
         for role in order:
-            found = pools[role].get(cache_key, count_miss=role == order[-1])
+            found = pools[role].get(cache_key, timeout=timeout, count_miss=role == order[-1])
             if found is not None:
                 return found
         return None

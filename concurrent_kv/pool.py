@@ -89,10 +89,14 @@ class KVPool(PoolCore):
         with self._retained(key, scope, self._enter(timeout)) as entry:
             return default if entry is None else entry.side
 
-    def __contains__(self, key: Hashable) -> bool:
-        """Whether `key` is stored in the default scope just now. Not counted. May block."""
-        with self._retained(key, None, self._enter(None)) as entry:
+    def contains(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> bool:
+        """Whether `key` is stored just now. Not counted. May block."""
+        with self._retained(key, scope, self._enter(timeout)) as entry:
             return entry is not None
+
+    def __contains__(self, key: Hashable) -> bool:
+        """As `contains`, in the default scope."""
+        return self.contains(key)
 
     def __len__(self) -> int:
         """Entries stored, without those of searches. Never waits for a shard."""

@@ -389,14 +389,10 @@ class Search:
         state = getattr(self, "_state", None)
         if state is not None and not state.finished:
             ledger = state.pool.storage.ledger
-            ledger.abandoned.append(partial(_end_abandoned, state))
+            ledger.abandoned.append(partial(state.end, "the search was dropped without being closed"))
 
     def __repr__(self) -> str:
         return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"
-
-
-def _end_abandoned(state: SearchState) -> None:
-    state.end("the search was dropped without being closed", Deadline(state.pool.storage.wait_timeout))
 
 
 def check_order(order: object) -> LookupOrder:

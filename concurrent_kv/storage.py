@@ -86,15 +86,17 @@ class KVStorage:
         self._check_process()
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
+        deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         if self.ledger.abandoned:
-            self._drain_abandoned()
-        return Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+            self._drain_abandoned(deadline)
+        return deadline
 
     def enter_quietly(self, timeout: float | None = None) -> Deadline:
         """Begin a check or a close: as `enter`, on a closed storage too."""
         self._check_process()
-        self._drain_abandoned()
-        return Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        self._drain_abandoned(deadline)
+        return deadline
 
     def close(self) -> None:
         """Free the slots; every operation from now on fails with `ClosedError`."""
@@ -111,7 +113,7 @@ class KVStorage:
                 "its locks and its memory do not survive a fork; make a new one in the child"
             )
 
-    def _drain_abandoned(self) -> None:
+    def _drain_abandoned(self, deadline: Deadline) -> None:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
         while abandoned:
@@ -120,9 +122,9 @@ class KVStorage:
             except IndexError:  # another thread was faster
                 return
             try:
-                release()
+                release(deadline)
             except WaitTimeoutError:
                 # Not this operation's business: whoever comes next tries again.
-                logger.warning("%s: something dropped without being closed could not be released yet", self.name)
+                logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
                 return

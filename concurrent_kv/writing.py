@@ -115,6 +115,7 @@ def _publish(
     ledger = pool.storage.ledger
     dead: list[Entry] = []
     with pool.storage.locks.write(sorted_shards(located), deadline):
+        deadline.check(pool.name)
         if scope.ended is not None:
             raise SearchEndedError(scope.ended)
         if pool.closed:

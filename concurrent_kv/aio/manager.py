@@ -1,0 +1,157 @@
+"""`AsyncKVCacheManager`: a manager for tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from ..integrity import IntegrityReport, RepairReport
+from ..kv import KeysValues
+from ..manager import KVCacheManager
+from ..overflow import Overflow
+from ..search import LookupOrder
+from ..stats import StatsSummary
+from .offload import CLOSE_SECONDS, INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
+from .pool import AsyncKVPool
+from .search import AsyncSearch
+
+__all__ = ["AsyncKVCacheManager"]
+
+
+class AsyncKVCacheManager:
+    """A `KVCacheManager` for tasks: made by it, or around one that threads use at the same time.
+
+    Args:
+        manager: the manager to share; made of `config`, `env_num` and `settings` if left out.
+        config, env_num, settings: see `KVCacheManager`.
+        inline_wait_seconds, inline_bytes, max_workers: see `AsyncKVPool`.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager | None = None,
+        *,
+        config: object = None,
+        env_num: int = 1,
+        inline_wait_seconds: float = INLINE_WAIT_SECONDS,
+        inline_bytes: int = INLINE_BYTES,
+        max_workers: int = MAX_WORKERS,
+        **settings: Any,
+    ) -> None:
+        self.sync = manager if manager is not None else KVCacheManager(config, env_num, **settings)
+        self._offload = Offload(
+            self.sync.storage,
+            inline_wait_seconds=inline_wait_seconds,
+            inline_bytes=inline_bytes,
+            max_workers=max_workers,
+        )
+        self.init_pools = tuple(AsyncKVPool(pool, offload=self._offload) for pool in self.sync.init_pools)
+        self.recur_pool = AsyncKVPool(self.sync.recur_pool, offload=self._offload)
+        self.wm_pool = AsyncKVPool(self.sync.wm_pool, offload=self._offload)
+
+    async def set_init_cache(
+        self, env_id: int, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+    ) -> bool:
+        """See `KVCacheManager.set_init_cache`."""
+        return await self.init_pools[env_id].put(cache_key, kv_cache, side=side, priority=priority)
+
+    async def get_init_cache(self, env_id: int, cache_key: Hashable) -> KeysValues | None:
+        """See `KVCacheManager.get_init_cache`."""
+        return await self.init_pools[env_id].get(cache_key)
+
+    async def set_recur_cache(
+        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+    ) -> bool:
+        """See `KVCacheManager.set_recur_cache`."""
+        return await self.recur_pool.put(cache_key, kv_cache, side=side, priority=priority)
+
+    async def get_recur_cache(self, cache_key: Hashable) -> KeysValues | None:
+        """See `KVCacheManager.get_recur_cache`."""
+        return await self.recur_pool.get(cache_key)
+
+    async def set_wm_cache(
+        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+    ) -> bool:
+        """See `KVCacheManager.set_wm_cache`."""
+        return await self.wm_pool.put(cache_key, kv_cache, side=side, priority=priority)
+
+    async def get_wm_cache(self, cache_key: Hashable) -> KeysValues | None:
+        """See `KVCacheManager.get_wm_cache`."""
+        return await self.wm_pool.get(cache_key)
+
+    async def hierarchical_get(
+        self, env_id: int, cache_key: Hashable, *, order: Sequence[str] = ("init", "recur")
+    ) -> KeysValues | None:
+        """See `KVCacheManager.hierarchical_get`."""
+        return await self._offload.run(
+            self.sync.hierarchical_get,
+            env_id,
+            cache_key,
+            copied_bytes=self.sync.layout.bytes_per_entry,
+            order=order,
+        )
+
+    def search(
+        self,
+        env_ids: Iterable[int],
+        *,
+        entries: int | None = None,
+        tokens: int | None = None,
+        order: LookupOrder = "own_first",
+        overflow: Overflow | None = None,
+        timeout: float | None = None,
+    ) -> AsyncSearch:
+        """See `KVCacheManager.search`; it opens when the `async with` is entered."""
+        opening = partial(
+            self.sync.search, tuple(env_ids), entries=entries, tokens=tokens, order=order, overflow=overflow
+        )
+        return AsyncSearch(opening, self._offload, timeout)
+
+    async def clear_all(self) -> None:
+        """See `KVCacheManager.clear_all`."""
+        await self._offload.in_worker(self.sync.clear_all)
+
+    async def clear_init_caches(self) -> None:
+        """See `KVCacheManager.clear_init_caches`."""
+        await self._offload.in_worker(self.sync.clear_init_caches)
+
+    async def clear_recur_cache(self) -> None:
+        """See `KVCacheManager.clear_recur_cache`."""
+        await self._offload.in_worker(self.sync.clear_recur_cache)
+
+    async def bump_version(self) -> None:
+        """See `KVCacheManager.bump_version`."""
+        await self._offload.in_worker(self.sync.bump_version)
+
+    def get_stats_summary(self) -> StatsSummary:
+        """See `KVCacheManager.get_stats_summary`; it never waits."""
+        return self.sync.get_stats_summary()
+
+    def offload_stats(self) -> OffloadStats:
+        """How many operations ran inline, and how many in worker threads."""
+        return self._offload.stats()
+
+    async def check_integrity(self) -> IntegrityReport:
+        """See `KVCacheManager.check_integrity`."""
+        return await self._offload.in_worker(self.sync.check_integrity)
+
+    async def repair(self) -> RepairReport:
+        """See `KVCacheManager.repair`."""
+        return await self._offload.in_worker(self.sync.repair)
+
+    async def close(self) -> None:
+        """See `KVCacheManager.close`; finished, within bounds, also when the task is cancelled."""
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+            await self._offload.in_worker(self.sync.close)
+
+    async def __aenter__(self) -> AsyncKVCacheManager:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,277 @@
+"""`AsyncKVPool`: a pool for tasks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import anyio
+from torch import Tensor
+
+from ..arguments import hash_of
+from ..batch import Batch
+from ..entry import Scope
+from ..flights import Claim, outcome
+from ..kv import KeysValues
+from ..loading import claim
+from ..overflow import Overflow
+from ..pin import Pin
+from ..pool import KVPool
+from ..stats import PoolStats
+from .offload import CLOSE_SECONDS, INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats, wait_in_task
+
+__all__ = ["AsyncKVPool"]
+
+
+class AsyncKVPool:
+    """A `KVPool` for tasks; the same pool may be used by threads at the same time.
+
+    Args:
+        pool: the pool.
+        offload: where its operations run; made of the other three if left out.
+        inline_wait_seconds: how long an operation may wait for a lock on the loop's own thread.
+        inline_bytes: the largest copy made on the loop's own thread.
+        max_workers: worker threads of each event loop.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        offload: Offload | None = None,
+        inline_wait_seconds: float = INLINE_WAIT_SECONDS,
+        inline_bytes: int = INLINE_BYTES,
+        max_workers: int = MAX_WORKERS,
+    ) -> None:
+        self.sync = pool
+        self._offload = offload or Offload(
+            pool.storage,
+            inline_wait_seconds=inline_wait_seconds,
+            inline_bytes=inline_bytes,
+            max_workers=max_workers,
+        )
+        self._entry_bytes = pool.layout.bytes_per_entry
+
+    async def get(
+        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+    ) -> KeysValues | None:
+        """See `KVPool.get`."""
+        return await self._offload.run(self.sync.get, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout)
+
+    async def peek(
+        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+    ) -> KeysValues | None:
+        """See `KVPool.peek`."""
+        return await self._offload.run(
+            self.sync.peek, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout
+        )
+
+    async def side(
+        self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
+    ) -> object:
+        """See `KVPool.side`."""
+        return await self._offload.run(self.sync.side, key, default, scope=scope, timeout=timeout)
+
+    async def contains(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> bool:
+        """Whether `key` is stored; `in` cannot be awaited."""
+        return await self._offload.run(self.sync.contains, key, scope=scope, timeout=timeout)
+
+    async def put(
+        self,
+        key: Hashable,
+        kv: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+    ) -> bool:
+        """See `KVPool.put`. `kv` must not be written to until this returns."""
+        return await self._offload.run(
+            self.sync.put,
+            key,
+            kv,
+            copied_bytes=self._entry_bytes,
+            side=side,
+            priority=priority,
+            scope=scope,
+            timeout=timeout,
+        )
+
+    async def put_many(
+        self,
+        keys: Sequence[Hashable],
+        kv: KeysValues,
+        *,
+        sides: Sequence[object] | None = None,
+        priorities: Sequence[float] | None = None,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+    ) -> bool:
+        """See `KVPool.put_many`. `kv` must not be written to until this returns."""
+        return await self._offload.run(
+            self.sync.put_many,
+            keys,
+            kv,
+            copied_bytes=len(keys) * self._entry_bytes,
+            sides=sides,
+            priorities=priorities,
+            scope=scope,
+            timeout=timeout,
+        )
+
+    async def gather(
+        self,
+        keys: Sequence[Hashable],
+        *,
+        scope: Scope | None = None,
+        room: int | None = None,
+        out: Tensor | None = None,
+        timeout: float | None = None,
+    ) -> Batch:
+        """See `KVPool.gather`."""
+        return await self._offload.run(
+            self.sync.gather,
+            keys,
+            copied_bytes=len(keys) * self._entry_bytes,
+            undo=Batch.close,
+            scope=scope,
+            room=room,
+            out=out,
+            timeout=timeout,
+        )
+
+    async def commit(
+        self,
+        keys: Sequence[Hashable],
+        batch: Batch,
+        *,
+        rows: Sequence[int] | None = None,
+        overflow: Overflow | None = None,
+        sides: Sequence[object] | None = None,
+        priorities: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ) -> bool:
+        """See `KVPool.commit`."""
+        return await self._offload.run(
+            self.sync.commit,
+            keys,
+            batch,
+            copied_bytes=len(keys) * self._entry_bytes,
+            rows=rows,
+            overflow=overflow,
+            sides=sides,
+            priorities=priorities,
+            timeout=timeout,
+        )
+
+    async def pop(
+        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+    ) -> KeysValues | None:
+        """See `KVPool.pop`."""
+        return await self._offload.run(self.sync.pop, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout)
+
+    async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
+        """See `KVPool.pin`; the pin itself is released without waiting."""
+        return await self._offload.run(self.sync.pin, key, undo=Pin.close, scope=scope, timeout=timeout)
+
+    async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
+        """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
+        await self._offload.in_worker(partial(self.sync.clear, scope, timeout=timeout))
+
+    async def bump_version(self, *, timeout: float | None = None) -> None:
+        """See `KVPool.bump_version`; always in a worker thread."""
+        await self._offload.in_worker(partial(self.sync.bump_version, timeout=timeout))
+
+    # One computation for each missing key ----------------------------------------------------------------------------
+
+    async def get_or_compute(
+        self,
+        key: Hashable,
+        compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+    ) -> KeysValues:
+        """See `KVPool.get_or_compute`; threads, asyncio tasks and trio tasks may wait for the same computation.
+
+        Args:
+            compute: an async function, awaited in the calling task; or a function, called in a worker thread.
+        """
+        pool = self.sync
+        hash_of(key)
+        found = await self.get(key, scope=scope, timeout=timeout)
+        wait_seconds = pool.storage.wait_timeout if timeout is None else timeout
+        flown_in = scope or pool.default_scope
+        generation = flown_in.generation
+        while found is None:
+            joined, mine = claim(pool, flown_in, key, generation, side, priority)
+            if mine:
+                return await self._compute(joined, key, scope, compute)
+            await wait_in_task(joined.flight, wait_seconds, pool.name)
+            found = outcome(joined.flight, pool.storage.clock, pool.name)
+        return found
+
+    async def _compute(
+        self,
+        joined: Claim,
+        key: Hashable,
+        scope: Scope | None,
+        compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
+    ) -> KeysValues:
+        with joined, joined.computing():
+            try:
+                # Another flight may have ended between the caller's lookup and its claim.
+                kv = await self.peek(key, scope=scope)
+                if kv is None:
+                    made: Any = (
+                        compute() if inspect.iscoroutinefunction(compute) else await self._offload.in_worker(compute)
+                    )
+                    kv = await made if inspect.isawaitable(made) else made
+                    await self._offload.run(joined.fulfil, kv, copied_bytes=self._entry_bytes)
+                else:
+                    joined.pass_on(kv)
+            except Exception as error:
+                if not joined.over:
+                    joined.fail(error)
+                raise
+        result = outcome(joined.flight, self.sync.storage.clock, self.sync.name)
+        assert result is not None
+        return result
+
+    def try_claim(
+        self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None
+    ) -> Claim:
+        """See `KVPool.try_claim`; it never blocks."""
+        return self.sync.try_claim(key, side=side, priority=priority, scope=scope)
+
+    # State ---------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """See `KVPool.stats`; it never waits."""
+        return self.sync.stats()
+
+    def offload_stats(self) -> OffloadStats:
+        """How many operations ran inline, and how many in worker threads."""
+        return self._offload.stats()
+
+    def __len__(self) -> int:
+        return len(self.sync)
+
+    async def close(self) -> None:
+        """See `KVPool.close`; finished, within bounds, also when the task is cancelled."""
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+            await self._offload.in_worker(self.sync.close)
+
+    async def __aenter__(self) -> AsyncKVPool:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
