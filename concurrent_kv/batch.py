@@ -266,6 +266,7 @@ class Batch:
     def close(self) -> None:
         """Let the entries go and give the buffer back. Never blocks; nothing happens the second time."""
         if not self._hold.released:
+            self._storage.check_process()
             self._storage.ledger.release(self._hold)
             if self._owns_buffer:
                 # Only here, in its user's own thread: a search that closes meanwhile must not hand the buffer on.

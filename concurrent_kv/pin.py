@@ -45,6 +45,7 @@ class Pin:
 
     def close(self) -> None:
         """Let the entry go. Nothing happens the second time."""
+        self._storage.check_process()
         self._storage.ledger.release(self._hold)
 
     def __enter__(self) -> Pin:

@@ -100,6 +100,7 @@ class KVPool(PoolCore):
 
     def __len__(self) -> int:
         """Entries stored, without those of searches. Never waits for a shard."""
+        self.storage.check_process()
         with self.storage.ledger.mutex:
             return self.quota.entries
 

@@ -82,6 +82,7 @@ class PoolCore:
 
     def scopes(self) -> tuple[Scope, ...]:
         """Every scope, without those of searches."""
+        self.storage.check_process()
         with self.storage.ledger.mutex:
             return tuple(self._scopes.values())
 
@@ -154,6 +155,7 @@ class PoolCore:
 
     def stats(self) -> PoolStats:
         """One consistent moment of the counters and the fill. Never waits for a shard."""
+        self.storage.check_process()
         waits, seconds = self.storage.locks.contention()
         ledger, quota = self.storage.ledger, self.quota
         with ledger.mutex:
@@ -173,6 +175,7 @@ class PoolCore:
 
     def reset_stats(self) -> None:
         """Start every counter from zero."""
+        self.storage.check_process()
         with self.storage.ledger.mutex:
             self.counters = type(self.counters)()
         self.storage.locks.reset_contention()

@@ -87,7 +87,7 @@ def gather_entries(
         ticks = merge(ticks, entry.written)
     clock.order_after(stream, ticks)
     temporaries: tuple[Tensor, ...] = ()
-    with plain_torch_state():
+    with plain_torch_state(out):
         try:
             temporaries = (storage.tensor.gather(table, out),)
             for correction in {entry.correction for entry in present if entry.correction is not None}:

@@ -83,7 +83,7 @@ class KVStorage:
             ClosedError: the storage is closed.
             WrongProcessError: this process is not the one that made the storage.
         """
-        self._check_process()
+        self.check_process()
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
@@ -93,7 +93,7 @@ class KVStorage:
 
     def enter_quietly(self, timeout: float | None = None) -> Deadline:
         """Begin a check or a close: as `enter`, on a closed storage too."""
-        self._check_process()
+        self.check_process()
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         self._drain_abandoned(deadline)
         return deadline
@@ -106,7 +106,11 @@ class KVStorage:
         wake(waiters)
         self.tensor.free()
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise `WrongProcessError` in any process but the one that made the storage.
+
+        Before the first lock: another thread may have held it when the process was forked, and nobody will release it.
+        """
         if os.getpid() != self._pid:
             raise WrongProcessError(
                 f"{self.name} belongs to process {self._pid} and was used in process {os.getpid()}: "

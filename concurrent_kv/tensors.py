@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -27,26 +26,23 @@ MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
 Indices = npt.NDArray[np.int64]
 
 
-@contextmanager
-def _normal_mode() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-def plain_torch_state() -> Any:
+def plain_torch_state(written: Tensor | None = None) -> AbstractContextManager[None]:
     """A context without gradients and without inference mode, whatever the caller's thread is in.
 
-    A tensor made under inference mode could not be written to outside of it: whether a pool works must not depend on
-    which thread came first.
+    A tensor made under inference mode cannot be written to outside of it: whether a pool works must not depend on which
+    thread came first. Only where the caller's own tensor, `written`, was made that way is that mode entered.
     """
-    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
-        return _normal_mode()
-    return _as_it_is()
+    inference = written is not None and written.is_inference()
+    if inference != torch.is_inference_mode_enabled():
+        return torch.inference_mode(inference) if inference else _normal_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
+@contextmanager
+def _normal_mode() -> Iterator[None]:
+    # Leaving inference mode turns gradients on again.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class SlotTensor:
