@@ -92,7 +92,8 @@ class KVCacheManager:
         self.storage = KVStorage(
             layout,
             (settings.env_num * init_entries + wm_entries) * window + recur_slots,
-            headroom_slots=positive_int("writers", writers) * window,
+            # Beside the writers' windows, one for each environment: a root that a search keeps after it was replaced.
+            headroom_slots=(positive_int("writers", writers) + settings.env_num) * window,
             shards=shards,
             wait_timeout=wait_timeout,
             name=name,

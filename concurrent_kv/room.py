@@ -32,68 +32,93 @@ class Ticket:
     slots: int
     taken: Slots
     ticks: Ticks
+    lent: Slots | None = None  # of `taken`, beyond what the search had left: what is replaced makes up for them
     spent: bool = False  # published: an exception after that must not give the slots back
 
 
 def reserve(
     pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> Ticket:
-    """All the slots a plan needs, and its place in the quota, or nothing."""
-    count, slots = len(plan.keys), plan.num_slots
-    if scope.budget is not None:
-        return _take(pool, scope.budget, count, slots, count, slots, deadline)
-    pool.quota.check_size(pool.name, count, slots + plan.foreign_slots)
+    """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
+    budget = scope.budget
+    if budget is not None:
+        with pool.storage.ledger.mutex:
+            short = any(budget.missing(len(plan.keys), plan.num_slots))
+        # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
+        freed = _freed_by(pool, scope, plan, located, deadline) if short else (0, 0)
+        return _take_from_budget(pool, budget, plan, freed, deadline)
+    pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.foreign_slots)
+    freed = _freed_by(pool, scope, plan, located, deadline)
+    return _take(pool, plan, freed, deadline)
+
+
+def _freed_by(
+    pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+) -> tuple[int, int]:
+    """Entries and slots that go when a plan's keys are replaced."""
     replaced = []
     with pool.storage.locks.read(sorted_shards(located), deadline):
         for (_, part), key in zip(located, plan.keys, strict=True):
             entry = scope.entries[part].get(key)
             if entry is not None:
                 replaced.append(entry)
-        with pool.storage.ledger.mutex:
-            freed = pool.quota.exclusive(pool.storage.ledger.tables_of(replaced)) if replaced else 0
-    return _take(pool, None, count - len(replaced), max(0, slots + plan.foreign_slots - freed), count, slots, deadline)
+        if not replaced:
+            return 0, 0
+        ledger = pool.storage.ledger
+        with ledger.mutex:
+            tables = ledger.tables_of(replaced)
+            slots = pool.quota.exclusive(tables) if scope.budget is None else ledger.slots.exclusive(tables)
+    return len(replaced), slots
 
 
-def _take(
-    pool: PoolCore,
-    budget: Budget | None,
-    new_entries: int,
-    new_slots: int,
-    count: int,
-    slots: int,
-    deadline: Deadline,
-) -> Ticket:
+def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Ticket:
     """Take slots and quota together, evicting or waiting until both are there."""
     ledger, quota = pool.storage.ledger, pool.quota
+    entries = len(plan.keys) - freed[0]
+    slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
     while True:
         with ledger.mutex:
             pool.check_open()
-            if budget is not None:
-                _extend(pool, budget, *budget.missing(count, slots))
-                short_entries, short_slots = budget.missing(count, slots)
-                fits = not short_entries and not short_slots
-            else:
-                fits = quota.fits(new_entries, new_slots)
-                short_entries = 0 if quota.fits(new_entries, 0) else new_entries
-            if fits:
-                taken = ledger.slots.allocate(slots, None if budget is None else budget.reservation)
+            if quota.fits(entries, slots):
+                taken = ledger.slots.allocate(plan.num_slots)
                 if taken is not None:
-                    if budget is None:
-                        quota.pending_entries += new_entries
-                        quota.pending_slots += new_slots
-                        return Ticket(new_entries, new_slots, *taken)
-                    budget.entries += count
-                    return Ticket(count, slots, *taken)
-            if (
-                budget is not None
-                and (short_entries or short_slots)
-                and not quota.can_ever_fit(short_entries, short_slots)
-            ):
-                raise _budget_error(pool, budget, short_entries, short_slots)
+                    quota.pending_entries += entries
+                    quota.pending_slots += slots
+                    return Ticket(entries, slots, *taken)
             # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room.
-            may_evict = budget is not None or new_entries > 0 or new_slots > 0
-            victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=not short_entries)
+            may_evict = entries > 0 or slots > 0
+            victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
+        _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
+
+
+def _take_from_budget(
+    pool: PoolCore, budget: Budget, plan: WritePlan, freed: tuple[int, int], deadline: Deadline
+) -> Ticket:
+    """Take what a search reserved; beyond that, what the pool has or can evict, or an error that says what would do."""
+    ledger, quota = pool.storage.ledger, pool.quota
+    count, slots = len(plan.keys), plan.num_slots
+    while True:
+        with ledger.mutex:
+            pool.check_open()
+            entries_short, slots_short = _beyond(budget, count, slots, freed)
+            if entries_short or slots_short:
+                _extend(pool, budget, entries_short, slots_short)
+                entries_short, slots_short = _beyond(budget, count, slots, freed)
+            if not entries_short and not slots_short:
+                reserved = min(slots, budget.reservation.left)
+                taken = ledger.slots.allocate(slots, budget.reservation)
+                if taken is not None:
+                    budget.entries += count
+                    return Ticket(count, slots, *taken, lent=taken[0][reserved:])
+            elif not quota.can_ever_fit(entries_short, slots_short):
+                raise _budget_error(pool, budget, entries_short, slots_short)
+            victim, waiter = _victim_or_waiter(pool, True, want_slots=not entries_short)
         _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+
+
+def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> tuple[int, int]:
+    entries_short, slots_short = budget.missing(count, slots)
+    return max(0, entries_short - freed[0]), max(0, slots_short - freed[1])
 
 
 def _extend(pool: PoolCore, budget: Budget, entries: int, slots: int) -> None:

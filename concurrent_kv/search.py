@@ -349,7 +349,13 @@ class Search:
             new_key = key if as_key is None else as_key
             hash_of(new_key, "as_key")
             plan = plan_share(storage, entry, new_key, entry.side if side is None else side, priority)
-            return write(target.pool, target, generation, plan, deadline)
+            stored = write(target.pool, target, generation, plan, deadline)
+            if stored:
+                # The init pool's quota pays for these slots from here on.
+                with storage.ledger.mutex:
+                    table = storage.ledger.tables_of([entry])[0]
+                    storage.ledger.slots.discharge(state.budget.reservation, table[table > 0])
+            return stored
         finally:
             del entry
             storage.ledger.release(hold)

@@ -140,6 +140,26 @@ class SlotAllocator:
         self.reserved_count += count
         return True
 
+    def charge(self, reservation: Reservation, slots: Slots) -> None:
+        """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
+        paid = slots[: reservation.left]
+        self._owner[paid] = reservation.number
+        reservation.left -= len(paid)
+        self.reserved_count -= len(paid)
+
+    def discharge(self, reservation: Reservation, slots: Slots) -> None:
+        """Give a reservation back what it paid for slots that somebody else pays for now, as far as slots are free."""
+        own = slots[self._owner[slots] == reservation.number][: max(0, self.available)]
+        self._owner[own] = 0
+        if reservation.number in self._reservations:
+            reservation.left += len(own)
+            self.reserved_count += len(own)
+
+    def exclusive(self, tables: npt.NDArray[np.integer]) -> int:
+        """Slots that one entry alone names, of all in `tables`."""
+        flat = tables.ravel()
+        return int(np.count_nonzero((self.counts[flat] == 1) & (flat > 0)))
+
     def cancel(self, reservation: Reservation) -> None:
         """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed."""
         if self._reservations.pop(reservation.number, None) is not None:

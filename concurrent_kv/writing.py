@@ -153,6 +153,8 @@ def _publish(
                     entry.place = Place.EXEMPT
             if scope.budget is not None:
                 scope.budget.entries -= len(old)
+                if ticket.lent is not None and len(ticket.lent):
+                    ledger.slots.charge(scope.budget.reservation, ticket.lent)
             pool.counters.insert_count += len(entries) - len(old)
             pool.counters.replace_count += len(old)
             ticket.spent = True

@@ -198,6 +198,20 @@ class WorldModel(nn.Module):
         value, policy_logits = self._observe(latent, past, positions)
         return RootOutput(latent, value, policy_logits)
 
+    def observe(self, action: Tensor, observation: Tensor, past: PastKeysValues, positions: Tensor) -> RootOutput:
+        """Take one action in each path, then look at the real observation it led to.
+
+        Args:
+            action: int64 `[batch]`.
+            observation: CartPole's own `[batch, 4]`, unscaled.
+            past: the paths so far, each ending with an observation token; each row gains two tokens.
+            positions: `[batch]`, of the action tokens; the observations come one later.
+        """
+        self._forward_token(self.action_embedding(action), past, positions)
+        latent = self.encode(observation)
+        value, policy_logits = self._observe(latent, past, positions + 1)
+        return RootOutput(latent, value, policy_logits)
+
     def recurrent(self, action: Tensor, past: PastKeysValues, positions: Tensor) -> StepOutput:
         """Take one action in each path, then look at the latent it leads to.
 

@@ -1,0 +1,128 @@
+"""What a person sees, and the JSON."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from concurrent_kv import KVCacheManager
+from examples.cartpole.job import Comparison, JobReport, Watch
+from examples.cartpole.play import PlaySettings, Tally
+
+REFRESHES_PER_SECOND = 4
+SHOWN_RETURNS = 10  # the newest
+
+
+@dataclass(frozen=True)
+class LiveFigures:
+    """What is going on; drawn anew, in a thread of its own, at every refresh."""
+
+    title: str
+    tally: Tally
+    settings: PlaySettings
+    manager: KVCacheManager | None
+
+    def __rich__(self) -> Table:
+        tally = self.tally
+        table = _two_columns(self.title)
+        # A copy: the event loop's thread adds to it meanwhile.
+        returns = list(tally.returns.copy().values())
+        newest = " ".join(f"{earned:.0f}" for earned in returns[-SHOWN_RETURNS:])
+        table.add_row("returns", newest or "-")
+        table.add_row("episodes", f"{len(returns)} of {self.settings.episodes}")
+        table.add_row("steps", f"{tally.steps:,}")
+        table.add_row("simulations", f"{tally.simulations:,}, {tally.simulations_per_second:,.0f} a second")
+        if self.manager is not None:
+            stats = self.manager.get_stats_summary()
+            recur, total = stats.pools["recur"], stats.total
+            table.add_row("hit rate", f"{total.hit_rate:.4f} of {total.request_count:,} rows")
+            table.add_row("pool of searches", _fill(recur.entries, recur.max_entries, recur.slots_in_use))
+            roots, most = total.entries - recur.entries, total.max_entries - recur.max_entries
+            table.add_row("other pools", _fill(roots, most, total.slots_in_use - recur.slots_in_use))
+        return table
+
+
+def live_figures(console: Console) -> Watch:
+    """Show `LiveFigures` on a console while something is played."""
+
+    def watch(
+        title: str, tally: Tally, settings: PlaySettings, manager: KVCacheManager | None
+    ) -> AbstractContextManager[object]:
+        figures = LiveFigures(title, tally, settings, manager)
+        return Live(figures, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
+
+    return watch
+
+
+def closing_table(report: JobReport) -> Table:
+    """The figures of the whole job."""
+    settings, tally = report.settings.play, report.tally
+    total = report.stats.total
+    returns = tally.returns.values()
+    table = _two_columns("CartPole-v1, searched through the shared cache")
+    table.add_row("mean return", f"{report.mean_return:.1f} (lowest {min(returns):.0f})")
+    table.add_row("episodes", f"{len(returns)}, {tally.steps:,} steps, {tally.seconds:.1f} s")
+    table.add_row("environments, threads", f"{settings.envs}, {settings.threads} ({report.settings.backend})")
+    table.add_row("simulations", f"{tally.simulations:,}, {settings.simulations} a search")
+    verifying = ", verifying" if report.settings.verify else ""
+    table.add_row("simulations a second", f"{tally.simulations_per_second:,.0f} with the cache{verifying}")
+    if report.comparison is not None:
+        _add_comparison(table, report.comparison, tally)
+    table.add_row("hit rate", f"{total.hit_rate:.4f} of {total.request_count:,} rows asked for")
+    table.add_row("evictions during a search", f"{report.evictions_during_search:,}")
+    table.add_row("old roots evicted", f"{report.roots_evicted:,}")
+    table.add_row("storage", f"{report.allocated_bytes / 2**20:.1f} MiB")
+    if report.verification is not None:
+        table.add_row("rows verified", f"{report.verification.rows:,}")
+        table.add_row("largest difference", f"{report.verification.max_difference:.2e}")
+    table.add_row("integrity", report.integrity)
+    return table
+
+
+def _add_comparison(table: Table, comparison: Comparison, cached: Tally) -> None:
+    settings, tally = comparison.settings, comparison.tally
+    speedup = cached.simulations_per_second / tally.simulations_per_second
+    part = f"first {settings.episodes} episodes, up to {settings.max_steps} steps each"
+    table.add_row("", f"{tally.simulations_per_second:,.0f} without a cache ({part})")
+    table.add_row("", f"{speedup:.1f} times as many with the cache")
+    same = f"{comparison.same_actions:,} of {tally.steps:,}"
+    if comparison.first_difference is None:
+        table.add_row("the same actions", f"{same}: all")
+    else:
+        episode, step = comparison.first_difference
+        table.add_row("the same actions", f"{same} until a first difference; episode {episode}, step {step}")
+
+
+def as_json(report: JobReport) -> dict[str, float | int | str | None]:
+    """The figures of the whole job, by name."""
+    comparison, verification = report.comparison, report.verification
+    return {
+        "mean_return": report.mean_return,
+        "episodes": len(report.tally.returns),
+        "simulations_per_second": report.tally.simulations_per_second,
+        "no_cache_simulations_per_second": None if comparison is None else comparison.tally.simulations_per_second,
+        "hit_rate": report.stats.total.hit_rate,
+        "rows_verified": 0 if verification is None else verification.rows,
+        # JSON has no infinity.
+        "max_difference": None if verification is None else min(verification.max_difference, sys.float_info.max),
+        "threads": report.settings.play.threads,
+        "envs": report.settings.play.envs,
+        "evictions_during_search": report.evictions_during_search,
+        "integrity": report.integrity,
+    }
+
+
+def _fill(entries: int, max_entries: int, slots: int) -> str:
+    return f"{entries:,} of {max_entries:,} entries, {slots:,} slots"
+
+
+def _two_columns(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table
