@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from numbers import Real
+from typing import Any
 
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import KVLayout, positive_int
 
-__all__ = ["check_keys", "check_priorities", "check_sides", "hash_of", "last_of_each", "slots_of_capacity"]
+__all__ = [
+    "check_env_ids",
+    "check_keys",
+    "check_priorities",
+    "check_sides",
+    "hash_of",
+    "last_of_each",
+    "sequence_of",
+    "slots_of_capacity",
+]
 
 
 def hash_of(key: Hashable, name: str = "key") -> int:
@@ -19,25 +30,47 @@ def hash_of(key: Hashable, name: str = "key") -> int:
         raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
 
 
-def check_keys(keys: Sequence[Hashable]) -> list[Hashable]:
-    """`keys` as a list of at least one hashable."""
+def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
+    """`keys` as a list of at least `minimum` hashables."""
     if isinstance(keys, (str, bytes)):
         raise InvalidTypeError(f"keys must be a sequence of keys, got the single {type(keys).__name__} {keys!r}")
     try:
         keys = list(keys)
     except TypeError as error:
         raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
-    if not keys:
+    if len(keys) < minimum:
         raise InvalidArgumentError("keys must name at least one key, got none")
     for key in keys:
         hash_of(key, "keys")
     return keys
 
 
+def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
+    """`env_ids` as a tuple of hashables; the items of a tensor or array as plain numbers."""
+    if hasattr(env_ids, "tolist"):
+        env_ids = env_ids.tolist()
+    try:
+        checked = tuple(env_ids)
+    except TypeError as error:
+        raise InvalidTypeError(f"env_ids must be a sequence of environments, got {env_ids!r}") from error
+    for env_id in checked:
+        hash_of(env_id, "env_ids")
+    return checked
+
+
+def sequence_of(name: str, items: object, what: str) -> Sequence[Any]:
+    """`items` as a list, or an error that names the argument."""
+    try:
+        return list(items)  # type: ignore[call-overload, no-any-return]
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} must be a sequence of {what}, got {items!r}") from error
+
+
 def check_sides(sides: Sequence[object] | None, rows: int) -> Sequence[object]:
     """One piece of side data for each row."""
     if sides is None:
         return [None] * rows
+    sides = sequence_of("sides", sides, "one item for each key")
     if len(sides) != rows:
         raise InvalidArgumentError(f"sides must have one item for each of {rows} keys, got {len(sides)}")
     return sides
@@ -47,10 +80,11 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
     """One number for each row; NaN has no place in an order."""
     if priorities is None:
         return [0.0] * rows
+    priorities = sequence_of("priorities", priorities, "numbers")
     if len(priorities) != rows:
         raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(priorities)}")
     for priority in priorities:
-        if isinstance(priority, bool) or not isinstance(priority, (int, float)):
+        if isinstance(priority, bool) or not isinstance(priority, Real):
             raise InvalidTypeError(f"priority must be a number, got {priority!r}")
         if math.isnan(priority):
             raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")

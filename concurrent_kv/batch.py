@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Scope
-from .errors import ClosedError, InvalidArgumentError, WindowOverflowError
+from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WindowOverflowError
 from .kv import KeysValues, check_fits
 from .layout import positive_int
 from .tensors import plain_torch_state
@@ -20,7 +20,9 @@ from .tensors import plain_torch_state
 if TYPE_CHECKING:
     from .storage import KVStorage
 
-__all__ = ["Batch"]
+__all__ = ["BATCH_CLOSED", "Batch"]
+
+BATCH_CLOSED = "this batch is closed: it was committed or closed before, or its search has ended"
 
 
 class Batch:
@@ -36,7 +38,7 @@ class Batch:
     Attributes:
         data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
         hits: which rows were found.
-        side: the side data stored with each row's entry; None for misses.
+        side: the side data stored with each row's entry; None for misses that were not filled.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class Batch:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        end = self._ends[index]
+        end = self._ends[self._layer_number(index)]
         return self.data[index, :, :, :end], self.data[self._layers + index, :, :, :end]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,10 +136,15 @@ class Batch:
             ClosedError: the batch is closed.
         """
         self._check_open()
-        if not 0 <= layer < self._layers:
-            raise InvalidArgumentError(f"layer must be 0 to {self._layers - 1}, got {layer}")
+        end = self._ends[self._layer_number(layer)]
         layout = self._storage.layout
-        end = self._ends[layer]
+        for name, tensor in (("keys", keys), ("values", values)):
+            if not isinstance(tensor, Tensor):
+                raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.dtype != self.data.dtype or tensor.device != self.data.device:
+                raise InvalidArgumentError(
+                    f"{name} must be {self.data.dtype} on {self.data.device}, got {tensor.dtype} on {tensor.device}"
+                )
         expected = (self.batch_size, layout.num_heads, keys.shape[2] if keys.dim() == 4 else -1, layout.head_dim)
         if tuple(keys.shape) != expected or tuple(values.shape) != expected:
             raise InvalidArgumentError(
@@ -151,6 +158,11 @@ class Batch:
             self.data[self._layers + layer, :, :, end:new_end] = values
         self._ends[layer] = new_end
         return self.layer(layer)
+
+    def _layer_number(self, layer: int) -> int:
+        if positive_int("layer", layer, minimum=0) >= self._layers:
+            raise InvalidArgumentError(f"layer must be 0 to {self._layers - 1}, got {layer}")
+        return layer
 
     def advance(self, tokens: int) -> None:
         """State that `tokens` columns after `end` were written in place, in every layer.
@@ -173,7 +185,7 @@ class Batch:
 
     # Misses --------------------------------------------------------------------------------------------------------
 
-    def fill(self, row: int, kv: KeysValues) -> None:
+    def fill(self, row: int, kv: KeysValues, *, side: object = None) -> None:
         """Give a row that missed its tokens; it is then committed whole.
 
         Fill before anything is appended. If `kv` is longer than the longest row so far, every row moves right.
@@ -181,6 +193,7 @@ class Batch:
         Args:
             row: a row of which `hits` is False.
             kv: one row of 1 to `columns` tokens.
+            side: what `side` says of the row from now on.
 
         Raises:
             InvalidArgumentError: the row hit or was filled before, or `kv` does not fit the layout.
@@ -207,6 +220,7 @@ class Batch:
             self.data[self._layers :, row, :, columns] = source.values[:, 0].detach()
         self._gathered[row] = length
         self._filled[row] = True
+        self.side = (*self.side[:row], side, *self.side[row + 1 :])
         self._padding = None
 
     def _move_right(self, columns: int) -> None:
@@ -275,7 +289,7 @@ class Batch:
 
     def _check_open(self) -> None:
         if self._hold.released:
-            raise ClosedError("this batch is closed: it was committed or closed before, or its search has ended")
+            raise ClosedError(BATCH_CLOSED)
 
     def __enter__(self) -> Batch:
         return self

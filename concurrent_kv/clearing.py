@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from .entry import Entry, Scope
 from .ledger import wake
@@ -50,17 +50,31 @@ def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadlin
         dead: list[Entry] = []
         with pool.storage.locks.write((shard,), deadline):
             going = [entry for entry in scope.entries[part].values() if condition(entry)]
-            for entry in going:
-                del scope.entries[part][entry.key]
-            for begin in range(0, len(going), ENTRIES_PER_HOLD):
-                some = going[begin : begin + ENTRIES_PER_HOLD]
+            gone: list[Entry] = []
+            try:
+                _delete(scope.entries[part], going, gone)
+            finally:
+                # Of what is gone, also if a key's own `__eq__` raised on the way.
+                for begin in range(0, len(gone), ENTRIES_PER_HOLD):
+                    some = gone[begin : begin + ENTRIES_PER_HOLD]
+                    with ledger.mutex:
+                        dead += unpublish(pool, some)
+                        pool.counters.removal_count += len(some)
                 with ledger.mutex:
-                    dead += unpublish(pool, some)
-                    pool.counters.removal_count += len(some)
-            with ledger.mutex:
-                waiters = ledger.take_waiters()
+                    waiters = ledger.take_waiters()
         wake(waiters)
-        removed += len(going)
+        removed += len(gone)
         # Keys and side data are finalised here, outside of every lock.
-        del dead, going
+        del dead, going, gone
     return removed
+
+
+def _delete(index: dict[Hashable, Entry], going: list[Entry], gone: list[Entry]) -> None:
+    """Delete entries from an index, adding each to `gone`; without a look at any key where nothing stays."""
+    if len(going) == len(index):
+        index.clear()
+        gone += going
+        return
+    for entry in going:
+        del index[entry.key]
+        gone.append(entry)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .arguments import check_keys, check_priorities, check_sides, last_of_each
-from .batch import Batch
+from .arguments import check_keys, check_priorities, check_sides, last_of_each, sequence_of
+from .batch import BATCH_CLOSED, Batch
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .kv import KeysValues, check_fits
@@ -130,6 +130,8 @@ def commit_batch(
     if scope.pool is not pool:
         raise InvalidArgumentError(f"batch was gathered for {scope.pool.name}, and cannot be committed to {pool.name}")
     keys = check_keys(keys)
+    if batch.closed:
+        raise ClosedError(BATCH_CLOSED)
     committed = _check_rows(batch, rows)
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
@@ -140,7 +142,7 @@ def commit_batch(
     guard = Hold("commit", [])
     with ledger.mutex:
         if batch.closed:
-            raise ClosedError("this batch is closed: it was committed or closed before, or its search has ended")
+            raise ClosedError(BATCH_CLOSED)
         ledger.extend(guard, [entry for row in committed if (entry := batch.entries[row]) is not None])
     try:
         plan = plan_commit(
@@ -163,7 +165,7 @@ def commit_batch(
 def _check_rows(batch: Batch, rows: Sequence[int] | None) -> list[int]:
     if rows is None:
         return batch.pending_rows()
-    checked = [positive_int("rows", row, minimum=0) for row in rows]
+    checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]
     if any(row >= batch.batch_size for row in checked) or len(set(checked)) != len(checked):
         raise InvalidArgumentError(f"rows must be different numbers from 0 to {batch.batch_size - 1}, got {checked}")
     return checked

@@ -51,6 +51,7 @@ class Entry:
 
     Attributes:
         key, scope, generation: what it was stored as.
+        index_key: the equal key object that the index has, which must not be finalised under a lock.
         row: its row in the ledger's slot tables.
         length: tokens.
         tail: slot of its last token.
@@ -67,12 +68,12 @@ class Entry:
         "correction",
         "fingerprint",
         "generation",
+        "index_key",
         "key",
         "length",
         "pins",
         "place",
         "priority",
-        "published",
         "refs",
         "row",
         "scope",
@@ -95,6 +96,7 @@ class Entry:
         correction: PositionTable | None = None,
     ) -> None:
         self.key = key
+        self.index_key = key
         self.scope = scope
         self.generation = generation
         self.length = length
@@ -107,7 +109,6 @@ class Entry:
         self.refs = 0
         self.pins = 0
         self.place = Place.NONE
-        self.published = False
         self.written: Ticks = NO_TICKS
         self.ticks: Ticks = NO_TICKS
 
@@ -140,7 +141,7 @@ class Scope:
         self.ended: str | None = None
         self.generation = Generation(0, 0)
         # One dict for each shard, guarded by that shard's lock.
-        self.entries: tuple[dict[Hashable, Entry], ...] = tuple({} for _ in shards)
+        self.entries: list[dict[Hashable, Entry]] = [{} for _ in shards]
 
     @property
     def epoch(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .entry import Entry, Place
+from .entry import Entry, Place, Scope
 from .errors import IntegrityError
 from .ledger import wake
 
@@ -38,29 +38,33 @@ class RepairReport(NamedTuple):
 
 class _Recount(NamedTuple):
     published: dict[PoolCore, list[Entry]]
+    indexed: Counter[Entry]
     held: Counter[Entry]
     pinned: Counter[Entry]
 
     def alive(self) -> list[Entry]:
-        indexed = {entry for entries in self.published.values() for entry in entries}
-        return list(indexed | set(self.held))
+        return list(self.indexed | self.held)
 
     def references(self, entry: Entry) -> int:
-        return self.held[entry] + (1 if entry.published else 0)
+        return self.held[entry] + self.indexed[entry]
 
 
 def _recount(storage: KVStorage) -> _Recount:
     published: dict[PoolCore, list[Entry]] = {}
     for pool in storage.pools:
-        scopes = [*pool.registered_scopes(), *(search.scope for search in pool.searches)]
-        published[pool] = [entry for scope in scopes for part in scope.entries for entry in part.values()]
+        published[pool] = [entry for scope in _scopes(pool) for part in scope.entries for entry in part.values()]
+    indexed = Counter(entry for entries in published.values() for entry in entries)
     held: Counter[Entry] = Counter()
     pinned: Counter[Entry] = Counter()
     for hold in storage.ledger.holds:
         held.update(hold.entries)
         if hold.pinning:
             pinned.update(hold.entries)
-    return _Recount(published, held, pinned)
+    return _Recount(published, indexed, held, pinned)
+
+
+def _scopes(pool: PoolCore) -> list[Scope]:
+    return [*pool.registered_scopes(), *(search.scope for search in pool.searches)]
 
 
 def _slot_counts(storage: KVStorage, entries: list[Entry]) -> npt.NDArray[np.int32]:
@@ -109,6 +113,8 @@ def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -
     rows = [entry.row for entry in alive]
     if len(set(rows)) != len(rows):
         found.append("two entries have the same row of the slot tables")
+    if not storage.ledger.free_rows().isdisjoint(rows):
+        found.append("an entry's row of the slot tables is free")
     return found
 
 
@@ -127,8 +133,6 @@ def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
         found.append(f"{pool.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
     held = set(pool.policy)
     for entry in published:
-        if not entry.published:
-            found.append(f"{entry.key!r} is in an index and not marked as published")
         if (entry.place is Place.HELD) != (entry in held):
             found.append(f"{entry.key!r} is in place {entry.place.name}, the policy says otherwise")
         if entry.place in (Place.NONE, Place.CLAIMED):
@@ -143,9 +147,20 @@ def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
         entries = [entry for entry in published if entry.scope is search.scope]
         if search.budget.entries != len(entries):
             found.append(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
-    reserved = sum(search.budget.max_entries for search in pool.searches)
-    if quota.reserved_entries != reserved:
-        found.append(f"{pool.name} counts {quota.reserved_entries} reserved entries, its searches {reserved}")
+    budgets = [search.budget for search in pool.searches]
+    reserved = (sum(budget.max_entries for budget in budgets), sum(budget.reservation.size for budget in budgets))
+    if (quota.reserved_entries, quota.reserved_slots) != reserved:
+        found.append(
+            f"{pool.name} counts {quota.reserved_entries} entries and {quota.reserved_slots} slots as reserved, "
+            f"its searches {reserved}"
+        )
+    found += [
+        f"{entry.key!r} is in the index of {scope.name!r} under another key or scope"
+        for scope in _scopes(pool)
+        for part in scope.entries
+        for key, entry in part.items()
+        if entry.scope is not scope or (key is not entry.key and key != entry.key)
+    ]
     return found
 
 
@@ -156,53 +171,64 @@ def repair(storage: KVStorage) -> RepairReport:
     with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
         for hold in [hold for hold in ledger.holds if hold.what in ("read", "commit")]:
             ledger.holds.discard(hold)  # an operation's own: it was cut off before it could let go
+        for pool in storage.pools:
+            for scope in _scopes(pool):
+                _drop_nameless(scope)
         recount = _recount(storage)
         entries = pending = 0
         for pool, published in recount.published.items():
             pending += pool.quota.pending_entries
-            entries += _repair_pool(pool, published)
+            _repair_pool(pool, published)
         alive = recount.alive()
         for entry in alive:
             entries += entry.refs != recount.references(entry)
             entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
+            if not recount.indexed[entry]:
+                entry.place = Place.NONE
+        ledger.slots.keep_reservations([s.budget.reservation for pool in storage.pools for s in pool.searches])
         slots = ledger.slots.rebuild(_slot_counts(storage, alive), storage.clock.everything())
         ledger.rebuild_rows({entry.row for entry in alive})
-        for pool in storage.pools:
-            for entry in recount.published[pool]:
-                _replace_in_policy(pool, entry)
+        ledger.reset_parked()
+        for pool, published in recount.published.items():
+            _settle_places(pool, published)
         waiters = ledger.take_waiters()
     wake(waiters)
     return RepairReport(slots, entries, pending)
 
 
-def _repair_pool(pool: PoolCore, published: list[Entry]) -> int:
+def _drop_nameless(scope: Scope) -> None:
+    """Take out entries that were cut off before they were given slots."""
+    for part in scope.entries:
+        for key in [key for key, entry in part.items() if entry.row < 0]:
+            del part[key]
+
+
+def _repair_pool(pool: PoolCore, published: list[Entry]) -> None:
     quota = pool.quota
     quota.pending_entries = quota.pending_slots = 0
-    wrong = 0
-    own = []
-    for entry in published:
-        wrong += not entry.published
-        entry.published = True
-        if entry.scope.budget is None:
-            own.append(entry)
+    own = [entry for entry in published if entry.scope.budget is None]
     quota.counts = _slot_counts(pool.storage, own)
     quota.entries, quota.slots = len(own), int(np.count_nonzero(quota.counts))
     for search in pool.searches:
         search.budget.entries = sum(entry.scope is search.scope for entry in published)
     quota.reserved_entries = sum(search.budget.max_entries for search in pool.searches)
     quota.reserved_slots = sum(search.budget.reservation.size for search in pool.searches)
-    own_set = set(own)
-    for entry in [entry for entry in pool.policy if entry not in own_set]:
-        pool.policy.remove(entry)
-    return wrong
 
 
-def _replace_in_policy(pool: PoolCore, entry: Entry) -> None:
-    """Put a published entry where it belongs: with its search, or with the policy, which sorts the rest out."""
-    pool.storage.ledger.forget_parked(entry)
-    if entry.scope.budget is not None:
-        entry.place = Place.EXEMPT
-    else:
-        if entry not in pool.policy:
-            pool.policy.add(entry)
-        entry.place = Place.HELD
+def _settle_places(pool: PoolCore, published: list[Entry]) -> None:
+    """Put every entry where it belongs: with its search, with the policy, or aside as pinned or shared."""
+    ledger, policy = pool.storage.ledger, pool.policy
+    known = set(published)
+    for entry in [entry for entry in policy if entry not in known]:
+        policy.remove(entry)
+    for entry in published:
+        if entry.scope.budget is not None:
+            entry.place = Place.EXEMPT
+        elif entry in policy:
+            entry.place = Place.HELD
+        elif entry.place is Place.SHARED and ledger.shares_tail(entry):
+            ledger.park_shared(entry)
+        elif entry.place is not Place.PINNED or not entry.pins:
+            # It was on its way out, or set aside for a reason that is over: it has had its turn, and is next.
+            entry.place = Place.HELD
+            policy.give_back(entry)

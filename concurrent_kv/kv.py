@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError, InvalidTypeError
-from .layout import KVLayout, positive_int
+from .layout import KVLayout, device_of, positive_int
 
 __all__ = ["KeysValues", "check_fits"]
 
@@ -61,6 +61,8 @@ class KeysValues:
         if lengths is None:
             self.lengths = (self.end,) * batch
         else:
+            if not isinstance(lengths, Iterable):
+                raise InvalidTypeError(f"lengths must be a sequence of {batch} numbers, got {lengths!r}")
             self.lengths = tuple(positive_int("lengths", length, minimum=0) for length in lengths)
             if len(self.lengths) != batch:
                 raise InvalidArgumentError(f"lengths must have one number for each of {batch} rows, got {self.lengths}")
@@ -125,7 +127,7 @@ class KeysValues:
 
     def to(self, device: torch.device | str) -> KeysValues:
         """The same on another device (the same object where it is there already)."""
-        target = torch.device(device)
+        target = device_of(device)
         if self.keys.device == target:
             return self
         return KeysValues(self.keys.to(target), self.values.to(target), self.lengths, self.end)

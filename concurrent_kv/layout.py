@@ -9,7 +9,7 @@ import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["KVLayout", "positive_int"]
+__all__ = ["KVLayout", "device_of", "positive_int"]
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,6 +22,14 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     if number < minimum:
         raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def device_of(device: object) -> torch.device:
+    """`device` as a `torch.device`, or an error that says what would do."""
+    try:
+        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(f"device must name a torch device ('cpu', 'cuda:0'), got {device!r}") from error
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,7 @@ class KVLayout:
             raise InvalidTypeError(f"dtype must be a torch.dtype, got {self.dtype!r}")
         if self.dtype not in SUPPORTED_DTYPES:
             raise InvalidArgumentError(f"dtype must be one of {SUPPORTED_DTYPES}, got {self.dtype}")
-        try:
-            device = torch.device(self.device)
-        except (RuntimeError, TypeError) as error:
-            raise InvalidArgumentError(
-                f"device must name a torch device ('cpu', 'cuda:0'), got {self.device!r}"
-            ) from error
+        device = device_of(self.device)
         if device.type not in ("cpu", "cuda"):
             raise InvalidArgumentError(f"device must be a CPU or a CUDA device, got {device}")
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():

@@ -97,6 +97,10 @@ class Ledger:
         """Set the free rows of the tables as found by a full recount. Mutex held."""
         self._free_rows = [row for row in range(len(self.tables) - 1, -1, -1) if row not in used]
 
+    def free_rows(self) -> set[int]:
+        """Rows of the tables that no entry has. Mutex held."""
+        return set(self._free_rows)
+
     # Eviction candidates -----------------------------------------------------------------------------------------
 
     def shares_tail(self, entry: Entry) -> bool:
@@ -128,6 +132,10 @@ class Ledger:
             siblings.remove(entry)
             if not siblings:
                 del self._shared[entry.tail]
+
+    def reset_parked(self) -> None:
+        """Forget who is set aside for sharing; repair gives everyone back to the policies. Mutex held."""
+        self._shared.clear()
 
     def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
         flat = tables.ravel()

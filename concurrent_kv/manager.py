@@ -8,6 +8,7 @@ from itertools import count
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
+from .arguments import hash_of, sequence_of
 from .config import ManagerConfig
 from .errors import InvalidArgumentError
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
@@ -132,6 +133,7 @@ class KVCacheManager:
         return self._init_pools
 
     def _init_pool(self, env_id: int) -> KVPool:
+        hash_of(env_id, "env_id")
         if isinstance(env_id, bool) or env_id not in self._init_pool_by_env:
             raise InvalidArgumentError(f"env_id must be 0 to {self.env_num - 1}, got {env_id!r}")
         return self._init_pool_by_env[env_id]
@@ -179,8 +181,8 @@ class KVCacheManager:
         A hit counts in the pool that had it, a miss in the last one asked. May block.
         """
         pools = {"init": self._init_pool(env_id), "recur": self.recur_pool, "wm": self.wm_pool}
-        unknown = [role for role in order if role not in pools]
-        if unknown or not order or isinstance(order, str):
+        order = sequence_of("order", order, "'init', 'recur' and 'wm'")
+        if not order or set(order) - set(pools):
             raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {order!r}")
         for role in order:
             found = pools[role].get(cache_key, timeout=timeout, count_miss=role == order[-1])

@@ -15,11 +15,21 @@ from torch import Tensor
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import KVLayout, positive_int
 
-__all__ = ["DropAndCorrect", "DropLazily", "DropOldest", "Overflow", "PositionTable", "RaiseOnOverflow"]
+__all__ = [
+    "DropAndCorrect",
+    "DropLazily",
+    "DropOldest",
+    "Overflow",
+    "PositionTable",
+    "RaiseOnOverflow",
+    "check_overflow",
+]
 
 
 def _packed_difference(name: str, difference: Tensor, layout: KVLayout) -> Tensor:
     """`[layers, 2, heads, tokens, head_dim]` as the storage orders it: `[2 * layers, tokens, heads, head_dim]`."""
+    if not isinstance(layout, KVLayout):
+        raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
     if not isinstance(difference, Tensor):
         raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(difference).__name__}")
     expected = (layout.num_layers, 2, layout.num_heads, layout.head_dim)
@@ -62,7 +72,7 @@ def _check_drop(limit: int, count: int) -> None:
         raise InvalidArgumentError(f"count must be below limit={limit}, or nothing would be left, got {count}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DropAndCorrect:
     """Drop the oldest `count` tokens at `limit` and add `difference` to the K and V of those that stay.
 
@@ -104,6 +114,10 @@ class PositionTable:
     """
 
     def __init__(self, layout: KVLayout, difference_for: Callable[[int], Tensor]) -> None:
+        if not isinstance(layout, KVLayout):
+            raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
+        if not callable(difference_for):
+            raise InvalidTypeError(f"difference_for must be a function of a distance, got {difference_for!r}")
         window = layout.max_tokens
         table = torch.zeros(
             (2 * layout.num_layers, window, window, layout.num_heads, layout.head_dim),
@@ -116,12 +130,13 @@ class PositionTable:
             if packed.shape[1] < window - distance:
                 raise InvalidArgumentError(f"{name} must cover {window - distance} tokens, got {packed.shape[1]}")
             table[:, distance, : window - distance] = packed[:, : window - distance]
+        self.layout = layout
         self.window = window
         # [2 * layers, (distance, position, head), head_dim]: one index_select corrects a whole batch.
         self.rows = table.flatten(1, 3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DropLazily:
     """Drop the oldest `count` tokens at `limit`, and correct the others only when they are read.
 
@@ -140,3 +155,26 @@ class DropLazily:
 
 
 Overflow = RaiseOnOverflow | DropOldest | DropAndCorrect | DropLazily
+
+
+def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
+    """Raise unless `overflow` is a policy for pools of `layout`."""
+    if overflow is None:
+        return
+    if not isinstance(overflow, (RaiseOnOverflow, DropOldest, DropAndCorrect, DropLazily)):
+        raise InvalidTypeError(
+            f"overflow must be a RaiseOnOverflow, DropOldest, DropAndCorrect or DropLazily, got {overflow!r}"
+        )
+    if overflow.limit > layout.max_tokens:
+        raise InvalidArgumentError(
+            f"overflow.limit must be at most the window of {layout.max_tokens}, got {overflow.limit}"
+        )
+    made_for = (
+        overflow.layout
+        if isinstance(overflow, DropAndCorrect)
+        else overflow.table.layout
+        if isinstance(overflow, DropLazily)
+        else layout
+    )
+    if made_for != layout:
+        raise InvalidArgumentError(f"overflow was made for {made_for}, and the pool has {layout}")

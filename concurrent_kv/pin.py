@@ -39,6 +39,7 @@ class Pin:
             ClosedError: the pin or the pool is closed.
         """
         self._storage.enter()
+        self._entry.scope.pool.check_open()
         if self._hold.released:
             raise ClosedError("this pin is closed")
         return KeysValues.from_packed(copy_out(self._storage, self._entry))

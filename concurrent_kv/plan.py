@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .entry import Entry
-from .errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError
+from .errors import InvalidArgumentError, WindowOverflowError
 from .kv import KeysValues
-from .overflow import DropAndCorrect, DropLazily, DropOldest, Overflow, PositionTable, RaiseOnOverflow
+from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, RaiseOnOverflow, check_overflow
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Indices, plain_torch_state
 
@@ -49,6 +49,10 @@ class WritePlan:
     def num_slots(self) -> int:
         """Slots it needs."""
         return len(self.rows)
+
+    def shared_slots(self) -> int:
+        """Slots it shares with what is there already."""
+        return int(np.count_nonzero(np.unique(self.tables))) if self.tables.any() else 0
 
 
 def plan_put(
@@ -116,6 +120,7 @@ def plan_commit(
 ) -> WritePlan:
     """Store the new tokens of a batch's rows, sharing the slots of what was gathered where the bytes stay the same."""
     window = storage.layout.max_tokens
+    check_overflow(overflow, storage.layout)
     new = batch.check_committable(rows)
     total = np.array([batch.gathered(row) for row in rows], dtype=np.int64) + new
     over, dropped = _overflowing(overflow, total, window)
@@ -167,13 +172,6 @@ def _overflowing(overflow: Overflow | None, total: Indices, window: int) -> tupl
     """Which rows overflow, and how many tokens each of them drops."""
     if overflow is None:
         overflow = RaiseOnOverflow(window + 1)
-    elif not isinstance(overflow, (RaiseOnOverflow, DropOldest, DropAndCorrect, DropLazily)):
-        raise InvalidTypeError(
-            "overflow must be a RaiseOnOverflow, DropOldest, DropAndCorrect or DropLazily, "
-            f"got {type(overflow).__name__}"
-        )
-    elif overflow.limit > window:
-        raise InvalidArgumentError(f"overflow.limit must be at most the window of {window}, got {overflow.limit}")
     over = total >= overflow.limit
     if isinstance(overflow, RaiseOnOverflow):
         if over.any():

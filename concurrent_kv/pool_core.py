@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 __all__ = ["PoolCore"]
 
 
+def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> None:
+    """Raise unless a pool of `layout` and `max_slots` has room in `storage` beside the pools that are there."""
+    if not isinstance(storage, KVStorage):
+        raise InvalidTypeError(f"storage must be a KVStorage, got {type(storage).__name__}")
+    if storage.layout != layout:
+        raise InvalidArgumentError(f"layout must be that of the storage, {storage.layout}, got {layout}")
+    total = storage.ledger.slots.num_slots - storage.headroom_slots
+    left = total - sum(pool.quota.max_slots for pool in storage.pools)
+    if max_slots > left:
+        raise InvalidArgumentError(
+            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are not some pool's yet"
+        )
+
+
 class PoolCore:
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
 
@@ -49,6 +63,9 @@ class PoolCore:
         self.policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
         self.layout = layout
         self.name = name
+        hash_of(name, "name")
+        if storage is not None:
+            check_shared_storage(storage, layout, max_slots)
         self.owns_storage = storage is None
         self.storage = storage or KVStorage(
             layout,
@@ -130,7 +147,7 @@ class PoolCore:
             for scope in scopes:
                 epoch, weights = scope.generation
                 scope.generation = Generation(epoch, weights + 1) if version else Generation(epoch + 1, weights)
-            self.counters.clear_count += 1
+            self.counters.clear_count += not version
         for scope in scopes:
             sweep(scope, deadline)
 

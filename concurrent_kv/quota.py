@@ -92,6 +92,7 @@ class Budget:
     reservation: Reservation
     max_entries: int
     entries: int = 0
+    ended: str | None = None  # why the search is over; nothing can be taken from its budget then
 
     def missing(self, entries: int, slots: int) -> tuple[int, int]:
         """Entries and slots by which a request exceeds what is left."""

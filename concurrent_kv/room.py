@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .entry import Entry, Place, Scope
-from .errors import CapacityError, WaitTimeoutError
+from .errors import CapacityError, SearchEndedError, WaitTimeoutError
 from .ledger import wake
 from .locks import Deadline
 from .plan import WritePlan
@@ -19,7 +19,7 @@ from .streams import Ticks
 if TYPE_CHECKING:
     from .pool_core import PoolCore
 
-__all__ = ["Ticket", "cancel", "make_room", "reserve", "reserve_budget", "unpublish"]
+__all__ = ["Ticket", "cancel", "give_budget_back", "make_room", "reserve", "reserve_budget", "unpublish"]
 
 VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
 
@@ -47,7 +47,7 @@ def reserve(
         # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
         freed = _freed_by(pool, scope, plan, located, deadline) if short else (0, 0)
         return _take_from_budget(pool, budget, plan, freed, deadline)
-    pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.foreign_slots)
+    pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.shared_slots())
     freed = _freed_by(pool, scope, plan, located, deadline)
     return _take(pool, plan, freed, deadline)
 
@@ -100,6 +100,9 @@ def _take_from_budget(
     while True:
         with ledger.mutex:
             pool.check_open()
+            # In the same hold as the taking: what a closed search took would never come back.
+            if budget.ended is not None:
+                raise SearchEndedError(budget.ended)
             entries_short, slots_short = _beyond(budget, count, slots, freed)
             if entries_short or slots_short:
                 _extend(pool, budget, entries_short, slots_short)
@@ -189,6 +192,13 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
     )
 
 
+def give_budget_back(pool: PoolCore, budget: Budget) -> None:
+    """Return what a search reserved. Mutex held."""
+    pool.quota.reserved_entries -= budget.max_entries
+    pool.quota.reserved_slots -= budget.reservation.size
+    pool.storage.ledger.slots.cancel(budget.reservation)
+
+
 def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """A claimed victim, or an event that is set at the next release, or neither: look again. Mutex held."""
     ledger = pool.storage.ledger
@@ -266,7 +276,6 @@ def unpublish(pool: PoolCore, entries: Sequence[Entry], *, counted_out: bool = F
             pool.policy.remove(entry)
         ledger.forget_parked(entry)
         entry.place = Place.NONE
-        entry.published = False
     budget = entries[0].scope.budget
     if not counted_out:
         if budget is None:

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Literal
 
 from torch import Tensor
 
-from .arguments import check_keys, hash_of
+from .arguments import check_env_ids, check_keys, check_priorities, hash_of
 from .batch import Batch
 from .clearing import sweep_if
 from .committing import commit_batch, open_batch
 from .entry import Entry, Hold, Scope
-from .errors import InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
 from .layout import positive_int
 from .ledger import wake
 from .locks import Deadline
-from .overflow import Overflow
+from .overflow import Overflow, check_overflow
 from .plan import plan_share
 from .pool import KVPool
 from .reading import generations_of, retain
-from .room import reserve_budget
+from .room import give_budget_back, reserve_budget
 from .writing import write
 
 __all__ = ["LookupOrder", "Search"]
 
 LookupOrder = Literal["own_first", "init_first"]
+
+
+class _Same(Enum):
+    """Stands for "as it is in the search", where None is a value like any other."""
+
+    KEY = "the same key"
+    SIDE = "the same side data"
+
+
+SAME_KEY, SAME_SIDE = _Same.KEY, _Same.SIDE
 
 RootKey = tuple[Hashable, Hashable]  # (env_id, key)
 
@@ -48,6 +59,8 @@ class SearchState:
         self.roots_hold = Hold("search", [], pinning=True)
         self.batches: list[Hold] = []  # under the mutex
         self.finished = False  # under the mutex
+        # Weights versions that the search began with: a promotion must not carry its entries into a later one.
+        self.versions = {env_id: init_pool.default_scope.version for env_id, init_pool in init_pools.items()}
         self.number = number
 
     @property
@@ -80,14 +93,12 @@ class SearchState:
             if self.finished:
                 return
             self.finished = True
+            self.budget.ended = self.scope.ended
             dead = ledger.end(self.roots_hold)
             for hold in self.batches:
                 dead += ledger.end(hold)
             self.pool.searches.discard(self)
-            quota = self.pool.quota
-            quota.reserved_entries -= self.budget.max_entries
-            quota.reserved_slots -= self.budget.reservation.size
-            ledger.slots.cancel(self.budget.reservation)
+            give_budget_back(self.pool, self.budget)
             waiters = ledger.take_waiters()
         wake(waiters)
         del roots, dead
@@ -275,7 +286,7 @@ class Search:
         Raises:
             KeyNotFoundError: a key is not one of the search's entries; nothing is released then.
         """
-        going = set(check_keys(list(keys)))
+        going = set(check_keys(keys))
         state = self._state
         deadline = state.pool.storage.enter(timeout)
         with state.pool.storage.locks.read(state.scope.shards, deadline):
@@ -292,7 +303,7 @@ class Search:
         """
         state = self._state
         deadline = state.pool.storage.enter(timeout)
-        staying = set(keys)
+        staying = set(check_keys(keys, minimum=0))
         ledger = state.pool.storage.ledger
         state.check_open()
         released = sweep_if(state.scope, lambda entry: entry.key not in staying, deadline)
@@ -311,8 +322,8 @@ class Search:
         key: Hashable,
         env_id: Hashable,
         *,
-        as_key: Hashable = None,
-        side: object = None,
+        as_key: Hashable = SAME_KEY,
+        side: object = SAME_SIDE,
         priority: float = 0.0,
         timeout: float | None = None,
     ) -> bool:
@@ -337,6 +348,11 @@ class Search:
         (env_id,) = self._check_envs([env_id])
         target = state.init_pools[env_id].default_scope
         generation = target.generation
+        if generation.version != state.versions[env_id]:
+            raise SearchEndedError(f"{target.pool.name}: the weights version was bumped since this search was opened")
+        check_priorities([priority], 1)
+        new_key = key if as_key is SAME_KEY else as_key
+        hash_of(new_key, "as_key")
         hold = Hold("commit", [])
         with storage.locks.read(state.scope.shards, deadline):
             state.check_open()
@@ -346,9 +362,7 @@ class Search:
             with storage.ledger.mutex:
                 storage.ledger.extend(hold, [entry])
         try:
-            new_key = key if as_key is None else as_key
-            hash_of(new_key, "as_key")
-            plan = plan_share(storage, entry, new_key, entry.side if side is None else side, priority)
+            plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
             stored = write(target.pool, target, generation, plan, deadline)
             if stored:
                 # The init pool's quota pays for these slots from here on.
@@ -376,11 +390,11 @@ class Search:
         state.end("the search was closed", storage.enter_quietly(timeout))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> list[Hashable]:
-        checked = list(env_ids)
+        checked = check_env_ids(env_ids)
         unknown = [env_id for env_id in checked if env_id not in self.env_ids]
         if unknown:
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
-        return checked
+        return list(checked)
 
     def __enter__(self) -> Search:
         return self
@@ -424,7 +438,7 @@ def open_search(
     deadline: Deadline,
 ) -> Search:
     """Reserve room in `pool` and open a search over `env_ids`; see `KVCacheManager.search`."""
-    ids = tuple(env_ids)
+    ids = check_env_ids(env_ids)
     if not ids:
         raise InvalidArgumentError("env_ids must name at least one environment, got none")
     unknown = [env_id for env_id in ids if env_id not in init_pools]
@@ -433,6 +447,7 @@ def open_search(
     if len(set(ids)) != len(ids):
         raise InvalidArgumentError(f"env_ids must be different, got {ids}")
     check_order(order)
+    check_overflow(overflow, pool.layout)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
     tokens = positive_int("tokens", tokens) if tokens is not None else entries * pool.layout.max_tokens
     budget = reserve_budget(pool, entries, tokens, deadline)
@@ -440,8 +455,16 @@ def open_search(
     shard = number % pool.storage.locks.count
     scope = Scope(pool, f"search {number}", (shard,), budget=budget)
     state = SearchState(pool, init_pools, number, scope)
-    with pool.storage.ledger.mutex:
-        pool.check_open()
-        pool.storage.ledger.holds.add(state.roots_hold)
-        pool.searches.add(state)
+    ledger = pool.storage.ledger
+    with ledger.mutex:
+        closed = pool.closed or pool.storage.closed
+        if closed:
+            give_budget_back(pool, budget)
+        else:
+            ledger.holds.add(state.roots_hold)
+            pool.searches.add(state)
+        waiters = ledger.take_waiters() if closed else []
+    wake(waiters)
+    if closed:
+        raise ClosedError(f"{pool.name} is closed")
     return Search(state, ids, order, overflow)

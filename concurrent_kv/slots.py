@@ -6,6 +6,7 @@ Slot 0 is never handed out: it is all zeros and serves the padding. Every method
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,6 +166,12 @@ class SlotAllocator:
         if self._reservations.pop(reservation.number, None) is not None:
             self.reserved_count -= reservation.left
             reservation.size = reservation.left = 0
+
+    def keep_reservations(self, known: Sequence[Reservation]) -> None:
+        """Cancel every reservation that is not among `known`."""
+        for reservation in list(self._reservations.values()):
+            if reservation not in known:
+                self.cancel(reservation)
 
     def shared_count(self) -> int:
         """Slots that two or more entries name."""

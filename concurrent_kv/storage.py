@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from math import isfinite
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
@@ -26,7 +27,7 @@ logger = logging.getLogger("concurrent_kv")
 
 def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name} must be a number of seconds, got {value!r}")
     if not isfinite(value) or value < 0:
         raise InvalidArgumentError(f"{name} must be a finite number of seconds of at least 0, got {value!r}")

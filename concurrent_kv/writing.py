@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
             if outcome is not Outcome.NO_ROOM:
                 break
             make_room(pool, *missing, deadline)
-            ticket.entries += missing[0]
-            ticket.slots += missing[1]
+            ticket.entries, ticket.slots = missing
     except BaseException:
         cancel(pool, scope, ticket, used)
         raise
@@ -128,24 +127,33 @@ def _publish(
         parts = [scope.entries[part] for _, part in located]
         replaced = [part.get(entry.key) for part, entry in zip(parts, entries, strict=True)]
         old = [entry for entry in replaced if entry is not None]
-        missing = _count_in(pool, scope, plan, old, ticket)
+        waiters: list[Any] = []
+        with ledger.mutex:
+            missing = _admit(pool, scope, entries, plan, old, ticket)
+            if any(missing):
+                # Others may fit where this did not: it keeps nothing while it waits for all that it needs.
+                waiters = ledger.take_waiters()
         if any(missing):
+            wake(waiters)
             return Outcome.NO_ROOM, missing
+        snapshots = _snapshots(scope, located, plan.keys)
         try:
             for part, entry, previous in zip(parts, entries, replaced, strict=True):
                 if previous is not None:
-                    # A dict keeps the key it has: without this the old key object would be finalised under the shard.
-                    del part[previous.key]
+                    entry.index_key = previous.index_key  # a dict keeps the key object that it has
                 part[entry.key] = entry
         except BaseException:
-            _restore(parts, entries, replaced)
-            _count_out(pool, scope, plan, old, ticket)
+            if snapshots is not None:
+                for number, snapshot in snapshots.items():
+                    scope.entries[number] = snapshot
+            else:
+                _restore(parts, entries, replaced)
+            with ledger.mutex:
+                _withdraw(pool, scope, entries, plan, old)
             raise
         with ledger.mutex:
-            ledger.make(entries, plan.tables)
             dead = unpublish(pool, old, counted_out=True)
             for entry in entries:
-                entry.published = True
                 if scope.budget is None:
                     entry.place = Place.HELD
                     pool.policy.add(entry)
@@ -157,45 +165,80 @@ def _publish(
                     ledger.slots.charge(scope.budget.reservation, ticket.lent)
             pool.counters.insert_count += len(entries) - len(old)
             pool.counters.replace_count += len(old)
-            ticket.spent = True
             waiters = ledger.take_waiters()
     wake(waiters)
-    del dead, old, replaced, previous
+    del dead, old, replaced, previous, snapshots
     return Outcome.PUBLISHED, (0, 0)
 
 
-def _count_in(pool: PoolCore, scope: Scope, plan: WritePlan, old: Sequence[Entry], ticket: Ticket) -> tuple[int, int]:
-    """Exchange old entries for new ones in the quota; or change nothing and say by how much that would exceed it."""
-    if scope.budget is not None:
-        return 0, 0
+def _admit(
+    pool: PoolCore, scope: Scope, entries: Sequence[Entry], plan: WritePlan, old: Sequence[Entry], ticket: Ticket
+) -> tuple[int, int]:
+    """Count the new entries in and the old ones out, and name the slots: the ticket is spent then. Mutex held.
+
+    Or, where that would exceed the quota, take the ticket's place in it back and say how much the write needs.
+    """
     ledger, quota = pool.storage.ledger, pool.quota
-    with ledger.mutex:
+    if scope.budget is None:
         quota.pending_entries -= ticket.entries
         quota.pending_slots -= ticket.slots
+        before = quota.entries, quota.slots
         quota.add(plan.tables)
         if old:
             quota.remove(ledger.tables_of(old))
-        missing = quota.excess()
-    if any(missing):
-        _count_out(pool, scope, plan, old, ticket)
-    return missing
+        if any(quota.excess()):
+            needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
+            _count_out(pool, plan, old)
+            ticket.entries = ticket.slots = 0
+            return needed
+    ledger.make(entries, plan.tables)
+    ticket.spent = True
+    return 0, 0
 
 
-def _count_out(pool: PoolCore, scope: Scope, plan: WritePlan, old: Sequence[Entry], ticket: Ticket) -> None:
-    """Undo `_count_in`."""
+def _withdraw(pool: PoolCore, scope: Scope, entries: Sequence[Entry], plan: WritePlan, old: Sequence[Entry]) -> None:
+    """Undo `_admit`. Mutex held."""
     if scope.budget is None:
-        ledger, quota = pool.storage.ledger, pool.quota
-        with ledger.mutex:
-            if old:
-                quota.add(ledger.tables_of(old))
-            quota.remove(plan.tables)
-            quota.pending_entries += ticket.entries
-            quota.pending_slots += ticket.slots
+        _count_out(pool, plan, old)
+    else:
+        scope.budget.entries -= len(entries)
+    pool.storage.ledger.let_go(entries)
 
 
-def _restore(parts: Sequence[dict[Any, Entry]], entries: Sequence[Entry], replaced: Sequence[Entry | None]) -> None:
-    """Undo the index changes of a publication that failed in a key's own `__eq__` or `__hash__`."""
+def _count_out(pool: PoolCore, plan: WritePlan, old: Sequence[Entry]) -> None:
+    if old:
+        pool.quota.add(pool.storage.ledger.tables_of(old))
+    pool.quota.remove(plan.tables)
+
+
+PLAIN_KEYS = (int, str, bytes, float, bool, type(None))
+
+
+def _snapshots(
+    scope: Scope, located: Sequence[tuple[Scope, int]], keys: Sequence[Hashable]
+) -> dict[int, dict[Hashable, Entry]] | None:
+    """Copies of the dicts that are about to change, where changing them back might fail as well; else None.
+
+    One change is atomic by itself, and plain keys do not raise. Several changes with keys of the user's own kind have
+    to be undone without comparing keys again: a dict's copy compares none.
+    """
+    if all(_is_plain(key) for key in keys):
+        return None
+    return {} if len(keys) == 1 else {part: scope.entries[part].copy() for _, part in located}
+
+
+def _is_plain(key: Hashable) -> bool:
+    kind = type(key)
+    return kind in PLAIN_KEYS or (isinstance(key, tuple) and all(type(item) in PLAIN_KEYS for item in key))
+
+
+def _restore(
+    parts: Sequence[dict[Hashable, Entry]], entries: Sequence[Entry], replaced: Sequence[Entry | None]
+) -> None:
+    """Undo the index changes of a publication, of keys that do not raise."""
     for part, entry, old in zip(parts, entries, replaced, strict=True):
-        part.pop(entry.key, None)
-        if old is not None:
-            part[old.key] = old
+        if part.get(entry.key) is entry:
+            if old is None:
+                del part[entry.key]
+            else:
+                part[old.key] = old

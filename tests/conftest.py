@@ -1,0 +1,61 @@
+"""Pools and managers that every test leaves sound: `check_integrity()` runs when the test ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pytest
+
+from concurrent_kv import KVCacheManager, KVLayout, KVPool
+from tests.support import LAYOUT, config
+
+
+class MakePool(Protocol):
+    def __call__(self, max_entries: int = 4, layout: KVLayout = LAYOUT, **settings: Any) -> KVPool: ...
+
+
+class MakeManager(Protocol):
+    def __call__(self, env_num: int = 2, *, settings: object = None, **arguments: Any) -> KVCacheManager: ...
+
+
+@pytest.fixture
+def make_pool() -> Iterator[MakePool]:
+    made: list[KVPool] = []
+
+    def make(max_entries: int = 4, layout: KVLayout = LAYOUT, **settings: Any) -> KVPool:
+        made.append(KVPool(layout, max_entries, **{"wait_timeout": 5.0, **settings}))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.check_integrity()
+        pool.close()
+
+
+@pytest.fixture
+def make_manager() -> Iterator[MakeManager]:
+    made: list[KVCacheManager] = []
+
+    def make(env_num: int = 2, *, settings: object = None, **arguments: Any) -> KVCacheManager:
+        settings = config() if settings is None else settings
+        made.append(KVCacheManager(settings, env_num, **{"wait_timeout": 5.0, **arguments}))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.check_integrity()
+        manager.close()
+        manager.check_integrity()
+
+
+@pytest.fixture
+def pool(make_pool: MakePool) -> KVPool:
+    """Four entries of the small layout, first in first out."""
+    return make_pool()
+
+
+@pytest.fixture
+def manager(make_manager: MakeManager) -> KVCacheManager:
+    """Two environments, four simulations."""
+    return make_manager()

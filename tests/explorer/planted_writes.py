@@ -1,0 +1,186 @@
+"""Bugs to plant in publication, room and searches; each function is named after what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from concurrent_kv import reading, room, writing
+from concurrent_kv.clearing import sweep_if
+from concurrent_kv.entry import Entry, Generation, Hold, Place, Scope
+from concurrent_kv.ledger import Ledger, wake
+from concurrent_kv.locks import Deadline
+from concurrent_kv.plan import WritePlan
+from concurrent_kv.pool_core import PoolCore
+from concurrent_kv.quota import Quota
+from concurrent_kv.room import Ticket, unpublish
+from concurrent_kv.search import SearchState
+from concurrent_kv.slots import Slots
+from concurrent_kv.streams import NO_TICKS
+from concurrent_kv.writing import Outcome
+
+Patch = pytest.MonkeyPatch
+
+
+def epoch_compared_before_the_lock(patch: Patch) -> None:
+    def publish(
+        pool: PoolCore,
+        scope: Scope,
+        generation: Generation,
+        entries: Sequence[Entry],
+        plan: WritePlan,
+        located: Sequence[tuple[Scope, int]],
+        ticket: Ticket,
+        deadline: Deadline,
+    ) -> tuple[Outcome, tuple[int, int]]:
+        if scope.generation is not generation:
+            return Outcome.STALE, (0, 0)
+        with pool.storage.locks.write(reading.sorted_shards(located), deadline):
+            _enter_books(pool, entries, plan, located, ticket)
+        return Outcome.PUBLISHED, (0, 0)
+
+    patch.setattr("concurrent_kv.writing._publish", publish)
+
+
+def _enter_books(
+    pool: PoolCore,
+    entries: Sequence[Entry],
+    plan: WritePlan,
+    located: Sequence[tuple[Scope, int]],
+    ticket: Ticket,
+) -> None:
+    """Publish to a pool that has room, checking nothing. Shards held."""
+    parts = [scope.entries[part] for scope, part in located]
+    old = [part[entry.key] for part, entry in zip(parts, entries, strict=True) if entry.key in part]
+    with pool.storage.ledger.mutex:
+        pool.quota.pending_entries -= ticket.entries
+        pool.quota.pending_slots -= ticket.slots
+        pool.storage.ledger.make(entries, plan.tables)
+        pool.quota.add(plan.tables)
+        unpublish(pool, old)
+        for part, entry in zip(parts, entries, strict=True):
+            part[entry.key] = entry
+            entry.place = Place.HELD
+            pool.policy.add(entry)
+        ticket.spent = True
+        waiters = pool.storage.ledger.take_waiters()
+    wake(waiters)
+
+
+def batch_published_shard_by_shard(patch: Patch) -> None:
+    def publish(
+        pool: PoolCore,
+        scope: Scope,
+        generation: Generation,
+        entries: Sequence[Entry],
+        plan: WritePlan,
+        located: Sequence[tuple[Scope, int]],
+        ticket: Ticket,
+        deadline: Deadline,
+    ) -> tuple[Outcome, tuple[int, int]]:
+        pending = ticket
+        for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
+            with pool.storage.locks.write(reading.sorted_shards([at]), deadline):
+                _enter_books(pool, [entry], replace(plan, tables=plan.tables[row : row + 1]), [at], pending)
+            pending = Ticket(0, 0, ticket.taken, ticket.ticks)
+        return Outcome.PUBLISHED, (0, 0)
+
+    patch.setattr("concurrent_kv.writing._publish", publish)
+
+
+def published_before_it_is_copied(patch: Patch) -> None:
+    def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
+        located = [(scope, scope.part_of(key)) for key in plan.keys]
+        ticket = room.reserve(pool, scope, plan, located, deadline)
+        plan.tables[plan.own] = ticket.taken
+        entries = writing._new_entries(pool, scope, generation, plan, {})
+        writing._publish(pool, scope, generation, entries, plan, located, ticket, deadline)
+        assert plan.source is not None
+        pool.storage.tensor.scatter(plan.source, plan.rows, plan.columns, ticket.taken)
+        return True
+
+    patch.setattr("concurrent_kv.committing.write", write)
+
+
+def shards_taken_in_the_order_of_the_keys(patch: Patch) -> None:
+    def shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(scope.shards[part] for scope, part in located))
+
+    patch.setattr("concurrent_kv.writing.sorted_shards", shards)
+
+
+def slots_reserved_one_at_a_time(patch: Patch) -> None:
+    def reserve(
+        pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    ) -> Ticket:
+        taken: list[Slots] = []
+        while len(taken) < plan.num_slots:
+            with pool.storage.ledger.mutex:
+                one = pool.storage.ledger.slots.allocate(1) if pool.quota.fits(0, 1) else None
+                if one is None:
+                    victim, waiter = room._victim_or_waiter(pool, True, want_slots=True)
+                else:
+                    pool.quota.pending_slots += 1
+                    taken.append(one[0])
+            if one is None:
+                room._evict_or_wait(pool, victim, waiter, deadline, 1, 1)
+        return Ticket(0, len(taken), np.concatenate(taken), NO_TICKS)
+
+    patch.setattr("concurrent_kv.writing.reserve", reserve)
+
+
+class _LateWaiter:
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def wait(self, timeout: float) -> bool:
+        with self._ledger.mutex:
+            event = self._ledger.waiter()
+        return bool(event.wait(timeout))
+
+
+def waiter_registered_after_the_mutex_was_let_go(patch: Patch) -> None:
+    real = room._victim_or_waiter
+
+    def victim_or_waiter(pool: PoolCore, *rest: Any, **options: Any) -> tuple[Entry | None, Any]:
+        ledger = pool.storage.ledger
+        registered = len(ledger._waiters)
+        victim, waiter = real(pool, *rest, **options)
+        del ledger._waiters[registered:]
+        return victim, None if waiter is None else _LateWaiter(ledger)
+
+    patch.setattr("concurrent_kv.room._victim_or_waiter", victim_or_waiter)
+
+
+def release_that_wakes_nobody(patch: Patch) -> None:
+    def release(self: Ledger, hold: Hold) -> None:
+        with self.mutex:
+            self.end(hold)
+
+    patch.setattr(Ledger, "release", release)
+
+
+def reservation_of_a_search_not_respected(patch: Patch) -> None:
+    def fits(self: Quota, entries: int, slots: int) -> bool:
+        return (
+            entries <= self.max_entries - self.entries - self.pending_entries
+            and slots <= self.max_slots - self.slots - self.pending_slots
+        )
+
+    patch.setattr(Quota, "fits", fits)
+
+
+def search_marked_as_ended_after_its_sweep(patch: Patch) -> None:
+    real = SearchState.end
+
+    def end(self: SearchState, reason: str, deadline: Deadline) -> None:
+        sweep_if(self.scope, lambda entry: True, deadline)
+        with patch.context() as no_sweep:
+            no_sweep.setattr("concurrent_kv.search.sweep_if", lambda *arguments: 0)
+            real(self, reason, deadline)
+
+    patch.setattr(SearchState, "end", end)

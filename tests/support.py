@@ -1,0 +1,174 @@
+"""What the tests share: a small layout, keys and values whose numbers say where they belong, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from concurrent_kv import Batch, KeysValues, KVCacheManager, KVLayout, KVPool, KVStorage
+
+LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
+WINDOW = LAYOUT.max_tokens
+POLICIES = ("fifo", "lru", "priority", "clock", "s3fifo")
+CONFIG: dict[str, Any] = {
+    "num_layers": 2,
+    "num_heads": 2,
+    "embed_dim": 6,
+    "context_length": WINDOW,
+    "num_simulations": 4,
+    "max_cache_size": 64,
+    "device": "cpu",
+}
+UNITS = 128  # numbers of one token, at most
+TOKENS = 16  # token indices, at most
+
+
+def layout(**changes: Any) -> KVLayout:
+    """The small layout with some sizes changed."""
+    return replace(LAYOUT, **changes)
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """The small configuration with some settings changed."""
+    return {**CONFIG, **changes}
+
+
+# Keys and values -----------------------------------------------------------------------------------------------------
+
+
+def tokens(value: int, length: int, *, first: int = 0, layout: KVLayout = LAYOUT) -> KeysValues:
+    """One row of `length` tokens; every number says `value`, the token's index, and its layer, head and place."""
+    shape = (2 * layout.num_layers, 1, layout.num_heads, 1, layout.head_dim)
+    assert first + length <= TOKENS
+    unit = torch.arange(torch.Size(shape).numel()).view(shape) % UNITS
+    index = torch.arange(first, first + length).view(1, 1, 1, length, 1)
+    return KeysValues.from_packed(((value * TOKENS + index) * UNITS + unit).to(layout.dtype))
+
+
+def joined(*parts: KeysValues) -> KeysValues:
+    """One row: the tokens of several one-row sequences after each other."""
+    return KeysValues.from_packed(torch.cat([packed(part) for part in parts], dim=3))
+
+
+def child_of(parent: KeysValues, value: int, count: int = 2) -> KeysValues:
+    """`parent` and the tokens that `append(batch, [value], count)` adds to it."""
+    return joined(parent, tokens(value, count, first=parent.end))
+
+
+def stacked(*rows: KeysValues) -> KeysValues:
+    """A batch of one-row sequences, left-padded with NaN, which must never be stored."""
+    end = max(row.end for row in rows)
+    first = packed(rows[0])
+    out = first.new_full((first.shape[0], len(rows), first.shape[2], end, first.shape[4]), float("nan"))
+    for number, row in enumerate(rows):
+        out[:, number, :, end - row.end :] = packed(row)[:, 0]
+    return KeysValues.from_packed(out, [row.end for row in rows], end)
+
+
+def packed(kv: KeysValues) -> Tensor:
+    """All layers' keys, then all values, of one row: `[2 * layers, 1, heads, tokens, head_dim]`."""
+    return torch.cat([kv.keys, kv.values])[:, :, :, kv.end - kv.lengths[0] : kv.end]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, so that NaN equals itself and -0.0 differs from 0.0."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def assert_same(actual: KeysValues | None, expected: KeysValues) -> None:
+    """Both hold the same valid tokens, bit for bit and in the same dtype."""
+    assert actual is not None, "expected an entry, got a miss"
+    assert actual.lengths == expected.lengths
+    assert actual.keys.dtype == expected.keys.dtype
+    for row in range(expected.batch_size):
+        found, wanted = packed(actual.row(row)), packed(expected.row(row))
+        assert torch.equal(bits(found), bits(wanted)), f"row {row} differs"
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def append(batch: Batch, values: Sequence[int], count: int = 2) -> None:
+    """Append `count` tokens to every row of a batch, in every layer, as a model would."""
+    lengths = batch.lengths
+    layers = batch.keys.shape[0]
+    made = [
+        packed(tokens(value, count, first=lengths[row], layout=_layout_of(batch))) for row, value in enumerate(values)
+    ]
+    new = torch.cat(made, dim=1)
+    for layer in range(layers):
+        batch.append(layer, new[layer], new[layers + layer])
+
+
+def _layout_of(batch: Batch) -> KVLayout:
+    rows, _, heads, _, head_dim = batch.data.shape
+    return KVLayout(rows // 2, heads, head_dim, WINDOW, batch.data.dtype)
+
+
+def row_of(batch: Batch, row: int) -> KeysValues:
+    """The valid tokens of one row of a batch, copied."""
+    columns = slice(batch.end - batch.lengths[row], batch.end)
+    return KeysValues.from_packed(batch.data[:, row : row + 1, :, columns].clone())
+
+
+def store(pool: KVPool, *entries: tuple[Any, KeysValues]) -> None:
+    """Put (key, kv) pairs, each by itself, in order."""
+    for key, kv in entries:
+        assert pool.put(key, kv)
+
+
+# Counting ------------------------------------------------------------------------------------------------------------
+
+
+def slots_in_use(owner: KVPool | KVCacheManager | KVStorage) -> int:
+    """Slots of the whole storage that some entry names."""
+    storage = owner if isinstance(owner, KVStorage) else owner.storage
+    return storage.ledger.slots.in_use
+
+
+class OperatorCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts every operator call that torch dispatches, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def snapshot(storage: KVStorage) -> dict[str, Any]:
+    """Everything a failed call must leave as it was: entries with their bytes, fill, free slots, handles."""
+    entries = {}
+    with storage.ledger.mutex:
+        for pool in storage.pools:
+            for scope in [*pool.registered_scopes(), *(search.scope for search in pool.searches)]:
+                for entry in [entry for part in scope.entries for entry in part.values()]:
+                    table = torch.from_numpy(storage.ledger.tables_of([entry])[0])
+                    stored = b"" if storage.closed else bits(storage.tensor.data[:, table]).numpy().tobytes()
+                    where = (pool.name, scope.name, entry.key)
+                    entries[where] = (entry.length, entry.generation, entry.side, entry.refs, entry.pins, stored)
+    fills = {
+        pool.name: {
+            name: number
+            for name, number in pool.stats().as_dict().items()
+            if "wait" not in name and name not in ("hit_count", "miss_count", "request_count", "hit_rate", "miss_rate")
+        }
+        for pool in storage.pools
+    }
+    return {
+        "entries": entries,
+        "fills": fills,
+        "free": sorted(storage.ledger.slots.free_slots().tolist()),
+        "reserved": storage.ledger.slots.reserved_count,
+        "handles": sum(not hold.released for hold in storage.ledger.holds),
+    }

@@ -1,0 +1,278 @@
+"""Rows that outgrow the window: every policy against LightZero's trimming, over chains of many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from concurrent_kv import (
+    DropLazily,
+    DropOldest,
+    KeysValues,
+    KVCacheManager,
+    PositionTable,
+    RaiseOnOverflow,
+    WindowOverflowError,
+)
+from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, packed, row_of, slots_in_use, tokens
+from tests.trimming import KINDS, Reference, difference_for, policy, roomy_manager
+
+# LightZero's own: at window - 1 drop two, which leaves window - 3.
+LIMIT, COUNT = WINDOW - 1, 2
+RULES = [(LIMIT, COUNT, 2), (7, 3, 3), (6, 2, 2), (5, 3, 3), (8, 1, 1), (8, 2, 2), (4, 3, 3), (7, 6, 3), (2, 1, 1)]
+
+
+@contextmanager
+def reference(kind: str, limit: int = LIMIT, count: int = COUNT) -> Iterator[Reference]:
+    with roomy_manager() as manager, manager.search([0], entries=1000, tokens=3000) as search:
+        yield Reference(manager, search, kind, limit, count)
+        manager.check_integrity()
+
+
+def newest_is(kv: KeysValues, value: int) -> bool:
+    """Whether the newest token was made by `tokens(value, ...)`, give or take a correction (they are small)."""
+    numbers = (packed(kv)[:, :, :, -1] / (16 * 128)).floor()
+    return bool((numbers == value).all())
+
+
+# Each policy by itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_run_1_3_5_5_5_with_two_tokens_a_step(kind: str) -> None:
+    with reference(kind) as model:
+        model.root(0, 1)
+        lengths = []
+        for step in range(8):
+            model.step([step], [step + 1], 2, {})
+            lengths.append(model.rows[step + 1].shape[2])
+        assert lengths == [3, 5, 5, 5, 5, 5, 5, 5]
+        model.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_of_many_drops_reads_as_trimmed_step_by_step(kind: str) -> None:
+    with reference(kind) as model:
+        model.root(0, 5)
+        for step in range(40):
+            model.step([step], [step + 1], 2, {})
+            model.check()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_one_two_and_three_tokens_drop_as_stated(kind: str, count: int) -> None:
+    with reference(kind, WINDOW - 1, 3) as model:
+        model.root(0, 2)
+        for step in range(12):
+            model.step([step], [step + 1], min(count, WINDOW - model.rows[step].shape[2]), {})
+        model.check()
+
+
+def test_a_rotary_drop_copies_nothing() -> None:
+    with reference("rotary") as model:
+        model.root(0, 5)
+        before = slots_in_use(model.manager)
+        model.step([0, 0, 0], ["a", "b", "c"], 2, {})
+        assert [model.rows[key].shape[2] for key in "abc"] == [5, 5, 5]
+        assert slots_in_use(model.manager) - before == 3 * 2
+        model.check()
+
+
+def test_an_eager_correction_gives_the_row_slots_of_its_own() -> None:
+    with reference("eager") as model:
+        model.root(0, 5)
+        before = slots_in_use(model.manager)
+        model.step([0, 0], ["a", "b"], 2, {})
+        assert slots_in_use(model.manager) - before == 2 * 5
+        model.check()
+
+
+def test_a_lazy_correction_keeps_sharing_over_many_moves() -> None:
+    with reference("lazy") as model:
+        model.root(0, 5)
+        before = slots_in_use(model.manager)
+        for step in range(10):
+            model.step([step, step], [step + 1, ("sibling", step)], 2, {})
+        assert slots_in_use(model.manager) - before == 10 * 2 * 2
+        model.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_do_not_overflow_share_everything_whatever_the_policy(kind: str) -> None:
+    with reference(kind) as model:
+        model.root("short", 2)
+        before = slots_in_use(model.manager)
+        model.step(["short"], ["child"], 2, {})
+        assert slots_in_use(model.manager) - before == 2
+        model.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_overflow_and_rows_that_do_not_go_through_one_batch(kind: str) -> None:
+    with reference(kind) as model:
+        for length in (1, 3, 5, 6):
+            model.root(length, length)
+        model.step([5, 1, 6, 3, 5], ["a", "b", "c", "d", "e"], 2, {})
+        assert [model.rows[key].shape[2] for key in "abcde"] == [5, 3, 6, 5, 5]
+        model.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filled_rows_overflow_like_any_other(kind: str) -> None:
+    with reference(kind) as model:
+        model.root("root", 5)
+        model.step(["root", None, None], ["a", "b", "c"], 2, {1: 5, 2: 2})
+        assert [model.rows[key].shape[2] for key in "abc"] == [5, 5, 4]
+        model.step(["a", "b", "c"], ["d", "e", "f"], 2, {})
+        model.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_side_data_and_keys_stay_with_their_rows_when_some_overflow(kind: str) -> None:
+    with reference(kind) as model:
+        model.root("short", 1)
+        model.root("long", 5)
+        batch = model.search.gather(["short", "long", "short", "long"], [0] * 4)
+        append(batch, [1, 2, 3, 4])
+        model.search.commit(["a", "b", "c", "d"], batch, sides=[1, 2, 3, 4], overflow=model.overflow)
+        with model.search.gather(["d", "c", "b", "a"], [0] * 4) as again:
+            assert again.side == (4, 3, 2, 1)
+            assert again.lengths == (5, 3, 5, 3)
+            for row, value in enumerate((4, 3, 2, 1)):
+                assert newest_is(row_of(again, row), value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_overflowed_row_promoted_to_the_init_pool_reads_alike(kind: str) -> None:
+    with reference(kind) as model:
+        model.root(0, 5)
+        for step in range(6):
+            model.step([step], [step + 1], 2, {})
+        before = slots_in_use(model.manager)
+        model.search.promote(6, 0, as_key="next")
+        assert slots_in_use(model.manager) == before
+        found = model.manager.get_init_cache(0, "next")
+        assert found is not None
+        assert found.packed is not None
+        model.same(found.packed[:, 0], model.rows[6])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_partial_commits_overflow_row_by_row(kind: str) -> None:
+    with reference(kind) as model:
+        model.root("long", 5)
+        batch = model.search.gather(["long", "long"], [0, 0])
+        append(batch, [1, 2])
+        for row, key in enumerate("ab"):
+            model.search.commit([key], batch, rows=[row], overflow=model.overflow)
+        assert batch.closed
+        with model.search.gather(["b", "a"], [0, 0]) as again:
+            assert again.lengths == (5, 5)
+            assert newest_is(row_of(again, 0), 2)
+            assert newest_is(row_of(again, 1), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_searchs_own_policy_is_what_its_commits_follow(kind: str) -> None:
+    with roomy_manager() as manager, manager.search([0], overflow=policy(kind, LIMIT, COUNT)) as search:
+        manager.set_init_cache(0, "root", tokens(1, 5))
+        batch = search.gather(["root"], [0])
+        append(batch, [2])
+        search.commit(["child"], batch)
+        assert search.gather(["child"], [0]).lengths == (5,)
+
+
+def test_a_commit_may_name_another_policy_than_its_search() -> None:
+    with roomy_manager() as manager, manager.search([0], overflow=RaiseOnOverflow(LIMIT)) as search:
+        manager.set_init_cache(0, "root", tokens(1, 5))
+        batch = search.gather(["root"], [0])
+        append(batch, [2])
+        search.commit(["child"], batch, overflow=DropOldest(LIMIT, 4))
+        assert search.gather(["child"], [0]).lengths == (3,)
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_raise_on_overflow_is_an_error_and_stores_nothing(manager: KVCacheManager) -> None:
+    manager.init_pools[0].put("short", tokens(1, 1))
+    manager.init_pools[0].put("long", tokens(2, 5))
+    with manager.search([0]) as search:
+        batch = search.gather(["short", "long"], [0, 0])
+        append(batch, [3, 4])
+        before = slots_in_use(manager)
+        with pytest.raises(WindowOverflowError, match="rows reach 7 tokens, the limit is 6"):
+            search.commit(["a", "b"], batch, overflow=RaiseOnOverflow(LIMIT))
+        assert len(search) == 0
+        assert slots_in_use(manager) == before
+        search.commit(["a"], batch, rows=[0], overflow=RaiseOnOverflow(LIMIT))
+        search.commit(["b"], batch, overflow=DropOldest(LIMIT, COUNT))
+        assert_same(row_of(search.gather(["a"], [0]), 0), child_of(tokens(1, 1), 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drop_that_leaves_a_row_at_its_limit_is_an_error_and_stores_nothing(kind: str) -> None:
+    with reference(kind, 4, 1) as model:
+        model.root("root", 3)
+        batch = model.search.gather(["root"], [0])
+        append(batch, [1], 3)
+        before = slots_in_use(model.manager)
+        with pytest.raises(WindowOverflowError, match="dropping 1 leaves 4 or more"):
+            model.search.commit(["child"], batch, overflow=model.overflow)
+        assert slots_in_use(model.manager) == before
+        assert len(model.search) == 0
+
+
+def test_a_parent_that_was_moved_by_one_table_cannot_be_moved_by_another() -> None:
+    with reference("lazy") as model:
+        model.root(0, 5)
+        model.step([0], [1], 2, {})
+        batch = model.search.gather([1], [0])
+        append(batch, [2])
+        other = DropLazily(LIMIT, COUNT, PositionTable(LAYOUT, difference_for))
+        with pytest.raises(ValueError, match=r"overflow.table differs"):
+            model.search.commit([2], batch, overflow=other)
+        model.check()
+
+
+def test_a_difference_is_not_written_to_nor_kept_as_the_callers_tensor() -> None:
+    with reference("eager") as model:
+        overflow = model.overflow
+        before = difference_for(COUNT)
+        model.root(0, 5)
+        overflow.difference.zero_()  # type: ignore[union-attr]
+        model.step([0], [1], 2, {})
+        model.check()
+        assert torch.equal(before, difference_for(COUNT))
+
+
+# Anything ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_sequence_of_steps_reads_as_trimmed_step_by_step(kind: str, data: st.DataObject) -> None:
+    limit, count, most = data.draw(st.sampled_from(RULES), label="limit, count, most")
+    with reference(kind, limit, count) as model:
+        for number in range(data.draw(st.integers(1, 3), label="roots")):
+            model.root(("root", number), data.draw(st.integers(1, limit - 1), label="length"))
+        for step in range(data.draw(st.integers(1, 8), label="steps")):
+            rows = data.draw(st.integers(1, 4), label="rows")
+            parents = [data.draw(st.sampled_from(list(model.rows)), label="parent") for _ in range(rows)]
+            fills = {
+                row: data.draw(st.integers(1, limit - 1), label="filled")
+                for row in data.draw(st.sets(st.integers(0, rows - 1), max_size=2), label="misses")
+            }
+            longest = max(
+                fills[row] if row in fills else model.rows[parent].shape[2] for row, parent in enumerate(parents)
+            )
+            new = min(data.draw(st.integers(1, most), label="new"), WINDOW - longest)
+            model.step(parents, [(step, row) for row in range(rows)], new, fills)
+        model.check()

@@ -1,0 +1,274 @@
+"""What a search reserves when it opens, what it takes from that, and what others can still take."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, WaitTimeoutError
+from tests.conftest import MakeManager
+from tests.support import WINDOW, append, assert_same, child_of, config, row_of, slots_in_use, store, tokens
+
+
+def grow(search: Search, parent: object, child: object, value: int, count: int = 2) -> None:
+    batch = search.gather([parent], [0])
+    append(batch, [value], count)
+    search.commit([child], batch)
+
+
+def chain(search: Search, length: int, *, first: int = 0) -> None:
+    """Children of "root" that take two slots each."""
+    for number in range(first, first + length):
+        grow(search, "root", number, number)
+
+
+def rooted(manager: KVCacheManager) -> KVCacheManager:
+    manager.set_init_cache(0, "root", tokens(99, 3))
+    return manager
+
+
+# Opening -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_reserves_an_entry_for_every_simulation_and_root_unless_told_otherwise(
+    manager: KVCacheManager,
+) -> None:
+    with manager.search([0, 1]):
+        stats = manager.recur_pool.stats()
+        assert (stats.reserved_entries, stats.reserved_slots) == (2 * 5, 2 * 5 * WINDOW)
+
+
+def test_a_search_reserves_what_it_is_told_to(manager: KVCacheManager) -> None:
+    with manager.search([0], entries=3, tokens=7):
+        stats = manager.recur_pool.stats()
+        assert (stats.reserved_entries, stats.reserved_slots) == (3, 7)
+
+
+def test_a_closed_search_gives_its_reservation_back(manager: KVCacheManager) -> None:
+    for _ in range(5):
+        with manager.search([0, 1]):
+            pass
+    stats = manager.recur_pool.stats()
+    assert (stats.reserved_entries, stats.reserved_slots) == (0, 0)
+
+
+def test_the_default_pool_has_room_for_one_search_over_all_environments(make_manager: MakeManager) -> None:
+    manager = make_manager(3)
+    with manager.search(range(3)):
+        pass
+
+
+@pytest.mark.parametrize(("entries", "slots"), [(65, 8), (5, 81), (65, 81)])
+def test_a_search_that_cannot_fit_fails_when_it_opens_and_names_a_capacity_that_works(
+    make_manager: MakeManager, entries: int, slots: int
+) -> None:
+    with pytest.raises(CapacityError, match=f"capacity of {entries} entries and {slots} slots would do") as caught:
+        make_manager().search([0], entries=entries, tokens=slots)
+    settings = config(max_cache_size=max(64, caught.value.required_entries))
+    larger = make_manager(settings=settings, recur_slots=max(80, caught.value.required_slots))
+    with larger.search([0], entries=entries, tokens=slots):
+        pass
+
+
+def test_a_search_that_does_not_fit_beside_others_names_a_capacity_that_works(make_manager: MakeManager) -> None:
+    manager = make_manager(recur_slots=100)
+    with manager.search([0], entries=10, tokens=60), pytest.raises(CapacityError) as caught:
+        manager.search([1], entries=60, tokens=60, timeout=0.0)
+    larger = make_manager(
+        settings=config(max_cache_size=caught.value.required_entries), recur_slots=caught.value.required_slots
+    )
+    with larger.search([0], entries=10, tokens=60), larger.search([1], entries=60, tokens=60, timeout=0.0):
+        pass
+
+
+def test_a_search_that_fails_to_open_reserves_nothing(manager: KVCacheManager) -> None:
+    with pytest.raises(CapacityError):
+        manager.search([0], tokens=10_000)
+    assert manager.recur_pool.stats().reserved_slots == 0
+
+
+def test_opening_evicts_what_no_search_owns(manager: KVCacheManager) -> None:
+    store(manager.recur_pool, *((key, tokens(key, WINDOW)) for key in range(10)))
+    with manager.search([0, 1]):
+        assert len(manager.recur_pool) == 0
+    assert manager.recur_pool.stats().eviction_count == 10
+
+
+def test_opening_evicts_no_more_than_is_needed(manager: KVCacheManager) -> None:
+    store(manager.recur_pool, *((key, tokens(key, WINDOW)) for key in range(10)))
+    with manager.search([0], entries=2, tokens=2 * WINDOW):
+        assert [key in manager.recur_pool for key in range(10)] == [False, False] + [True] * 8
+
+
+def test_pinned_entries_are_not_evicted_for_a_search(manager: KVCacheManager) -> None:
+    store(manager.recur_pool, *((key, tokens(key, WINDOW)) for key in range(10)))
+    with manager.recur_pool.pin(3), pytest.raises(CapacityError):
+        manager.search([0, 1], timeout=0.0)
+    with manager.search([0, 1], timeout=0.0):
+        pass
+
+
+# Committing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_adds_exactly_its_new_tokens(manager: KVCacheManager) -> None:
+    rooted(manager)
+    with manager.search([0]) as search:
+        before = slots_in_use(manager)
+        grow(search, "root", "child", 1, 2)
+        assert slots_in_use(manager) == before + 2
+        grow(search, "child", "grandchild", 2, 1)
+        assert slots_in_use(manager) == before + 3
+        grow(search, "child", "sibling", 3, 3)
+        assert slots_in_use(manager) == before + 6
+        assert manager.recur_pool.stats().slots_in_use == 6
+
+
+def test_a_search_can_use_its_reservation_to_the_last_slot(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=10, tokens=20) as search:
+        chain(search, 10)
+        assert len(search) == 10
+        assert manager.recur_pool.stats().slots_in_use == 20
+
+
+def test_commits_within_the_reservation_succeed_while_everything_else_is_pinned(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=36, init_entries=2))
+    with manager.search([0], entries=10, tokens=20, timeout=0.0) as search, ExitStack() as pins:
+        for pool, entries in ((manager.recur_pool, 2), (manager.init_pools[0], 1), (manager.init_pools[1], 2)):
+            for key in range(entries):
+                pool.put(key, tokens(key, WINDOW))
+                pins.enter_context(pool.pin(key))
+        for number in range(10):
+            batch = search.gather(["root"], [0], timeout=0.0)
+            append(batch, [number])
+            search.commit([number], batch, timeout=0.0)
+        assert len(search) == 10
+
+
+def test_nobody_else_can_take_what_a_search_reserved(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=30))
+    with manager.search([0], entries=10, tokens=20) as search:
+        store(manager.recur_pool, *((key, tokens(key, WINDOW)) for key in range(5)))
+        assert manager.recur_pool.stats().slots_in_use <= 10
+        chain(search, 10)
+
+
+def test_beyond_its_reservation_a_search_takes_what_the_pool_has_free(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=2, tokens=4) as search:
+        chain(search, 5)
+        assert len(search) == 5
+        assert manager.recur_pool.stats().reserved_slots == 10
+
+
+def test_beyond_its_reservation_a_search_evicts_what_no_search_owns(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=2, tokens=4) as search:
+        store(manager.recur_pool, *((key, tokens(key, WINDOW)) for key in range(2)))
+        chain(search, 5)
+        assert len(search) == 5
+
+
+def test_a_search_that_outgrows_what_others_left_says_what_to_open_it_with(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=3, tokens=6) as search, manager.search([1], entries=3, tokens=14):
+        chain(search, 3)
+        with pytest.raises(CapacityError, match=r"entries=4 and tokens=8") as caught:
+            grow(search, "root", "more", 9)
+        assert (caught.value.required_entries, caught.value.required_slots) == (4, 8)
+        assert len(search) == 3
+        assert_same(_row(search, 2), child_of(tokens(99, 3), 2))
+    with manager.search([0], entries=4, tokens=8) as search, manager.search([1], entries=3, tokens=12):
+        chain(search, 4)
+
+
+def _row(search: Search, key: object) -> KeysValues:
+    with search.gather([key], [0]) as batch:
+        return row_of(batch, 0)
+
+
+def test_the_batch_of_a_commit_that_failed_can_be_committed_when_there_is_room(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=3, tokens=6) as search, manager.search([1], entries=3, tokens=14):
+        chain(search, 3)
+        batch = search.gather(["root"], [0])
+        append(batch, [7])
+        with pytest.raises(CapacityError):
+            search.commit(["more"], batch)
+        search.release([0])
+        search.commit(["more"], batch)
+        assert_same(_row(search, "more"), child_of(tokens(99, 3), 7))
+
+
+# Reuse ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["release", "keep"])
+def test_released_room_can_be_used_again(make_manager: MakeManager, how: str) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=10, tokens=20) as search:
+        for round_ in range(3):
+            chain(search, 10, first=20 * round_)
+            if how == "release":
+                search.release([20 * round_ + number for number in range(10)])
+            else:
+                search.keep(["root"])
+            assert len(search) == 0
+
+
+def test_room_of_released_entries_stays_reserved(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=10, tokens=20) as search:
+        chain(search, 10)
+        search.release(range(10))
+        with pytest.raises((CapacityError, WaitTimeoutError)):
+            manager.recur_pool.put("other", tokens(1, 1), timeout=0.0)
+        chain(search, 10)
+
+
+def test_replacing_a_key_of_a_search_that_used_all_it_reserved_needs_no_more(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=10, tokens=20) as search:
+        chain(search, 10)
+        grow(search, "root", 3, 50)
+        assert_same(_row(search, 3), child_of(tokens(99, 3), 50))
+        assert len(search) == 10
+
+
+def test_room_of_promoted_entries_can_be_used_again_when_they_are_released(make_manager: MakeManager) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    with manager.search([0], entries=10, tokens=20) as search:
+        chain(search, 10)
+        search.promote(0, 0)
+        search.release([0])
+        grow(search, "root", "more", 50)
+        assert len(search) == 10
+
+
+def test_a_full_init_pool_can_be_replaced_while_a_search_keeps_roots_that_were_cleared(
+    make_manager: MakeManager,
+) -> None:
+    manager = make_manager(init_entries=1, recur_slots=20, wm_entries=1, writers=1)
+    for env_id in (0, 1):
+        manager.set_init_cache(env_id, "root", tokens(env_id, WINDOW))
+    manager.set_wm_cache("wm", tokens(5, WINDOW))
+    with manager.search([0, 1], entries=10, tokens=20) as search:
+        search.gather(["root", "root"], [0, 1]).close()
+        manager.clear_init_caches()
+        for pool in (*manager.init_pools, manager.wm_pool):
+            for value in (6, 7):
+                assert pool.put("new", tokens(value, WINDOW), timeout=0.0)
+                assert_same(pool.get("new"), tokens(7 if value == 7 else 6, WINDOW))
+
+
+def test_slots_of_an_open_batch_come_back_when_it_closes(manager: KVCacheManager) -> None:
+    rooted(manager)
+    with manager.search([0]) as search:
+        grow(search, "root", "child", 1)
+        batch = search.gather(["child"], [0])
+        search.release(["child"])
+        assert slots_in_use(manager) == 3 + 2
+        batch.close()
+        assert slots_in_use(manager) == 3
