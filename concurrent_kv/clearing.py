@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 from .entry import Entry, Scope
+from .index import Index
 from .ledger import wake
 from .locks import Deadline
 from .room import unpublish
@@ -69,7 +70,7 @@ def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadlin
     return removed
 
 
-def _delete(index: dict[Hashable, Entry], going: list[Entry], gone: list[Entry]) -> None:
+def _delete(index: Index[Entry], going: list[Entry], gone: list[Entry]) -> None:
     """Delete entries from an index, adding each to `gone`; without a look at any key where nothing stays."""
     if len(going) == len(index):
         index.clear()

@@ -18,6 +18,7 @@ from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
+from .index import Index
 from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
@@ -140,8 +141,8 @@ class Scope:
         self.budget = budget
         self.ended: str | None = None
         self.generation = Generation(0, 0)
-        # One dict for each shard, guarded by that shard's lock.
-        self.entries: list[dict[Hashable, Entry]] = [{} for _ in shards]
+        # One part for each shard, guarded by that shard's lock.
+        self.entries: tuple[Index[Entry], ...] = tuple(Index() for _ in shards)
 
     @property
     def epoch(self) -> int:

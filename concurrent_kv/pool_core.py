@@ -19,7 +19,7 @@ from .stats import Counters, PoolStats
 from .storage import KVStorage
 
 if TYPE_CHECKING:
-    from .search import SearchState
+    from .search_state import SearchState
 
 __all__ = ["PoolCore"]
 

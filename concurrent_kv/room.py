@@ -242,15 +242,18 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     waiters: list[Any] = []
     try:
         with pool.storage.locks.write((scope.shards[part],), deadline):
-            still_there = scope.entries[part].get(victim.key) is victim
+            if scope.entries[part].get(victim.key) is not victim:
+                return
             with ledger.mutex:
-                if victim.pins and still_there:
+                if victim.pins:
                     victim.place = Place.PINNED
-                elif still_there:
-                    del scope.entries[part][victim.key]
-                    dead = unpublish(pool, [victim])
-                    pool.counters.eviction_count += 1
-                    waiters = ledger.take_waiters()
+                    return
+            # Not in the mutex, as it may compare keys. Nobody can find the entry in order to pin it meanwhile.
+            del scope.entries[part][victim.key]
+            with ledger.mutex:
+                dead = unpublish(pool, [victim])
+                pool.counters.eviction_count += 1
+                waiters = ledger.take_waiters()
     except BaseException:
         with ledger.mutex:
             if victim.place is Place.CLAIMED:

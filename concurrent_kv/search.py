@@ -24,6 +24,7 @@ from .plan import plan_share
 from .pool import KVPool
 from .reading import generations_of, retain
 from .room import give_budget_back, reserve_budget
+from .search_state import RootKey, SearchState
 from .writing import write
 
 __all__ = ["LookupOrder", "Search"]
@@ -39,69 +40,6 @@ class _Same(Enum):
 
 
 SAME_KEY, SAME_SIDE = _Same.KEY, _Same.SIDE
-
-RootKey = tuple[Hashable, Hashable]  # (env_id, key)
-
-
-class SearchState:
-    """What a search owns: scope and budget, adopted roots, open batches. Ended once, by whoever comes first.
-
-    The search's entries and its roots are guarded by one lock shard, that of its scope.
-    """
-
-    def __init__(self, pool: KVPool, init_pools: Mapping[Hashable, KVPool], number: int, scope: Scope) -> None:
-        assert scope.budget is not None
-        self.pool = pool
-        self.init_pools = init_pools
-        self.scope = scope
-        self.budget = scope.budget
-        self.roots: dict[RootKey, Entry] = {}  # under the scope's shard
-        self.roots_hold = Hold("search", [], pinning=True)
-        self.batches: list[Hold] = []  # under the mutex
-        self.finished = False  # under the mutex
-        # Weights versions that the search began with: a promotion must not carry its entries into a later one.
-        self.versions = {env_id: init_pool.default_scope.version for env_id, init_pool in init_pools.items()}
-        self.number = number
-
-    @property
-    def own(self) -> dict[Hashable, Entry]:
-        """The search's own entries, under the scope's shard."""
-        return self.scope.entries[0]
-
-    def check_open(self) -> None:
-        """Raise `SearchEndedError` if it has ended."""
-        if self.scope.ended is not None:
-            raise SearchEndedError(self.scope.ended)
-
-    def track(self, hold: Hold) -> None:
-        """Remember an open batch, to be closed with the search. Mutex held."""
-        if len(self.batches) > 64:
-            self.batches = [batch for batch in self.batches if not batch.released]
-        self.batches.append(hold)
-
-    def end(self, reason: str, deadline: Deadline) -> None:
-        """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
-        storage = self.pool.storage
-        ledger = storage.ledger
-        with storage.locks.write(self.scope.shards, deadline):
-            # From here on no batch is opened, no child published and no root adopted.
-            if self.scope.ended is None:
-                self.scope.ended = reason
-            roots, self.roots = self.roots, {}
-        sweep_if(self.scope, lambda entry: True, deadline)
-        with ledger.mutex:
-            if self.finished:
-                return
-            self.finished = True
-            self.budget.ended = self.scope.ended
-            dead = ledger.end(self.roots_hold)
-            for hold in self.batches:
-                dead += ledger.end(hold)
-            self.pool.searches.discard(self)
-            give_budget_back(self.pool, self.budget)
-            waiters = ledger.take_waiters()
-        wake(waiters)
-        del roots, dead
 
 
 class Search:

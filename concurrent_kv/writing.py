@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from .entry import Entry, Generation, Place, Scope
 from .errors import ClosedError, SearchEndedError
+from .index import Index
 from .ledger import wake
 from .locks import Deadline
 from .plan import WritePlan
@@ -136,21 +137,11 @@ def _publish(
         if any(missing):
             wake(waiters)
             return Outcome.NO_ROOM, missing
-        snapshots = _snapshots(scope, located, plan.keys)
-        try:
-            for part, entry, previous in zip(parts, entries, replaced, strict=True):
-                if previous is not None:
-                    entry.index_key = previous.index_key  # a dict keeps the key object that it has
-                part[entry.key] = entry
-        except BaseException:
-            if snapshots is not None:
-                for number, snapshot in snapshots.items():
-                    scope.entries[number] = snapshot
-            else:
-                _restore(parts, entries, replaced)
-            with ledger.mutex:
-                _withdraw(pool, scope, entries, plan, old)
-            raise
+        cells = _cells(pool, scope, entries, plan, old, parts)
+        for cell, entry, previous in zip(cells, entries, replaced, strict=True):
+            if previous is not None:
+                entry.index_key = previous.index_key  # a dict keeps the key object that it has
+            cell[:] = (entry,)
         with ledger.mutex:
             dead = unpublish(pool, old, counted_out=True)
             for entry in entries:
@@ -167,8 +158,34 @@ def _publish(
             pool.counters.replace_count += len(old)
             waiters = ledger.take_waiters()
     wake(waiters)
-    del dead, old, replaced, previous, snapshots
+    del dead, old, replaced, previous
     return Outcome.PUBLISHED, (0, 0)
+
+
+def _cells(
+    pool: PoolCore,
+    scope: Scope,
+    entries: Sequence[Entry],
+    plan: WritePlan,
+    old: Sequence[Entry],
+    parts: Sequence[Index[Entry]],
+) -> list[list[Entry]]:
+    """The places of all keys in the index; if a key's own `__eq__` or `__hash__` raises, everything is as before."""
+    cells: list[list[Entry]] = []
+    added: list[Index[Entry]] = []
+    try:
+        for part, entry in zip(parts, entries, strict=True):
+            cell, is_new = part.cell_of(entry.key)
+            if is_new:
+                added.append(part)
+            cells.append(cell)
+    except BaseException:
+        for part in reversed(added):
+            part.undo_last()
+        with pool.storage.ledger.mutex:
+            _withdraw(pool, scope, entries, plan, old)
+        raise
+    return cells
 
 
 def _admit(
@@ -209,36 +226,3 @@ def _count_out(pool: PoolCore, plan: WritePlan, old: Sequence[Entry]) -> None:
     if old:
         pool.quota.add(pool.storage.ledger.tables_of(old))
     pool.quota.remove(plan.tables)
-
-
-PLAIN_KEYS = (int, str, bytes, float, bool, type(None))
-
-
-def _snapshots(
-    scope: Scope, located: Sequence[tuple[Scope, int]], keys: Sequence[Hashable]
-) -> dict[int, dict[Hashable, Entry]] | None:
-    """Copies of the dicts that are about to change, where changing them back might fail as well; else None.
-
-    One change is atomic by itself, and plain keys do not raise. Several changes with keys of the user's own kind have
-    to be undone without comparing keys again: a dict's copy compares none.
-    """
-    if all(_is_plain(key) for key in keys):
-        return None
-    return {} if len(keys) == 1 else {part: scope.entries[part].copy() for _, part in located}
-
-
-def _is_plain(key: Hashable) -> bool:
-    kind = type(key)
-    return kind in PLAIN_KEYS or (isinstance(key, tuple) and all(type(item) in PLAIN_KEYS for item in key))
-
-
-def _restore(
-    parts: Sequence[dict[Hashable, Entry]], entries: Sequence[Entry], replaced: Sequence[Entry | None]
-) -> None:
-    """Undo the index changes of a publication, of keys that do not raise."""
-    for part, entry, old in zip(parts, entries, replaced, strict=True):
-        if part.get(entry.key) is entry:
-            if old is None:
-                del part[entry.key]
-            else:
-                part[old.key] = old

@@ -134,7 +134,8 @@ def lose_from_the_index(books: Books) -> None:
 def index_under_another_key(books: Books) -> None:
     for part in books.pool.default_scope.entries:
         if "b" in part:
-            part["z"] = part.pop("b")
+            part["z"] = part["b"]
+            del part["b"]
 
 
 MENDED = [

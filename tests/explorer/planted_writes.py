@@ -18,7 +18,7 @@ from concurrent_kv.plan import WritePlan
 from concurrent_kv.pool_core import PoolCore
 from concurrent_kv.quota import Quota
 from concurrent_kv.room import Ticket, unpublish
-from concurrent_kv.search import SearchState
+from concurrent_kv.search_state import SearchState
 from concurrent_kv.slots import Slots
 from concurrent_kv.streams import NO_TICKS
 from concurrent_kv.writing import Outcome
@@ -180,7 +180,7 @@ def search_marked_as_ended_after_its_sweep(patch: Patch) -> None:
     def end(self: SearchState, reason: str, deadline: Deadline) -> None:
         sweep_if(self.scope, lambda entry: True, deadline)
         with patch.context() as no_sweep:
-            no_sweep.setattr("concurrent_kv.search.sweep_if", lambda *arguments: 0)
+            no_sweep.setattr("concurrent_kv.search_state.sweep_if", lambda *arguments: 0)
             real(self, reason, deadline)
 
     patch.setattr(SearchState, "end", end)
