@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WindowOverflowError
+from .handle import Handle
 from .kv import KeysValues, check_fits
 from .layout import positive_int
 from .tensors import plain_torch_state
@@ -25,7 +25,7 @@ __all__ = ["BATCH_CLOSED", "Batch"]
 BATCH_CLOSED = "this batch is closed: it was committed or closed before, or its search has ended"
 
 
-class Batch:
+class Batch(Handle):
     """The result of a gather: K and V of many entries, and the references that a commit needs to share their slots.
 
     Rows are left-padded with zeros to the longest; the valid tokens of every row end at the same column; free room for
@@ -290,14 +290,6 @@ class Batch:
     def _check_open(self) -> None:
         if self._hold.released:
             raise ClosedError(BATCH_CLOSED)
-
-    def __enter__(self) -> Batch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Runs at any point of any thread: it must take no lock. The next operation drains the queue.

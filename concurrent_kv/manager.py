@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import count
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .arguments import hash_of, sequence_of
 from .config import ManagerConfig
 from .errors import InvalidArgumentError
+from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .kv import KeysValues
 from .layout import positive_int
@@ -29,7 +30,7 @@ __all__ = ["KVCacheManager"]
 logger = logging.getLogger("concurrent_kv")
 
 
-class KVCacheManager:
+class KVCacheManager(Handle):
     """One storage, an init pool for each environment, a recurrent pool, a world-model pool, and searches over them.
 
     Thread-safe throughout. The roles are separate scopes: equal keys in different pools never meet, and a lookup names
@@ -267,14 +268,6 @@ class KVCacheManager:
         for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
             pool.close()
         self.storage.close()
-
-    def __enter__(self) -> KVCacheManager:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from .entry import Entry, Hold
 from .errors import ClosedError
+from .handle import Handle
 from .kv import KeysValues
 from .reading import copy_out
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Pin"]
 
 
-class Pin:
+class Pin(Handle):
     """Keeps what it pinned alive, and from being evicted, until it is closed by leaving its `with` or dropped.
 
     Attributes:
@@ -48,14 +48,6 @@ class Pin:
         """Let the entry go. Nothing happens the second time."""
         self._storage.check_process()
         self._storage.ledger.release(self._hold)
-
-    def __enter__(self) -> Pin:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Runs at any point of any thread: it must take no lock. The next operation drains the queue.

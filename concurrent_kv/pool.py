@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 from torch import Tensor
 
@@ -316,11 +315,3 @@ class KVPool(PoolCore):
         hash_of(key)
         found_in = self._scope(scope)
         return claim(self, found_in, key, found_in.generation, side, priority)[0]
-
-    def __enter__(self) -> KVPool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -11,6 +11,7 @@ from .entry import Entry, Generation, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .eviction import EvictionPolicy, PolicyFactory, make_policy
 from .flights import FlightTable
+from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .layout import KVLayout, positive_int
 from .locks import Deadline
@@ -38,7 +39,7 @@ def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> N
         )
 
 
-class PoolCore:
+class PoolCore(Handle):
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
 
     def __init__(

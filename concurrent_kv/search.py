@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from types import TracebackType
 from typing import Literal
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from .clearing import sweep_if
 from .committing import commit_batch, open_batch
 from .entry import Entry, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from .handle import Handle
 from .layout import positive_int
 from .ledger import wake
 from .locks import Deadline
@@ -42,7 +42,7 @@ class _Same(Enum):
 SAME_KEY, SAME_SIDE = _Same.KEY, _Same.SIDE
 
 
-class Search:
+class Search(Handle):
     """An open search over some environments; made by `KVCacheManager.search`. Several threads may use it.
 
     Its entries, and the roots that it gathered from the init pools, stay until it closes, whatever is cleared or
@@ -333,14 +333,6 @@ class Search:
         if unknown:
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
         return list(checked)
-
-    def __enter__(self) -> Search:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
