@@ -86,7 +86,11 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
     for priority in priorities:
         if isinstance(priority, bool) or not isinstance(priority, Real):
             raise InvalidTypeError(f"priority must be a number, got {priority!r}")
-        if math.isnan(priority):
+        try:
+            number = float(priority)
+        except OverflowError as error:
+            raise InvalidArgumentError("priority must be a number that fits into a float") from error
+        if math.isnan(number):
             raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")
     return priorities
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WindowO
 from .handle import Handle
 from .kv import KeysValues, check_fits
 from .layout import positive_int
-from .tensors import plain_torch_state
+from .tensors import plain_torch_state, writing_to
 
 if TYPE_CHECKING:
     from .storage import KVStorage
@@ -152,8 +151,7 @@ class Batch(Handle):
                 f"head_dim={expected[3]}], got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
         new_end = self._check_room(end, keys.shape[2])
-        # Without this, keys that require gradients would make the whole buffer part of their graph.
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        with writing_to(self.data):
             self.data[layer, :, :, end:new_end] = keys
             self.data[self._layers + layer, :, :, end:new_end] = values
         self._ends[layer] = new_end
@@ -211,7 +209,7 @@ class Batch(Handle):
         length = kv.lengths[0]
         if length > self.data.shape[3]:
             raise WindowOverflowError(f"kv has {length} tokens, the batch {self.data.shape[3]} columns")
-        with plain_torch_state():
+        with plain_torch_state(self.data):
             if length > self._start:
                 self._move_right(length - self._start)
             columns = slice(self._start - length, self._start)
@@ -281,9 +279,9 @@ class Batch(Handle):
         """Let the entries go and give the buffer back. Never blocks; nothing happens the second time."""
         if not self._hold.released:
             self._storage.check_process()
-            self._storage.ledger.release(self._hold)
-            if self._owns_buffer:
-                # Only here, in its user's own thread: a search that closes meanwhile must not hand the buffer on.
+            # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
+            # hand the buffer on.
+            if self._storage.ledger.release(self._hold) and self._owns_buffer:
                 clock = self._storage.clock
                 self._storage.tensor.return_buffer(self.data, clock.stamp(clock.current(), (self.data,)))
 
@@ -295,7 +293,7 @@ class Batch(Handle):
         # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
-            self._storage.ledger.abandoned.append(partial(self._storage.ledger.release_abandoned, hold))
+            self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

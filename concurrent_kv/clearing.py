@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
+from typing import Any
 
 from .entry import Entry, Scope
 from .index import Index
@@ -10,7 +11,7 @@ from .ledger import wake
 from .locks import Deadline
 from .room import unpublish
 
-__all__ = ["remove", "sweep", "sweep_if"]
+__all__ = ["remove", "remove_all", "sweep", "sweep_if"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 
@@ -34,6 +35,40 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     return True
 
 
+def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
+    """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
+    dead: list[Entry] = []
+    index = scope.entries[0]
+    with scope.pool.storage.locks.write(scope.shards, deadline):
+        deadline.check(scope.pool.name)
+        missing = [key for key in keys if key not in index]
+        if missing:
+            return missing
+        waiters = _take_out(scope, index, [index[key] for key in keys], dead)
+    wake(waiters)
+    del dead
+    return []
+
+
+def _take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
+    """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
+    pool = scope.pool
+    ledger = pool.storage.ledger
+    gone: list[Entry] = []
+    try:
+        _delete(index, going, gone)
+    finally:
+        # Of what is gone, also if a key's own `__eq__` raised on the way.
+        for begin in range(0, len(gone), ENTRIES_PER_HOLD):
+            some = gone[begin : begin + ENTRIES_PER_HOLD]
+            with ledger.mutex:
+                dead += unpublish(pool, some)
+                pool.counters.removal_count += len(some)
+        with ledger.mutex:
+            waiters = ledger.take_waiters()
+    return waiters
+
+
 def sweep(scope: Scope, deadline: Deadline) -> None:
     """Remove every entry of an older generation than the scope's, one shard at a time."""
     sweep_if(scope, lambda entry: entry.generation is not scope.generation, deadline)
@@ -45,28 +80,16 @@ def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadlin
     Holds one shard at a time, for work that grows with the entries of that shard; the mutex for bounded work.
     """
     pool = scope.pool
-    ledger = pool.storage.ledger
     removed = 0
     for part, shard in enumerate(scope.shards):
         dead: list[Entry] = []
         with pool.storage.locks.write((shard,), deadline):
             going = [entry for entry in scope.entries[part].values() if condition(entry)]
-            gone: list[Entry] = []
-            try:
-                _delete(scope.entries[part], going, gone)
-            finally:
-                # Of what is gone, also if a key's own `__eq__` raised on the way.
-                for begin in range(0, len(gone), ENTRIES_PER_HOLD):
-                    some = gone[begin : begin + ENTRIES_PER_HOLD]
-                    with ledger.mutex:
-                        dead += unpublish(pool, some)
-                        pool.counters.removal_count += len(some)
-                with ledger.mutex:
-                    waiters = ledger.take_waiters()
+            waiters = _take_out(scope, scope.entries[part], going, dead)
         wake(waiters)
-        removed += len(gone)
+        removed += len(going)
         # Keys and side data are finalised here, outside of every lock.
-        del dead, going, gone
+        del dead, going
     return removed
 
 

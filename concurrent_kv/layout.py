@@ -66,8 +66,11 @@ class KVLayout:
         device = device_of(self.device)
         if device.type not in ("cpu", "cuda"):
             raise InvalidArgumentError(f"device must be a CPU or a CUDA device, got {device}")
-        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+        if device.type == "cuda":
+            if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+                raise InvalidArgumentError(f"device must be there, and torch finds no {device}")
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
         object.__setattr__(self, "device", device)
 
     @property

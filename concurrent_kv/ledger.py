@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,28 @@ from .locks import Deadline
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
 
-__all__ = ["Ledger", "wake"]
+__all__ = ["Ledger", "Signal", "wake"]
+
+
+class Signal:
+    """An event for one waiter that may be set from a finaliser: at any point of any thread, inside `set` itself too."""
+
+    __slots__ = ("_queue",)
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[None] = SimpleQueue()  # its put() is reentrant, an Event's set() is not
+
+    def set(self) -> None:
+        """Wake the waiter."""
+        self._queue.put(None)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for `set`; False when `timeout` seconds are over."""
+        try:
+            self._queue.get(timeout=timeout)
+        except Empty:
+            return False
+        return True
 
 
 class Ledger:
@@ -37,7 +59,7 @@ class Ledger:
         window: int,
         *,
         lock_factory: Callable[[], Any] = threading.Lock,
-        event_factory: Callable[[], Any] = threading.Event,
+        event_factory: Callable[[], Any] = Signal,
     ) -> None:
         self.mutex = lock_factory()
         self.slots = SlotAllocator(num_slots)
@@ -177,13 +199,21 @@ class Ledger:
                     self.unpark(entry)
         return self.let_go(entries)
 
-    def release(self, hold: Hold) -> None:
-        """Release a hold, and wake whoever waits for room."""
+    def abandon(self, release: Callable[[Deadline], None]) -> None:
+        """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
+        self.abandoned.append(release)
+        for waiter in tuple(self._waiters):
+            waiter.set()
+
+    def release(self, hold: Hold) -> bool:
+        """Release a hold, and wake whoever waits for room; False if it was released before."""
         with self.mutex:
+            first = not hold.released
             dead = self.end(hold)
             waiters = self.take_waiters()
         wake(waiters)
         del dead
+        return first
 
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard."""

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING
 from .arguments import hash_of, sequence_of
 from .config import ManagerConfig
 from .errors import InvalidArgumentError
+from .eviction import EvictionPolicy
 from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .kv import KeysValues
 from .layout import positive_int
 from .overflow import Overflow
 from .pool import KVPool
+from .pool_core import bump_versions
 from .search import LookupOrder, Search, open_search
 from .stats import NoCounters, StatsSummary
 from .storage import KVStorage
 
 if TYPE_CHECKING:
     from .entry import Entry
-    from .eviction import EvictionPolicy, PolicyFactory
+    from .eviction import PolicyFactory
 
 __all__ = ["KVCacheManager"]
 
@@ -44,7 +46,8 @@ class KVCacheManager(Handle):
         enable_stats: count hits, misses and the rest. Where False, every count stays 0.
         init_entries: entries of each environment's init pool.
         recur_slots: slots of the recurrent pool; room for the full windows of one search over all environments if left
-            out (`env_num * (num_simulations + 1) * context_length`).
+            out (`env_num * (num_simulations + 1) * context_length`). While such a search is open, nothing else fits:
+            give more to use `set_recur_cache` beside it.
         wm_entries: entries of the world-model pool; `env_num` if left out.
         policy: eviction policy of every pool, by name or factory; "fifo" is what LightZero does.
         shards: lock shards, shared by the pools.
@@ -75,6 +78,10 @@ class KVCacheManager(Handle):
         log_every_steps: int | None = None,
         name: str = "cache",
     ) -> None:
+        if isinstance(policy, EvictionPolicy):
+            raise InvalidArgumentError(
+                f"policy must be a name or a factory, as every pool needs a policy of its own, got {policy!r}"
+            )
         settings = ManagerConfig.read(config, env_num)
         layout, window = settings.layout, settings.layout.max_tokens
         init_entries = positive_int("init_entries", init_entries)
@@ -183,10 +190,10 @@ class KVCacheManager(Handle):
         """
         pools = {"init": self._init_pool(env_id), "recur": self.recur_pool, "wm": self.wm_pool}
         order = sequence_of("order", order, "'init', 'recur' and 'wm'")
-        if not order or set(order) - set(pools):
+        if not order or any(role not in tuple(pools) for role in order):
             raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {order!r}")
-        for role in order:
-            found = pools[role].get(cache_key, timeout=timeout, count_miss=role == order[-1])
+        for number, role in enumerate(order, 1):
+            found = pools[role].get(cache_key, timeout=timeout, count_miss=number == len(order))
             if found is not None:
                 return found
         return None
@@ -255,11 +262,7 @@ class KVCacheManager(Handle):
 
     def bump_version(self) -> None:
         """State that the weights changed: every entry is a miss from now on, every open search ends. May block."""
-        deadline = self.storage.enter()
-        for pool in (*self._init_pools, self.recur_pool, self.wm_pool):
-            pool.renew(deadline, version=True)
-        # Last: a search opened from here on can no longer adopt a root of the old weights.
-        self.recur_pool.end_searches(f"{self.name}: the weights version was bumped; open a new search", deadline)
+        bump_versions((*self._init_pools, self.recur_pool, self.wm_pool), self.name, self.storage.enter())
 
     def close(self) -> None:
         """End every search, drop every entry and free the storage. Closing twice is fine. May block."""
@@ -273,15 +276,18 @@ class KVCacheManager(Handle):
 
     def get_stats_summary(self) -> StatsSummary:
         """The statistics of every pool and their total, as numbers. Never waits for a shard."""
+        self.storage.check_process()
         pools = (*self._init_pools, self.recur_pool, self.wm_pool)
-        return StatsSummary(
-            {pool.name.removeprefix(f"{self.name}."): pool.stats() for pool in pools}, self.stats_enabled
-        )
+        contention = self.storage.locks.contention()
+        with self.storage.ledger.mutex:  # one hold: one moment of all of them
+            stats = {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
+        return StatsSummary(MappingProxyType(stats), self.stats_enabled)
 
     def reset_stats(self) -> None:
         """Start every count from zero."""
         for pool in (*self._init_pools, self.recur_pool, self.wm_pool):
             pool.reset_stats()
+        self.storage.locks.reset_contention()
 
     def step(self) -> None:
         """Note one environment step: with `log_every_steps=N`, every N-th logs the statistics."""

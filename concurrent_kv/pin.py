@@ -53,4 +53,4 @@ class Pin(Handle):
         # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
-            self._storage.ledger.abandoned.append(partial(self._storage.ledger.release_abandoned, hold))
+            self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))

@@ -130,11 +130,14 @@ class KVPool(PoolCore):
             KeyNotFoundError: there is no such key.
         """
         hold = Hold("pin", [], pinning=True)
-        entry = self._retain(key, scope, self._enter(timeout), hold, quiet=True)
-        if entry is None:
+        try:
+            entry = self._retain(key, scope, self._enter(timeout), hold, quiet=True)
+            if entry is None:
+                raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
+            return Pin(self.storage, entry, hold)
+        except BaseException:
             self.storage.ledger.release(hold)
-            raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
-        return Pin(self.storage, entry, hold)
+            raise
 
     def count_misses(self, number: int) -> None:
         """Count rows that nobody had."""

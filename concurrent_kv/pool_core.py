@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .arguments import hash_of, slots_of_capacity
@@ -22,7 +22,7 @@ from .storage import KVStorage
 if TYPE_CHECKING:
     from .search_state import SearchState
 
-__all__ = ["PoolCore"]
+__all__ = ["PoolCore", "bump_versions"]
 
 
 def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> None:
@@ -96,6 +96,7 @@ class PoolCore(Handle):
             scope = self._scopes.get(name)
             if scope is None:
                 scope = self._scopes[name] = Scope(self, name, self.default_scope.shards)
+                scope.generation = Generation(0, self.default_scope.version)
             return scope
 
     def scopes(self) -> tuple[Scope, ...]:
@@ -129,9 +130,7 @@ class PoolCore(Handle):
 
     def bump_version(self, *, timeout: float | None = None) -> None:
         """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
-        deadline = self._enter(timeout)
-        self.renew(deadline, version=True)
-        self.end_searches(f"{self.name}: the weights version was bumped; open a new search", deadline)
+        bump_versions([self], self.name, self._enter(timeout))
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
@@ -140,15 +139,14 @@ class PoolCore(Handle):
         for search in searches:
             search.end(reason, deadline)
 
-    def renew(self, deadline: Deadline, scopes: Iterable[Scope] | None = None, *, version: bool = False) -> None:
-        """Begin a new epoch (or weights version) in `scopes`, all by default, and sweep what is older."""
+    def renew(self, deadline: Deadline, scopes: Iterable[Scope] | None = None) -> None:
+        """Begin a new epoch in `scopes`, all by default, and sweep what is older."""
         scopes = self.scopes() if scopes is None else tuple(scopes)
-        # First the new generation, then the sweep: what is published in between is older than neither.
+        # First the new epoch, then the sweep: what is published in between is older than neither.
         with self.storage.ledger.mutex:
             for scope in scopes:
-                epoch, weights = scope.generation
-                scope.generation = Generation(epoch, weights + 1) if version else Generation(epoch + 1, weights)
-            self.counters.clear_count += not version
+                scope.generation = Generation(scope.epoch + 1, scope.version)
+            self.counters.clear_count += 1
         for scope in scopes:
             sweep(scope, deadline)
 
@@ -174,29 +172,37 @@ class PoolCore(Handle):
     def stats(self) -> PoolStats:
         """One consistent moment of the counters and the fill. Never waits for a shard."""
         self.storage.check_process()
-        waits, seconds = self.storage.locks.contention()
-        ledger, quota = self.storage.ledger, self.quota
-        with ledger.mutex:
-            searches = [search.budget for search in self.searches]
-            return PoolStats(
-                **vars(self.counters),
-                entries=quota.entries + sum(budget.entries for budget in searches),
-                max_entries=quota.max_entries,
-                slots_in_use=quota.slots + sum(b.reservation.size - b.reservation.left for b in searches),
-                max_slots=quota.max_slots,
-                shared_slots=ledger.slots.shared_count(),
-                reserved_entries=quota.reserved_entries,
-                reserved_slots=quota.reserved_slots,
-                lock_wait_count=waits,
-                lock_wait_seconds=seconds,
-            )
+        contention = self.storage.locks.contention()
+        with self.storage.ledger.mutex:
+            return self.stats_now(contention)
+
+    def stats_now(self, contention: tuple[int, float]) -> PoolStats:
+        """As `stats`, with the mutex held already."""
+        slots, quota = self.storage.ledger.slots, self.quota
+        budgets = [search.budget for search in self.searches]
+        in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
+        return PoolStats(
+            **vars(self.counters),
+            entries=quota.entries + sum(budget.entries for budget in budgets),
+            max_entries=quota.max_entries,
+            slots_in_use=in_use,
+            max_slots=quota.max_slots,
+            bytes_in_use=in_use * self.layout.bytes_per_token,
+            max_bytes=quota.max_slots * self.layout.bytes_per_token,
+            shared_slots=slots.shared_count(),
+            reserved_entries=quota.reserved_entries,
+            reserved_slots=quota.reserved_slots,
+            lock_wait_count=contention[0],
+            lock_wait_seconds=contention[1],
+        )
 
     def reset_stats(self) -> None:
         """Start every counter from zero."""
         self.storage.check_process()
         with self.storage.ledger.mutex:
             self.counters = type(self.counters)()
-        self.storage.locks.reset_contention()
+        if self.owns_storage:
+            self.storage.locks.reset_contention()
 
     def check_integrity(self) -> IntegrityReport:
         """Recount everything; call it when no operation is under way.
@@ -229,3 +235,22 @@ class PoolCore(Handle):
             f"<{type(self).__name__} {self.name!r}: {quota.entries} of {quota.max_entries} entries, "
             f"{quota.slots} of {quota.max_slots} slots{', closed' if self.closed else ''}>"
         )
+
+
+def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> None:
+    """Begin a new weights version in every scope of `pools`, of one storage, at once; end searches, sweep the rest.
+
+    If it raises `WaitTimeoutError` the versions are bumped all the same: older entries are misses, searches are over.
+    """
+    reason = f"{name}: the weights version was bumped; open a new search"
+    with pools[0].storage.ledger.mutex:
+        for pool in pools:
+            for scope in pool.registered_scopes():
+                scope.generation = Generation(scope.epoch, scope.version + 1)
+            for search in pool.searches:
+                search.budget.ended = reason
+    for pool in pools:
+        pool.end_searches(reason, deadline)
+    for pool in pools:
+        for scope in pool.scopes():
+            sweep(scope, deadline)

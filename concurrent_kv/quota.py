@@ -5,7 +5,7 @@ Every method is called with the ledger's mutex held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,7 @@ class Budget:
     reservation: Reservation
     max_entries: int
     entries: int = 0
+    promoted_to: set[Quota] = field(default_factory=set)  # quotas of init pools that may pay for its slots too
     ended: str | None = None  # why the search is over; nothing can be taken from its budget then
 
     def missing(self, entries: int, slots: int) -> tuple[int, int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .entry import Entry, Place, Scope
 from .errors import CapacityError, SearchEndedError, WaitTimeoutError
@@ -19,7 +22,16 @@ from .streams import Ticks
 if TYPE_CHECKING:
     from .pool_core import PoolCore
 
-__all__ = ["Ticket", "cancel", "give_budget_back", "make_room", "reserve", "reserve_budget", "unpublish"]
+__all__ = [
+    "Ticket",
+    "cancel",
+    "check_budget",
+    "give_budget_back",
+    "make_room",
+    "reserve",
+    "reserve_budget",
+    "unpublish",
+]
 
 VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
 
@@ -42,11 +54,7 @@ def reserve(
     """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
     budget = scope.budget
     if budget is not None:
-        with pool.storage.ledger.mutex:
-            short = any(budget.missing(len(plan.keys), plan.num_slots))
-        # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
-        freed = _freed_by(pool, scope, plan, located, deadline) if short else (0, 0)
-        return _take_from_budget(pool, budget, plan, freed, deadline)
+        return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
     pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.shared_slots())
     freed = _freed_by(pool, scope, plan, located, deadline)
     return _take(pool, plan, freed, deadline)
@@ -92,12 +100,20 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
 
 
 def _take_from_budget(
-    pool: PoolCore, budget: Budget, plan: WritePlan, freed: tuple[int, int], deadline: Deadline
+    pool: PoolCore,
+    budget: Budget,
+    plan: WritePlan,
+    look_up_freed: Callable[[], tuple[int, int]],
+    deadline: Deadline,
 ) -> Ticket:
     """Take what a search reserved; beyond that, what the pool has or can evict, or an error that says what would do."""
     ledger, quota = pool.storage.ledger, pool.quota
     count, slots = len(plan.keys), plan.num_slots
+    freed, looked = (0, 0), False
     while True:
+        if any(budget.missing(count, slots)):
+            # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
+            freed = look_up_freed()
         with ledger.mutex:
             pool.check_open()
             # In the same hold as the taking: what a closed search took would never come back.
@@ -113,6 +129,9 @@ def _take_from_budget(
                 if taken is not None:
                     budget.entries += count
                     return Ticket(count, slots, *taken, lent=taken[0][reserved:])
+            elif freed == (0, 0) and not looked:
+                looked = True  # somebody else took what was left meanwhile
+                continue
             elif not quota.can_ever_fit(entries_short, slots_short):
                 raise _budget_error(pool, budget, entries_short, slots_short)
             victim, waiter = _victim_or_waiter(pool, True, want_slots=not entries_short)
@@ -133,6 +152,15 @@ def _extend(pool: PoolCore, budget: Budget, entries: int, slots: int) -> None:
         budget.max_entries += entries
         quota.reserved_entries += entries
         quota.reserved_slots += slots
+
+
+def check_budget(pool: PoolCore, budget: Budget, replaced: int) -> None:
+    """Raise `CapacityError` unless a search's entries fit once `replaced` of them are gone. Mutex held."""
+    over = budget.entries - replaced - budget.max_entries
+    if over > 0:
+        _extend(pool, budget, over, 0)
+        if budget.entries - replaced > budget.max_entries:
+            raise _budget_error(pool, budget, over, 0)
 
 
 def _budget_error(pool: PoolCore, budget: Budget, entries: int, slots: int) -> CapacityError:
@@ -178,14 +206,18 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         if victim is not None:
             _evict(pool, victim, deadline)
-        elif waiter is not None and not waiter.wait(deadline.left()):
+        elif waiter is not None and not _wait(pool, waiter, deadline):
             break
     with ledger.mutex:
         need_entries, need_slots = quota.reserved_entries + entries, quota.reserved_slots + slots
+        if quota.can_ever_fit(entries, slots):
+            # Everything that could be evicted was; what is left is pinned or held.
+            need_entries += quota.entries + quota.pending_entries
+            need_slots += quota.slots + quota.pending_slots
     raise CapacityError(
         f"{pool.name} cannot set {entries} entries and {slots} slots aside for this search: it holds at most "
-        f"{quota.max_entries} entries and {quota.max_slots} slots, and other searches reserved "
-        f"{need_entries - entries} and {need_slots - slots}; a capacity of {need_entries} entries and "
+        f"{quota.max_entries} entries and {quota.max_slots} slots, and what other searches reserved or "
+        f"somebody pins is {need_entries - entries} and {need_slots - slots}; a capacity of {need_entries} entries and "
         f"{need_slots} slots would do (or a search with fewer environments, simulations or tokens)",
         required_entries=need_entries,
         required_slots=need_slots,
@@ -224,7 +256,7 @@ def _evict_or_wait(
 ) -> None:
     if victim is not None:
         _evict(pool, victim, deadline)
-    elif waiter is not None and not waiter.wait(deadline.left()):
+    elif waiter is not None and not _wait(pool, waiter, deadline):
         quota = pool.quota
         raise WaitTimeoutError(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
@@ -232,6 +264,15 @@ def _evict_or_wait(
             f"{quota.reserved_entries} and {quota.reserved_slots} reserved by searches, and nothing can be evicted "
             "(pinned, or held by open batches)"
         )
+
+
+def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
+    """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
+    if pool.storage.ledger.abandoned:
+        # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
+        pool.storage.drain_abandoned(deadline)
+        return True
+    return bool(waiter.wait(deadline.left()))
 
 
 def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
@@ -285,7 +326,15 @@ def unpublish(pool: PoolCore, entries: Sequence[Entry], *, counted_out: bool = F
             pool.quota.remove(ledger.tables_of(entries))
         else:
             budget.entries -= len(entries)
-    return ledger.let_go(entries)
+    if budget is None or not budget.promoted_to:
+        return ledger.let_go(entries)
+    slots = np.unique(ledger.tables_of(entries))
+    dead = ledger.let_go(entries)
+    # What only init pools name now is paid for by them; the search can use its room again.
+    counts = ledger.slots.counts[slots]
+    elsewhere = sum(quota.counts[slots] for quota in budget.promoted_to)
+    ledger.slots.discharge(budget.reservation, slots[(slots > 0) & (counts > 0) & (counts == elsewhere)])
+    return dead
 
 
 def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:

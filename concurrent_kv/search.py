@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import check_env_ids, check_keys, check_priorities, hash_of
 from .batch import Batch
-from .clearing import sweep_if
+from .clearing import remove_all, sweep_if
 from .committing import commit_batch, open_batch
 from .entry import Entry, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
@@ -227,12 +227,10 @@ class Search(Handle):
         going = set(check_keys(keys))
         state = self._state
         deadline = state.pool.storage.enter(timeout)
-        with state.pool.storage.locks.read(state.scope.shards, deadline):
-            state.check_open()
-            missing = [key for key in going if key not in state.own]
+        state.check_open()
+        missing = remove_all(state.scope, going, deadline)
         if missing:
             raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
-        sweep_if(state.scope, lambda entry: entry.key in going, deadline)
 
     def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
@@ -301,13 +299,9 @@ class Search(Handle):
                 storage.ledger.extend(hold, [entry])
         try:
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
-            stored = write(target.pool, target, generation, plan, deadline)
-            if stored:
-                # The init pool's quota pays for these slots from here on.
-                with storage.ledger.mutex:
-                    table = storage.ledger.tables_of([entry])[0]
-                    storage.ledger.slots.discharge(state.budget.reservation, table[table > 0])
-            return stored
+            with storage.ledger.mutex:
+                state.budget.promoted_to.add(target.pool.quota)
+            return write(target.pool, target, generation, plan, deadline)
         finally:
             del entry
             storage.ledger.release(hold)
@@ -339,7 +333,7 @@ class Search(Handle):
         state = getattr(self, "_state", None)
         if state is not None and not state.finished:
             ledger = state.pool.storage.ledger
-            ledger.abandoned.append(partial(state.end, "the search was dropped without being closed"))
+            ledger.abandon(partial(state.end, "the search was dropped without being closed"))
 
     def __repr__(self) -> str:
         return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"

@@ -34,7 +34,8 @@ class SearchState:
         self.scope = scope
         self.budget = scope.budget
         self.roots: dict[RootKey, Entry] = {}  # under the scope's shard
-        self.roots_hold = Hold("search", [], pinning=True)
+        # Not pinning: a root may be evicted from its init pool like any other. The search keeps what it adopted.
+        self.roots_hold = Hold("search", [])
         self.batches: list[Hold] = []  # under the mutex
         self.finished = False  # under the mutex
         # Weights versions that the search began with: a promotion must not carry its entries into a later one.
@@ -47,9 +48,10 @@ class SearchState:
         return self.scope.entries[0]
 
     def check_open(self) -> None:
-        """Raise `SearchEndedError` if it has ended."""
-        if self.scope.ended is not None:
-            raise SearchEndedError(self.scope.ended)
+        """Raise `SearchEndedError` if it has ended, or is about to be ended by a version bump."""
+        reason = self.scope.ended or self.budget.ended
+        if reason is not None:
+            raise SearchEndedError(reason)
 
     def track(self, hold: Hold) -> None:
         """Remember an open batch, to be closed with the search. Mutex held."""
@@ -71,7 +73,7 @@ class SearchState:
             if self.finished:
                 return
             self.finished = True
-            self.budget.ended = self.scope.ended
+            self.budget.ended = self.budget.ended or self.scope.ended
             dead = ledger.end(self.roots_hold)
             for hold in self.batches:
                 dead += ledger.end(hold)

@@ -5,7 +5,9 @@ A row asked for is one request: a hit counts in the pool that had it, a miss in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 __all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary"]
 
@@ -42,6 +44,7 @@ class PoolStats:
         clear_count: clears. stale_write_count: entries not stored because their epoch or version was over.
         entries, max_entries: entries stored now (those of open searches included), and the quota.
         slots_in_use, max_slots: slots of the pool's own entries and of its open searches, and the quota.
+        bytes_in_use, max_bytes: the same in bytes.
         shared_slots: slots of the storage that two or more entries name.
         reserved_entries, reserved_slots: set aside by open searches.
         lock_wait_count, lock_wait_seconds: how often, and how long in all, a lock shard had to be waited for
@@ -60,6 +63,8 @@ class PoolStats:
     max_entries: int = 0
     slots_in_use: int = 0
     max_slots: int = 0
+    bytes_in_use: int = 0
+    max_bytes: int = 0
     shared_slots: int = 0
     reserved_entries: int = 0
     reserved_slots: int = 0
@@ -108,7 +113,7 @@ _OF_THE_STORAGE = ("shared_slots", "lock_wait_count", "lock_wait_seconds")
 class StatsSummary:
     """One moment of a manager: its pools by name, and their total."""
 
-    pools: dict[str, PoolStats]
+    pools: Mapping[str, PoolStats]
     stats_enabled: bool = True
 
     @property
@@ -126,10 +131,8 @@ class StatsSummary:
 
     def __sub__(self, earlier: StatsSummary) -> StatsSummary:
         """What happened since `earlier`, pool by pool."""
-        return StatsSummary(
-            {name: pool - earlier.pools.get(name, PoolStats()) for name, pool in self.pools.items()},
-            self.stats_enabled,
-        )
+        difference = {name: pool - earlier.pools.get(name, PoolStats()) for name, pool in self.pools.items()}
+        return StatsSummary(MappingProxyType(difference), self.stats_enabled)
 
     def as_dict(self) -> dict[str, float]:
         """Every number of every pool and of the total, flat, under `<pool>/<name>`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
 from .layout import KVLayout, positive_int
-from .ledger import Ledger, wake
+from .ledger import Ledger, Signal, wake
 from .locks import Deadline, ShardedRWLock
 from .streams import StreamBackend, StreamClock, backend_for
 from .tensors import SlotTensor
@@ -57,7 +57,7 @@ class KVStorage:
         wait_timeout: float = 10.0,
         name: str = "storage",
         lock_factory: Callable[[], Any] = threading.Lock,
-        event_factory: Callable[[], Any] = threading.Event,
+        event_factory: Callable[[], Any] = Signal,
         locks: ShardedRWLock | None = None,
         tensor: SlotTensor | None = None,
         backend: StreamBackend | None = None,
@@ -89,14 +89,14 @@ class KVStorage:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         if self.ledger.abandoned:
-            self._drain_abandoned(deadline)
+            self.drain_abandoned(deadline)
         return deadline
 
     def enter_quietly(self, timeout: float | None = None) -> Deadline:
         """Begin a check or a close: as `enter`, on a closed storage too."""
         self.check_process()
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
-        self._drain_abandoned(deadline)
+        self.drain_abandoned(deadline)
         return deadline
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class KVStorage:
                 "its locks and its memory do not survive a fork; make a new one in the child"
             )
 
-    def _drain_abandoned(self, deadline: Deadline) -> None:
+    def drain_abandoned(self, deadline: Deadline) -> None:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
         while abandoned:

@@ -19,7 +19,7 @@ from .layout import KVLayout
 from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
-__all__ = ["SlotTensor", "plain_torch_state"]
+__all__ = ["SlotTensor", "plain_torch_state", "writing_to"]
 
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
 
@@ -35,6 +35,13 @@ def plain_torch_state(written: Tensor | None = None) -> AbstractContextManager[N
     inference = written is not None and written.is_inference()
     if inference != torch.is_inference_mode_enabled():
         return torch.inference_mode(inference) if inference else _normal_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
+def writing_to(buffer: Tensor) -> AbstractContextManager[None]:
+    """A context in which a caller's tensors can be copied into `buffer`, which joins no graph of theirs."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return torch.inference_mode()
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
@@ -167,7 +174,8 @@ class SlotTensor:
                 self._buffers.pop(next(iter(self._buffers)))
             free = self._buffers.setdefault(shape, [])
             if len(free) < keep and self._data is not None:
-                free.append((buffer, ticks))
+                # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
+                free.append((buffer.detach(), ticks))
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""

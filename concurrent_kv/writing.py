@@ -13,7 +13,7 @@ from .ledger import wake
 from .locks import Deadline
 from .plan import WritePlan
 from .reading import sorted_shards
-from .room import Ticket, cancel, make_room, reserve, unpublish
+from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import plain_torch_state
 
@@ -90,7 +90,7 @@ def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: Wri
             int(plan.kept[i]),
             side=plan.sides[i],
             priority=plan.priorities[i],
-            fingerprint=hash((scope.number, key)) if pool.policy.observes_hits else 0,
+            fingerprint=hash((scope.number, key)),
             correction=plan.corrections[i],
         )
         entry.written = entry.ticks = written
@@ -208,6 +208,9 @@ def _admit(
             _count_out(pool, plan, old)
             ticket.entries = ticket.slots = 0
             return needed
+    else:
+        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
+        check_budget(pool, scope.budget, len(old))
     ledger.make(entries, plan.tables)
     ticket.spent = True
     return 0, 0

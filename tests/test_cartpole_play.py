@@ -9,10 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
 from concurrent_kv import IntegrityError, KVCacheManager, Search
+from concurrent_kv.aio import AsyncKVCacheManager
 from concurrent_kv.tensors import SlotTensor
 from examples.cartpole.__main__ import INTERRUPTED, main
 from examples.cartpole.cached import CachedEvaluator
@@ -20,9 +22,12 @@ from examples.cartpole.episode import Episode
 from examples.cartpole.evaluation import Evaluation
 from examples.cartpole.job import JobReport, JobSettings, first_difference_of, run_job
 from examples.cartpole.model import WorldModel, load_model
+from examples.cartpole.nodes import Nodes
 from examples.cartpole.planner import Planner
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.replayed import ReplayingEvaluator
+from examples.cartpole.roots import CachedRoots, Roots
+from examples.cartpole.running import on_the_loop
 from examples.cartpole.shared_model import SharedModel
 from examples.cartpole.tree import Leaf, Tree
 from examples.cartpole.verify import Verifier, difference_of
@@ -38,6 +43,7 @@ JSON_KEYS = {
     "mean_return",
     "episodes",
     "simulations_per_second",
+    "loops_only_simulations_per_second",
     "no_cache_simulations_per_second",
     "hit_rate",
     "rows_verified",
@@ -78,13 +84,30 @@ def new_episodes(count: int) -> list[Episode]:
     return [Episode(i, i, [torch.tensor([0.0, 0.0, float(tilts[i]), 0.0])]) for i in range(count)]
 
 
-def act(planner: Planner, episodes: Sequence[Episode]) -> list[int]:
-    """One step of all episodes; what is observed depends on the actions only."""
-    actions = planner.plan(episodes)
-    for episode, action in zip(episodes, actions, strict=True):
-        episode.actions.append(action)
-        episode.observations.append(episode.observations[-1] + 0.01 * (2 * action - 1))
-    return actions
+def evaluated(roots: Roots, episodes: Sequence[Episode]) -> list[Evaluation]:
+    async def evaluate() -> list[Evaluation]:
+        return [await roots.evaluate(episode, on_the_loop) for episode in episodes]
+
+    return anyio.run(evaluate)
+
+
+class Player:
+    """Roots stored through the facade, then a search in the calling thread."""
+
+    def __init__(
+        self, nodes: Nodes, manager: KVCacheManager, *, simulations: int, leaf_batch: int | None = None
+    ) -> None:
+        self.roots = CachedRoots(nodes, AsyncKVCacheManager(manager))
+        evaluator = CachedEvaluator(nodes, manager)
+        self.planner = Planner(evaluator, simulations=simulations, discount=0.99, leaf_batch=leaf_batch)
+
+    def act(self, episodes: Sequence[Episode]) -> list[int]:
+        """One step of all episodes; what is observed depends on the actions only."""
+        actions = self.planner.plan(episodes, evaluated(self.roots, episodes))
+        for episode, action in zip(episodes, actions, strict=True):
+            episode.actions.append(action)
+            episode.observations.append(episode.observations[-1] + 0.01 * (2 * action - 1))
+        return actions
 
 
 # The whole job -------------------------------------------------------------------------------------------------------
@@ -93,25 +116,25 @@ def act(planner: Planner, episodes: Sequence[Episode]) -> list[int]:
 def test_with_leaves_evaluated_one_at_a_time_1_and_8_threads_choose_the_same_actions(model: WorldModel) -> None:
     settings = replace(ALONE, envs=8, episodes=9, max_steps=6)
     one, eight = (run_job(model, JobSettings(replace(settings, threads=threads))) for threads in (1, 8))
-    assert set(one.tally.actions) == set(range(9))
-    assert one.tally.actions == eight.tally.actions
+    assert set(one.main.tally.actions) == set(range(9))
+    assert one.main.tally.actions == eight.main.tally.actions
 
 
 def test_another_seed_plays_other_episodes(model: WorldModel, alone: JobReport) -> None:
     other = run_job(model, JobSettings(replace(ALONE, seed=1)))
     # Episode i of seed 1 is episode i + 1 of seed 0.
-    assert [other.tally.actions[i] for i in range(4)] == [alone.tally.actions[i] for i in range(1, 5)]
-    assert len({tuple(actions) for actions in alone.tally.actions.values()}) > 1
+    assert [other.main.tally.actions[i] for i in range(4)] == [alone.main.tally.actions[i] for i in range(1, 5)]
+    assert len({tuple(actions) for actions in alone.main.tally.actions.values()}) > 1
 
 
 def test_trio_plays_what_asyncio_plays(model: WorldModel, alone: JobReport) -> None:
     trio = run_job(model, JobSettings(ALONE, backend="trio"))
-    assert trio.tally.actions == alone.tally.actions
+    assert trio.main.tally.actions == alone.main.tally.actions
     assert not trio.failures()
 
 
 def test_without_a_cache_the_same_actions_are_chosen(alone: JobReport) -> None:
-    comparison = alone.comparison
+    comparison = alone.no_cache
     assert comparison is not None
     assert comparison.first_difference is None
     assert comparison.same_actions == comparison.tally.steps == 4 * 7
@@ -119,11 +142,11 @@ def test_without_a_cache_the_same_actions_are_chosen(alone: JobReport) -> None:
 
 
 def test_every_row_that_was_gathered_is_verified_and_nothing_is_evicted_from_a_search(alone: JobReport) -> None:
-    assert alone.verification is not None
-    assert alone.verification.rows == ROWS_OF_SHORT == alone.stats.total.request_count
-    assert alone.verification.mismatches == 0
-    assert alone.evictions_during_search == 0
-    assert alone.integrity == "ok"
+    assert alone.main.verification is not None
+    assert alone.main.verification.rows == ROWS_OF_SHORT == alone.main.stats.total.request_count
+    assert alone.main.verification.mismatches == 0
+    assert alone.main.evictions_during_search == 0
+    assert alone.main.integrity == "ok"
     assert alone.failures() == []
 
 
@@ -131,19 +154,19 @@ def test_every_row_that_was_gathered_is_verified_and_nothing_is_evicted_from_a_s
 def test_every_eviction_policy_plays_on_full_init_pools(model: WorldModel, policy: str) -> None:
     longer = replace(SHORT, simulations=2, max_steps=30)
     report = run_job(model, JobSettings(longer, policy=policy, verify=True))
-    assert report.roots_evicted > 0
+    assert report.main.roots_evicted > 0
     assert report.failures() == []
 
 
 def test_leaves_of_all_trees_are_verified_together_too(model: WorldModel) -> None:
     report = run_job(model, JobSettings(replace(SHORT, envs=5, threads=1), verify=True))
-    assert report.verification is not None
-    assert report.verification.rows == ROWS_OF_SHORT
+    assert report.main.verification is not None
+    assert report.main.verification.rows == ROWS_OF_SHORT
     assert report.failures() == []
 
 
 def test_an_error_in_a_search_ends_the_job(model: WorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(planner: Planner, episodes: Sequence[Episode]) -> list[int]:
+    def fail(planner: Planner, episodes: Sequence[Episode], roots: Sequence[Evaluation]) -> list[int]:
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(Planner, "plan", fail)
@@ -178,6 +201,7 @@ def test_what_was_not_asked_for_is_null_in_the_json(tmp_path: Path) -> None:
     figures = json.loads(file.read_text("utf-8"))
     assert set(figures) == JSON_KEYS
     assert figures["no_cache_simulations_per_second"] is None
+    assert figures["loops_only_simulations_per_second"] is None
     assert figures["max_difference"] is None
     assert figures["rows_verified"] == 0
 
@@ -220,10 +244,10 @@ def test_ctrl_c_ends_cleanly(backend: str, monkeypatch: pytest.MonkeyPatch, caps
     plan = Planner.plan
     calls = iter(range(10**9))
 
-    def interrupt(planner: Planner, episodes: Sequence[Episode]) -> list[int]:
+    def interrupt(planner: Planner, episodes: Sequence[Episode], roots: Sequence[Evaluation]) -> list[int]:
         if next(calls) == 3:
             signal.raise_signal(signal.SIGINT)
-        return plan(planner, episodes)
+        return plan(planner, episodes, roots)
 
     monkeypatch.setattr(Planner, "plan", interrupt)
     assert main([*SHORT_ARGUMENTS, "--episodes", "1000", "--backend", backend]) == INTERRUPTED
@@ -263,8 +287,7 @@ def test_a_simulation_is_one_gather_one_call_of_the_model_and_one_commit(
     for owner, name in ((Search, "gather"), (WorldModel, "recurrent"), (Search, "commit")):
         count(owner, name)
     with manager_for(model, envs=3, simulations=5) as manager:
-        planner = Planner(CachedEvaluator(SharedModel(model), manager), simulations=5, discount=0.99, leaf_batch=None)
-        act(planner, new_episodes(3))
+        Player(Nodes(SharedModel(model)), manager, simulations=5).act(new_episodes(3))
     assert calls == ["gather", "recurrent", "commit"] * 5
 
 
@@ -274,12 +297,11 @@ def test_roots_that_were_cleared_are_rebuilt_from_their_history(model: WorldMode
         with manager_for(model, envs=3, simulations=6) as manager:
             shared = SharedModel(model)
             verifier = Verifier(shared)
-            evaluator = CachedEvaluator(shared, manager, verifier)
-            planner = Planner(evaluator, simulations=6, discount=0.99, leaf_batch=1)
+            player = Player(Nodes(shared, verifier), manager, simulations=6, leaf_batch=1)
             episodes = new_episodes(3)
             actions = []
             for step in range(8):
-                actions.append(act(planner, episodes))
+                actions.append(player.act(episodes))
                 if clearing and step in (0, 4, 5):
                     manager.clear_init_caches()
             chosen.append(actions)
@@ -291,10 +313,10 @@ def test_roots_that_were_cleared_are_rebuilt_from_their_history(model: WorldMode
 
 def test_roots_share_the_slots_of_the_history_they_have_in_common(model: WorldModel) -> None:
     with manager_for(model, envs=1, simulations=2) as manager:
-        planner = Planner(CachedEvaluator(SharedModel(model), manager), simulations=2, discount=0.99, leaf_batch=None)
+        player = Player(Nodes(SharedModel(model)), manager, simulations=2)
         episodes = new_episodes(1)
         for _ in range(10):
-            act(planner, episodes)
+            player.act(episodes)
         stats = manager.get_stats_summary()
         assert stats.pools["init[0]"].entries == 10
         assert stats.pools["init[0]"].slots_in_use == 1 + 2 * 9
@@ -304,16 +326,16 @@ def test_roots_share_the_slots_of_the_history_they_have_in_common(model: WorldMo
 def test_replayed_and_cached_leaves_of_trees_together_agree(model: WorldModel) -> None:
     """Trees of different ages: paths of different lengths, at and before the window's end."""
     shared = SharedModel(model)
+    nodes = Nodes(shared)
     replaying = ReplayingEvaluator(shared)
     with manager_for(model, envs=3, simulations=40) as manager, torch.inference_mode():
         episodes = new_episodes(3)
         for count in (1, 2, 3):
-            older = Planner(CachedEvaluator(shared, manager), simulations=4, discount=0.99, leaf_batch=None)
-            act(older, episodes[:count])
-        with CachedEvaluator(shared, manager).open_round(episodes) as cached:
-            roots = cached.roots(episodes)
+            Player(nodes, manager, simulations=4).act(episodes[:count])
+        roots = evaluated(CachedRoots(nodes, AsyncKVCacheManager(manager)), episodes)
+        with CachedEvaluator(nodes, manager).open_round(episodes) as cached:
             trees = [Tree(root, 0.99) for root in roots]
-            assert_close(roots, replaying.roots(episodes))
+            assert_close(roots, evaluated(replaying, episodes))
             for _ in range(30):
                 leaves = [(episode, tree.select()) for episode, tree in zip(episodes, trees, strict=True)]
                 evaluations = cached.leaves(leaves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -55,6 +55,7 @@ class OpenSearch:
     own: dict[int, Record] = field(default_factory=dict)
     roots: dict[tuple[int, int], Record] = field(default_factory=dict)
     batches: list[OpenBatch] = field(default_factory=list)
+    promoted_to: set[int] = field(default_factory=set)  # environments
     paid: set[Token] = field(default_factory=set)  # slots that its reservation pays for, while they are in use
 
 
@@ -137,24 +138,16 @@ class SearchMachine(RuleBasedStateMachine):
             env, record, lambda: self.manager.set_init_cache(env, key, kv_of(record.tokens), side=record.side)
         )
 
-    def put_init(self, env: int, record: Record, call: Callable[[], bool]) -> bool:
-        """A write into a full init pool evicts one entry that is no search's root, or fails."""
+    def put_init(self, env: int, record: Record, call: Callable[[], bool]) -> None:
+        """A write into a full init pool evicts one entry, be it a search's root: the search keeps it all the same."""
         pool = self.init[env]
-        adopted = {root for opened in self.open_ones() for root in opened.roots.values()}
-        evictable = [old for old in pool.values() if old not in adopted]
         full = len(pool) == INIT_ENTRIES and record.key not in pool
-        if full and not evictable:
-            with pytest.raises(WaitTimeoutError, match=rf"init\[{env}\]"):
-                call()
-            return False
         assert call()
         if full:
             gone = [old for old in pool.values() if self.manager.init_pools[env].peek(old.key) is None]
             assert len(gone) == 1
-            assert gone[0] in evictable
             del pool[gone[0].key]  # type: ignore[arg-type]
         pool[record.key] = record  # type: ignore[index]
-        return True
 
     @rule(key=keys, length=lengths)
     def set_recur(self, key: int, length: int) -> None:
@@ -318,7 +311,9 @@ class SearchMachine(RuleBasedStateMachine):
             return
         lent = new[self.left(opened) :]  # from everyone, until what is replaced has gone
         opened.paid |= set(new) - set(lent)
+        replaced = [old for child in last_ones if (old := opened.own.get(child.key)) is not None]  # type: ignore[call-overload]
         opened.own |= {child.key: child for child in last_ones}  # type: ignore[misc]
+        self.discharge(opened, replaced)
         opened.paid |= set(lent[: self.left(opened)])
         batch.committed |= set(rows)
         assert batch.batch.closed is (len(batch.committed) == len(batch.records))
@@ -361,8 +356,7 @@ class SearchMachine(RuleBasedStateMachine):
                 opened.search.release([*going, "unknown"])
             return
         opened.search.release(going)
-        for key in set(going):
-            del opened.own[key]
+        self.discharge(opened, [opened.own.pop(key) for key in set(going)])
 
     @precondition(lambda self: any(opened.own for opened in self.open_ones()))
     @rule(number=which, staying=st.lists(keys, max_size=4))
@@ -370,7 +364,8 @@ class SearchMachine(RuleBasedStateMachine):
         opened = self.one_open(number)
         released = [key for key in opened.own if key not in staying]
         assert opened.search.keep(staying) == len(released)
-        opened.own = {key: record for key, record in opened.own.items() if key in staying}
+        removed = [opened.own.pop(key) for key in released]
+        self.discharge(opened, removed)
         opened.roots = {root: record for root, record in opened.roots.items() if root[1] in staying}
 
     @precondition(lambda self: any(self.open_ones()))
@@ -385,8 +380,18 @@ class SearchMachine(RuleBasedStateMachine):
                 opened.search.promote(key, env, as_key=new_key)
             return
         promoted = Record(new_key, "init", record.tokens, record.side)
-        if self.put_init(env, promoted, lambda: opened.search.promote(key, env, as_key=new_key)):
-            opened.paid -= set(record.tokens)  # the init pool's quota pays for them from here on
+        opened.promoted_to.add(env)
+        self.put_init(env, promoted, lambda: opened.search.promote(key, env, as_key=new_key))
+
+    def discharge(self, opened: OpenSearch, removed: Iterable[Record]) -> None:
+        """What only init pools name when a search has let go of it is no longer paid for by the search."""
+        alive = self.alive()
+        by_init_pools = Counter(
+            token for env in opened.promoted_to for record in self.init[env].values() for token in record.tokens
+        )
+        for token in {token for record in removed for token in record.tokens}:
+            if 0 < alive[token] == by_init_pools[token]:
+                opened.paid.discard(token)
 
     @precondition(lambda self: self.ended)
     @rule()

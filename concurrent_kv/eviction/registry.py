@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from ..errors import InvalidArgumentError
 from .base import E, EvictionPolicy
@@ -20,6 +21,9 @@ class PolicyFactory(Protocol[P_co]):
 
     def __call__(self, *, capacity: int) -> P_co:
         """Return an empty policy that nothing else uses."""
+
+
+_in_use: WeakSet[EvictionPolicy[Any]] = WeakSet()
 
 
 POLICIES: dict[str, type[EvictionPolicy[Any]]] = {
@@ -58,7 +62,7 @@ def make_policy(
                 f"policy must be an empty policy object that no other pool uses; this {type(policy).__name__} holds "
                 f"{len(policy)} entries"
             )
-        return policy
+        return _owned(policy)
     if not callable(policy):
         raise InvalidArgumentError(
             f"policy must be one of {', '.join(map(repr, POLICIES))}, an EvictionPolicy, a callable of capacity "
@@ -67,4 +71,12 @@ def make_policy(
     made = policy(capacity=capacity)
     if not isinstance(made, EvictionPolicy):
         raise InvalidArgumentError(f"policy must return an EvictionPolicy when called; {policy!r} returned {made!r}")
-    return made
+    return _owned(made)
+
+
+def _owned(policy: EvictionPolicy[E]) -> EvictionPolicy[E]:
+    """`policy`, if no pool has it yet."""
+    if policy in _in_use:
+        raise InvalidArgumentError(f"policy must be an object that no other pool uses, got {policy!r} again")
+    _in_use.add(policy)
+    return policy

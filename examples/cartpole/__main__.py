@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 import torch
@@ -36,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             leaf_batch=options.leaf_batch,
             max_steps=options.max_steps,
+            batch_size=options.batch_size,
+            batch_wait=options.batch_wait,
         ),
         backend=options.backend,
         policy=options.policy,
         verify=options.verify,
         no_cache=options.no_cache,
+        loops_only=options.loops_only,
+        compare_modes=options.compare_modes,
     )
     try:
         report = run_job(load_model(), settings, live_figures(console) if options.progress else None)
@@ -104,8 +109,28 @@ def _parser() -> argparse.ArgumentParser:
         "--leaf-batch",
         type=_positive,
         metavar="N",
-        help="leaves evaluated together, at most (all of a thread's trees if left out); with 1 the actions do not "
-        "depend on the number of threads",
+        help="leaves that a thread evaluates together, at most (all of its trees if left out); with 1 the actions do "
+        "not depend on the number of threads",
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--loops-only", action="store_true", help="searches are tasks of the environments' event loop, not threads"
+    )
+    modes.add_argument(
+        "--compare-modes", action="store_true", help="play everything again with searches as tasks, and compare"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="leaves of searches in tasks evaluated together, at most (of all environments if left out)",
+    )
+    parser.add_argument(
+        "--batch-wait",
+        type=_seconds,
+        default=defaults.batch_wait,
+        metavar="SECONDS",
+        help=f"how long a leaf of a search in a task waits for others, at most ({DEFAULT})",
     )
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="end episodes after so many steps")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
@@ -116,6 +141,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, is {text}")
     return number
 
 

@@ -10,12 +10,17 @@ from typing import Literal
 import anyio
 
 from concurrent_kv import IntegrityError, KVCacheManager, StatsSummary
+from concurrent_kv.aio import AsyncKVCacheManager
 from examples.cartpole.cached import CachedEvaluator
+from examples.cartpole.loop_searches import LoopSearches
 from examples.cartpole.model import WorldModel
+from examples.cartpole.nodes import Nodes
 from examples.cartpole.planner import Evaluator, Planner
-from examples.cartpole.play import PlaySettings, Tally, play
+from examples.cartpole.play import PlaySettings, Searches, Tally, play
 from examples.cartpole.replayed import ReplayingEvaluator
+from examples.cartpole.roots import CachedRoots
 from examples.cartpole.shared_model import SharedModel
+from examples.cartpole.thread_searches import ThreadSearches
 from examples.cartpole.verify import Verification, Verifier
 
 Backend = Literal["asyncio", "trio"]
@@ -34,6 +39,8 @@ class JobSettings:
     policy: str = "fifo"  # of eviction, of every pool
     verify: bool = False
     no_cache: bool = False  # play a part again without a cache
+    loops_only: bool = False  # searches are tasks, not threads
+    compare_modes: bool = False  # play everything in threads, then everything in loops only
 
 
 # What a person watches while something is played; the manager is None where there is none.
@@ -41,26 +48,14 @@ Watch = Callable[[str, Tally, PlaySettings, KVCacheManager | None], AbstractCont
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The same search played without a cache, and where it chose otherwise."""
+class CachedPlay:
+    """All episodes, played through the cache."""
 
-    settings: PlaySettings
-    tally: Tally
-    same_actions: int
-    first_difference: tuple[int, int] | None  # episode, step
-
-
-@dataclass(frozen=True)
-class JobReport:
-    """Everything the job found out."""
-
-    settings: JobSettings
     tally: Tally
     stats: StatsSummary
     allocated_bytes: int
     integrity: str  # "ok", or what contradicts
     verification: Verification | None
-    comparison: Comparison | None
 
     @property
     def mean_return(self) -> float:
@@ -80,7 +75,7 @@ class JobReport:
         return sum(pool.eviction_count for name, pool in self.stats.pools.items() if name.startswith("init"))
 
     def failures(self) -> list[str]:
-        """Why the job failed; empty if it did not."""
+        """What was wrong; empty if nothing was."""
         found = []
         if self.verification is not None and self.verification.mismatches:
             found.append(
@@ -94,40 +89,105 @@ class JobReport:
         return found
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The same searches done in another way, and where they chose otherwise."""
+
+    settings: PlaySettings
+    tally: Tally
+    same_actions: int
+    first_difference: tuple[int, int] | None  # episode, step
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """Everything the job found out."""
+
+    settings: JobSettings
+    main: CachedPlay
+    loops_only: CachedPlay | None  # `main` if nothing else was played
+    no_cache: Comparison | None
+
+    @property
+    def modes(self) -> Comparison | None:
+        """Searches as tasks beside searches in threads, if both were played."""
+        if self.loops_only is None or self.loops_only is self.main:
+            return None
+        return _compared(self.settings.play, self.loops_only.tally, self.main.tally)
+
+    def failures(self) -> list[str]:
+        """Why the job failed; empty if it did not."""
+        found = self.main.failures()
+        if self.loops_only is not None and self.loops_only is not self.main:
+            found += [f"loops only: {failure}" for failure in self.loops_only.failures()]
+        return found
+
+
 def run_job(model: WorldModel, settings: JobSettings, watch: Watch | None = None) -> JobReport:
     """Play everything; returns when all is played and checked. Must not be called from within an event loop."""
     watch = watch or _unwatched
     shared = SharedModel(model)
+    main = _play_cached("playing", shared, settings, settings.loops_only, watch)
+    loops_only = main if settings.loops_only else None
+    if settings.compare_modes and not settings.loops_only:
+        loops_only = _play_cached("playing in loops only", shared, settings, True, watch)
+    no_cache = _play_without_cache(shared, settings, main.tally, watch) if settings.no_cache else None
+    return JobReport(settings, main, loops_only, no_cache)
+
+
+def _play_cached(title: str, model: SharedModel, settings: JobSettings, loops_only: bool, watch: Watch) -> CachedPlay:
+    play = settings.play
     config = asdict(model.config) | {
-        "num_simulations": settings.play.simulations,
-        "max_cache_size": settings.play.envs * (settings.play.simulations + 1),
+        "num_simulations": play.simulations,
+        "max_cache_size": play.envs * (play.simulations + 1),
         "device": "cpu",
     }
-    verifier = Verifier(shared) if settings.verify else None
-    with KVCacheManager(config=config, env_num=settings.play.envs, policy=settings.policy) as manager:
-        evaluator = CachedEvaluator(shared, manager, verifier)
-        tally = _played("playing", shared, evaluator, settings.play, settings.backend, watch, manager)
+    verifier = Verifier(model) if settings.verify else None
+    nodes = Nodes(model, verifier)
+    with KVCacheManager(config=config, env_num=play.envs, policy=settings.policy) as manager:
+        # Around the same manager: tasks and threads work in the same pools.
+        for_tasks = AsyncKVCacheManager(manager)
+        searches: Searches
+        if loops_only:
+            searches = LoopSearches(nodes, for_tasks, play, discount=model.config.discount)
+        else:
+            planner = _planner(CachedEvaluator(nodes, manager), model, play)
+            searches = ThreadSearches(CachedRoots(nodes, for_tasks), planner, play)
+        tally = _played(title, searches, play, settings.backend, watch, manager)
         stats, integrity = manager.get_stats_summary(), _integrity_of(manager)
         allocated_bytes = manager.allocation()["total"]
-    comparison = _compare(shared, settings, tally, watch) if settings.no_cache else None
-    verification = None if verifier is None else verifier.verification
-    return JobReport(settings, tally, stats, allocated_bytes, integrity, verification, comparison)
+    return CachedPlay(tally, stats, allocated_bytes, integrity, None if verifier is None else verifier.verification)
+
+
+def _play_without_cache(model: SharedModel, settings: JobSettings, cached: Tally, watch: Watch) -> Comparison:
+    limit = settings.play.max_steps or COMPARED_STEPS
+    shorter = replace(
+        settings.play,
+        episodes=min(settings.play.episodes, settings.play.envs * COMPARED_EPISODES_PER_ENV),
+        max_steps=min(limit, COMPARED_STEPS),
+    )
+    evaluator = ReplayingEvaluator(model)
+    searches = ThreadSearches(evaluator, _planner(evaluator, model, shorter), shorter)
+    tally = _played("playing without a cache", searches, shorter, settings.backend, watch, None)
+    return _compared(shorter, tally, cached)
+
+
+def _planner(evaluator: Evaluator, model: SharedModel, settings: PlaySettings) -> Planner:
+    discount = model.config.discount
+    return Planner(evaluator, simulations=settings.simulations, discount=discount, leaf_batch=settings.leaf_batch)
 
 
 def _played(
     title: str,
-    model: SharedModel,
-    evaluator: Evaluator,
+    searches: Searches,
     settings: PlaySettings,
     backend: Backend,
     watch: Watch,
     manager: KVCacheManager | None,
 ) -> Tally:
-    discount = model.config.discount
-    planner = Planner(evaluator, simulations=settings.simulations, discount=discount, leaf_batch=settings.leaf_batch)
     tally = Tally(settings.simulations)
     with watch(title, tally, settings, manager):
-        anyio.run(play, planner, settings, tally, backend=backend)
+        anyio.run(play, searches, settings, tally, backend=backend)
     return tally
 
 
@@ -139,22 +199,14 @@ def _integrity_of(manager: KVCacheManager) -> str:
     return "ok"
 
 
-def _compare(model: SharedModel, settings: JobSettings, cached: Tally, watch: Watch) -> Comparison:
-    limit = settings.play.max_steps or COMPARED_STEPS
-    shorter = replace(
-        settings.play,
-        episodes=min(settings.play.episodes, settings.play.envs * COMPARED_EPISODES_PER_ENV),
-        max_steps=min(limit, COMPARED_STEPS),
-    )
-    evaluator = ReplayingEvaluator(model)
-    tally = _played("playing without a cache", model, evaluator, shorter, settings.backend, watch, None)
+def _compared(settings: PlaySettings, tally: Tally, other: Tally) -> Comparison:
     same, first_difference = 0, None
     for index, actions in sorted(tally.actions.items()):
-        difference = first_difference_of(actions, cached.actions[index])
+        difference = first_difference_of(actions, other.actions[index])
         same += len(actions) if difference is None else difference
         if difference is not None and first_difference is None:
             first_difference = index, difference
-    return Comparison(shorter, tally, same, first_difference)
+    return Comparison(settings, tally, same, first_difference)
 
 
 def first_difference_of(actions: list[int], longer: list[int]) -> int | None:

@@ -14,11 +14,7 @@ from examples.cartpole.tree import Leaf, Tree
 
 
 class Round(Protocol):
-    """Evaluates the nodes of the trees of one planning round. One thread uses it."""
-
-    def roots(self, episodes: Sequence[Episode]) -> list[Evaluation]:
-        """Evaluate the newest observation of each episode, after its newest real step."""
-        ...
+    """Evaluates the leaves of the trees of one planning round. One thread uses it."""
 
     def leaves(self, leaves: Sequence[tuple[Episode, Leaf]]) -> list[Evaluation]:
         """Evaluate leaves of different trees, in one call of the model."""
@@ -50,12 +46,11 @@ class Planner:
         self._discount = discount
         self._leaf_batch = leaf_batch
 
-    def plan(self, episodes: Sequence[Episode]) -> list[int]:
-        """The next action of each episode."""
+    def plan(self, episodes: Sequence[Episode], roots: Sequence[Evaluation]) -> list[int]:
+        """The next action of each episode; `roots` are the evaluations of their newest observations."""
         size = self._leaf_batch or len(episodes)
         groups = [range(start, min(start + size, len(episodes))) for start in range(0, len(episodes), size)]
         with torch.inference_mode(), self._evaluator.open_round(episodes) as evaluate:
-            roots = [root for group in groups for root in evaluate.roots([episodes[i] for i in group])]
             trees = [Tree(root, self._discount) for root in roots]
             for _ in range(self._simulations):
                 for group in groups:

@@ -1,19 +1,19 @@
-"""Real environments, each a task of its own, whose searches run in worker threads."""
+"""Real environments, each a task of its own, which asks for its actions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from math import ceil
 from time import perf_counter
+from typing import Protocol
 
 import anyio
 import gymnasium
 import torch
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from examples.cartpole.episode import Episode
-from examples.cartpole.planner import Planner
 
 ENVIRONMENT = "CartPole-v1"
 
@@ -27,7 +27,9 @@ class PlaySettings:
     simulations: int = 25  # of each search
     episodes: int = 20  # in all; episode i is seeded with seed + i, whichever environment plays it
     seed: int = 0
-    leaf_batch: int | None = None  # leaves evaluated together; of all trees of a thread if None
+    leaf_batch: int | None = None  # leaves that a thread evaluates together; of all its trees if None
+    batch_size: int | None = None  # leaves that a loop evaluates together; of all environments if None
+    batch_wait: float = 0.0  # seconds that a loop's leaf waits for others, at most
     max_steps: int | None = None  # of an episode; as long as it lasts if None
 
     @property
@@ -68,59 +70,33 @@ class Tally:
         return sum(self.returns.values()) / len(self.returns) if self.returns else None
 
 
-@dataclass(eq=False)
-class _Turn:
-    """An environment waiting for its action."""
-
-    episode: Episode
-    decided: anyio.Event = field(default_factory=anyio.Event)
-    action: int = -1
+# Chooses the action that follows an episode's newest observation.
+Decide = Callable[[Episode], Awaitable[int]]
 
 
-async def play(planner: Planner, settings: PlaySettings, tally: Tally) -> None:
+class Searches(Protocol):
+    """What decides, for all environments of one event loop."""
+
+    def running(self) -> AbstractAsyncContextManager[Decide]:
+        """While it is entered, searches run; each environment may ask for one decision at a time."""
+        ...
+
+
+async def play(searches: Searches, settings: PlaySettings, tally: Tally) -> None:
     """Play all episodes, writing down in `tally` what happens."""
     tally.started = perf_counter()
-    waiting, turns = anyio.create_memory_object_stream[_Turn](settings.envs)
-    limiter = anyio.CapacityLimiter(settings.threads)
     indices = iter(range(settings.episodes))
-    async with anyio.create_task_group() as dispatchers, turns:
-        for _ in range(settings.threads):
-            dispatchers.start_soon(_dispatch, planner, settings, turns.clone(), limiter)
-        # Closing it ends the dispatchers.
-        async with waiting, anyio.create_task_group() as environments:
-            for env_id in range(settings.envs):
-                environments.start_soon(_play_episodes, env_id, indices, settings, waiting, tally)
+    async with searches.running() as decide, anyio.create_task_group() as environments:
+        for env_id in range(settings.envs):
+            environments.start_soon(_play_episodes, env_id, indices, settings, decide, tally)
     tally.ended = perf_counter()
-
-
-async def _dispatch(
-    planner: Planner, settings: PlaySettings, turns: MemoryObjectReceiveStream[_Turn], limiter: anyio.CapacityLimiter
-) -> None:
-    """Take waiting environments and search their trees together, in a worker thread."""
-    async with turns:
-        async for first in turns:
-            group = [first, *_others(turns, settings.trees_per_thread - 1)]
-            episodes = [turn.episode for turn in group]
-            actions = await anyio.to_thread.run_sync(planner.plan, episodes, limiter=limiter)
-            for turn, action in zip(group, actions, strict=True):
-                turn.action = action
-                turn.decided.set()
-
-
-def _others(turns: MemoryObjectReceiveStream[_Turn], most: int) -> Iterator[_Turn]:
-    """Further environments that are waiting already."""
-    for _ in range(most):
-        try:
-            yield turns.receive_nowait()
-        except (anyio.WouldBlock, anyio.EndOfStream):
-            return
 
 
 async def _play_episodes(
     env_id: int,
     indices: Iterator[int],
     settings: PlaySettings,
-    waiting: MemoryObjectSendStream[_Turn],
+    decide: Decide,
     tally: Tally,
 ) -> None:
     """Play one episode after the other in one environment, as long as there are any."""
@@ -131,11 +107,9 @@ async def _play_episodes(
             episode = Episode(index, env_id, [torch.from_numpy(observation)])
             earned, over = 0.0, False
             while not over:
-                turn = _Turn(episode)
-                await waiting.send(turn)
-                await turn.decided.wait()
-                observation, reward, terminated, truncated, _ = environment.step(turn.action)
-                episode.actions.append(turn.action)
+                action = await decide(episode)
+                observation, reward, terminated, truncated, _ = environment.step(action)
+                episode.actions.append(action)
                 episode.observations.append(torch.from_numpy(observation))
                 earned += float(reward)
                 tally.steps += 1

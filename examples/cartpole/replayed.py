@@ -13,6 +13,7 @@ from examples.cartpole.episode import Episode, RealPath, next_position
 from examples.cartpole.evaluation import Evaluation, root_evaluations, step_evaluations
 from examples.cartpole.model import ModelConfig
 from examples.cartpole.replay_cache import ReplayCache
+from examples.cartpole.running import Runner
 from examples.cartpole.shared_model import SharedModel
 from examples.cartpole.tree import Leaf, path_to
 
@@ -60,9 +61,10 @@ class ReplayingEvaluator:
         """A round keeps nothing of its own."""
         yield self
 
-    def roots(self, episodes: Sequence[Episode]) -> list[Evaluation]:
-        """Evaluate the newest real observations."""
-        return [evaluation for episode in episodes for evaluation in root_evaluations(self._path(episode).output)]
+    async def evaluate(self, episode: Episode, run: Runner) -> Evaluation:
+        """Evaluate an episode's newest observation."""
+        path = await run(self._path, episode)
+        return root_evaluations(path.output)[0]
 
     def leaves(self, leaves: Sequence[tuple[Episode, Leaf]]) -> list[Evaluation]:
         """Replay every leaf's path from its root, all together, the longest for longest."""

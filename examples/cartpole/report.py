@@ -61,36 +61,48 @@ def live_figures(console: Console) -> Watch:
 
 def closing_table(report: JobReport) -> Table:
     """The figures of the whole job."""
-    settings, tally = report.settings.play, report.tally
-    total = report.stats.total
+    settings, main = report.settings.play, report.main
+    tally, total = main.tally, main.stats.total
     returns = tally.returns.values()
     table = _two_columns("CartPole-v1, searched through the shared cache")
-    table.add_row("mean return", f"{report.mean_return:.1f} (lowest {min(returns):.0f})")
+    table.add_row("mean return", f"{main.mean_return:.1f} (lowest {min(returns):.0f})")
     table.add_row("episodes", f"{len(returns)}, {tally.steps:,} steps, {tally.seconds:.1f} s")
-    table.add_row("environments, threads", f"{settings.envs}, {settings.threads} ({report.settings.backend})")
+    threads = "none: the searches are tasks" if report.settings.loops_only else f"{settings.threads}"
+    table.add_row("environments, threads", f"{settings.envs}, {threads} ({report.settings.backend})")
     table.add_row("simulations", f"{tally.simulations:,}, {settings.simulations} a search")
     verifying = ", verifying" if report.settings.verify else ""
     table.add_row("simulations a second", f"{tally.simulations_per_second:,.0f} with the cache{verifying}")
-    if report.comparison is not None:
-        _add_comparison(table, report.comparison, tally)
+    if report.modes is not None:
+        ratio = report.modes.tally.simulations_per_second / tally.simulations_per_second
+        table.add_row("", f"{report.modes.tally.simulations_per_second:,.0f} in loops only, {ratio:.1f} times as many")
+        _add_same_actions(table, report.modes)
+    if report.no_cache is not None:
+        _add_no_cache(table, report.no_cache, tally)
     table.add_row("hit rate", f"{total.hit_rate:.4f} of {total.request_count:,} rows asked for")
-    table.add_row("evictions during a search", f"{report.evictions_during_search:,}")
-    table.add_row("old roots evicted", f"{report.roots_evicted:,}")
-    table.add_row("storage", f"{report.allocated_bytes / 2**20:.1f} MiB")
-    if report.verification is not None:
-        table.add_row("rows verified", f"{report.verification.rows:,}")
-        table.add_row("largest difference", f"{report.verification.max_difference:.2e}")
-    table.add_row("integrity", report.integrity)
+    table.add_row("evictions during a search", f"{main.evictions_during_search:,}")
+    table.add_row("old roots evicted", f"{main.roots_evicted:,}")
+    table.add_row("storage", f"{main.allocated_bytes / 2**20:.1f} MiB")
+    if main.verification is not None:
+        table.add_row("rows verified", f"{main.verification.rows:,}")
+        table.add_row("largest difference", f"{main.verification.max_difference:.2e}")
+    if report.modes is not None and report.loops_only is not None and report.loops_only.verification is not None:
+        verification = report.loops_only.verification
+        table.add_row("", f"{verification.rows:,} rows in loops only: {verification.max_difference:.2e}")
+    table.add_row("integrity", main.integrity)
     return table
 
 
-def _add_comparison(table: Table, comparison: Comparison, cached: Tally) -> None:
+def _add_no_cache(table: Table, comparison: Comparison, cached: Tally) -> None:
     settings, tally = comparison.settings, comparison.tally
     speedup = cached.simulations_per_second / tally.simulations_per_second
     part = f"first {settings.episodes} episodes, up to {settings.max_steps} steps each"
     table.add_row("", f"{tally.simulations_per_second:,.0f} without a cache ({part})")
     table.add_row("", f"{speedup:.1f} times as many with the cache")
-    same = f"{comparison.same_actions:,} of {tally.steps:,}"
+    _add_same_actions(table, comparison)
+
+
+def _add_same_actions(table: Table, comparison: Comparison) -> None:
+    same = f"{comparison.same_actions:,} of {comparison.tally.steps:,}"
     if comparison.first_difference is None:
         table.add_row("the same actions", f"{same}: all")
     else:
@@ -100,20 +112,22 @@ def _add_comparison(table: Table, comparison: Comparison, cached: Tally) -> None
 
 def as_json(report: JobReport) -> dict[str, float | int | str | None]:
     """The figures of the whole job, by name."""
-    comparison, verification = report.comparison, report.verification
+    main, loops_only, no_cache = report.main, report.loops_only, report.no_cache
+    verification = main.verification
     return {
-        "mean_return": report.mean_return,
-        "episodes": len(report.tally.returns),
-        "simulations_per_second": report.tally.simulations_per_second,
-        "no_cache_simulations_per_second": None if comparison is None else comparison.tally.simulations_per_second,
-        "hit_rate": report.stats.total.hit_rate,
+        "mean_return": main.mean_return,
+        "episodes": len(main.tally.returns),
+        "simulations_per_second": main.tally.simulations_per_second,
+        "loops_only_simulations_per_second": None if loops_only is None else loops_only.tally.simulations_per_second,
+        "no_cache_simulations_per_second": None if no_cache is None else no_cache.tally.simulations_per_second,
+        "hit_rate": main.stats.total.hit_rate,
         "rows_verified": 0 if verification is None else verification.rows,
         # JSON has no infinity.
         "max_difference": None if verification is None else min(verification.max_difference, sys.float_info.max),
-        "threads": report.settings.play.threads,
+        "threads": 0 if report.settings.loops_only else report.settings.play.threads,
         "envs": report.settings.play.envs,
-        "evictions_during_search": report.evictions_during_search,
-        "integrity": report.integrity,
+        "evictions_during_search": main.evictions_during_search,
+        "integrity": main.integrity,
     }
 
 

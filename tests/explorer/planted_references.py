@@ -123,7 +123,7 @@ def epoch_of_a_commit_read_at_the_commit(patch: Patch) -> None:
 
 
 def swept_before_the_epoch_is_raised(patch: Patch) -> None:
-    def renew(self: PoolCore, deadline: Deadline, scopes: Any = None, *, version: bool = False) -> None:
+    def renew(self: PoolCore, deadline: Deadline, scopes: Any = None) -> None:
         for scope in self.scopes():
             sweep_if(scope, lambda entry: True, deadline)
             with self.storage.ledger.mutex:

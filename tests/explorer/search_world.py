@@ -7,6 +7,7 @@ from typing import Any
 
 from concurrent_kv import Batch, KVPool, Search
 from concurrent_kv.locks import Deadline
+from concurrent_kv.pool_core import bump_versions
 from concurrent_kv.search import open_search
 
 from .history import Kind, Value
@@ -66,10 +67,7 @@ class SearchWorld(World):
     def bump(self) -> None:
         """As `KVCacheManager.bump_version`."""
         with self._call(Kind.CLEAR):
-            deadline = self.storage.enter()
-            for pool in self.pools():
-                pool.renew(deadline, version=True)
-            self.recur.end_searches("the weights version was bumped", deadline)
+            bump_versions(self.pools(), "cache", self.storage.enter())
 
     def fill_recur(self, what: Mapping[int, Value]) -> None:
         """Put entries that no search owns into the recurrent pool, before the program begins."""
