@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import anyio.lowlevel
+import anyio.to_thread
 import torch
 from torch import Tensor
 
@@ -267,6 +269,14 @@ class Batch(Handle):
             self._committed[row] = True
         if all(self._committed):
             self.close()
+
+    async def ready(self) -> None:
+        """Return when the gathered tokens are there, without holding the event loop; at once on a CPU."""
+        await anyio.lowlevel.checkpoint()
+        if self.data.device.type != "cpu":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.data.device))
+            await anyio.to_thread.run_sync(event.synchronize)
 
     # Life ----------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ nothing else is locked inside it; a key's `__hash__` and `__eq__` run under it.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
-__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "wait_in_thread"]
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "timed_out", "wait_in_thread"]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
@@ -86,31 +87,45 @@ class FlightTable:
         self._lock = lock_factory()
         self._flights: dict[FlightKey, Flight] = {}
         self._closed = False
+        # Flights of claims that were dropped: a finaliser may only append, and whoever comes next forgets them.
+        self.dropped: deque[Flight] = deque()
 
     def __len__(self) -> int:
         """Computations under way."""
-        return len(self._flights)
+        with self._lock:
+            self._forget_dropped()
+            return len(self._flights)
 
-    def join(self, scope: Scope, key: Hashable, generation: Generation) -> tuple[Flight, bool]:
-        """The flight of a key, and whether the caller is the one to compute.
+    def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
+        """Give `claim` the flight of a key; returns whether it is the one to compute.
 
         Raises:
             RecursiveComputationError: the caller is inside the computation of this very key.
             ClosedError: the pool is closed.
         """
         flight_key = (scope.number, key, generation)
+        # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
+        new = claim.flight = Flight(flight_key)
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
+            self._forget_dropped()
             flight = self._flights.get(flight_key)
             if flight is None or flight.state is not FlightState.COMPUTING:
-                flight = self._flights[flight_key] = Flight(flight_key)
-                return flight, True
+                self._flights[flight_key] = new
+                return True
+        claim.mine, claim.flight = False, flight
         if flight in _computing.get():
             raise RecursiveComputationError(
                 f"{self.name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
             )
-        return flight, False
+        return False
+
+    def _forget_dropped(self) -> None:
+        while self.dropped:
+            flight = self.dropped.popleft()
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
 
     def settle(
         self,
@@ -148,26 +163,21 @@ class Claim:
 
     Attributes:
         mine: whether the caller is the one to compute; False where somebody else is at it.
+        flight: the computation; set by `FlightTable.join`.
     """
 
-    def __init__(
-        self, table: FlightTable, flight: Flight, mine: bool, store: Callable[..., bool], clock: StreamClock
-    ) -> None:
-        self.mine = mine
+    flight: Flight
+
+    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock) -> None:
+        self.mine = True
         self._table = table
-        self._flight = flight
         self._store = store
         self._clock = clock
 
     @property
-    def flight(self) -> Flight:
-        """The computation it is a claim to."""
-        return self._flight
-
-    @property
     def over(self) -> bool:
         """Whether the computation has ended, in whatever way."""
-        return self._flight.state is not FlightState.COMPUTING
+        return self.flight.state is not FlightState.COMPUTING
 
     def fulfil(self, kv: KeysValues, *, timeout: float | None = None) -> bool:
         """Store the result and hand it to everyone who waits. May block.
@@ -189,21 +199,21 @@ class Claim:
         with plain_torch_state():
             result = kv.copy()
         ready = self._clock.stamp(self._clock.current(), (kv.keys, kv.values))
-        self._table.settle(self._flight, FlightState.DONE, result=result, ready=ready)
+        self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
         """End the computation with an error, which everyone who waits hears. Never blocks."""
         self._check_mine()
-        self._table.settle(self._flight, FlightState.FAILED, error=error)
+        self._table.settle(self.flight, FlightState.FAILED, error=error)
 
     def abandon(self) -> None:
         """Leave the computation to whoever asks next. Never blocks; fine if it is over, or not the caller's."""
         if self.mine:
-            self._table.settle(self._flight, FlightState.ABANDONED)
+            self._table.settle(self.flight, FlightState.ABANDONED)
 
     def computing(self) -> _Computing:
         """A context in which asking for the claimed key raises instead of waiting for itself."""
-        return _Computing(self._flight)
+        return _Computing(self.flight)
 
     def _check_mine(self) -> None:
         if not self.mine or self.over:
@@ -220,10 +230,11 @@ class Claim:
     def __del__(self) -> None:
         # Runs at any point of any thread, also inside the table's lock: it must take none. The wakers are reentrant
         # by contract, and whoever joins next replaces an abandoned flight.
-        flight = getattr(self, "_flight", None)
+        flight = getattr(self, "flight", None)
         if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
             flight.state = FlightState.ABANDONED
             flight.wake()
+            self._table.dropped.append(flight)
 
 
 class _Computing:
@@ -240,7 +251,9 @@ class _Computing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _computing.reset(self._token)
+        # A coroutine that its loop left behind is closed in another context, whose variable says nothing of this one.
+        with suppress(ValueError):
+            _computing.reset(self._token)
 
 
 def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
@@ -251,14 +264,24 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
     """
     # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
     over: SimpleQueue[None] = SimpleQueue()
-    if flight.subscribe(lambda: over.put(None)):
-        try:
+
+    def wake() -> None:
+        over.put(None)
+
+    try:
+        if flight.subscribe(wake):
             over.get(timeout=deadline.left())
-        except Empty:
-            raise WaitTimeoutError(
-                f"{name}: the computation of {flight.key[1]!r} by another caller was not over within "
-                f"{deadline.seconds:g} s"
-            ) from None
+    except Empty:
+        raise timed_out(flight, deadline, name) from None
+    finally:
+        flight.unsubscribe(wake)
+
+
+def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
+    """What somebody who waited in vain for a flight hears."""
+    return WaitTimeoutError(
+        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {deadline.seconds:g} s"
+    )
 
 
 def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:

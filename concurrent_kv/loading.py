@@ -7,11 +7,14 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .arguments import check_priorities
 from .entry import Generation, Scope
 from .errors import InvalidTypeError
 from .flights import Claim, FlightState, outcome, wait_in_thread
-from .kv import KeysValues
+from .kv import KeysValues, check_fits
 from .locks import Deadline
+from .plan import plan_put
+from .writing import write
 
 if TYPE_CHECKING:
     from .pool import KVPool
@@ -23,9 +26,27 @@ def claim(
     pool: KVPool, scope: Scope, key: Hashable, generation: Generation, side: object, priority: float
 ) -> tuple[Claim, bool]:
     """Join the flight of a key; and whether the caller is the one to compute."""
-    flight, mine = pool.flights.join(scope, key, generation)
-    store = partial(pool.put, key, side=side, priority=priority, scope=scope)
-    return Claim(pool.flights, flight, mine, store, pool.storage.clock), mine
+    (priority,) = check_priorities([priority], 1)
+    store = partial(_store, scope, key, generation, side, priority)
+    joined = Claim(pool.flights, store, pool.storage.clock)
+    return joined, pool.flights.join(scope, key, generation, joined)
+
+
+def _store(
+    scope: Scope,
+    key: Hashable,
+    generation: Generation,
+    side: object,
+    priority: float,
+    kv: KeysValues,
+    timeout: float | None = None,
+) -> bool:
+    """Put a result in the generation that it was claimed in: after a clear, it is not kept."""
+    pool = scope.pool
+    deadline = pool.storage.enter(timeout)
+    pool.check_open()
+    plan = plan_put(pool.storage, [key], check_fits(kv, pool.layout, rows=1), [0], [side], [priority])
+    return write(pool, scope, generation, plan, deadline)
 
 
 def get_or_compute(
@@ -39,9 +60,9 @@ def get_or_compute(
 ) -> KeysValues:
     """See `KVPool.get_or_compute`."""
     found = pool.get(key, scope=scope)
-    generation = scope.generation
     while found is None:
-        joined, mine = claim(pool, scope, key, generation, side, priority)
+        # Read anew for every attempt: who takes an abandoned computation over computes for the present generation.
+        joined, mine = claim(pool, scope, key, scope.generation, side, priority)
         if mine:
             return compute_here(pool, joined, key, scope, compute)
         wait_in_thread(joined.flight, deadline, pool.name)

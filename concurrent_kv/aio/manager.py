@@ -7,15 +7,15 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import anyio
-
+from ..arguments import check_env_ids, hash_of
+from ..errors import InvalidArgumentError
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
 from ..manager import KVCacheManager
 from ..overflow import Overflow
 from ..search import LookupOrder
 from ..stats import StatsSummary
-from .offload import CLOSE_SECONDS, INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
+from .offload import INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
 from .pool import AsyncKVPool
 from .search import AsyncSearch
 
@@ -57,11 +57,18 @@ class AsyncKVCacheManager:
         self, env_id: int, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
     ) -> bool:
         """See `KVCacheManager.set_init_cache`."""
-        return await self.init_pools[env_id].put(cache_key, kv_cache, side=side, priority=priority)
+        return await self._init_pool(env_id).put(cache_key, kv_cache, side=side, priority=priority)
 
     async def get_init_cache(self, env_id: int, cache_key: Hashable) -> KeysValues | None:
         """See `KVCacheManager.get_init_cache`."""
-        return await self.init_pools[env_id].get(cache_key)
+        return await self._init_pool(env_id).get(cache_key)
+
+    def _init_pool(self, env_id: int) -> AsyncKVPool:
+        pools = dict(enumerate(self.init_pools))
+        hash_of(env_id, "env_id")
+        if isinstance(env_id, bool) or env_id not in pools:
+            raise InvalidArgumentError(f"env_id must be 0 to {len(pools) - 1}, got {env_id!r}")
+        return pools[env_id]
 
     async def set_recur_cache(
         self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
@@ -84,7 +91,12 @@ class AsyncKVCacheManager:
         return await self.wm_pool.get(cache_key)
 
     async def hierarchical_get(
-        self, env_id: int, cache_key: Hashable, *, order: Sequence[str] = ("init", "recur")
+        self,
+        env_id: int,
+        cache_key: Hashable,
+        *,
+        order: Sequence[str] = ("init", "recur"),
+        timeout: float | None = None,
     ) -> KeysValues | None:
         """See `KVCacheManager.hierarchical_get`."""
         return await self._offload.run(
@@ -93,6 +105,7 @@ class AsyncKVCacheManager:
             cache_key,
             copied_bytes=self.sync.layout.bytes_per_entry,
             order=order,
+            timeout=timeout,
         )
 
     def search(
@@ -107,25 +120,30 @@ class AsyncKVCacheManager:
     ) -> AsyncSearch:
         """See `KVCacheManager.search`; it opens when the `async with` is entered."""
         opening = partial(
-            self.sync.search, tuple(env_ids), entries=entries, tokens=tokens, order=order, overflow=overflow
+            self.sync.search,
+            check_env_ids(env_ids),  # type: ignore[arg-type]  # the manager says which are its own
+            entries=entries,
+            tokens=tokens,
+            order=order,
+            overflow=overflow,
         )
         return AsyncSearch(opening, self._offload, timeout)
 
     async def clear_all(self) -> None:
         """See `KVCacheManager.clear_all`."""
-        await self._offload.in_worker(self.sync.clear_all)
+        await self._offload.in_worker_whole(self.sync.clear_all)
 
     async def clear_init_caches(self) -> None:
         """See `KVCacheManager.clear_init_caches`."""
-        await self._offload.in_worker(self.sync.clear_init_caches)
+        await self._offload.in_worker_whole(self.sync.clear_init_caches)
 
     async def clear_recur_cache(self) -> None:
         """See `KVCacheManager.clear_recur_cache`."""
-        await self._offload.in_worker(self.sync.clear_recur_cache)
+        await self._offload.in_worker_whole(self.sync.clear_recur_cache)
 
     async def bump_version(self) -> None:
         """See `KVCacheManager.bump_version`."""
-        await self._offload.in_worker(self.sync.bump_version)
+        await self._offload.in_worker_whole(self.sync.bump_version)
 
     def get_stats_summary(self) -> StatsSummary:
         """See `KVCacheManager.get_stats_summary`; it never waits."""
@@ -137,16 +155,27 @@ class AsyncKVCacheManager:
 
     async def check_integrity(self) -> IntegrityReport:
         """See `KVCacheManager.check_integrity`."""
-        return await self._offload.in_worker(self.sync.check_integrity)
+        return await self._offload.in_worker_whole(self.sync.check_integrity)
 
     async def repair(self) -> RepairReport:
         """See `KVCacheManager.repair`."""
-        return await self._offload.in_worker(self.sync.repair)
+        return await self._offload.in_worker_whole(self.sync.repair)
+
+    def reset_stats(self) -> None:
+        """See `KVCacheManager.reset_stats`; it never waits."""
+        self.sync.reset_stats()
+
+    def step(self) -> None:
+        """See `KVCacheManager.step`; it never waits."""
+        self.sync.step()
+
+    def allocation(self) -> dict[str, int]:
+        """See `KVCacheManager.allocation`; it never waits."""
+        return self.sync.allocation()
 
     async def close(self) -> None:
-        """See `KVCacheManager.close`; finished, within bounds, also when the task is cancelled."""
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-            await self._offload.in_worker(self.sync.close)
+        """See `KVCacheManager.close`; finished also when the task is cancelled meanwhile."""
+        await self._offload.to_the_end(self.sync.close)
 
     async def __aenter__(self) -> AsyncKVCacheManager:
         return self

@@ -1,7 +1,8 @@
 """Running one pool operation for a task: inline where nothing has to wait, in a worker thread otherwise.
 
 A cancelled call leaves the pool as if it had been made, or not at all. The worker delivers its result through a cell,
-which worker and task each close once; whoever comes second undoes what was made: a batch, a pin, a claim, a search.
+which worker and task each close once; whoever comes second undoes what was made: a batch, a pin, a search. What cannot
+be undone and takes effect in several steps (clears, version bumps, the end of something) runs to its end once begun.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ import anyio.to_thread
 import torch
 
 from ..errors import WaitTimeoutError
-from ..flights import Flight
+from ..flights import Flight, timed_out
 from ..layout import positive_int
-from ..locks import Cancellation, cancellation
+from ..locks import Cancellation, Deadline, cancellation
 from ..storage import check_seconds
 
 if TYPE_CHECKING:
     from ..storage import KVStorage
 
 __all__ = [
-    "CLOSE_SECONDS",
     "INLINE_BYTES",
     "INLINE_WAIT_SECONDS",
     "MAX_WORKERS",
@@ -40,9 +40,9 @@ __all__ = [
 INLINE_WAIT_SECONDS = 50e-6
 INLINE_BYTES = 256 * 1024
 MAX_WORKERS = 8
-CLOSE_SECONDS = 10.0  # a shielded close waits at most so long
 
 T = TypeVar("T")
+Limiter = anyio.lowlevel.RunVar[anyio.CapacityLimiter]
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Offload:
         self.inline_wait_seconds = check_seconds("inline_wait_seconds", inline_wait_seconds)
         self.inline_bytes = positive_int("inline_bytes", inline_bytes, minimum=0)
         self._max_workers = positive_int("max_workers", max_workers)
-        # One limiter for each event loop: a limiter does not survive being shared.
-        self._limiter: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar(
-            f"concurrent_kv limiter {id(self)}"
-        )
+        # Of each event loop its own: a limiter does not survive being shared. And another for what users compute,
+        # which may wait for other computations: those must find a worker for their reads and writes meanwhile.
+        self._limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv operations")
+        self._computing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv computations")
         self._counter_lock = threading.Lock()
         self._inline_count = 0
         self._worker_count = 0
@@ -131,7 +131,7 @@ class Offload:
         """
         await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
-        if copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu":
+        if self._is_small(copied_bytes):
             try:
                 result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
             except WaitTimeoutError:
@@ -144,12 +144,64 @@ class Offload:
                 return result
         return await self.in_worker(partial(operation, *args, timeout=limit, **options), undo)
 
+    async def copy(self, operation: Callable[[], T], copied_bytes: int) -> T:
+        """Run `operation()`, which copies so many bytes and waits for nothing."""
+        return operation() if self._is_small(copied_bytes) else await self.in_worker(operation)
+
+    async def compute(self, operation: Callable[[], T]) -> T:
+        """Run a user's function in a worker thread."""
+        return await self._in_worker(operation, None, self._computing_limiter)
+
     async def in_worker(self, operation: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Run `operation()` in a worker thread, in the caller's device stream.
 
         A task that is cancelled through anyio's scopes waits for the worker, whose waits are bounded. asyncio's own
         `cancel()` does not wait; what the worker then makes is undone.
         """
+        return await self._in_worker(operation, undo, self._limiter)
+
+    async def in_worker_whole(self, operation: Callable[[], T]) -> T:
+        """As `in_worker`, for what takes effect in several steps: cut off before it begins, or not at all."""
+        return await self._in_worker(operation, None, self._limiter, revocable=False)
+
+    async def to_the_end(self, operation: Callable[[], object]) -> None:
+        """Run `operation()`, which can be called twice, in a worker thread to its end, however the task is cancelled.
+
+        A cancellation of any kind is raised when it is over.
+        """
+        cancelled: BaseException | None = None
+        finished = False
+
+        def work() -> None:
+            nonlocal finished
+            operation()
+            finished = True
+
+        with anyio.CancelScope(shield=True):
+            while True:
+                try:
+                    # Queues for nobody's worker: what closes gives room to those who have them.
+                    await self._in_worker(work, None, anyio.CapacityLimiter(1), revocable=False)
+                    break
+                except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
+                    cancelled = error
+                    if finished:
+                        break
+                except Exception as error:
+                    if cancelled is not None:
+                        raise cancelled from error
+                    raise
+        if cancelled is not None:
+            raise cancelled
+
+    async def _in_worker(
+        self,
+        operation: Callable[[], T],
+        undo: Callable[[T], object] | None,
+        limiter: Limiter | anyio.CapacityLimiter,
+        *,
+        revocable: bool = True,
+    ) -> T:
         with self._counter_lock:
             self._worker_count += 1
         cell: _Cell[T] = _Cell(undo)
@@ -157,17 +209,22 @@ class Offload:
         request = Cancellation()
 
         def work() -> None:
-            cancellation.set(request)  # in the copy of the context that a worker runs in
+            if request.requested:
+                return
+            cancellation.set(request if revocable else None)  # in the copy of the context that a worker runs in
             with context:
                 cell.deliver(operation())
 
         try:
-            await anyio.to_thread.run_sync(work, limiter=self._limiter_here())
+            await anyio.to_thread.run_sync(work, limiter=self._limiter_here(limiter))
         except BaseException:
             request.requested = True
             cell.leave()
             raise
         return cell.take()
+
+    def _is_small(self, copied_bytes: int) -> bool:
+        return copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu"
 
     def _caller_stream(self) -> AbstractContextManager[Any]:
         """The stream is looked up here, in the caller's thread: a worker has a current stream of its own."""
@@ -175,16 +232,19 @@ class Offload:
             return nullcontext()
         return torch.cuda.stream(self.storage.clock.current())
 
-    def _limiter_here(self) -> anyio.CapacityLimiter:
-        try:
-            return self._limiter.get()
-        except LookupError:
-            limiter = anyio.CapacityLimiter(self._max_workers)
-            self._limiter.set(limiter)
+    def _limiter_here(self, limiter: Limiter | anyio.CapacityLimiter) -> anyio.CapacityLimiter:
+        """A limiter of the current event loop."""
+        if isinstance(limiter, anyio.CapacityLimiter):
             return limiter
+        try:
+            return limiter.get()
+        except LookupError:
+            made = anyio.CapacityLimiter(self._max_workers)
+            limiter.set(made)
+            return made
 
 
-async def wait_in_task(flight: Flight, seconds: float, name: str) -> None:
+async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
     """Wait for a flight without holding the loop, nor a thread.
 
     Raises:
@@ -199,15 +259,13 @@ async def wait_in_task(flight: Flight, seconds: float, name: str) -> None:
         with suppress(RuntimeError):  # of a loop that has ended, and its tasks with it
             call_soon(over.set)
 
-    if not flight.subscribe(wake):
-        await anyio.lowlevel.checkpoint()
-        return
     try:
-        with anyio.move_on_after(seconds):
+        if not flight.subscribe(wake):
+            await anyio.lowlevel.checkpoint()
+            return
+        with anyio.move_on_after(deadline.left()):
             await over.wait()
             return
     finally:
         flight.unsubscribe(wake)
-    raise WaitTimeoutError(
-        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {seconds:g} s"
-    )
+    raise timed_out(flight, deadline, name)

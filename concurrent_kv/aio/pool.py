@@ -8,20 +8,22 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import anyio
 from torch import Tensor
 
-from ..arguments import hash_of
+from ..arguments import check_keys, hash_of
 from ..batch import Batch
 from ..entry import Scope
-from ..flights import Claim, outcome
+from ..flights import Claim, Flight, FlightState, outcome
+from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
 from ..loading import claim
+from ..locks import Deadline
 from ..overflow import Overflow
 from ..pin import Pin
 from ..pool import KVPool
 from ..stats import PoolStats
-from .offload import CLOSE_SECONDS, INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats, wait_in_task
+from ..storage import check_seconds
+from .offload import INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats, wait_in_task
 
 __all__ = ["AsyncKVPool"]
 
@@ -112,6 +114,7 @@ class AsyncKVPool:
         timeout: float | None = None,
     ) -> bool:
         """See `KVPool.put_many`. `kv` must not be written to until this returns."""
+        keys = check_keys(keys)
         return await self._offload.run(
             self.sync.put_many,
             keys,
@@ -132,7 +135,8 @@ class AsyncKVPool:
         out: Tensor | None = None,
         timeout: float | None = None,
     ) -> Batch:
-        """See `KVPool.gather`."""
+        """See `KVPool.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
+        keys = check_keys(keys)
         return await self._offload.run(
             self.sync.gather,
             keys,
@@ -156,6 +160,7 @@ class AsyncKVPool:
         timeout: float | None = None,
     ) -> bool:
         """See `KVPool.commit`."""
+        keys = check_keys(keys)
         return await self._offload.run(
             self.sync.commit,
             keys,
@@ -180,11 +185,11 @@ class AsyncKVPool:
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
-        await self._offload.in_worker(partial(self.sync.clear, scope, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout))
 
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
-        await self._offload.in_worker(partial(self.sync.bump_version, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout))
 
     # One computation for each missing key ----------------------------------------------------------------------------
 
@@ -205,16 +210,15 @@ class AsyncKVPool:
         """
         pool = self.sync
         hash_of(key)
-        found = await self.get(key, scope=scope, timeout=timeout)
-        wait_seconds = pool.storage.wait_timeout if timeout is None else timeout
+        deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        found = await self.get(key, scope=scope)
         flown_in = scope or pool.default_scope
-        generation = flown_in.generation
         while found is None:
-            joined, mine = claim(pool, flown_in, key, generation, side, priority)
+            joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
             if mine:
                 return await self._compute(joined, key, scope, compute)
-            await wait_in_task(joined.flight, wait_seconds, pool.name)
-            found = outcome(joined.flight, pool.storage.clock, pool.name)
+            await wait_in_task(joined.flight, deadline, pool.name)
+            found = await self._outcome(joined.flight)
         return found
 
     async def _compute(
@@ -230,25 +234,34 @@ class AsyncKVPool:
                 kv = await self.peek(key, scope=scope)
                 if kv is None:
                     made: Any = (
-                        compute() if inspect.iscoroutinefunction(compute) else await self._offload.in_worker(compute)
+                        compute() if inspect.iscoroutinefunction(compute) else await self._offload.compute(compute)
                     )
                     kv = await made if inspect.isawaitable(made) else made
-                    await self._offload.run(joined.fulfil, kv, copied_bytes=self._entry_bytes)
+                    await self.fulfil(joined, kv)
                 else:
-                    joined.pass_on(kv)
+                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
             except Exception as error:
                 if not joined.over:
                     joined.fail(error)
                 raise
-        result = outcome(joined.flight, self.sync.storage.clock, self.sync.name)
+        result = await self._outcome(joined.flight)
         assert result is not None
         return result
+
+    async def _outcome(self, flight: Flight) -> KeysValues | None:
+        """See `outcome`."""
+        copied_bytes = self._entry_bytes if flight.state is FlightState.DONE else 0
+        return await self._offload.copy(partial(outcome, flight, self.sync.storage.clock, self.sync.name), copied_bytes)
 
     def try_claim(
         self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None
     ) -> Claim:
-        """See `KVPool.try_claim`; it never blocks."""
+        """See `KVPool.try_claim`; it never blocks. (`await pool.fulfil(claim, kv)` does what `claim.fulfil` does.)"""
         return self.sync.try_claim(key, side=side, priority=priority, scope=scope)
+
+    async def fulfil(self, claim: Claim, kv: KeysValues, *, timeout: float | None = None) -> bool:
+        """See `Claim.fulfil`. If it is cancelled, the claim is still open, or was fulfilled."""
+        return await self._offload.run(claim.fulfil, kv, copied_bytes=self._entry_bytes, timeout=timeout)
 
     # State ---------------------------------------------------------------------------------------------------------
 
@@ -260,13 +273,32 @@ class AsyncKVPool:
         """How many operations ran inline, and how many in worker threads."""
         return self._offload.stats()
 
+    def reset_stats(self) -> None:
+        """See `KVPool.reset_stats`; it never waits."""
+        self.sync.reset_stats()
+
+    def scope(self, name: Hashable) -> Scope:
+        """See `KVPool.scope`; it never waits."""
+        return self.sync.scope(name)
+
+    def scopes(self) -> tuple[Scope, ...]:
+        """See `KVPool.scopes`; it never waits."""
+        return self.sync.scopes()
+
+    async def check_integrity(self) -> IntegrityReport:
+        """See `KVPool.check_integrity`."""
+        return await self._offload.in_worker_whole(self.sync.check_integrity)
+
+    async def repair(self) -> RepairReport:
+        """See `KVPool.repair`."""
+        return await self._offload.in_worker_whole(self.sync.repair)
+
     def __len__(self) -> int:
         return len(self.sync)
 
-    async def close(self) -> None:
-        """See `KVPool.close`; finished, within bounds, also when the task is cancelled."""
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-            await self._offload.in_worker(self.sync.close)
+    async def close(self, *, timeout: float | None = None) -> None:
+        """See `KVPool.close`; finished also when the task is cancelled meanwhile."""
+        await self._offload.to_the_end(partial(self.sync.close, timeout=timeout))
 
     async def __aenter__(self) -> AsyncKVPool:
         return self
