@@ -11,7 +11,7 @@ from .ledger import wake
 from .locks import Deadline
 from .room import unpublish
 
-__all__ = ["remove", "remove_all", "sweep", "sweep_if"]
+__all__ = ["remove", "remove_all", "sweep", "sweep_if", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 
@@ -44,13 +44,13 @@ def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> 
         missing = [key for key in keys if key not in index]
         if missing:
             return missing
-        waiters = _take_out(scope, index, [index[key] for key in keys], dead)
+        waiters = take_out(scope, index, [index[key] for key in keys], dead)
     wake(waiters)
     del dead
     return []
 
 
-def _take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
+def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
     """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
     pool = scope.pool
     ledger = pool.storage.ledger
@@ -85,7 +85,7 @@ def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadlin
         dead: list[Entry] = []
         with pool.storage.locks.write((shard,), deadline):
             going = [entry for entry in scope.entries[part].values() if condition(entry)]
-            waiters = _take_out(scope, scope.entries[part], going, dead)
+            waiters = take_out(scope, scope.entries[part], going, dead)
         wake(waiters)
         removed += len(going)
         # Keys and side data are finalised here, outside of every lock.

@@ -208,8 +208,13 @@ class Claim:
 
     def abandon(self) -> None:
         """Leave the computation to whoever asks next. Never blocks; fine if it is over, or not the caller's."""
-        if self.mine:
-            self._table.settle(self.flight, FlightState.ABANDONED)
+        # Takes no lock: finalisers come here, of claims and of coroutines that computed, at any point of any thread and
+        # inside the table's lock too. The wakers are reentrant by contract, and who joins next replaces the flight.
+        flight = getattr(self, "flight", None)
+        if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
+            flight.state = FlightState.ABANDONED
+            flight.wake()
+            self._table.dropped.append(flight)
 
     def computing(self) -> _Computing:
         """A context in which asking for the claimed key raises instead of waiting for itself."""
@@ -228,13 +233,7 @@ class Claim:
         self.abandon()
 
     def __del__(self) -> None:
-        # Runs at any point of any thread, also inside the table's lock: it must take none. The wakers are reentrant
-        # by contract, and whoever joins next replaces an abandoned flight.
-        flight = getattr(self, "flight", None)
-        if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
-            flight.state = FlightState.ABANDONED
-            flight.wake()
-            self._table.dropped.append(flight)
+        self.abandon()
 
 
 class _Computing:

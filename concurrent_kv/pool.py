@@ -314,7 +314,9 @@ class KVPool(PoolCore):
         Raises:
             RecursiveComputationError, ClosedError: as `get_or_compute`.
         """
-        self._enter(None)
+        # Not `_enter`: what was dropped unclosed may need a shard to be released, and this must not wait.
+        self.storage.check_process()
+        self.check_open()
         hash_of(key)
         found_in = self._scope(scope)
         return claim(self, found_in, key, found_in.generation, side, priority)[0]

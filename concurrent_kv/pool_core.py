@@ -90,7 +90,8 @@ class PoolCore(Handle):
 
     def scope(self, name: Hashable) -> Scope:
         """The scope of that name, made if it is new: keys of its own, cleared by themselves. Never blocks."""
-        self.storage.enter()
+        self.storage.check_process()
+        self.check_open()
         hash_of(name, "name")
         with self.storage.ledger.mutex:
             scope = self._scopes.get(name)
@@ -155,12 +156,13 @@ class PoolCore(Handle):
 
         Operations under way fail with `ClosedError` or finish as if they had come first.
         """
+        self.storage.check_process()
+        self.flights.close()  # also where the storage was closed first, and its waiters know nothing of it
         if self._emptied or self.storage.closed:
             return
         deadline = self.storage.enter_quietly(timeout)
         with self.storage.ledger.mutex:
             self.closed = True
-        self.flights.close()
         self.end_searches(f"{self.name} was closed", deadline)
         self.renew(deadline)
         self._emptied = True  # a close that timed out before this is finished by the next

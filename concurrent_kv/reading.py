@@ -16,7 +16,7 @@ from .tensors import Indices, plain_torch_state
 if TYPE_CHECKING:
     from .storage import KVStorage
 
-__all__ = ["copy_out", "gather_entries", "generations_of", "retain", "sorted_shards"]
+__all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain", "sorted_shards"]
 
 Wanted = Sequence[tuple[Scope, Hashable]]
 
@@ -57,13 +57,18 @@ def retain(
         with ledger.mutex:
             ledger.extend(hold, [entry for entry in found if entry is not None])
             if not quiet:
-                for entry in found:
-                    if entry is not None:
-                        pool = entry.scope.pool
-                        pool.counters.hit_count += 1
-                        if entry.place is Place.HELD and pool.policy.observes_hits:
-                            pool.policy.touch(entry)
+                count_hits(found)
     return found
+
+
+def count_hits(found: Sequence[Entry | None]) -> None:
+    """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
+    for entry in found:
+        if entry is not None:
+            pool = entry.scope.pool
+            pool.counters.hit_count += 1
+            if entry.place is Place.HELD and pool.policy.observes_hits:
+                pool.policy.touch(entry)
 
 
 def gather_entries(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import check_env_ids, check_keys, check_priorities, hash_of
 from .batch import Batch
-from .clearing import remove_all, sweep_if
+from .clearing import remove_all, take_out
 from .committing import commit_batch, open_batch
 from .entry import Entry, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
@@ -22,7 +22,7 @@ from .locks import Deadline
 from .overflow import Overflow, check_overflow
 from .plan import plan_share
 from .pool import KVPool
-from .reading import generations_of, retain
+from .reading import count_hits, generations_of, retain
 from .room import give_budget_back, reserve_budget
 from .search_state import RootKey, SearchState
 from .writing import write
@@ -108,12 +108,14 @@ class Search(Handle):
                 self._retain_here(found, None, roots, hold, deadline)
                 self._retain_roots(found, roots, hold, deadline)
                 self._retain_here(found, keys, None, hold, deadline)
-            state.pool.count_misses(found.count(None))
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
                 state.check_open()
                 state.track(hold)
+                # Counted once, when nothing can time out any more: a call that is made again counts once too.
+                count_hits(found)
+                state.pool.counters.miss_count += found.count(None)
             return batch
         except BaseException:
             storage.ledger.release(hold)
@@ -143,8 +145,6 @@ class Search(Handle):
             present = [entry for row in missing if (entry := found[row]) is not None]
             with ledger.mutex:
                 ledger.extend(hold, present)
-                for entry in present:
-                    entry.scope.pool.counters.hit_count += 1
 
     def _retain_roots(
         self, found: list[Entry | None], roots: Sequence[RootKey], hold: Hold, deadline: Deadline
@@ -157,7 +157,7 @@ class Search(Handle):
         storage = state.pool.storage
         wanted = [(state.init_pools[roots[row][0]].default_scope, roots[row][1]) for row in missing]
         generations = generations_of([scope for scope, _ in wanted])
-        entries = retain(storage, wanted, generations, deadline, hold=hold)
+        entries = retain(storage, wanted, generations, deadline, hold=hold, quiet=True)
         adopted = {}
         for row, entry in zip(missing, entries, strict=True):
             found[row] = entry
@@ -241,17 +241,21 @@ class Search(Handle):
         deadline = state.pool.storage.enter(timeout)
         staying = set(check_keys(keys, minimum=0))
         ledger = state.pool.storage.ledger
-        state.check_open()
-        released = sweep_if(state.scope, lambda entry: entry.key not in staying, deadline)
+        dead: list[Entry] = []
+        # One hold for both: a time-out or a cancellation comes before all of it or not at all.
         with state.pool.storage.locks.write(state.scope.shards, deadline):
-            going = [root for root in state.roots if root[1] not in staying]
-            entries = [state.roots.pop(root) for root in going]
+            deadline.check(state.pool.name)
+            state.check_open()
+            roots = [root for root in state.roots if root[1] not in staying]
+            going = [entry for entry in state.own.values() if entry.key not in staying]
+            waiters = take_out(state.scope, state.own, going, dead)
+            entries = [state.roots.pop(root) for root in roots]
             with ledger.mutex:
-                dead = ledger.drop_from(state.roots_hold, entries)
-                waiters = ledger.take_waiters()
+                dead += ledger.drop_from(state.roots_hold, entries)
+                waiters += ledger.take_waiters()
         wake(waiters)
         del dead, entries
-        return released
+        return len(going)
 
     def promote(
         self,

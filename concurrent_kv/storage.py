@@ -105,6 +105,8 @@ class KVStorage:
             self.closed = True
             waiters = self.ledger.take_waiters()
         wake(waiters)
+        for pool in self.pools:
+            pool.flights.close()
         self.tensor.free()
 
     def check_process(self) -> None:

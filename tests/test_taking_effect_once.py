@@ -1,0 +1,96 @@
+"""An operation that times out has done nothing, so that the same call can be made again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from concurrent_kv import ClosedError, KVCacheManager, KVPool, KVStorage, WaitTimeoutError
+from concurrent_kv.locks import Deadline
+from tests.conftest import MakeManager
+from tests.support import LAYOUT, append, tokens
+
+
+@contextmanager
+def shards_read_elsewhere(manager: KVCacheManager, shards: tuple[int, ...]) -> Iterator[None]:
+    """Another thread holds `shards` for reading: readers pass, writers wait."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with manager.storage.locks.read(shards, Deadline(10.0)):
+            held.set()
+            assert done.wait(30.0)
+
+    with ThreadPoolExecutor(1) as executor:
+        holder = executor.submit(hold)
+        assert held.wait(30.0)
+        try:
+            yield
+        finally:
+            done.set()
+            holder.result(30.0)
+
+
+def test_a_keep_that_times_out_keeps_everything(make_manager: MakeManager) -> None:
+    manager = make_manager(1)
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with manager.search([0]) as search:
+        batch = search.gather(["root"], [0])
+        append(batch, [2], 1)
+        search.commit(["child"], batch)
+        with shards_read_elsewhere(manager, search._state.scope.shards), pytest.raises(WaitTimeoutError):
+            search.keep([], timeout=0.0)
+        manager.clear_init_caches()
+        assert search.gather(["root", "child"], [0, 0]).hits == (True, True)
+        assert search.keep([]) == 1
+        assert search.gather(["root", "child"], [0, 0]).hits == (False, False)
+
+
+def test_a_gather_that_times_out_counts_nothing(make_manager: MakeManager) -> None:
+    manager = make_manager(1)
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with manager.search([0]) as search:
+        batch = search.gather(["root"], [0])
+        append(batch, [2], 1)
+        search.commit(["child"], batch)
+        manager.set_init_cache(0, "other", tokens(3, 2))
+        before = manager.get_stats_summary().total.request_count
+        # The adoption of "other" needs the search's shard for writing.
+        with shards_read_elsewhere(manager, search._state.scope.shards), pytest.raises(WaitTimeoutError):
+            search.gather(["child", "other"], [0, 0], timeout=0.0)
+        assert manager.get_stats_summary().total.request_count == before
+
+
+def test_a_claim_can_be_let_go_inside_the_lock_of_the_flights() -> None:
+    with KVPool(LAYOUT, 2) as pool:
+        claim = pool.try_claim("key")
+        with ThreadPoolExecutor(1) as executor, pool.flights._lock:  # as a collection inside a join would
+            executor.submit(claim.abandon).result(30.0)
+        assert pool.try_claim("key").mine
+
+
+def test_who_waits_for_a_computation_hears_that_the_shared_storage_was_closed() -> None:
+    storage = KVStorage(LAYOUT, 2 * LAYOUT.max_tokens, headroom_slots=LAYOUT.max_tokens)
+    pool = KVPool(LAYOUT, 2, storage=storage)
+    claim = pool.try_claim("key")
+    with ThreadPoolExecutor(1) as executor:
+        asked = threading.Event()
+        subscribe = claim.flight.subscribe
+
+        def subscribed(waker: object) -> bool:
+            waits = subscribe(waker)  # type: ignore[arg-type]
+            asked.set()
+            return waits
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(type(claim.flight), "subscribe", lambda flight, waker: subscribed(waker))
+        waiter = executor.submit(pool.get_or_compute, "key", lambda: tokens(1, 1))
+        assert asked.wait(30.0)
+        patch.undo()
+        storage.close()
+        with pytest.raises(ClosedError):
+            waiter.result(30.0)
