@@ -39,18 +39,19 @@ def open_batch(
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
     longest = max((entry.length for entry in entries if entry is not None), default=0)
-    columns = _columns(storage, longest, room, out)
+    columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS
     if out is None:
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
     else:
-        data = _check_out(storage, out, len(entries))
+        data = _check_out(storage, out, len(entries), longest + (room or 0))
     gather_entries(storage, entries, data, longest, ready)
     return Batch(storage, scope, generation, hold, entries, data, longest, owns_buffer=out is None)
 
 
-def _columns(storage: KVStorage, longest: int, room: int | None, out: Tensor | None) -> int:
+def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
+    """Columns of a buffer for rows of `longest` tokens with `room` behind them."""
     window = storage.layout.max_tokens
     if room is not None:
         room = positive_int("room", room, minimum=0)
@@ -59,15 +60,11 @@ def _columns(storage: KVStorage, longest: int, room: int | None, out: Tensor | N
                 f"room must be at most {window - longest}: the longest row has {longest} of the window's {window} "
                 f"tokens, got {room}"
             )
-    if out is not None:
-        if getattr(out, "ndim", 0) == 5 and out.shape[3] < longest + (room or 0):
-            raise InvalidArgumentError(f"out must have at least {longest + (room or 0)} columns, got {out.shape[3]}")
-        return longest
     # A batch of misses only still needs columns to be filled and appended to.
     return window if room is None else max(1, longest + room)
 
 
-def _check_out(storage: KVStorage, out: Tensor, batch: int) -> Tensor:
+def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tensor:
     layout = storage.layout
     if not isinstance(out, Tensor):
         raise InvalidTypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
@@ -78,6 +75,8 @@ def _check_out(storage: KVStorage, out: Tensor, batch: int) -> Tensor:
             f"out must have the shape [2 * layers={expected[0]}, batch={batch}, heads={expected[2]}, columns up to "
             f"{layout.max_tokens}, head_dim={expected[4]}], got {tuple(out.shape)}"
         )
+    if columns < needed:
+        raise InvalidArgumentError(f"out must have at least {needed} columns, got {columns}")
     if out.dtype != layout.dtype or out.device != layout.device:
         raise InvalidArgumentError(f"out must be {layout.dtype} on {layout.device}, got {out.dtype} on {out.device}")
     if not out.is_contiguous():

@@ -60,7 +60,7 @@ class Entry:
         priority, fingerprint: what policies look at.
         correction: the differences its tokens need on reading, where some were moved lazily.
         refs: the index (1 while published) and every hold.
-        pins: holds that also forbid eviction (pins, adopted roots).
+        pins: holds that also forbid eviction.
         written: stream ticks of the writes of its slots.
         ticks: stream ticks of every use of its slots, writes and reads.
     """

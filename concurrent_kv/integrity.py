@@ -159,7 +159,7 @@ def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
         for scope in _scopes(pool)
         for part in scope.entries
         for key, entry in part.items()
-        if entry.scope is not scope or (key is not entry.key and key != entry.key)
+        if entry.scope is not scope or key is not entry.index_key  # by identity: no user code in the mutex
     ]
     return found
 

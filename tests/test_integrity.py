@@ -9,6 +9,7 @@ import pytest
 
 from concurrent_kv import IntegrityError, KVCacheManager, KVPool
 from concurrent_kv.entry import Entry, Hold, Place
+from tests.conftest import MakePool
 from tests.support import LAYOUT, append, assert_same, bits, child_of, config, packed, store, tokens
 
 
@@ -242,3 +243,26 @@ def test_every_contradiction_is_listed() -> None:
     with pytest.raises(IntegrityError, match="slot 0") as caught:
         books.manager.check_integrity()
     assert len(caught.value.problems) == 2
+
+
+class OnceComparable:
+    """A key that may not be compared any more once it is broken."""
+
+    broken = False
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        if OnceComparable.broken:
+            raise ArithmeticError("compared under the mutex")
+        return isinstance(other, OnceComparable)
+
+
+def test_a_check_compares_no_keys(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    for value in (1, 2):  # the index has the key object of the first write, the entry that of the second
+        pool.put(OnceComparable(), tokens(value, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(OnceComparable, "broken", True)
+        assert pool.check_integrity().entries == 1
