@@ -6,60 +6,14 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import nullcontext
 
-import anyio.lowlevel
 import pytest
 
-from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, AsyncSearch, KeysValues, KVPool
+from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, AsyncSearch, KVPool
+from tests.async_operations import OPERATIONS, World
 from tests.async_support import always_in_workers, join_workers, run_on, shards_held
-from tests.cancelling import WAYS, Operation, World, state_after, states_when_cancelled
+from tests.cancelling import WAYS, state_after, states_when_cancelled
 from tests.support import assert_same, tokens
 
-
-async def compute() -> KeysValues:
-    await anyio.lowlevel.checkpoint()
-    return tokens(9, 3)
-
-
-async def open_search(world: World) -> AsyncSearch:
-    return await world.aio.search([1], entries=2).__aenter__()
-
-
-OPERATIONS: dict[str, Operation] = {
-    "get": lambda w: w.pool.get("a"),
-    "peek": lambda w: w.pool.peek("a"),
-    "side": lambda w: w.pool.side("a"),
-    "contains": lambda w: w.pool.contains("a"),
-    "put": lambda w: w.pool.put("new", tokens(9, 3)),
-    "put_many": lambda w: w.pool.put_many(["a", "new"], w.rows),
-    "gather": lambda w: w.pool.gather(["a", "b"]),
-    "commit": lambda w: w.pool.commit(["c", "d"], w.batch),
-    "pop": lambda w: w.pool.pop("a"),
-    "pin": lambda w: w.pool.pin("a"),
-    "clear": lambda w: w.pool.clear(),
-    "bump_version": lambda w: w.pool.bump_version(),
-    "get_or_compute, stored": lambda w: w.pool.get_or_compute("a", lambda: tokens(9, 3)),
-    "get_or_compute, sync": lambda w: w.pool.get_or_compute("new", lambda: tokens(9, 3)),
-    "get_or_compute, async": lambda w: w.pool.get_or_compute("new", compute),
-    "fulfil": lambda w: w.pool.fulfil(w.claim, tokens(9, 3)),
-    "check_integrity": lambda w: w.pool.check_integrity(),
-    "pool's close": lambda w: w.pool.close(),
-    "search": open_search,
-    "search.gather": lambda w: w.search.gather(["a", "child"], [0, 1]),
-    "search.commit": lambda w: w.search.commit(["grandchild"], w.search_batch),
-    "search.release": lambda w: w.search.release(["child"]),
-    "search.keep": lambda w: w.search.keep([]),
-    "search.promote": lambda w: w.search.promote("child", 1),
-    "search.contains": lambda w: w.search.contains("child"),
-    "search.close": lambda w: w.search.close(),
-    "set_init_cache": lambda w: w.aio.set_init_cache(1, "new", tokens(9, 3)),
-    "get_init_cache": lambda w: w.aio.get_init_cache(0, "a"),
-    "hierarchical_get": lambda w: w.aio.hierarchical_get(1, "a"),
-    "clear_init_caches": lambda w: w.aio.clear_init_caches(),
-    "clear_recur_cache": lambda w: w.aio.clear_recur_cache(),
-    "clear_all": lambda w: w.aio.clear_all(),
-    "manager's bump_version": lambda w: w.aio.bump_version(),
-    "manager's close": lambda w: w.aio.close(),
-}
 TO_THE_END = {"search.close", "pool's close", "manager's close"}
 
 
