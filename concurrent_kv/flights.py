@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -29,13 +29,27 @@ from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
-__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "timed_out", "wait_in_thread"]
+__all__ = [
+    "Claim",
+    "Flight",
+    "FlightState",
+    "FlightTable",
+    "lend_place",
+    "outcome",
+    "timed_out",
+    "wait_in_thread",
+]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
 _computing: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+
+# Entered by who waits inside a computation that holds one of a bounded number of places.
+lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
+    "concurrent_kv_lend_place", default=nullcontext
+)
 
 
 class FlightState(Enum):
@@ -93,8 +107,10 @@ class FlightTable:
     def __len__(self) -> int:
         """Computations under way."""
         with self._lock:
-            self._forget_dropped()
-            return len(self._flights)
+            dead = self._forget_dropped()
+            number = len(self._flights)
+        del dead
+        return number
 
     def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
         """Give `claim` the flight of a key; returns whether it is the one to compute.
@@ -109,11 +125,14 @@ class FlightTable:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
-            self._forget_dropped()
+            dead = self._forget_dropped()
             flight = self._flights.get(flight_key)
             if flight is None or flight.state is not FlightState.COMPUTING:
+                # Taken out first: the table must name the new flight's key, not the one that dies with the old.
+                self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
                 return True
+        del dead
         claim.mine, claim.flight = False, flight
         if flight in _computing.get():
             raise RecursiveComputationError(
@@ -121,11 +140,15 @@ class FlightTable:
             )
         return False
 
-    def _forget_dropped(self) -> None:
+    def _forget_dropped(self) -> list[Flight]:
+        """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
+        dead = []
         while self.dropped:
             flight = self.dropped.popleft()
+            dead.append(flight)
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
+        return dead
 
     def settle(
         self,
@@ -269,7 +292,8 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 
     try:
         if flight.subscribe(wake):
-            over.get(timeout=deadline.left())
+            with lend_place.get()():
+                over.get(timeout=deadline.left())
     except Empty:
         raise timed_out(flight, deadline, name) from None
     finally:

@@ -23,7 +23,7 @@ from concurrent_kv import (
     WaitTimeoutError,
     loading,
 )
-from concurrent_kv.aio import offload
+from concurrent_kv.aio import cell, offload
 from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable, wait_in_thread
 from concurrent_kv.locks import Deadline
 from tests.async_support import join_workers, run_on, shards_held
@@ -268,7 +268,7 @@ def handles_after_a_cancelled_gather() -> object:
 
 
 def without_undoing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(offload._Cell, "__init__", _cell_without_undo(offload._Cell.__init__))
+    patch.setattr(cell.Cell, "__init__", _cell_without_undo(cell.Cell.__init__))
 
 
 def _cell_without_undo(init: Any) -> Any:
