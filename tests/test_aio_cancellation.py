@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, AsyncSearch, KVPool
+from concurrent_kv import AsyncKVPool, AsyncSearch, KVPool
 from tests.async_operations import OPERATIONS, World
 from tests.async_support import always_in_workers, join_workers, run_on, shards_held
 from tests.cancelling import WAYS, state_after, states_when_cancelled
@@ -112,61 +112,6 @@ def test_the_end_of_a_search_is_reached_however_its_body_is_cancelled(way: str) 
         world.end()
         n += 1
     assert n > 3
-
-
-async def cancelled_while_held(world: World) -> list[bool]:
-    search = world.aio.search([1], entries=2)
-    await search.__aenter__()
-    closing = asyncio.ensure_future(search.__aexit__(None, None, None))
-    with shards_held(world.pool.sync) as let_go:
-        before = world.aio.offload_stats().worker_count
-        while world.aio.offload_stats().worker_count == before:
-            await asyncio.sleep(0)
-        closing.cancel()
-        await asyncio.sleep(0)
-        seen = [closing.done()]
-        let_go()
-        with pytest.raises(asyncio.CancelledError):
-            await closing
-    return [*seen, search.closed]
-
-
-def test_leaving_a_search_waits_for_its_end_also_after_asyncios_own_cancel() -> None:
-    world = World()
-
-    async def main() -> list[bool]:
-        await world.prepare()
-        return await cancelled_while_held(world)
-
-    assert run_on("asyncio", main) == [False, True]
-    join_workers()
-    world.state()
-    world.end()
-
-
-def test_a_clear_of_everything_that_has_begun_is_finished_after_asyncios_own_cancel() -> None:
-    world = World()
-
-    async def main() -> None:
-        await world.prepare()
-        aio = AsyncKVCacheManager(world.manager)
-        with shards_held(world.pool.sync) as let_go:
-            clearing = asyncio.ensure_future(aio.clear_all())
-            generation = world.aio.init_pools[0].sync.default_scope.generation
-            while world.aio.init_pools[0].sync.default_scope.generation is generation:
-                await asyncio.sleep(0)
-            clearing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await clearing
-            let_go()
-
-    run_on("asyncio", main)
-    join_workers()
-    assert world.manager.get_init_cache(0, "a") is None
-    assert world.manager.get_recur_cache("a") is None
-    assert world.manager.get_wm_cache("a") is None
-    world.state()
-    world.end()
 
 
 def test_what_asyncios_cancel_left_undone_can_be_done_again(pool: KVPool) -> None:
