@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -38,6 +38,7 @@ __all__ = [
     "outcome",
     "timed_out",
     "wait_in_thread",
+    "waiting_for",
 ]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
@@ -65,7 +66,7 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "ready", "result", "state", "wakers")
+    __slots__ = ("error", "key", "ready", "result", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
@@ -74,6 +75,20 @@ class Flight:
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.waits_for: list[Flight] = []  # whose results its computation waits for just now
+
+    def needs_one_of(self, flights: frozenset[Flight]) -> bool:
+        """Whether this computation waits, perhaps through others, for one of `flights`."""
+        seen: set[Flight] = set()
+        ahead = [self]
+        while ahead:
+            flight = ahead.pop()
+            if flight in flights:
+                return True
+            if flight not in seen and flight.state is FlightState.COMPUTING:
+                seen.add(flight)
+                ahead += flight.waits_for
+        return False
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
@@ -278,11 +293,35 @@ class _Computing:
             _computing.reset(self._token)
 
 
+@contextmanager
+def waiting_for(flight: Flight, name: str) -> Iterator[None]:
+    """Entered by who waits for a flight: says so of what is being computed here, and lends its place meanwhile.
+
+    Raises:
+        RecursiveComputationError: the flight waits for what is being computed here; it would be for ever.
+    """
+    computing = _computing.get()
+    try:
+        # First said, then looked: of computations that begin to wait for each other at once, one sees the other.
+        for own in computing:
+            own.waits_for.append(flight)
+        if computing and flight.needs_one_of(computing):
+            raise RecursiveComputationError(
+                f"{name}: the computation of {flight.key[1]!r} waits for the one that asks for it, for ever"
+            )
+        with lend_place.get()():
+            yield
+    finally:
+        for own in computing:
+            own.waits_for.remove(flight)
+
+
 def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
     """Block the calling thread until a flight is over.
 
     Raises:
         WaitTimeoutError: it was not over before the deadline.
+        RecursiveComputationError: see `waiting_for`.
     """
     # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
     over: SimpleQueue[None] = SimpleQueue()
@@ -292,7 +331,7 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 
     try:
         if flight.subscribe(wake):
-            with lend_place.get()():
+            with waiting_for(flight, name):
                 over.get(timeout=deadline.left())
     except Empty:
         raise timed_out(flight, deadline, name) from None

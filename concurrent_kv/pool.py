@@ -314,7 +314,8 @@ class KVPool(PoolCore):
 
         Raises:
             WaitTimeoutError: somebody else's computation was not over in time.
-            RecursiveComputationError: called from inside the computation of this very key.
+            RecursiveComputationError: called from inside the computation of this very key, or of one that the present
+                computation of this key waits for, perhaps through others.
             ClosedError: the pool was closed meanwhile.
             Exception: whatever `compute`, or storing its result, raised.
         """

@@ -17,7 +17,7 @@ from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, CapacityError, KeysV
 from concurrent_kv.aio.cell import Cell
 from concurrent_kv.errors import WaitTimeoutError
 from concurrent_kv.search_state import SearchState
-from tests.async_support import LOOPS, join_workers, run_on
+from tests.async_support import LOOPS, always_in_workers, join_workers, run_on
 from tests.conftest import MakeManager, MakePool
 from tests.flight_support import counted_waiters
 from tests.support import append, assert_same, config, layout, stacked, tokens
@@ -203,21 +203,35 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
 # --- what a cancelled task leaves ------------------------------------------------------------------------------------
 
 
-def test_a_task_that_leaves_takes_no_lock(manager: KVCacheManager) -> None:
+def test_a_task_that_leaves_takes_no_lock(manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be left by a finaliser, which comes at any point of any thread: inside the mutex, too."""
     manager.set_init_cache(0, "root", tokens(1, 2))
-    handles: list[tuple[Any, Callable[[Any], None]]] = [
-        (manager.init_pools[0].gather(["root"]), lambda handle: handle.abandon()),
-        (manager.init_pools[0].pin("root"), lambda handle: handle.abandon()),
-        (manager.search([0]), lambda handle: handle.abandon()),
-    ]
-    for handle, abandon in handles:
-        cell: Cell[Any] = Cell(abandon)
-        cell.deliver(handle)
+    facade = AsyncKVCacheManager(manager)
+    cells: list[Cell[Any]] = []
+    deliver = Cell.deliver
+
+    def seen(self: Cell[Any], result: Any) -> None:
+        deliver(self, result)
+        cells.append(self)
+
+    monkeypatch.setattr(Cell, "deliver", seen)
+
+    async def main() -> None:
+        search = facade.search([0])
+        with always_in_workers():
+            await search.__aenter__()
+            await search.gather(["root"], [0])
+            await facade.init_pools[0].gather(["root"])
+            await facade.init_pools[0].pin("root")
+
+    run_on("asyncio", main)
+    assert len(cells) == 4
+    for cell in reversed(cells):
         with manager.storage.ledger.mutex:
-            left = Background(cell.leave)
-            left.result()
+            Background(cell.leave).result()
+    cells.clear()
     assert manager.check_integrity().handles == 0
+    assert not manager.recur_pool.searches
 
 
 @pytest.mark.parametrize("first", ["worker", "task"])

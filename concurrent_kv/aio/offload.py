@@ -21,7 +21,7 @@ import anyio.to_thread
 import torch
 
 from ..errors import WaitTimeoutError
-from ..flights import Flight, lend_place, timed_out
+from ..flights import Flight, lend_place, timed_out, waiting_for
 from ..layout import positive_int
 from ..locks import Caller, Deadline, NotOnLoopError, caller
 from ..storage import check_seconds
@@ -244,6 +244,7 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
 
     Raises:
         WaitTimeoutError: it was not over in time.
+        RecursiveComputationError: see `waiting_for`.
     """
     over = anyio.Event()
     call_soon = call_soon_here()
@@ -256,7 +257,7 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
         if not flight.subscribe(wake):
             await anyio.lowlevel.checkpoint()
             return
-        with lend_place.get()(), anyio.move_on_after(deadline.left()):
+        with waiting_for(flight, name), anyio.move_on_after(deadline.left()):
             await over.wait()
             return
     finally:
