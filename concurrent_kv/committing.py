@@ -38,7 +38,8 @@ def open_batch(
     out: Tensor | None,
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
-    longest = max((entry.length for entry in entries if entry is not None), default=0)
+    lengths = [0 if entry is None else entry.length for entry in entries]
+    longest = max(lengths)
     columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS
     if out is None:
@@ -47,7 +48,7 @@ def open_batch(
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
     gather_entries(storage, entries, data, longest, ready)
-    return Batch(storage, scope, generation, hold, entries, data, longest, owns_buffer=out is None)
+    return Batch(storage, scope, generation, hold, entries, lengths, data, longest, owns_buffer=out is None)
 
 
 def _columns(storage: KVStorage, longest: int, room: int | None) -> int:

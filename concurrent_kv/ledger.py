@@ -93,7 +93,7 @@ class Ledger:
 
     def tables_of(self, entries: Sequence[Entry]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive (a copy)."""
-        return self.tables[[entry.row for entry in entries]]
+        return self.tables.take([entry.row for entry in entries], axis=0)
 
     def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
         """Drop one reference of each; returns those that died. Mutex held."""
@@ -172,9 +172,10 @@ class Ledger:
         self.holds.add(hold)
         for entry in entries:
             entry.refs += 1
-            if hold.pinning:
+        if hold.pinning:
+            for entry in entries:
                 entry.pins += 1
-            hold.entries.append(entry)
+        hold.entries += entries
 
     def drop_from(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
