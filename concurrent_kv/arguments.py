@@ -106,7 +106,8 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
 
 def last_of_each(keys: Sequence[Hashable]) -> list[int]:
     """Positions of the last occurrence of each key, in ascending order."""
-    return sorted({key: position for position, key in enumerate(keys)}.values())
+    last = {key: position for position, key in enumerate(keys)}
+    return sorted(last.values()) if len(last) < len(keys) else list(range(len(keys)))
 
 
 def slots_of_capacity(layout: KVLayout, max_entries: int, max_slots: int | None, max_bytes: int | None) -> int:

@@ -271,16 +271,22 @@ class Batch(Handle):
         new = self.end - self._start
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
+        gathered, committed = self._gathered, self._committed
         for row in rows:
-            if not self._gathered[row]:
+            if not gathered[row]:
                 raise InvalidArgumentError(f"row {row} missed and was not filled: there is nothing to commit")
-            if self._committed[row]:
+            if committed[row]:
                 raise InvalidArgumentError(f"row {row} was committed before")
         return new
 
     def gathered(self, row: int) -> int:
         """Tokens that a row had before the new ones."""
         return self._gathered[row]
+
+    def gathered_by(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that each of `rows` had before the new ones."""
+        gathered = self._gathered
+        return tuple([gathered[row] for row in rows])
 
     @property
     def hold(self) -> Hold:

@@ -136,28 +136,22 @@ def commit_batch(
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
     sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
-    last = last_of_each(keys)
     ledger = pool.storage.ledger
-    # The commit's own references: the search that owns the batch may be closed by another thread at any point.
-    guard = Hold("commit", [])
-    with ledger.mutex:
-        if batch.closed:
-            raise ClosedError(BATCH_CLOSED)
-        ledger.extend(guard, [entry for row in committed if (entry := batch.entries[row]) is not None])
+    # The search that owns the batch may be closed by another thread at any point.
+    if not ledger.use(batch.hold):
+        raise ClosedError(BATCH_CLOSED)
     try:
-        plan = plan_commit(
-            pool.storage,
-            batch,
-            [keys[i] for i in last],
-            [committed[i] for i in last],
-            overflow,
-            [sides[i] for i in last],
-            [priorities[i] for i in last],
-        )
-        batch.check_committable(committed)
+        new = batch.check_committable(committed)
+        last = last_of_each(keys)
+        if len(last) < len(keys):
+            keys, rows = [keys[i] for i in last], [committed[i] for i in last]
+            sides, priorities = [sides[i] for i in last], [priorities[i] for i in last]
+        else:
+            rows = committed
+        plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
         stored = write(pool, scope, batch.generation, plan, deadline)
     finally:
-        ledger.release(guard)
+        ledger.stop_using(batch.hold)
     batch.mark_committed(committed)
     return stored
 

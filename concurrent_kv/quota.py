@@ -59,7 +59,7 @@ class Quota:
         """Count the entries with these slot tables `[entries, window]`."""
         flat = tables.ravel()
         fresh = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots += len(np.unique(fresh)) if len(fresh) > 1 else len(fresh)
+        self.slots += len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
         np.add.at(self.counts, flat, ONE)
         self.entries += len(tables)
 
@@ -68,7 +68,7 @@ class Quota:
         flat = tables.ravel()
         np.subtract.at(self.counts, flat, ONE)
         gone = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots -= len(np.unique(gone)) if len(gone) > 1 else len(gone)
+        self.slots -= len(np.unique(gone)) if len(tables) > 1 else len(gone)
         self.entries -= len(tables)
 
     def exclusive(self, tables: npt.NDArray[np.int64]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -272,3 +274,36 @@ def test_slots_of_an_open_batch_come_back_when_it_closes(manager: KVCacheManager
         assert slots_in_use(manager) == 3 + 2
         batch.close()
         assert slots_in_use(manager) == 3
+
+
+def test_a_commit_that_fails_at_its_publication_leaves_no_key_behind(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    scatter = manager.storage.tensor.scatter
+
+    def meanwhile(action: Callable[[], None]) -> None:
+        """Do something while the next commit, which has its room already, copies."""
+
+        def copy(*arguments: Any) -> Any:
+            monkeypatch.setattr(manager.storage.tensor, "scatter", scatter)
+            action()
+            return scatter(*arguments)
+
+        monkeypatch.setattr(manager.storage.tensor, "scatter", copy)
+
+    others = manager.recur_pool.stats().max_entries - 2
+    with manager.search([0], entries=2, tokens=10) as search, manager.search([1], entries=others, tokens=10):
+        for key in ("replaced", "other"):
+            grow(search, "root", key, 1)
+
+        def replaces_what_is_released_meanwhile() -> None:
+            meanwhile(lambda: search.release(["replaced"]))
+            with pytest.raises(CapacityError):
+                grow(search, "root", "replaced", 2)
+            assert "replaced" not in search
+            assert len(search) == 1
+
+        meanwhile(replaces_what_is_released_meanwhile)
+        grow(search, "root", "replaced", 3)
+        assert_same(_row(search, "replaced"), child_of(tokens(99, 3), 3))
