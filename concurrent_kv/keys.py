@@ -82,4 +82,6 @@ def _tensor_bytes(state: torch.Tensor) -> memoryview:
         )
     # A conjugate or negative view is a flag over bytes that are not its own. bfloat16 exists in no array: bytes do.
     plain = state.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if not plain.numel():
+        return memoryview(b"")  # its strides may be anything, which a view of its bytes would not take
     return plain.reshape(-1).view(torch.uint8).numpy().data
