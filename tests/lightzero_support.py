@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from easydict import EasyDict  # type: ignore[import-not-found, unused-ignore]
+from easydict import EasyDict
 from torch import Tensor
 
 __all__ = ["SHAPES", "Shape", "Walk", "make_world_model", "quietly"]
@@ -62,11 +62,9 @@ def make_world_model(shape: Shape, *, seed: int = 0, zero_heads: bool = False, *
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
     with quietly():
-        from lzero.model.sampled_unizero_model import (  # type: ignore[import-not-found, unused-ignore]
-            SampledUniZeroModel,
-        )
-        from lzero.model.unizero_model import UniZeroModel  # type: ignore[import-not-found, unused-ignore]
-        from lzero.policy.unizero import UniZeroPolicy  # type: ignore[import-not-found, unused-ignore]
+        from lzero.model.sampled_unizero_model import SampledUniZeroModel
+        from lzero.model.unizero_model import UniZeroModel
+        from lzero.policy.unizero import UniZeroPolicy
 
         config = EasyDict(UniZeroPolicy.config["model"]["world_model_cfg"])
         config.update(

@@ -2,5 +2,24 @@
 
 from .attach import attach, detach
 from .attachment import Attachment
+from .containers import LightZeroKeysValues, from_lightzero, to_lightzero
+from .divergence import DEFECTS, Divergence, ValidationReport
+from .install import install, uninstall
+from .manager import LightZeroKVCacheManager
+from .model import attachment_of
 
-__all__ = ["Attachment", "attach", "detach"]
+__all__ = [
+    "DEFECTS",
+    "Attachment",
+    "Divergence",
+    "LightZeroKVCacheManager",
+    "LightZeroKeysValues",
+    "ValidationReport",
+    "attach",
+    "attachment_of",
+    "detach",
+    "from_lightzero",
+    "install",
+    "to_lightzero",
+    "uninstall",
+]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,10 +11,23 @@ from torch import Tensor
 
 from ...kv import KeysValues
 from ...overflow import DropAndCorrect, DropOldest, Overflow
-from .attachment import Attachment
 from .containers import LightZeroKeysValues
+from .session import NodeKey
 
-__all__ = ["commit_nodes", "generate_contexts", "node_contexts", "root_contexts", "store_roots"]
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+LOST: NodeKey = (-1, "")  # nothing is stored under it
+
+__all__ = [
+    "commit_nodes",
+    "generate_contexts",
+    "node_contexts",
+    "replace_contexts",
+    "root_contexts",
+    "start_positions_of_reanalysis",
+    "store_roots",
+]
 
 
 def node_contexts(world_model: Any, kv: Attachment, latent_state: Any, rows: int, start_pos: Any) -> list[int]:
@@ -22,17 +35,14 @@ def node_contexts(world_model: Any, kv: Attachment, latent_state: Any, rows: int
 
     A parent that is neither a node of this search nor a root of its environment gets a context of its own state alone.
     """
-    session = kv.session
     states = latent_state[:rows]
-    batch = session.gather(session.keys_of(states), kv.layout, kv.overflow(world_model))
+    batch = kv.session.gather(kv.session.keys_of(states))
     hits = batch.hits.count(True)
     if hits < rows:
         for row, hit in enumerate(batch.hits):
             if not hit:
                 batch.fill(row, _alone(world_model, kv, torch.from_numpy(states[row]), int(start_pos[row])))
-    with kv.counting:
-        world_model.hit_count += hits
-        world_model.total_query_count += rows
+    kv.count(world_model, hit_count=hits, total_query_count=rows)
     _run_on(kv, rows, batch.start)
     return list(batch.lengths)
 
@@ -43,15 +53,13 @@ def root_contexts(
     """Make the contexts of the previous roots the model's `keys_values_wm`; returns each row's length."""
     session = kv.session
     session.forget_nodes()
-    batch = session.gather(session.keys_of(last_obs_embeddings[:rows]), kv.layout, kv.overflow(world_model))
+    batch = session.gather(session.keys_of(last_obs_embeddings[:rows]))
     hits = batch.hits.count(True)
     if hits < rows:
         for row, hit in enumerate(batch.hits):
             if not hit:
                 batch.fill(row, _alone(world_model, kv, last_obs_embeddings[row], int(start_pos[row])))
-    with kv.counting:
-        world_model.root_hit_cnt += hits
-        world_model.root_total_query_cnt += rows
+    kv.count(world_model, root_hit_cnt=hits, root_total_query_cnt=rows)
     _run_on(kv, rows, batch.start)
     return list(batch.lengths)
 
@@ -68,8 +76,7 @@ def generate_contexts(
     contexts.set_size(1)
     kv.session.close_batch()
     kv.session.keys_values_wm = contexts
-    with kv.counting:
-        world_model.total_query_count += rows
+    kv.count(world_model, total_query_count=rows)
     return [1] * rows
 
 
@@ -87,19 +94,52 @@ def _alone(world_model: Any, kv: Attachment, latent_state: Tensor, start_pos: in
 
 def _run_on(kv: Attachment, rows: int, size: int) -> None:
     """Give the model this thread's buffer, of which the first `size` columns were gathered."""
-    contexts = kv.session.buffer(kv.layout, rows)
+    contexts = kv.session.buffer(rows)
     contexts.set_size(size)
     kv.session.keys_values_wm = contexts
 
 
-def commit_nodes(kv: Attachment, latent_state: Tensor) -> None:
+def replace_contexts(kv: Attachment, rows: Mapping[int, KeysValues], *, as_root: bool) -> None:
+    """Let the model run on other contexts in some rows than those that were gathered, and store them so.
+
+    `as_root`: the batch will be stored as roots, which are stored whole.
+    """
+    session = kv.session
+    contexts: LightZeroKeysValues = session.keys_values_wm
+    size = contexts.size
+    lengths = list(session.keys_values_wm_size_list)
+    old = KeysValues.from_packed(contexts.packed[:, :, :, :size].clone(), lengths)
+    if session.batch is not None and not as_root:
+        # A row that was found shares its parent's tokens when it is committed: it has to be one that was not found.
+        hits = session.batch.hits
+        keys = [key if hits[row] and row not in rows else LOST for row, key in enumerate(session.keys)]
+        batch = session.gather(keys)
+        for row, hit in enumerate(batch.hits):
+            if not hit:
+                batch.fill(row, rows.get(row) or old.row(row))
+        contexts.set_size(batch.start)
+        session.keys_values_wm_size_list = list(batch.lengths)
+        return
+    for row, kv_of_row in rows.items():
+        lengths[row] = kv_of_row.lengths[0]
+    longest = max(lengths)
+    contexts.packed[:, :, :, :longest] = 0
+    for row, length in enumerate(lengths):
+        source = rows.get(row) or old.row(row)
+        assert source.packed is not None
+        contexts.packed[:, row, :, longest - length : longest] = source.packed[:, 0]
+    contexts.set_size(longest)
+    session.keys_values_wm_size_list = lengths
+
+
+def commit_nodes(world_model: Any, kv: Attachment, latent_state: Tensor) -> None:
     """Store what the model appended as the contexts of its new nodes, sharing their parents' tokens."""
     session = kv.session
     batch, search = session.batch, session.search
     if batch is None or search is None:
         return  # contexts that were not gathered: the reanalyze phase stores nothing
     batch.advance(session.keys_values_wm.size - batch.start)
-    search.commit(session.keys_of(latent_state), batch)
+    search.commit(session.keys_of(latent_state), batch, overflow=kv.overflow(world_model))
     session.batch = None
 
 

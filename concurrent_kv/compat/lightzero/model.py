@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,11 @@ def _make_class(released: type[Any]) -> type[Any]:
             return node_contexts(self, kv, latent_state, ready_env_num, start_pos)
 
         def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> list[int]:
-            """Nothing is left to do: contexts are gathered into the model's layout."""
-            return self.keys_values_wm_size_list
+            """Nothing is left to do: contexts are gathered into the model's layout. Validation compares them here."""
+            kv: Attachment = self.__dict__[ATTACHMENT]
+            if kv.validation is not None:
+                kv.validation.retrieved()
+            return kv.session.keys_values_wm_size_list
 
         def update_cache_context(
             self,
@@ -97,7 +101,7 @@ def _make_class(released: type[Any]) -> type[Any]:
             if is_init_infer:
                 store_roots(self, kv, latent_state)
             else:
-                commit_nodes(kv, latent_state)
+                commit_nodes(self, kv, latent_state)
 
         @torch.no_grad()
         def wm_forward_for_initial_infererence(
@@ -111,38 +115,25 @@ def _make_class(released: type[Any]) -> type[Any]:
             if current_obs_embeddings is None:
                 return super().wm_forward_for_initial_infererence(last_obs_embeddings, batch_action, None, start_pos)
             kv: Attachment = self.__dict__[ATTACHMENT]
-            rows = current_obs_embeddings.shape[0]
-            _check_rows(kv, max(rows, last_obs_embeddings.shape[0]))
-            if _is_first_step(self, batch_action):
-                contexts = LightZeroKeysValues.empty(kv.layout, rows)
-                kv.session.keys_values_wm = contexts
-                outputs = self.forward(
-                    {"obs_embeddings": current_obs_embeddings},
-                    past_keys_values=contexts,
-                    is_init_infer=True,
-                    start_pos=start_pos,
-                )
-            else:
-                sizes = root_contexts(self, kv, last_obs_embeddings, rows, start_pos)
-                self.keys_values_wm_size_list = self.keys_values_wm_size_list_current = sizes
-                actions = torch.from_numpy(np.array(batch_action[:rows])).to(last_obs_embeddings.device)
-                steps = (
-                    {"act_tokens": actions.unsqueeze(1 if self.continuous_action_space else -1)},
-                    {"obs_embeddings": current_obs_embeddings},
-                )
-                for step in steps:
-                    outputs = self.forward(
-                        step, past_keys_values=self.keys_values_wm, is_init_infer=True, start_pos=start_pos[:rows]
-                    )
-            self.update_cache_context(current_obs_embeddings, is_init_infer=True)
-            return outputs
+            _check_rows(kv, max(current_obs_embeddings.shape[0], last_obs_embeddings.shape[0]))
+            arguments = (last_obs_embeddings, batch_action, current_obs_embeddings, start_pos)
+            if kv.validation is not None:
+                return kv.validation.root(self, kv, partial(_roots, self, kv), arguments)
+            return _roots(self, kv, *arguments)
+
+        @torch.no_grad()
+        def forward_recurrent_inference(
+            self, state_action_history: Any, simulation_index: int = 0, search_depth: Any = (), start_pos: Any = 0
+        ) -> Any:
+            """What the released class does, on our contexts; in validation, on both."""
+            kv: Attachment = self.__dict__[ATTACHMENT]
+            own = super().forward_recurrent_inference
+            arguments = (state_action_history, simulation_index, search_depth, start_pos)
+            return own(*arguments) if kv.validation is None else kv.validation.step(self, kv, own, arguments)
 
         def clear_caches(self) -> None:
             """Clear every pool, and end the calling thread's search."""
-            kv: Attachment = self.__dict__[ATTACHMENT]
-            kv.session.close()
-            kv.session.keys_values_wm_list = []
-            kv.manager.clear_all()
+            self.__dict__[ATTACHMENT].clear()
 
         @property
         def past_kv_cache_recurrent_infer(self) -> Any:
@@ -159,6 +150,35 @@ def _make_class(released: type[Any]) -> type[Any]:
     Attached.__name__ = Attached.__qualname__ = released.__name__
     Attached.__module__ = released.__module__
     return Attached
+
+
+def _roots(
+    world_model: Any,
+    kv: Attachment,
+    last_obs_embeddings: torch.Tensor,
+    batch_action: Any,
+    current_obs_embeddings: torch.Tensor,
+    start_pos: Any,
+) -> Any:
+    """The model's outputs for new roots, which are stored: an episode's first ones, or what follows the previous."""
+    rows = current_obs_embeddings.shape[0]
+    observed = {"obs_embeddings": current_obs_embeddings}
+    if _is_first_step(world_model, batch_action):
+        contexts = LightZeroKeysValues.empty(kv.layout, rows)
+        world_model.keys_values_wm = contexts
+        outputs = world_model.forward(observed, past_keys_values=contexts, is_init_infer=True, start_pos=start_pos)
+    else:
+        session = kv.session
+        session.keys_values_wm_size_list = root_contexts(world_model, kv, last_obs_embeddings, rows, start_pos)
+        session.keys_values_wm_size_list_current = world_model.trim_and_pad_kv_cache(is_init_infer=True)
+        actions = torch.from_numpy(np.array(batch_action[:rows])).to(last_obs_embeddings.device)
+        acted = {"act_tokens": actions.unsqueeze(1 if world_model.continuous_action_space else -1)}
+        for step in (acted, observed):
+            outputs = world_model.forward(
+                step, past_keys_values=session.keys_values_wm, is_init_infer=True, start_pos=start_pos[:rows]
+            )
+    world_model.update_cache_context(current_obs_embeddings, is_init_infer=True)
+    return outputs
 
 
 def _check_rows(kv: Attachment, rows: int) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 from ...batch import Batch
 from ...keys import State, hash_states
-from ...layout import KVLayout
 from ...manager import KVCacheManager
-from ...overflow import DropAndCorrect, Overflow
 from ...search import Search
 from .containers import LightZeroKeysValues
 
@@ -19,30 +17,29 @@ __all__ = ["NodeKey", "SearchSession"]
 NodeKey = tuple[int, str]  # environment id, LightZero's hash of the latent state
 
 
-def tokens_of_search(nodes: int, layout: KVLayout, overflow: Overflow) -> int:
-    """Slots that a search of so many nodes may need, whatever happens."""
-    # A node whose parent was lost holds three tokens. Where positions are added, a full window is a copy.
-    return nodes * (layout.max_tokens if isinstance(overflow, DropAndCorrect) else 3)
-
-
 class SearchSession(threading.local):
     """One thread's search over a world model: every attribute has a value for each thread that uses it.
 
     The released `WorldModel` keeps all of this in attributes of the model, which makes one search at a time of it.
 
     Attributes:
+        tokens_per_node: slots that a node may need, whatever happens.
         search: this thread's search of the manager, opened when it is first needed.
         batch: the parents of the step under way, until its children are committed.
+        keys: what they were looked up by.
         Others are named as in `WorldModel`.
     """
 
     latent_state: Any
 
-    def __init__(self, manager: KVCacheManager, env_ids: tuple[int, ...]) -> None:
+    def __init__(self, manager: KVCacheManager, env_ids: tuple[int, ...], tokens_per_node: int) -> None:
         self.manager = manager
+        self.tokens_per_node = tokens_per_node
+        self.layout = manager.layout
         self.env_ids = env_ids
         self.search: Search | None = None
         self.batch: Batch | None = None
+        self.keys: Sequence[NodeKey] = ()
         self.keys_values_wm: Any = None
         self.keys_values_wm_single_env: Any = None
         self.keys_values_wm_list: list[Any] = []
@@ -55,24 +52,23 @@ class SearchSession(threading.local):
         """A key for each row of `[rows, ...]`. Nodes of different environments never share one."""
         return list(zip(self.env_ids, hash_states(latent_states), strict=False))
 
-    def gather(self, keys: Sequence[NodeKey], layout: KVLayout, overflow: Overflow) -> Batch:
+    def gather(self, keys: Sequence[NodeKey]) -> Batch:
         """The contexts of `keys`, one for each of the first environments, in this thread's buffer of that size."""
         self.close_batch()
         search = self.search
         if search is None or search.closed:
             nodes = len(self.env_ids) * (self.manager.config.num_simulations + 1)
-            search = self.search = self.manager.search(
-                self.env_ids, entries=nodes, tokens=tokens_of_search(nodes, layout, overflow), overflow=overflow
-            )
-        buffer = self.buffer(layout, len(keys))
+            search = self.search = self.manager.search(self.env_ids, entries=nodes, tokens=nodes * self.tokens_per_node)
+        buffer = self.buffer(len(keys))
+        self.keys = keys
         self.batch = search.gather(keys, self.env_ids[: len(keys)], out=buffer.packed)
         return self.batch
 
-    def buffer(self, layout: KVLayout, rows: int) -> LightZeroKeysValues:
+    def buffer(self, rows: int) -> LightZeroKeysValues:
         """This thread's buffer for batches of `rows` rows: always the same memory, as captured graphs need it."""
         buffer = self._buffers.get(rows)
         if buffer is None:
-            buffer = self._buffers[rows] = LightZeroKeysValues.empty(layout, rows)
+            buffer = self._buffers[rows] = LightZeroKeysValues.empty(self.layout, rows)
         return buffer
 
     def forget_nodes(self) -> None:

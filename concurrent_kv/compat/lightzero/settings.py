@@ -11,9 +11,10 @@ from ...errors import InvalidArgumentError
 from ...layout import KVLayout
 from ...overflow import DropAndCorrect, DropOldest
 
-__all__ = ["Mode", "layout_of", "manager_config", "mode_of", "overflow_of", "setting"]
+__all__ = ["Answer", "Mode", "layout_of", "manager_config", "mode_of", "overflow_of", "setting"]
 
 Mode = Literal["off", "validate", "on"]
+Answer = Literal["off", "on"]  # whose answers validation gives
 
 DROPPED = 2  # tokens that LightZero drops when the window is full: the oldest step's observation and action
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from ...entry import Scope
 from .attachment import Attachment
 
-__all__ = ["KeyIndex", "init_views", "recur_view"]
+__all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
 
 Entries = list[tuple[Hashable, int]]  # keys, each with a number that no other entry has at the time
 
@@ -59,17 +59,19 @@ def recur_view(kv: Attachment) -> KeyIndex:
     def entries() -> Entries:
         return [] if session.search is None else entries_of(session.search._state.scope)
 
-    return KeyIndex(entries, session.forget_nodes)
+    return KeyIndex(entries, kv.forget_nodes)
 
 
 def init_views(kv: Attachment) -> list[KeyIndex]:
-    """The roots of each of the model's environments, by hash."""
+    """The roots of each of the model's environments, by hash. Made anew at every look: cheap, and of its role."""
 
-    def view(env_id: int) -> KeyIndex:
-        pool = kv.manager.init_pools[env_id]
-        return KeyIndex(lambda: [(_hash_in(key), row) for key, row in entries_of(pool.default_scope)], pool.clear)
+    def view(row: int, env_id: int) -> KeyIndex:
+        scope = kv.manager.init_pools[env_id].default_scope
+        return KeyIndex(
+            lambda: [(_hash_in(key), number) for key, number in entries_of(scope)], lambda: kv.clear_roots(row)
+        )
 
-    return [view(env_id) for env_id in kv.env_ids]
+    return [view(row, env_id) for row, env_id in enumerate(kv.env_ids)]
 
 
 def _hash_in(key: Hashable) -> Hashable:
