@@ -259,9 +259,9 @@ class _TimedHold:
 def shards_in_use(steps: int) -> dict[str, Any]:
     """Threads that search beside each other in one manager, and read and write its recurrent pool."""
     envs = 8
-    config = {"num_layers": 2, "num_heads": 2, "embed_dim": 64, "context_length": 8, "num_simulations": steps}
+    config: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "embed_dim": 64, "context_length": 8}
     entries = THREADS * envs * (steps + 1)
-    config |= {"max_cache_size": 2 * entries, "device": "cpu"}
+    config |= {"num_simulations": steps, "max_cache_size": 2 * entries, "device": "cpu"}
     manager = KVCacheManager(config, envs, recur_slots=4 * entries)
     locks = manager.storage.locks = TimedLocks(manager.storage.locks.count, name="cache")
     root = KeysValues.from_packed(torch.randn(4, 1, 2, 3, 32))
