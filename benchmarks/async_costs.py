@@ -1,4 +1,4 @@
-"""What each operation costs, for threads and for tasks of each event loop, inline and in a worker; and what the two
+"""What each operation costs, for threads and for tasks of each event loop, inline and in a worker; and what the
 thresholds between inline and worker rest on.
 
     python -m benchmarks.async_costs [--quick] [--json FILE]
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.async_cases import CASES, Case, Tasks, Threads, World
+from benchmarks.async_shards import measure_shards, shards_tables
 from benchmarks.async_thresholds import thresholds
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
@@ -144,11 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     operations = figures_of(measure_operations(rounds, calls))
     console.print(operations_table(operations))
     found = thresholds(LOOPS, quick=options.quick)
-    for table in found.tables():
+    shards = measure_shards(LOOPS, quick=options.quick)
+    for table in (*found.tables(), *shards_tables(shards)):
         console.print(table)
     if options.json is not None:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "anyio": anyio_version()}
-        report = {"machine": machine, "operations": operations, **found.as_dict()}
+        report = {"machine": machine, "operations": operations, **found.as_dict(), "shards": shards}
         options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
 

@@ -28,6 +28,6 @@ def test_a_quick_run_measures_every_operation_on_every_surface(
             wanted |= {f"{loop} inline" for loop in LOOPS}
         assert set(report["operations"][case.name]) == wanted
         assert case.name in shown
-    for measured in ("hops", "copies", "entries"):
+    for measured in ("hops", "copies", "reads", "writes"):
         assert set(report[measured]) == set(LOOPS)
-    assert report["shards"]["held for writing"]["number"] > 0
+    assert report["shards"]["holds"]["1"]["held for writing"]["number"] > 0
