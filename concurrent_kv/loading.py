@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from .arguments import check_priorities
 from .entry import Generation, Scope
 from .errors import ClosedError, InvalidTypeError
-from .flights import Claim, FlightState, outcome, wait_in_thread
+from .flight_waiting import outcome, wait_in_thread
+from .flights import Claim, FlightState
 from .kv import KeysValues, check_fits
 from .locks import Deadline
 from .plan import plan_put

@@ -21,7 +21,8 @@ import anyio.to_thread
 import torch
 
 from ..errors import WaitTimeoutError
-from ..flights import Flight, lend_place, timed_out, waiting_for
+from ..flight_waiting import lend_place, timed_out, waiting_for
+from ..flights import Flight
 from ..layout import positive_int
 from ..locks import Caller, Deadline, NotOnLoopError, caller
 from ..storage import check_seconds

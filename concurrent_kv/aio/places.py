@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from ..flights import lend_place
+from ..flight_waiting import lend_place
 
 __all__ = ["call_soon_here", "holding"]
 

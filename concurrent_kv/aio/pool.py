@@ -14,7 +14,8 @@ from torch import Tensor
 from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
 from ..entry import Scope
-from ..flights import Claim, Flight, FlightState, outcome
+from ..flight_waiting import outcome
+from ..flights import Claim, Flight, FlightState
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
 from ..loading import claim, heard_by_all
@@ -231,7 +232,9 @@ class AsyncKVPool:
         """See `KVPool.get_or_compute`; threads, asyncio tasks and trio tasks may wait for the same computation.
 
         Args:
-            compute: an async function, awaited in the calling task; or a function, called in a worker thread.
+            compute: an async function, awaited in the calling task; or a function, called in a worker thread, which
+                runs to its end: a scope that is cancelled waits for it, and its result counts. asyncio's own `cancel()`
+                does not wait, and the result is then dropped.
         """
         pool = self.sync
         hash_of(key)
