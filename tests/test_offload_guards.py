@@ -127,42 +127,44 @@ def test_a_limiter_that_two_loops_share_would_break_the_second() -> None:
     shown_by(two_loops_with_one_facade, [True, True], one_limiter_for_all_loops)
 
 
-def what_a_computation_gets_that_waits_for_one_that_has_to_store() -> object:
-    """It holds the one worker for computations; the other task reads and stores through workers."""
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
+def whether_a_task_can_store_what_a_computation_waits_for() -> object:
+    """It holds the one worker for computations; the task reads and stores through workers."""
+    pool = KVPool(LAYOUT, 4, wait_timeout=JOIN_SECONDS)
     aio = AsyncKVPool(pool, max_workers=1, inline_bytes=0)
+    begun, stored = threading.Event(), threading.Event()
+    in_time: list[bool] = []
 
-    async def parent() -> KeysValues:
-        await anyio.to_thread.run_sync(waiters.wait_for, 1)
+    def waits() -> KeysValues:
+        begun.set()
+        in_time.append(stored.wait(10 * SHORT))
         return tokens(1, 2)
-
-    def child() -> KeysValues:
-        return pool.get_or_compute("parent", lambda: tokens(9, 2))
 
     async def main() -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(aio.get_or_compute, "parent", parent)
-            while not len(pool.flights):
+            group.start_soon(aio.get_or_compute, "key", waits)
+            while not begun.is_set():
                 await anyio.lowlevel.checkpoint()
-            try:
-                found.append((await aio.get_or_compute("child", child)).lengths)
-            except WaitTimeoutError as error:
-                found.append(type(error))
+            await aio.put("other", tokens(2, 2))
+            stored.set()
 
-    found: list[object] = []
-    with counted_waiters() as waiters:
-        run_on("asyncio", main)
-    return found
+    run_on("asyncio", main)
+    return in_time
 
 
 def computing_among_the_operations(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Offload, "compute", Offload.in_worker)
+    init = Offload.__init__
+
+    def with_one_limiter(self: Offload, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        self._computing_limiter = self._limiter
+
+    patch.setattr(Offload, "__init__", with_one_limiter)
 
 
 def test_computations_among_the_operations_would_keep_the_workers_that_they_wait_for() -> None:
     shown_by(
-        what_a_computation_gets_that_waits_for_one_that_has_to_store,
-        [(2,)],
+        whether_a_task_can_store_what_a_computation_waits_for,
+        [True],
         computing_among_the_operations,
     )
 

@@ -139,11 +139,28 @@ class Offload:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
         return operation() if self._is_small(copied_bytes) else await self.in_worker(operation)
 
-    async def compute(self, operation: Callable[[], T]) -> T:
-        """Run a user's function in a worker thread. If its task is cancelled by asyncio, it runs on, for nobody."""
+    async def compute(
+        self,
+        operation: Callable[[], Any],
+        deliver: Callable[[Any], T],
+        around: AbstractContextManager[None],
+    ) -> T:
+        """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
+
+        If its task is cancelled by asyncio, the function runs on to its end, and `deliver` takes no effect any more.
+        """
         limiter = self._limiter_here(self._computing_limiter)
+
+        def work() -> T:
+            with around:
+                for_task = caller.get()
+                caller.set(None)
+                made = operation()
+                caller.set(for_task)
+                return deliver(made)
+
         with lend_place.get()():  # by a computation that came here for another one
-            return await self._in_worker(holding(limiter, operation), None, limiter, revocable=False)
+            return await self._in_worker(holding(limiter, work), None, limiter)
 
     async def in_worker(self, operation: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Run `operation()` in a worker thread, in the caller's device stream.

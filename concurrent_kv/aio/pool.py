@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ from ..entry import Scope
 from ..flights import Claim, Flight, FlightState, outcome
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
-from ..loading import claim
+from ..loading import claim, heard_by_all
 from ..locks import Deadline
 from ..overflow import Overflow
 from ..pin import Pin
@@ -34,6 +35,15 @@ from .offload import (
 )
 
 __all__ = ["AsyncKVPool"]
+
+
+class _Fulfilled(Enum):
+    """Says that a worker has fulfilled the claim."""
+
+    FULFILLED = "fulfilled"
+
+
+FULFILLED = _Fulfilled.FULFILLED
 
 
 class AsyncKVPool:
@@ -243,22 +253,19 @@ class AsyncKVPool:
         scope: Scope | None,
         compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
     ) -> KeysValues:
-        with joined, joined.computing():
-            try:
-                # Another flight may have ended between the caller's lookup and its claim.
-                kv = await self.peek(key, scope=scope)
-                if kv is None:
-                    made: Any = (
-                        compute() if inspect.iscoroutinefunction(compute) else await self._offload.compute(compute)
-                    )
-                    kv = await made if inspect.isawaitable(made) else made
-                    await self.fulfil(joined, kv)
-                else:
-                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
-            except Exception as error:
-                if not joined.over:
-                    joined.fail(error)
-                raise
+        with joined, joined.computing(), heard_by_all(joined):
+            # Another flight may have ended between the caller's lookup and its claim.
+            kv = await self.peek(key, scope=scope)
+            if kv is not None:
+                await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
+            else:
+                made: Any = (
+                    compute()
+                    if inspect.iscoroutinefunction(compute)
+                    else await self._offload.compute(compute, partial(_fulfil_here, joined), heard_by_all(joined))
+                )
+                if made is not FULFILLED:
+                    await self.fulfil(joined, await made)
         result = await self._outcome(joined.flight)
         assert result is not None
         return result
@@ -331,3 +338,14 @@ class AsyncKVPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _fulfil_here(claim: Claim, made: Any) -> object:
+    """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
+
+    Returns what a function only began to compute, for the loop to await.
+    """
+    if inspect.isawaitable(made):
+        return made
+    claim.fulfil(made)
+    return FULFILLED
