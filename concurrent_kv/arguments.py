@@ -18,6 +18,7 @@ __all__ = [
     "hash_all",
     "hash_of",
     "last_of_each",
+    "list_or_none",
     "sequence_of",
     "slots_of_capacity",
 ]
@@ -73,6 +74,11 @@ def sequence_of(name: str, items: object, what: str) -> Sequence[Any]:
         return list(items)  # type: ignore[call-overload, no-any-return]
     except TypeError as error:
         raise InvalidTypeError(f"{name} must be a sequence of {what}, got {items!r}") from error
+
+
+def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None:
+    """`items` as a list, for who may read them twice; None stays None."""
+    return None if items is None else sequence_of(name, items, "one item for each key")
 
 
 def check_sides(sides: Sequence[object] | None, rows: int) -> Sequence[object]:

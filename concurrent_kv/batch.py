@@ -329,11 +329,14 @@ class Batch(Handle):
         if self._hold.released:
             raise ClosedError(BATCH_CLOSED)
 
-    def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+
+    def __del__(self) -> None:
+        self.abandon()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

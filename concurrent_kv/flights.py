@@ -18,24 +18,22 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
 from .entry import Generation, Scope
-from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
+from .errors import ClosedError, RecursiveComputationError
 from .kv import KeysValues
-from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
-__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "timed_out", "wait_in_thread"]
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
-_computing: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+computing_here: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
 
 
 class FlightState(Enum):
@@ -51,7 +49,7 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "ready", "result", "state", "wakers")
+    __slots__ = ("error", "key", "ready", "result", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
@@ -60,6 +58,20 @@ class Flight:
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.waits_for: list[Flight] = []  # whose results its computation waits for just now
+
+    def needs_one_of(self, flights: frozenset[Flight]) -> bool:
+        """Whether this computation waits, perhaps through others, for one of `flights`."""
+        seen: set[Flight] = set()
+        ahead = [self]
+        while ahead:
+            flight = ahead.pop()
+            if flight in flights:
+                return True
+            if flight not in seen and flight.state is FlightState.COMPUTING:
+                seen.add(flight)
+                ahead += flight.waits_for
+        return False
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
@@ -93,8 +105,10 @@ class FlightTable:
     def __len__(self) -> int:
         """Computations under way."""
         with self._lock:
-            self._forget_dropped()
-            return len(self._flights)
+            dead = self._forget_dropped()
+            number = len(self._flights)
+        del dead
+        return number
 
     def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
         """Give `claim` the flight of a key; returns whether it is the one to compute.
@@ -109,23 +123,30 @@ class FlightTable:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
-            self._forget_dropped()
+            dead = self._forget_dropped()
             flight = self._flights.get(flight_key)
             if flight is None or flight.state is not FlightState.COMPUTING:
+                # Taken out first: the table must name the new flight's key, not the one that dies with the old.
+                self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
                 return True
+        del dead
         claim.mine, claim.flight = False, flight
-        if flight in _computing.get():
+        if flight in computing_here.get():
             raise RecursiveComputationError(
                 f"{self.name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
             )
         return False
 
-    def _forget_dropped(self) -> None:
+    def _forget_dropped(self) -> list[Flight]:
+        """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
+        dead = []
         while self.dropped:
             flight = self.dropped.popleft()
+            dead.append(flight)
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
+        return dead
 
     def settle(
         self,
@@ -245,64 +266,11 @@ class _Computing:
         self._flight = flight
 
     def __enter__(self) -> None:
-        self._token = _computing.set(_computing.get() | {self._flight})
+        self._token = computing_here.set(computing_here.get() | {self._flight})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A coroutine that its loop left behind is closed in another context, whose variable says nothing of this one.
         with suppress(ValueError):
-            _computing.reset(self._token)
-
-
-def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
-    """Block the calling thread until a flight is over.
-
-    Raises:
-        WaitTimeoutError: it was not over before the deadline.
-    """
-    # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
-    over: SimpleQueue[None] = SimpleQueue()
-
-    def wake() -> None:
-        over.put(None)
-
-    try:
-        if flight.subscribe(wake):
-            over.get(timeout=deadline.left())
-    except Empty:
-        raise timed_out(flight, deadline, name) from None
-    finally:
-        flight.unsubscribe(wake)
-
-
-def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
-    """What somebody who waited in vain for a flight hears."""
-    return WaitTimeoutError(
-        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {deadline.seconds:g} s"
-    )
-
-
-def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
-    """A private copy of an ended flight's result, made in the caller's stream.
-
-    None if the flight was abandoned: the caller has to join again.
-
-    Raises:
-        Exception: the error that the computation raised.
-        ClosedError: the pool was closed meanwhile.
-    """
-    if flight.state is FlightState.DONE:
-        assert flight.result is not None
-        stream = clock.current()
-        clock.order_after(stream, flight.ready)
-        with plain_torch_state():
-            copied = flight.result.copy()
-        clock.stamp(stream, (flight.result.keys,))
-        return copied
-    if flight.state is FlightState.FAILED:
-        assert flight.error is not None
-        raise flight.error
-    if flight.state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {flight.key[1]!r} was being computed")
-    return None
+            computing_here.reset(self._token)

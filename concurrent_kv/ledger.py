@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from .entry import Entry, Hold, Place
 from .locks import Deadline
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
+
+if TYPE_CHECKING:
+    from .pool_core import PoolCore
 
 __all__ = ["Ledger", "Signal", "wake"]
 
@@ -72,7 +76,9 @@ class Ledger:
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], None]] = deque()
         self._free_rows = list(range(63, -1, -1))
-        self._shared: dict[int, list[Entry]] = {}  # entries in Place.SHARED, by tail slot
+        # Entries in Place.SHARED, by tail slot and by pool.
+        self._shared: dict[int, dict[Entry, None]] = {}
+        self._shared_of: dict[PoolCore, dict[Entry, None]] = {}
         self._event_factory = event_factory
         self._waiters: list[Any] = []
 
@@ -134,7 +140,8 @@ class Ledger:
     def park_shared(self, entry: Entry) -> None:
         """Set a claimed victim aside until its last token is its own again. Mutex held."""
         entry.place = Place.SHARED
-        self._shared.setdefault(entry.tail, []).append(entry)
+        self._shared.setdefault(entry.tail, {})[entry] = None
+        self._shared_of.setdefault(entry.scope.pool, {})[entry] = None
 
     def unpark(self, entry: Entry) -> None:
         """Give a parked entry back to its policy, as the next candidate. Mutex held."""
@@ -142,9 +149,12 @@ class Ledger:
         entry.place = Place.HELD
         entry.scope.pool.policy.give_back(entry)
 
-    def unpark_shared(self, pool: object) -> bool:
-        """Give back what `pool` had parked for sharing: now an entry is wanted, not a slot. Mutex held."""
-        parked = [entry for entries in self._shared.values() for entry in entries if entry.scope.pool is pool]
+    def unpark_shared(self, pool: PoolCore, number: int) -> bool:
+        """Give back `number` of what `pool` had parked for sharing: an entry is wanted, not a slot. Mutex held.
+
+        False if there is none.
+        """
+        parked = list(islice(self._shared_of.get(pool, ()), number))
         for entry in parked:
             self.unpark(entry)
         return bool(parked)
@@ -153,13 +163,14 @@ class Ledger:
         """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
         if entry.place is Place.SHARED:
             siblings = self._shared[entry.tail]
-            siblings.remove(entry)
+            del siblings[entry], self._shared_of[entry.scope.pool][entry]
             if not siblings:
                 del self._shared[entry.tail]
 
     def reset_parked(self) -> None:
         """Forget who is set aside for sharing; repair gives everyone back to the policies. Mutex held."""
         self._shared.clear()
+        self._shared_of.clear()
 
     def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
         flat = tables.ravel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Literal
@@ -122,12 +122,26 @@ class Search(Handle):
             storage.ledger.release(hold)
             raise
 
-    def __contains__(self, key: Hashable) -> bool:
+    def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
         """Whether `key` is one of the search's own entries. May block."""
         hash_of(key)
         state = self._state
-        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter()):
+        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter(timeout)):
             return key in state.own
+
+    def __contains__(self, key: Hashable) -> bool:
+        """As `contains`."""
+        return self.contains(key)
+
+    def keys(self, *, timeout: float | None = None) -> list[Hashable]:
+        """The keys of the search's own entries, oldest first; a list of its own. May block."""
+        state = self._state
+        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter(timeout)):
+            return [key for key, _ in state.own.items()]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over `keys()` as they are now. May block, before the first."""
+        return iter(self.keys())
 
     def __len__(self) -> int:
         """Number of the search's own entries. Never blocks."""
@@ -282,12 +296,15 @@ class Search(Handle):
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
         return list(checked)
 
-    def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         state = getattr(self, "_state", None)
         if state is not None and not state.finished:
             ledger = state.pool.storage.ledger
             ledger.abandon(partial(state.end, "the search was dropped without being closed"))
+
+    def __del__(self) -> None:
+        self.abandon()
 
     def __repr__(self) -> str:
         return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"

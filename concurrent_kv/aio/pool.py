@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_keys, hash_of
+from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
 from ..entry import Scope
-from ..flights import Claim, Flight, FlightState, outcome
+from ..flight_waiting import outcome
+from ..flights import Claim, Flight, FlightState
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
-from ..loading import claim
+from ..loading import claim, heard_by_all
 from ..locks import Deadline
 from ..overflow import Overflow
 from ..pin import Pin
 from ..pool import KVPool
 from ..stats import PoolStats
 from ..storage import check_seconds
-from .offload import INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats, wait_in_task
+from .offload import (
+    INLINE_BYTES,
+    INLINE_ENTRIES,
+    INLINE_WAIT_SECONDS,
+    MAX_WORKERS,
+    Offload,
+    OffloadStats,
+    wait_in_task,
+)
 
 __all__ = ["AsyncKVPool"]
+
+
+class _Fulfilled(Enum):
+    """Says that a worker has fulfilled the claim."""
+
+    FULFILLED = "fulfilled"
+
+
+FULFILLED = _Fulfilled.FULFILLED
 
 
 class AsyncKVPool:
@@ -33,10 +52,12 @@ class AsyncKVPool:
 
     Args:
         pool: the pool.
-        offload: where its operations run; made of the other three if left out.
+        offload: where its operations run; made of the others if left out.
         inline_wait_seconds: how long an operation may wait for a lock on the loop's own thread.
         inline_bytes: the largest copy made on the loop's own thread.
-        max_workers: worker threads of each event loop.
+        inline_entries: the most entries that an operation there looks up, stores or removes.
+        max_workers: worker threads of each event loop for operations, and as many for sync computations (those that
+            wait for another computation do not count).
     """
 
     def __init__(
@@ -46,6 +67,7 @@ class AsyncKVPool:
         offload: Offload | None = None,
         inline_wait_seconds: float = INLINE_WAIT_SECONDS,
         inline_bytes: int = INLINE_BYTES,
+        inline_entries: int = INLINE_ENTRIES,
         max_workers: int = MAX_WORKERS,
     ) -> None:
         self.sync = pool
@@ -53,6 +75,7 @@ class AsyncKVPool:
             pool.storage,
             inline_wait_seconds=inline_wait_seconds,
             inline_bytes=inline_bytes,
+            inline_entries=inline_entries,
             max_workers=max_workers,
         )
         self._entry_bytes = pool.layout.bytes_per_entry
@@ -120,8 +143,9 @@ class AsyncKVPool:
             keys,
             kv,
             copied_bytes=len(keys) * self._entry_bytes,
-            sides=sides,
-            priorities=priorities,
+            entries=len(keys),
+            sides=list_or_none("sides", sides),
+            priorities=list_or_none("priorities", priorities),
             scope=scope,
             timeout=timeout,
         )
@@ -141,7 +165,8 @@ class AsyncKVPool:
             self.sync.gather,
             keys,
             copied_bytes=len(keys) * self._entry_bytes,
-            undo=Batch.close,
+            entries=len(keys),
+            undo=Batch.abandon,
             scope=scope,
             room=room,
             out=out,
@@ -166,10 +191,11 @@ class AsyncKVPool:
             keys,
             batch,
             copied_bytes=len(keys) * self._entry_bytes,
-            rows=rows,
+            entries=len(keys),
+            rows=list_or_none("rows", rows),
             overflow=overflow,
-            sides=sides,
-            priorities=priorities,
+            sides=list_or_none("sides", sides),
+            priorities=list_or_none("priorities", priorities),
             timeout=timeout,
         )
 
@@ -181,7 +207,7 @@ class AsyncKVPool:
 
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""
-        return await self._offload.run(self.sync.pin, key, undo=Pin.close, scope=scope, timeout=timeout)
+        return await self._offload.run(self.sync.pin, key, undo=Pin.abandon, scope=scope, timeout=timeout)
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
@@ -206,7 +232,9 @@ class AsyncKVPool:
         """See `KVPool.get_or_compute`; threads, asyncio tasks and trio tasks may wait for the same computation.
 
         Args:
-            compute: an async function, awaited in the calling task; or a function, called in a worker thread.
+            compute: an async function, awaited in the calling task; or a function, called in a worker thread, which
+                runs to its end: a scope that is cancelled waits for it, and its result counts. asyncio's own `cancel()`
+                does not wait, and the result is then dropped.
         """
         pool = self.sync
         hash_of(key)
@@ -228,22 +256,19 @@ class AsyncKVPool:
         scope: Scope | None,
         compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
     ) -> KeysValues:
-        with joined, joined.computing():
-            try:
-                # Another flight may have ended between the caller's lookup and its claim.
-                kv = await self.peek(key, scope=scope)
-                if kv is None:
-                    made: Any = (
-                        compute() if inspect.iscoroutinefunction(compute) else await self._offload.compute(compute)
-                    )
-                    kv = await made if inspect.isawaitable(made) else made
-                    await self.fulfil(joined, kv)
-                else:
-                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
-            except Exception as error:
-                if not joined.over:
-                    joined.fail(error)
-                raise
+        with joined, joined.computing(), heard_by_all(joined):
+            # Another flight may have ended between the caller's lookup and its claim.
+            kv = await self.peek(key, scope=scope)
+            if kv is not None:
+                await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
+            else:
+                made: Any = (
+                    compute()
+                    if inspect.iscoroutinefunction(compute)
+                    else await self._offload.compute(compute, partial(_fulfil_here, joined), heard_by_all(joined))
+                )
+                if made is not FULFILLED:
+                    await self.fulfil(joined, await made)
         result = await self._outcome(joined.flight)
         assert result is not None
         return result
@@ -293,6 +318,15 @@ class AsyncKVPool:
         """See `KVPool.repair`."""
         return await self._offload.in_worker_whole(self.sync.repair)
 
+    async def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
+        """See `KVPool.keys`."""
+        return await self._offload.run(self.sync.keys, entries=len(self.sync), scope=scope, timeout=timeout)
+
+    async def __aiter__(self) -> AsyncIterator[Hashable]:
+        """See `KVPool.__iter__`."""
+        for key in await self.keys():
+            yield key
+
     def __len__(self) -> int:
         return len(self.sync)
 
@@ -307,3 +341,14 @@ class AsyncKVPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _fulfil_here(claim: Claim, made: Any) -> object:
+    """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
+
+    Returns what a function only began to compute, for the loop to await.
+    """
+    if inspect.isawaitable(made):
+        return made
+    claim.fulfil(made)
+    return FULFILLED
