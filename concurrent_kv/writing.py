@@ -58,7 +58,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
             try:
                 with plain_torch_state():
                     temporaries += storage.tensor.scatter(
-                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs
+                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, plan.block
                     )
             finally:
                 written = clock.stamp(stream, temporaries)
