@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -29,13 +29,28 @@ from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
-__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "timed_out", "wait_in_thread"]
+__all__ = [
+    "Claim",
+    "Flight",
+    "FlightState",
+    "FlightTable",
+    "lend_place",
+    "outcome",
+    "timed_out",
+    "wait_in_thread",
+    "waiting_for",
+]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
 _computing: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+
+# Entered by who waits inside a computation that holds one of a bounded number of places.
+lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
+    "concurrent_kv_lend_place", default=nullcontext
+)
 
 
 class FlightState(Enum):
@@ -51,7 +66,7 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "ready", "result", "state", "wakers")
+    __slots__ = ("error", "key", "ready", "result", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
@@ -60,6 +75,20 @@ class Flight:
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.waits_for: list[Flight] = []  # whose results its computation waits for just now
+
+    def needs_one_of(self, flights: frozenset[Flight]) -> bool:
+        """Whether this computation waits, perhaps through others, for one of `flights`."""
+        seen: set[Flight] = set()
+        ahead = [self]
+        while ahead:
+            flight = ahead.pop()
+            if flight in flights:
+                return True
+            if flight not in seen and flight.state is FlightState.COMPUTING:
+                seen.add(flight)
+                ahead += flight.waits_for
+        return False
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
@@ -93,8 +122,10 @@ class FlightTable:
     def __len__(self) -> int:
         """Computations under way."""
         with self._lock:
-            self._forget_dropped()
-            return len(self._flights)
+            dead = self._forget_dropped()
+            number = len(self._flights)
+        del dead
+        return number
 
     def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
         """Give `claim` the flight of a key; returns whether it is the one to compute.
@@ -109,11 +140,14 @@ class FlightTable:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
-            self._forget_dropped()
+            dead = self._forget_dropped()
             flight = self._flights.get(flight_key)
             if flight is None or flight.state is not FlightState.COMPUTING:
+                # Taken out first: the table must name the new flight's key, not the one that dies with the old.
+                self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
                 return True
+        del dead
         claim.mine, claim.flight = False, flight
         if flight in _computing.get():
             raise RecursiveComputationError(
@@ -121,11 +155,15 @@ class FlightTable:
             )
         return False
 
-    def _forget_dropped(self) -> None:
+    def _forget_dropped(self) -> list[Flight]:
+        """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
+        dead = []
         while self.dropped:
             flight = self.dropped.popleft()
+            dead.append(flight)
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
+        return dead
 
     def settle(
         self,
@@ -255,11 +293,35 @@ class _Computing:
             _computing.reset(self._token)
 
 
+@contextmanager
+def waiting_for(flight: Flight, name: str) -> Iterator[None]:
+    """Entered by who waits for a flight: says so of what is being computed here, and lends its place meanwhile.
+
+    Raises:
+        RecursiveComputationError: the flight waits for what is being computed here; it would be for ever.
+    """
+    computing = _computing.get()
+    try:
+        # First said, then looked: of computations that begin to wait for each other at once, one sees the other.
+        for own in computing:
+            own.waits_for.append(flight)
+        if computing and flight.needs_one_of(computing):
+            raise RecursiveComputationError(
+                f"{name}: the computation of {flight.key[1]!r} waits for the one that asks for it, for ever"
+            )
+        with lend_place.get()():
+            yield
+    finally:
+        for own in computing:
+            own.waits_for.remove(flight)
+
+
 def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
     """Block the calling thread until a flight is over.
 
     Raises:
         WaitTimeoutError: it was not over before the deadline.
+        RecursiveComputationError: see `waiting_for`.
     """
     # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
     over: SimpleQueue[None] = SimpleQueue()
@@ -269,7 +331,8 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 
     try:
         if flight.subscribe(wake):
-            over.get(timeout=deadline.left())
+            with waiting_for(flight, name):
+                over.get(timeout=deadline.left())
     except Empty:
         raise timed_out(flight, deadline, name) from None
     finally:

@@ -169,8 +169,10 @@ def repair(storage: KVStorage) -> RepairReport:
     ledger = storage.ledger
     deadline = storage.enter_quietly()
     with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
-        for hold in [hold for hold in ledger.holds if hold.what in ("read", "commit")]:
-            ledger.holds.discard(hold)  # an operation's own: it was cut off before it could let go
+        for hold in list(ledger.holds):
+            hold.users = 0
+            if hold.released or hold.what in ("read", "commit"):
+                ledger.holds.discard(hold)  # an operation was cut off before it could let go
         for pool in storage.pools:
             for scope in _scopes(pool):
                 _drop_nameless(scope)

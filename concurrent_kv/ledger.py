@@ -85,7 +85,9 @@ class Ledger:
             # Readers may be using the old array without the mutex: it is replaced, never resized in place.
             self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)])
             self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
-        rows_taken = [self._free_rows.pop() for _ in entries]
+        first = len(self._free_rows) - len(entries)
+        rows_taken = self._free_rows[first:]
+        del self._free_rows[first:]
         self.tables[rows_taken] = tables
         self.slots.hold(tables)
         for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
@@ -93,7 +95,7 @@ class Ledger:
 
     def tables_of(self, entries: Sequence[Entry]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive (a copy)."""
-        return self.tables[[entry.row for entry in entries]]
+        return self.tables.take([entry.row for entry in entries], axis=0)
 
     def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
         """Drop one reference of each; returns those that died. Mutex held."""
@@ -172,9 +174,10 @@ class Ledger:
         self.holds.add(hold)
         for entry in entries:
             entry.refs += 1
-            if hold.pinning:
+        if hold.pinning:
+            for entry in entries:
                 entry.pins += 1
-            hold.entries.append(entry)
+        hold.entries += entries
 
     def drop_from(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
@@ -187,6 +190,12 @@ class Ledger:
         if hold.released:
             return []
         hold.released = True
+        return self._empty(hold)
+
+    def _empty(self, hold: Hold) -> list[Entry]:
+        """Let go of what a released hold holds, unless somebody still uses it."""
+        if hold.users:
+            return []
         self.holds.discard(hold)
         entries, hold.entries = hold.entries, []
         return self._unhold(hold, entries)
@@ -214,6 +223,23 @@ class Ledger:
         wake(waiters)
         del dead
         return first
+
+    def use(self, hold: Hold) -> bool:
+        """Keep what a hold holds until `stop_using`, whoever releases it meanwhile; False if it is released."""
+        with self.mutex:
+            if hold.released:
+                return False
+            hold.users += 1
+            return True
+
+    def stop_using(self, hold: Hold) -> None:
+        """The other end of `use`."""
+        with self.mutex:
+            hold.users -= 1
+            dead = self._empty(hold) if hold.released else []
+            waiters = self.take_waiters() if hold.released else []
+        wake(waiters)
+        del dead
 
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard."""

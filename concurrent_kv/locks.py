@@ -21,39 +21,56 @@ from readerwriterlock import rwlock
 
 from .errors import WaitTimeoutError
 
-__all__ = ["Cancellation", "Deadline", "ShardedRWLock", "cancellation"]
+__all__ = ["Caller", "Deadline", "NotOnLoopError", "ShardedRWLock", "caller"]
 
 LOOK_SECONDS = 0.05  # who waits for a shard looks so often whether its lock was left stuck
 _Acquired = tuple[int, rwlock.RWLockFair, Any]  # (shard, lock, the handle that holds it)
 
 
-class Cancellation:
-    """Set when the caller of an operation has left: the operation may still fail, but no longer take effect."""
+class Caller:
+    """The task that an operation runs for.
 
-    __slots__ = ("requested",)
+    Attributes:
+        left: set when the task was cancelled: the operation may still fail, but no longer take effect.
+        steps_on_loop: where the operation runs on the thread of the task's event loop, which others need too: how many
+            steps it may take there, of work that may need any number of them; None in a worker.
+    """
 
-    def __init__(self) -> None:
-        self.requested = False
+    __slots__ = ("left", "steps_on_loop")
+
+    def __init__(self, steps_on_loop: int | None = None) -> None:
+        self.left = False
+        self.steps_on_loop = steps_on_loop
 
 
 # Of the operation that the current thread runs for a task, if it does.
-cancellation: ContextVar[Cancellation | None] = ContextVar("concurrent_kv_cancellation", default=None)
+caller: ContextVar[Caller | None] = ContextVar("concurrent_kv_caller", default=None)
+
+
+class NotOnLoopError(WaitTimeoutError):
+    """An operation on an event loop's own thread came to work that is a worker's; nothing has happened."""
 
 
 class Deadline:
     """A point in time that bounds every wait of one operation; past at once when its caller has left."""
 
-    __slots__ = ("_at", "_cancellation", "seconds")
+    __slots__ = ("_at", "_caller", "_steps", "seconds")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._at = time.monotonic() + seconds
-        self._cancellation = cancellation.get()
+        self._caller = caller.get()
+        self._steps = 0
 
     @property
     def cancelled(self) -> bool:
         """Whether the caller has left."""
-        return self._cancellation is not None and self._cancellation.requested
+        return self._caller is not None and self._caller.left
+
+    @property
+    def on_loop(self) -> bool:
+        """Whether an event loop's own thread is at work."""
+        return self._caller is not None and self._caller.steps_on_loop is not None
 
     def left(self) -> float:
         """Seconds left, never below 0."""
@@ -63,6 +80,18 @@ class Deadline:
         """Raise `WaitTimeoutError` if the caller has left; called under the shards, before anything takes effect."""
         if self.cancelled:
             raise WaitTimeoutError(f"{name}: the operation was cancelled before it took effect")
+
+    def leave_loop(self, name: str) -> None:
+        """Raise `NotOnLoopError` on an event loop's own thread; called before work that may be long."""
+        if self.on_loop:
+            raise NotOnLoopError(f"{name}: what has to be done first would hold the event loop")
+
+    def step(self, name: str) -> None:
+        """Note a step of work that may need any number of them; on a loop's thread, too many raise `NotOnLoopError`."""
+        self._steps += 1
+        limit = None if self._caller is None else self._caller.steps_on_loop
+        if limit is not None and self._steps > limit:
+            self.leave_loop(name)
 
 
 class _Held:

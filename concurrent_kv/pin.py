@@ -49,8 +49,11 @@ class Pin(Handle):
         self._storage.check_process()
         self._storage.ledger.release(self._hold)
 
-    def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+
+    def __del__(self) -> None:
+        self.abandon()

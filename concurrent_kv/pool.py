@@ -97,6 +97,25 @@ class KVPool(PoolCore):
         """As `contains`, in the default scope."""
         return self.contains(key)
 
+    def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
+        """The keys stored in a scope, in no order; a list of its own. May block.
+
+        One shard is looked at after the other: a key that is there all the time is among them, one that came or went
+        meanwhile may be.
+        """
+        deadline = self._enter(timeout)
+        looked_in = self._scope(scope)
+        generation = looked_in.generation
+        found: list[Hashable] = []
+        for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
+            with self.storage.locks.read((shard,), deadline):
+                found += [key for key, entry in part.items() if entry.generation is generation]
+        return found
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over `keys()` of the default scope as they are now. May block, before the first."""
+        return iter(self.keys())
+
     def __len__(self) -> int:
         """Entries stored, without those of searches. Never waits for a shard."""
         self.storage.check_process()
@@ -295,7 +314,8 @@ class KVPool(PoolCore):
 
         Raises:
             WaitTimeoutError: somebody else's computation was not over in time.
-            RecursiveComputationError: called from inside the computation of this very key.
+            RecursiveComputationError: called from inside the computation of this very key, or of one that the present
+                computation of this key waits for, perhaps through others.
             ClosedError: the pool was closed meanwhile.
             Exception: whatever `compute`, or storing its result, raised.
         """

@@ -207,6 +207,7 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
         if victim is not None:
             _evict(pool, victim, deadline)
         elif waiter is not None and not _wait(pool, waiter, deadline):
+            deadline.leave_loop(pool.name)
             break
     with ledger.mutex:
         need_entries, need_slots = quota.reserved_entries + entries, quota.reserved_slots + slots
@@ -269,6 +270,7 @@ def _evict_or_wait(
 def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
     """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
     if pool.storage.ledger.abandoned:
+        deadline.leave_loop(pool.name)
         # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
         pool.storage.drain_abandoned(deadline)
         return True
@@ -278,10 +280,11 @@ def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
 def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     """Take a claimed victim out of the index, if it is still there and still nobody's."""
     ledger, scope = pool.storage.ledger, victim.scope
-    part = scope.part_of(victim.key)
     dead: list[Entry] = []
     waiters: list[Any] = []
     try:
+        deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
+        part = scope.part_of(victim.key)
         with pool.storage.locks.write((scope.shards[part],), deadline):
             if scope.entries[part].get(victim.key) is not victim:
                 return

@@ -80,6 +80,8 @@ class KVStorage:
     def enter(self, timeout: float | None = None) -> Deadline:
         """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
 
+        Not on an event loop's own thread, though: a search that was dropped may have thousands of entries.
+
         Raises:
             ClosedError: the storage is closed.
             WrongProcessError: this process is not the one that made the storage.
@@ -88,7 +90,7 @@ class KVStorage:
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
-        if self.ledger.abandoned:
+        if self.ledger.abandoned and not deadline.on_loop:
             self.drain_abandoned(deadline)
         return deadline
 

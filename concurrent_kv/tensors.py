@@ -96,8 +96,7 @@ class SlotTensor:
         """
         layout, data = self.layout, self.data
         index = self._index((table[:, None, :] * layout.num_heads + self._heads[None, :, None]).ravel())
-        rows = data.view(data.shape[0], -1, layout.head_dim)
-        torch.index_select(rows, 1, index, out=out.view(data.shape[0], -1, layout.head_dim))
+        torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return index
 
     def scatter(
@@ -122,7 +121,7 @@ class SlotTensor:
         layout, data = self.layout, self.data
         flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
         source_index, slot_index = self._index(flat.ravel()), self._index(slots)
-        tokens = torch.index_select(source.view(data.shape[0], -1, layout.head_dim), 1, source_index)
+        tokens = torch.index_select(self._by_head(source), 1, source_index)
         tokens = tokens.view(data.shape[0], len(slots), layout.num_heads, layout.head_dim)
         if difference is not None:
             corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
@@ -143,8 +142,12 @@ class SlotTensor:
         rows = (moved * table.window + positions)[:, None, :] * layout.num_heads + self._heads[None, :, None]
         index = self._index(rows.ravel())
         difference = torch.index_select(table.rows, 1, index)
-        out.view(out.shape[0], -1, layout.head_dim).add_(difference)
+        self._by_head(out).add_(difference)
         return index, difference
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor as `[2 * layers, rows, head_dim]`: one row for each head of each token."""
+        return tensor.view(tensor.shape[0], -1, self.layout.head_dim)
 
     def _index(self, index: Indices) -> Tensor:
         tensor = torch.from_numpy(index)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_keys, hash_of
+from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
 from ..entry import Scope
 from ..flights import Claim, Flight, FlightState, outcome
@@ -23,7 +23,15 @@ from ..pin import Pin
 from ..pool import KVPool
 from ..stats import PoolStats
 from ..storage import check_seconds
-from .offload import INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats, wait_in_task
+from .offload import (
+    INLINE_BYTES,
+    INLINE_ENTRIES,
+    INLINE_WAIT_SECONDS,
+    MAX_WORKERS,
+    Offload,
+    OffloadStats,
+    wait_in_task,
+)
 
 __all__ = ["AsyncKVPool"]
 
@@ -33,10 +41,12 @@ class AsyncKVPool:
 
     Args:
         pool: the pool.
-        offload: where its operations run; made of the other three if left out.
+        offload: where its operations run; made of the others if left out.
         inline_wait_seconds: how long an operation may wait for a lock on the loop's own thread.
         inline_bytes: the largest copy made on the loop's own thread.
-        max_workers: worker threads of each event loop.
+        inline_entries: the most entries that an operation there looks up, stores or removes.
+        max_workers: worker threads of each event loop for operations, and as many for sync computations (those that
+            wait for another computation do not count).
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class AsyncKVPool:
         offload: Offload | None = None,
         inline_wait_seconds: float = INLINE_WAIT_SECONDS,
         inline_bytes: int = INLINE_BYTES,
+        inline_entries: int = INLINE_ENTRIES,
         max_workers: int = MAX_WORKERS,
     ) -> None:
         self.sync = pool
@@ -53,6 +64,7 @@ class AsyncKVPool:
             pool.storage,
             inline_wait_seconds=inline_wait_seconds,
             inline_bytes=inline_bytes,
+            inline_entries=inline_entries,
             max_workers=max_workers,
         )
         self._entry_bytes = pool.layout.bytes_per_entry
@@ -120,8 +132,9 @@ class AsyncKVPool:
             keys,
             kv,
             copied_bytes=len(keys) * self._entry_bytes,
-            sides=sides,
-            priorities=priorities,
+            entries=len(keys),
+            sides=list_or_none("sides", sides),
+            priorities=list_or_none("priorities", priorities),
             scope=scope,
             timeout=timeout,
         )
@@ -141,7 +154,8 @@ class AsyncKVPool:
             self.sync.gather,
             keys,
             copied_bytes=len(keys) * self._entry_bytes,
-            undo=Batch.close,
+            entries=len(keys),
+            undo=Batch.abandon,
             scope=scope,
             room=room,
             out=out,
@@ -166,10 +180,11 @@ class AsyncKVPool:
             keys,
             batch,
             copied_bytes=len(keys) * self._entry_bytes,
-            rows=rows,
+            entries=len(keys),
+            rows=list_or_none("rows", rows),
             overflow=overflow,
-            sides=sides,
-            priorities=priorities,
+            sides=list_or_none("sides", sides),
+            priorities=list_or_none("priorities", priorities),
             timeout=timeout,
         )
 
@@ -181,7 +196,7 @@ class AsyncKVPool:
 
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""
-        return await self._offload.run(self.sync.pin, key, undo=Pin.close, scope=scope, timeout=timeout)
+        return await self._offload.run(self.sync.pin, key, undo=Pin.abandon, scope=scope, timeout=timeout)
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
@@ -292,6 +307,15 @@ class AsyncKVPool:
     async def repair(self) -> RepairReport:
         """See `KVPool.repair`."""
         return await self._offload.in_worker_whole(self.sync.repair)
+
+    async def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
+        """See `KVPool.keys`."""
+        return await self._offload.run(self.sync.keys, entries=len(self.sync), scope=scope, timeout=timeout)
+
+    async def __aiter__(self) -> AsyncIterator[Hashable]:
+        """See `KVPool.__iter__`."""
+        for key in await self.keys():
+            yield key
 
     def __len__(self) -> int:
         return len(self.sync)

@@ -183,6 +183,6 @@ class ModelTensor(SlotTensor):
         self._writing.update(taken)
         self.data[:, index] = TORN
         self._scheduler.step("is in the middle of writing its slots")
-        self.data[:, index] = source[:, torch.from_numpy(rows), :, torch.from_numpy(columns)].transpose(0, 1)
+        self.data[:, index] = source[:, torch.tensor(rows), :, torch.tensor(columns)].transpose(0, 1)
         self._writing.difference_update(taken)
         return ()
