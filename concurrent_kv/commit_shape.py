@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .errors import WindowOverflowError
 from .overflow import DropAndCorrect, Overflow, RaiseOnOverflow
-from .tensors import Indices
+from .tensors import Block, Indices
 
 __all__ = ["CommitShape", "Drop", "commit_shape"]
 
@@ -46,6 +46,7 @@ class CommitShape(NamedTuple):
     written_at: Indices  # [own tokens] position that each one's bytes are for
     rows: Indices  # [own tokens] where they come from in the batch's buffer
     columns: Indices  # [own tokens]
+    block: Block | None  # the same as rows and columns, if they are a block
     corrected: list[int]  # tokens of each corrected entry
 
 
@@ -78,6 +79,8 @@ def commit_shape(
     which, at = np.nonzero(own)
     moved = drop.tokens * (over & (not drop.corrects))  # written for a position that the drop has left behind
     sharing = np.flatnonzero(~whole) if new < window else np.empty(0, dtype=np.int64)
+    from_rows = np.array(rows, dtype=np.int64)[order][which]
+    from_columns = at - window + end
     shape = CommitShape(
         order=order.tolist(),
         lengths=kept.tolist(),
@@ -86,13 +89,26 @@ def commit_shape(
         shared=columns[: window - new] >= first[sharing, None],
         own=own,
         written_at=at - first[which] + moved[which],
-        rows=np.array(rows, dtype=np.int64)[order][which],
-        columns=at - window + end,
+        rows=from_rows,
+        columns=from_columns,
+        block=_block_of(from_rows, from_columns),
         corrected=kept[over].tolist() if drop.corrects else [],
     )
     for array in (shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
         array.setflags(write=False)
     return shape
+
+
+def _block_of(rows: Indices, columns: Indices) -> Block | None:
+    """The block that some tokens are, row by row, or None."""
+    if not len(rows):
+        return None
+    block = Block(slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    width = block.columns.stop - block.columns.start
+    if (block.rows.stop - block.rows.start) * width != len(rows):
+        return None
+    row, column = np.divmod(np.arange(len(rows)), width)
+    return block if (rows == row + rows[0]).all() and (columns == column + columns[0]).all() else None
 
 
 def _check_lengths(total: Indices, over: npt.NDArray[np.bool_], drop: Drop) -> None:

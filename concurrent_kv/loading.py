@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from .arguments import check_priorities
 from .entry import Generation, Scope
 from .errors import ClosedError, InvalidTypeError
-from .flights import Claim, FlightState, outcome, wait_in_thread
+from .flight_waiting import outcome, wait_in_thread
+from .flights import Claim, FlightState
 from .kv import KeysValues, check_fits
 from .locks import Deadline
 from .plan import plan_put
@@ -60,7 +61,7 @@ def get_or_compute(
     priority: float,
 ) -> KeysValues:
     """See `KVPool.get_or_compute`."""
-    found = pool.get(key, scope=scope)
+    found = pool.get(key, scope=scope, timeout=deadline.seconds)
     while found is None:
         # Read anew for every attempt: who takes an abandoned computation over computes for the present generation.
         joined, mine = claim(pool, scope, key, scope.generation, side, priority)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,9 @@ from readerwriterlock import rwlock
 from .errors import WaitTimeoutError
 
 __all__ = ["Caller", "Deadline", "NotOnLoopError", "ShardedRWLock", "caller"]
+
+LOOK_SECONDS = 0.05  # who waits for a shard looks so often whether its lock was left stuck
+_Acquired = tuple[int, rwlock.RWLockFair, Any]  # (shard, lock, the handle that holds it)
 
 
 class Caller:
@@ -90,37 +95,62 @@ class Deadline:
 
 
 class _Held:
-    """Shards locked for the length of a `with`."""
+    """Shards locked for the length of a `with`.
 
-    __slots__ = ("_deadline", "_held", "_owner", "_shards", "_write")
+    It is registered before its first lock and until after its last, so that what an asynchronous exception cuts loose
+    is found: such a hold dies without having left.
+    """
+
+    __slots__ = ("_acquired", "_deadline", "_inside", "_owner", "_shards", "_write")
 
     def __init__(self, owner: ShardedRWLock, shards: Sequence[int], deadline: Deadline, write: bool) -> None:
         self._owner = owner
         self._shards = shards
         self._deadline = deadline
         self._write = write
-        self._held: list[Any] = []
+        self._acquired: list[_Acquired] = []
+        self._inside = False
 
     def __enter__(self) -> None:
+        owner, acquired = self._owner, self._acquired
+        self._inside = True
+        owner._holders[id(self)] = acquired
         try:
             for shard in self._shards:
-                self._owner._acquire(shard, self._write, self._deadline, self._held)
+                owner._acquire(shard, self._write, self._deadline, acquired)
         except BaseException:
-            self._release()
+            self._leave()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self._leave()
 
-    def _release(self) -> None:
-        while self._held:
-            self._held.pop().release()
+    def _leave(self) -> None:
+        owner, acquired = self._owner, self._acquired
+        while acquired:
+            try:
+                owner._release(acquired.pop())
+            except BaseException:
+                self._leave()  # the others
+                raise
+        del owner._holders[id(self)]
+        self._inside = False
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread: it must take no lock. Whoever waits for a shard looks at what is lost.
+        if self._inside:
+            self._owner._lost.append(self._shards)
+            self._owner._holders.pop(id(self), None)
 
 
 class ShardedRWLock:
     """Fair reader-writer locks by shard number. Not reentrant: a thread holds shards of one `with` at a time.
+
+    An asynchronous exception inside `readerwriterlock` can leave a lock of it stuck. Such a lock is replaced: at once
+    by the thread that was hit, or by who waits for the shard. Its successor lets nobody in before everybody who still
+    holds the old one has left, so that writers exclude all others throughout.
 
     Args:
         count: number of shards.
@@ -131,10 +161,16 @@ class ShardedRWLock:
     def __init__(self, count: int, *, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
         self.count = count
         self.name = name
+        self._lock_factory = lock_factory
         self._locks = [rwlock.RWLockFair(lock_factory=lock_factory) for _ in range(count)]
         self._counter_lock = lock_factory()
         self._wait_count = 0
         self._wait_seconds = 0.0
+        self._holders: dict[int, list[_Acquired]] = {}  # what every `_Held` has acquired, by its id
+        self._lost: deque[Sequence[int]] = deque()  # shards of those that died without having left
+        self._replacing = lock_factory()
+        # Write locks on successors whose predecessors are still held, by shard. Under `_replacing`.
+        self._barriers: dict[int, Any] = {}
 
     def read(self, shards: Sequence[int], deadline: Deadline) -> _Held:
         """Hold `shards` for reading; they must be in ascending order without repeats.
@@ -158,21 +194,103 @@ class ShardedRWLock:
         with self._counter_lock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
-        lock = self._locks[shard].gen_wlock() if write else self._locks[shard].gen_rlock()
-        if lock.acquire(blocking=False):
-            held.append(lock)
+    def _acquire(self, shard: int, write: bool, deadline: Deadline, acquired: list[_Acquired]) -> None:
+        if self._try(shard, write, acquired, None):
             return
         started = time.monotonic()
-        acquired = lock.acquire(blocking=True, timeout=deadline.left())
-        if acquired:
-            held.append(lock)
+        while not (entered := self._try(shard, write, acquired, min(deadline.left(), LOOK_SECONDS))):
+            if not deadline.left():
+                break
+            self._look_after(shard)
         waited = time.monotonic() - started
         with self._counter_lock:
             self._wait_count += 1
             self._wait_seconds += waited
-        if not acquired:
+        if not entered:
             raise WaitTimeoutError(
                 f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
                 f"within {deadline.seconds:g} s"
             )
+
+    def _try(self, shard: int, write: bool, acquired: list[_Acquired], timeout: float | None) -> bool:
+        """Acquire a shard within `timeout` seconds, at once if None; True if that lock is still the shard's then."""
+        lock = self._locks[shard]
+        try:
+            handle = lock.gen_wlock() if write else lock.gen_rlock()
+            if not (handle.acquire(blocking=False) if timeout is None else handle.acquire(timeout=timeout)):
+                return False
+            acquired.append((shard, lock, handle))
+            # After the append: who replaces the lock looks at what is acquired after that, so that one sees the other.
+            if self._locks[shard] is lock:
+                return True
+            acquired.pop()
+        except RuntimeError:  # of a lock whose insides somebody was torn out of
+            self._replace(shard, lock)
+        except BaseException:
+            self._replace(shard, lock)
+            raise
+        self._settle(shard)
+        return False
+
+    def _release(self, acquired: _Acquired) -> None:
+        shard, lock, handle = acquired
+        try:
+            if self._locks[shard] is lock:
+                handle.release()
+                return
+        except RuntimeError:
+            self._replace(shard, lock)
+        except BaseException:
+            self._replace(shard, lock)
+            raise
+        self._settle(shard)
+
+    # After asynchronous exceptions ---------------------------------------------------------------------------------
+
+    def _look_after(self, shard: int) -> None:
+        """Replace the locks of those that died without having left; let the next in where nobody is left inside."""
+        while self._lost:
+            try:
+                shards = self._lost.popleft()
+            except IndexError:  # another thread was faster
+                break
+            for lost in shards:
+                self._replace(lost, self._locks[lost])
+        self._settle(shard)
+
+    def _replace(self, shard: int, lock: rwlock.RWLockFair) -> None:
+        """Give a shard a new lock in place of `lock`, which nobody trusts any more."""
+        with self._replacing:
+            if self._locks[shard] is lock:
+                self._succeed(shard)
+        # A reader that lets go waits for this one without a bound, and would wait for good.
+        if lock.c_lock_read_count.locked():
+            with suppress(RuntimeError):
+                lock.c_lock_read_count.release()
+        self._settle(shard)
+
+    def _succeed(self, shard: int) -> None:
+        """Put a new lock in place, shut. `_replacing` held."""
+        successor = rwlock.RWLockFair(lock_factory=self._lock_factory)
+        barrier = successor.gen_wlock()
+        barrier.acquire()
+        self._barriers[shard] = barrier
+        self._locks[shard] = successor
+
+    def _settle(self, shard: int) -> None:
+        """Open a shard's new lock if nobody holds an older one any more."""
+        with self._replacing:
+            barrier = self._barriers.get(shard)
+            if barrier is None:
+                return
+            current = self._locks[shard]
+            for acquired in self._holders.copy().values():
+                if any(held == shard and lock is not current for held, lock, _ in tuple(acquired)):
+                    return
+            try:
+                barrier.release()
+                del self._barriers[shard]
+            except BaseException as error:
+                self._succeed(shard)
+                if not isinstance(error, RuntimeError):
+                    raise

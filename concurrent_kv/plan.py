@@ -17,7 +17,7 @@ from .errors import InvalidArgumentError
 from .kv import KeysValues
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, check_overflow
 from .streams import NO_TICKS, Ticks, merge
-from .tensors import Indices, plain_torch_state
+from .tensors import Block, Indices, plain_torch_state
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -41,6 +41,7 @@ class WritePlan:
     source: Tensor | None  # contiguous [2 * layers, batch, heads, columns, head_dim]; None: nothing is copied
     rows: Indices  # [own tokens]
     columns: Indices  # [own tokens]
+    block: Block | None = None  # the same, if they are a block
     difference: Tensor | None = None  # [2 * layers, kept, heads, head_dim], added to the first `runs` runs
     runs: int = 0
     shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)  # writes of the shared slots
@@ -66,9 +67,9 @@ def plan_put(
 ) -> WritePlan:
     """Store rows of `kv` whole."""
     window = storage.layout.max_tokens
-    kept = np.array([kv.lengths[row] for row in rows], dtype=np.int64)
-    own = np.arange(window)[None, :] >= (window - kept)[:, None]
-    which, at = np.nonzero(own)
+    lengths = tuple([kv.lengths[row] for row in rows])
+    # As a commit of rows that nothing was gathered for, and nothing appended to.
+    shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, Drop.of(None, window))
     with plain_torch_state():
         packed = kv.packed
         if packed is None or not packed.is_contiguous():
@@ -79,13 +80,14 @@ def plan_put(
         sides=sides,
         priorities=priorities,
         corrections=[None] * len(keys),
-        lengths=kept.tolist(),
+        lengths=shape.lengths,
         tables=np.zeros((len(keys), window), dtype=np.int64),
-        own=own,
-        written_at=at - (window - kept)[which],
+        own=shape.own,
+        written_at=shape.written_at,
         source=source,
-        rows=np.asarray(rows, dtype=np.int64)[which],
-        columns=at - window + kv.end,
+        rows=shape.rows,
+        columns=shape.columns,
+        block=shape.block,
     )
 
 
@@ -143,6 +145,7 @@ def plan_commit(
         source=batch.data,
         rows=shape.rows,
         columns=shape.columns,
+        block=shape.block,
         shared_writes=shared_writes,
     )
     if isinstance(overflow, DropAndCorrect) and shape.corrected:

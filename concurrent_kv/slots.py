@@ -18,6 +18,7 @@ __all__ = ["ONE", "Reservation", "SlotAllocator", "Slots"]
 
 Slots = npt.NDArray[np.int64]
 
+RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
 ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
 
 
@@ -64,18 +65,7 @@ class SlotAllocator:
         own = 0 if reservation is None else min(count, reservation.left)
         if count - own > self.available:
             return None
-        taken: list[Slots] = []
-        ticks: Ticks = NO_TICKS
-        missing = count
-        while missing:
-            run, run_ticks = self._runs.popleft()
-            if len(run) > missing:
-                self._runs.appendleft((run[missing:], run_ticks))
-                run = run[:missing]
-            taken.append(run)
-            ticks = merge(ticks, run_ticks)
-            missing -= len(run)
-        slots = taken[0] if len(taken) == 1 else np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
+        slots, ticks = self._take(count)
         self.free_count -= count
         self._owner[slots[own:]] = 0
         if reservation is not None:
@@ -84,6 +74,23 @@ class SlotAllocator:
             # Only these come back to the reservation when freed; the rest was lent by everyone.
             self._owner[slots[:own]] = reservation.number
         return slots, ticks
+
+    def _take(self, count: int) -> tuple[Slots, Ticks]:
+        """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
+        taken: list[Slots] = []
+        ticks: Ticks = NO_TICKS
+        while count:
+            place = next((i for i in range(min(RUNS_LOOKED_AT, len(self._runs))) if len(self._runs[i][0]) >= count), 0)
+            run, run_ticks = self._runs[place]
+            if len(run) > count:
+                self._runs[place] = (run[count:], run_ticks)
+                run = run[:count]
+            else:
+                del self._runs[place]
+            taken.append(run)
+            ticks = merge(ticks, run_ticks)
+            count -= len(run)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken) if taken else np.empty(0, dtype=np.int64), ticks
 
     def hold(self, tables: npt.NDArray[np.integer]) -> None:
         """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
