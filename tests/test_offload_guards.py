@@ -99,7 +99,10 @@ def test_without_a_bound_on_its_bytes_a_copy_would_hold_the_loop() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_copy_of_any_size_is_issued_to_a_gpu_on_the_loops_thread(device: str) -> None:
     storage: Any = SimpleNamespace(
-        layout=SimpleNamespace(device=torch.device(device)), ledger=SimpleNamespace(abandoned=[]), wait_timeout=1.0
+        name="pool",
+        layout=SimpleNamespace(device=torch.device(device)),
+        ledger=SimpleNamespace(abandoned=[]),
+        wait_timeout=1.0,
     )
     runs = Offload(storage, inline_wait_seconds=0.0, inline_bytes=1, inline_entries=1, max_workers=1)
 
