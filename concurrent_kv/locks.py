@@ -8,14 +8,15 @@ counters have locks of their own, under which nothing else is locked.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from types import TracebackType
-from typing import Any
+from types import CodeType, TracebackType
+from typing import Any, ClassVar, NamedTuple
 
 from readerwriterlock import rwlock
 
@@ -24,7 +25,6 @@ from .errors import WaitTimeoutError
 __all__ = ["Caller", "Deadline", "NotOnLoopError", "ShardedRWLock", "caller"]
 
 LOOK_SECONDS = 0.05  # who waits for a shard looks so often whether its lock was left stuck
-_Acquired = tuple[int, rwlock.RWLockFair, Any]  # (shard, lock, the handle that holds it)
 
 
 class Caller:
@@ -101,23 +101,23 @@ class _Held:
     is found: such a hold dies without having left.
     """
 
-    __slots__ = ("_acquired", "_deadline", "_inside", "_owner", "_shards", "_write")
+    __slots__ = ("_deadline", "_held", "_inside", "_owner", "_shards", "_write")
 
     def __init__(self, owner: ShardedRWLock, shards: Sequence[int], deadline: Deadline, write: bool) -> None:
         self._owner = owner
         self._shards = shards
         self._deadline = deadline
         self._write = write
-        self._acquired: list[_Acquired] = []
+        self._held: list[Any] = []  # handles of the first of `shards`
         self._inside = False
 
     def __enter__(self) -> None:
-        owner, acquired = self._owner, self._acquired
+        owner, held = self._owner, self._held
         self._inside = True
-        owner._holders[id(self)] = acquired
+        owner._holders[id(self)] = held
         try:
             for shard in self._shards:
-                owner._acquire(shard, self._write, self._deadline, acquired)
+                owner._acquire(shard, self._write, self._deadline, held)
         except BaseException:
             self._leave()
             raise
@@ -128,21 +128,41 @@ class _Held:
         self._leave()
 
     def _leave(self) -> None:
-        owner, acquired = self._owner, self._acquired
-        while acquired:
+        owner, held = self._owner, self._held
+        while held:
+            handle = held.pop()
             try:
-                owner._release(acquired.pop())
-            except BaseException:
-                self._leave()  # the others
-                raise
+                handle.release()
+            except BaseException as error:
+                owner._replace(self._shards[len(held)], handle.c_rw_lock)
+                if not isinstance(error, RuntimeError):  # that is of a lock that somebody was torn out of
+                    self._leave()  # the others
+                    raise
         del owner._holders[id(self)]
         self._inside = False
+        if owner._shut:
+            owner._open_empty()
+
+    def give_up(self, owner: ShardedRWLock) -> None:
+        """Leave it to whoever waits for a shard of `owner`, if that is its owner and it has not left. Takes no lock."""
+        if getattr(self, "_inside", False) and self._owner is owner:
+            self._inside = False
+            owner._lost.append(self._shards)
+            owner._holders.pop(id(self), None)
 
     def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. Whoever waits for a shard looks at what is lost.
-        if self._inside:
-            self._owner._lost.append(self._shards)
-            self._owner._holders.pop(id(self), None)
+        # Runs at any point of any thread: it must take no lock.
+        if getattr(self, "_inside", False):
+            self.give_up(self._owner)
+
+    CODE: ClassVar[frozenset[CodeType]] = frozenset(each.__code__ for each in (__enter__, __exit__, _leave))
+
+
+class _Shut(NamedTuple):
+    """A shard's new lock that nobody may take yet."""
+
+    barrier: Any  # a write lock on it
+    older: list[rwlock.RWLockFair]  # its predecessors, which somebody may still hold
 
 
 class ShardedRWLock:
@@ -166,11 +186,10 @@ class ShardedRWLock:
         self._counter_lock = lock_factory()
         self._wait_count = 0
         self._wait_seconds = 0.0
-        self._holders: dict[int, list[_Acquired]] = {}  # what every `_Held` has acquired, by its id
+        self._holders: dict[int, list[Any]] = {}  # the handles of every `_Held`, by its id
         self._lost: deque[Sequence[int]] = deque()  # shards of those that died without having left
         self._replacing = lock_factory()
-        # Write locks on successors whose predecessors are still held, by shard. Under `_replacing`.
-        self._barriers: dict[int, Any] = {}
+        self._shut: dict[int, _Shut] = {}  # by shard; under `_replacing`
 
     def read(self, shards: Sequence[int], deadline: Deadline) -> _Held:
         """Hold `shards` for reading; they must be in ascending order without repeats.
@@ -194,103 +213,103 @@ class ShardedRWLock:
         with self._counter_lock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, acquired: list[_Acquired]) -> None:
-        if self._try(shard, write, acquired, None):
+    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
+        if self._try(shard, write, held, None):
             return
+        self._look_for_cut(sys.exc_info()[1])
         started = time.monotonic()
-        while not (entered := self._try(shard, write, acquired, min(deadline.left(), LOOK_SECONDS))):
+        self._look_for_lost()
+        while not (acquired := self._try(shard, write, held, min(deadline.left(), LOOK_SECONDS))):
             if not deadline.left():
                 break
-            self._look_after(shard)
+            self._look_for_lost()
         waited = time.monotonic() - started
         with self._counter_lock:
             self._wait_count += 1
             self._wait_seconds += waited
-        if not entered:
+        if not acquired:
             raise WaitTimeoutError(
                 f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
                 f"within {deadline.seconds:g} s"
             )
 
-    def _try(self, shard: int, write: bool, acquired: list[_Acquired], timeout: float | None) -> bool:
-        """Acquire a shard within `timeout` seconds, at once if None; True if that lock is still the shard's then."""
+    def _try(self, shard: int, write: bool, held: list[Any], timeout: float | None) -> bool:
+        """Acquire a shard within `timeout` seconds, at once if None; False also where its lock was replaced."""
         lock = self._locks[shard]
         try:
             handle = lock.gen_wlock() if write else lock.gen_rlock()
-            if not (handle.acquire(blocking=False) if timeout is None else handle.acquire(timeout=timeout)):
+            if not (handle.acquire(False) if timeout is None else handle.acquire(True, timeout)):
                 return False
-            acquired.append((shard, lock, handle))
-            # After the append: who replaces the lock looks at what is acquired after that, so that one sees the other.
+            held.append(handle)
+            # After the append: who opens a new lock looks at what is held after putting it there; one sees the other.
             if self._locks[shard] is lock:
                 return True
-            acquired.pop()
-        except RuntimeError:  # of a lock whose insides somebody was torn out of
+            held.pop()
+        except RuntimeError:  # of a lock that somebody was torn out of
             self._replace(shard, lock)
         except BaseException:
             self._replace(shard, lock)
             raise
-        self._settle(shard)
         return False
-
-    def _release(self, acquired: _Acquired) -> None:
-        shard, lock, handle = acquired
-        try:
-            if self._locks[shard] is lock:
-                handle.release()
-                return
-        except RuntimeError:
-            self._replace(shard, lock)
-        except BaseException:
-            self._replace(shard, lock)
-            raise
-        self._settle(shard)
 
     # After asynchronous exceptions ---------------------------------------------------------------------------------
 
-    def _look_after(self, shard: int) -> None:
-        """Replace the locks of those that died without having left; let the next in where nobody is left inside."""
+    def _look_for_cut(self, error: BaseException | None) -> None:
+        """Give up holds of this thread that the exception it handles just now was raised in.
+
+        They live as long as the traceback, and who closes something while the exception passes would wait for them.
+        """
+        while error is not None:
+            trace = error.__traceback__
+            while trace is not None:
+                if trace.tb_frame.f_code in _Held.CODE:
+                    trace.tb_frame.f_locals["self"].give_up(self)
+                trace = trace.tb_next
+            error = error.__context__
+
+    def _look_for_lost(self) -> None:
+        """Replace the locks of those that died without having left; open those that nobody stands in the way of."""
         while self._lost:
             try:
                 shards = self._lost.popleft()
             except IndexError:  # another thread was faster
                 break
-            for lost in shards:
-                self._replace(lost, self._locks[lost])
-        self._settle(shard)
+            for shard in shards:
+                self._replace(shard, self._locks[shard])
+        if self._shut:
+            self._open_empty()
 
     def _replace(self, shard: int, lock: rwlock.RWLockFair) -> None:
         """Give a shard a new lock in place of `lock`, which nobody trusts any more."""
         with self._replacing:
             if self._locks[shard] is lock:
-                self._succeed(shard)
+                self._put_new(shard)
         # A reader that lets go waits for this one without a bound, and would wait for good.
         if lock.c_lock_read_count.locked():
             with suppress(RuntimeError):
                 lock.c_lock_read_count.release()
-        self._settle(shard)
+        self._open_empty()
 
-    def _succeed(self, shard: int) -> None:
-        """Put a new lock in place, shut. `_replacing` held."""
-        successor = rwlock.RWLockFair(lock_factory=self._lock_factory)
-        barrier = successor.gen_wlock()
+    def _put_new(self, shard: int) -> None:
+        """Put a new lock in a shard's place, shut. `_replacing` held."""
+        older = [*self._shut[shard].older] if shard in self._shut else []
+        new = rwlock.RWLockFair(lock_factory=self._lock_factory)
+        barrier = new.gen_wlock()
         barrier.acquire()
-        self._barriers[shard] = barrier
-        self._locks[shard] = successor
+        self._shut[shard] = _Shut(barrier, [*older, self._locks[shard]])
+        self._locks[shard] = new
 
-    def _settle(self, shard: int) -> None:
-        """Open a shard's new lock if nobody holds an older one any more."""
+    def _open_empty(self) -> None:
+        """Open every new lock whose predecessors nobody holds any more."""
         with self._replacing:
-            barrier = self._barriers.get(shard)
-            if barrier is None:
-                return
-            current = self._locks[shard]
-            for acquired in self._holders.copy().values():
-                if any(held == shard and lock is not current for held, lock, _ in tuple(acquired)):
-                    return
-            try:
-                barrier.release()
-                del self._barriers[shard]
-            except BaseException as error:
-                self._succeed(shard)
-                if not isinstance(error, RuntimeError):
-                    raise
+            still_held = {id(handle.c_rw_lock) for held in self._holders.copy().values() for handle in held.copy()}
+            for shard, (barrier, older) in list(self._shut.items()):
+                if not still_held.isdisjoint(map(id, older)):
+                    continue
+                try:
+                    barrier.release()
+                    del self._shut[shard]
+                except BaseException as error:
+                    self._put_new(shard)
+                    if not isinstance(error, RuntimeError):
+                        raise
