@@ -17,6 +17,7 @@ from .locks import Deadline
 from .overflow import Overflow
 from .plan import plan_commit, plan_put
 from .reading import gather_entries
+from .stream_uses import StreamUses
 from .streams import NO_TICKS, Ticks
 from .tensors import plain_torch_state
 from .writing import write
@@ -44,10 +45,14 @@ def open_batch(
     if out is None:
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
+        if ready:  # used before, perhaps allocated on another stream
+            storage.clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    gather_entries(storage, entries, data, longest, ready)
-    return Batch(storage, scope, generation, hold, entries, data, longest, owns_buffer=out is None)
+    read = gather_entries(storage, entries, data, longest, ready)
+    clock = storage.clock
+    uses = StreamUses(clock, clock.current(), read) if read else None
+    return Batch(storage, scope, generation, hold, entries, data, longest, owns_buffer=out is None, uses=uses)
 
 
 def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
@@ -154,6 +159,7 @@ def commit_batch(
             [priorities[i] for i in last],
         )
         batch.check_committable(committed)
+        batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     finally:
         ledger.release(guard)

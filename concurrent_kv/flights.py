@@ -22,6 +22,8 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
 from .kv import KeysValues
@@ -191,8 +193,11 @@ class Claim:
 
     flight: Flight
 
-    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock) -> None:
+    def __init__(
+        self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, device: torch.device
+    ) -> None:
         self.mine = True
+        self._device = device
         self._table = table
         self._store = store
         self._clock = clock
@@ -219,9 +224,12 @@ class Claim:
     def pass_on(self, kv: KeysValues) -> None:
         """Hand a result to everyone who waits, without storing it."""
         self._check_mine()
-        with plain_torch_state():
-            result = kv.copy()
-        ready = self._clock.stamp(self._clock.current(), (kv.keys, kv.values))
+        stream = self._clock.current()
+        try:
+            with plain_torch_state():
+                result = kv.copy(self._device)
+        finally:
+            ready = self._clock.stamp(stream, (kv.keys, kv.values))
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
@@ -320,10 +328,11 @@ def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
         assert flight.result is not None
         stream = clock.current()
         clock.order_after(stream, flight.ready)
-        with plain_torch_state():
-            copied = flight.result.copy()
-        clock.stamp(stream, (flight.result.keys,))
-        return copied
+        try:
+            with plain_torch_state():
+                return flight.result.copy()
+        finally:
+            clock.stamp(stream, (flight.result.keys,))
     if flight.state is FlightState.FAILED:
         assert flight.error is not None
         raise flight.error

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from .entry import Entry
 from .errors import InvalidArgumentError, WindowOverflowError
 from .kv import KeysValues
+from .moving import joined_on, upload
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, RaiseOnOverflow, check_overflow
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Indices, plain_torch_state
@@ -71,7 +71,7 @@ def plan_put(
     with plain_torch_state():
         packed = kv.packed
         if packed is None or not packed.is_contiguous():
-            packed = torch.cat([kv.keys.detach(), kv.values.detach()])
+            packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
         source = packed.detach()
     return WritePlan(
         keys=keys,
@@ -162,7 +162,7 @@ def plan_commit(
             plan.difference = overflow.packed[:, : lengths[0]]
         else:
             position = np.concatenate([np.arange(length) for length in lengths])
-            index = torch.from_numpy(position).to(overflow.packed.device)
+            index = upload(position, overflow.packed.device)
             plan.runs = 1
             plan.difference = overflow.packed.index_select(1, index)
     return plan
