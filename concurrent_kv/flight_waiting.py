@@ -88,10 +88,11 @@ def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
         assert flight.result is not None
         stream = clock.current()
         clock.order_after(stream, flight.ready)
-        with plain_torch_state():
-            copied = flight.result.copy()
-        clock.stamp(stream, (flight.result.keys,))
-        return copied
+        try:
+            with plain_torch_state():
+                return flight.result.copy()
+        finally:
+            clock.stamp(stream, (flight.result.keys,))
     if flight.state is FlightState.FAILED:
         assert flight.error is not None
         raise flight.error

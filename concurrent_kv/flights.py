@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import Any
 from weakref import ref
 
+import torch
+
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
 from .kv import KeysValues
@@ -207,8 +209,11 @@ class Claim:
 
     flight: Flight
 
-    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock) -> None:
+    def __init__(
+        self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, device: torch.device
+    ) -> None:
         self.mine = True
+        self._device = device
         self._table = table
         self._store = store
         self._clock = clock
@@ -235,9 +240,12 @@ class Claim:
     def pass_on(self, kv: KeysValues) -> None:
         """Hand a result to everyone who waits, without storing it."""
         self._check_mine()
-        with plain_torch_state():
-            result = kv.copy()
-        ready = self._clock.stamp(self._clock.current(), (kv.keys, kv.values))
+        stream = self._clock.current()
+        try:
+            with plain_torch_state():
+                result = kv.copy(self._device)
+        finally:
+            ready = self._clock.stamp(stream, (kv.keys, kv.values))
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:

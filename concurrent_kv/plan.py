@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from .commit_shape import CommitShape, Drop, commit_shape
 from .entry import Entry
 from .errors import InvalidArgumentError
 from .kv import KeysValues
+from .moving import joined_on, upload
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, check_overflow
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Block, Indices, plain_torch_state
@@ -73,7 +73,7 @@ def plan_put(
     with plain_torch_state():
         packed = kv.packed
         if packed is None or not packed.is_contiguous():
-            packed = torch.cat([kv.keys.detach(), kv.values.detach()])
+            packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
         source = packed.detach()
     return WritePlan(
         keys=keys,
@@ -192,4 +192,4 @@ def _difference(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, int]:
     if min(lengths) == max(lengths):
         return packed[:, : lengths[0]], len(lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
-    return packed.index_select(1, torch.from_numpy(position).to(packed.device)), 1
+    return packed.index_select(1, upload(position, packed.device)), 1

@@ -6,9 +6,11 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Place, Scope
+from .kv import KeysValues
 from .locks import Deadline
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Indices, plain_torch_state
@@ -104,7 +106,7 @@ def gather_entries(
                 concerned = [
                     row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction
                 ]
-                temporaries += _correct(storage, table, out, end, concerned, correction)
+                temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
         finally:
             read = clock.stamp(stream, (*temporaries, out))
             if read:
@@ -128,9 +130,13 @@ def _correct(
     return storage.tensor.correct(out, moved, np.where(valid, positions, 0), correction)  # type: ignore[arg-type]
 
 
-def copy_out(storage: KVStorage, entry: Entry) -> Tensor:
-    """A private copy `[2 * layers, 1, heads, tokens, head_dim]` of one retained entry."""
+def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
+    """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
     with plain_torch_state():
         out = storage.tensor.new_buffer(1, entry.length)
     gather_entries(storage, [entry], out, entry.length)
-    return out
+    found = KeysValues.from_packed(out)
+    if to is None:
+        return found
+    with plain_torch_state():
+        return found.to(to)

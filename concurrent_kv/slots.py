@@ -47,7 +47,7 @@ class SlotAllocator:
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
-        # Ticks of entries that died while others still named their slots: they go with whatever is freed next.
+        # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
         self._residual: Ticks = NO_TICKS
 
     @property
@@ -105,18 +105,20 @@ class SlotAllocator:
         flat = tables.ravel()
         np.subtract.at(self.counts, flat, ONE)
         self.counts[0] = 1  # never a candidate below
-        freed = flat[self.counts[flat] == 0]
+        left = self.counts[flat]
+        freed = flat[left == 0]
         self.counts[0] = 0
         if len(tables) > 1:
             freed = np.unique(freed)
-        if ticks:
-            self._residual = merge(self._residual, ticks)
-        self._free(freed.astype(np.int64, copy=False), self._residual)
+        ticks = merge(ticks, self._residual)
+        if ticks and (left[flat > 0] > 0).any():
+            self._residual = ticks
+        self._free(freed.astype(np.int64, copy=False), ticks)
         return len(freed)
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free allocated slots that no entry came to name."""
-        self._free(slots, merge(ticks, self._residual))
+        self._free(slots, ticks)
 
     def _free(self, slots: Slots, ticks: Ticks) -> None:
         if not len(slots):

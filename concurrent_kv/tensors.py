@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import ClosedError
 from .layout import KVLayout
+from .moving import upload
 from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
@@ -106,6 +107,11 @@ class SlotTensor:
         return data
 
     @property
+    def freed(self) -> bool:
+        """Whether the slots were given back."""
+        return self._data is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slots, the zero slot included."""
         return (self.num_slots + 1) * self.layout.bytes_per_token
@@ -183,10 +189,7 @@ class SlotTensor:
         return tensor.view(tensor.shape[0], -1, self.layout.head_dim)
 
     def _index(self, index: Indices) -> Tensor:
-        tensor = torch.from_numpy(index)
-        if self.layout.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.layout.device, non_blocking=True)
+        return upload(index, self.layout.device)
 
     def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""

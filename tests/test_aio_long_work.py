@@ -176,11 +176,11 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
     acquire = locks._acquire
     refused: list[int] = []
 
-    def busy_once(shard: int, write: bool, deadline: Any, acquired: list[Any]) -> None:
+    def busy_once(shard: int, write: bool, deadline: Any, held: list[Any]) -> None:
         if deadline.on_loop:
             refused.append(shard)
             raise WaitTimeoutError("busy")
-        acquire(shard, write, deadline, acquired)
+        acquire(shard, write, deadline, held)
 
     async def main() -> None:
         manager.set_init_cache(0, "root", tokens(1, 2))

@@ -192,7 +192,7 @@ def what_everyone_gets() -> object:
 
 
 def one_result_for_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KeysValues, "copy", lambda self: self)
+    patch.setattr(KeysValues, "copy", lambda self, device=None: self)
 
 
 def test_without_copies_everyone_would_write_to_what_the_others_got() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-import torch
 
+from ..cuda import current_streams
 from ..errors import WaitTimeoutError
 from ..flight_waiting import lend_place, timed_out, waiting_for
 from ..flights import Flight
@@ -106,6 +106,8 @@ class Offload:
         entries: int = 1,
         timeout: float | None = None,
         undo: Callable[[T], object] | None = None,
+        waits_for_device: bool = False,
+        streams: AbstractContextManager[object] | None = None,
         **options: Any,
     ) -> T:
         """Run `operation(*args, timeout=..., **options)`, perhaps twice: its arguments must bear that.
@@ -115,15 +117,21 @@ class Offload:
             entries: about so many entries are looked up, stored or removed by it.
             timeout: seconds it may wait in all.
             undo: called with a result that nobody will take; it must take no lock.
+            waits_for_device: whether it returns only when the device has done its work.
+            streams: the current streams it runs in; those of its caller if left out.
         """
+        # Looked up before any hop: which stream is current belongs to the thread, and other tasks change it.
+        streams = streams or current_streams()
         await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
         # What somebody dropped unclosed is released by the next operation, for which a loop has no time.
-        if self._is_small(copied_bytes, entries) and not self.storage.ledger.abandoned:
+        small = self._is_small(copied_bytes, entries) and not waits_for_device
+        if small and not self.storage.ledger.abandoned:
             # It ends before its task can be cancelled: the one caller serves all.
             before = caller.set(self._on_loop)
             try:
-                result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
+                with streams:
+                    result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
             except WaitTimeoutError as error:
                 # Nothing has happened: the same call can be made again, where it may wait.
                 if limit <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
@@ -134,11 +142,18 @@ class Offload:
                 return result
             finally:
                 caller.reset(before)
-        return await self._in_worker(partial(operation, *args, timeout=limit, **options), undo, seconds=limit)
+        making = partial(operation, *args, timeout=limit, **options)
+        return await self._in_worker(making, undo, streams, seconds=limit)
 
-    async def copy(self, operation: Callable[[], T], copied_bytes: int) -> T:
+    async def copy(
+        self, operation: Callable[[], T], copied_bytes: int, streams: AbstractContextManager[object] | None = None
+    ) -> T:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
-        return operation() if self._is_small(copied_bytes) else await self.in_worker(operation)
+        streams = streams or current_streams()
+        if self._is_small(copied_bytes):
+            with streams:
+                return operation()
+        return await self.in_worker(operation, streams)
 
     async def compute(
         self,
@@ -146,6 +161,7 @@ class Offload:
         deliver: Callable[[Any], T],
         around: AbstractContextManager[None],
         deadline: Deadline,
+        streams: AbstractContextManager[object] | None = None,
     ) -> T:
         """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
 
@@ -165,15 +181,16 @@ class Offload:
                 return deliver(made)
 
         with lend_place.get()():  # by a computation that came here for another one
-            return await self._in_worker(holding(limiter, work), None, seconds=deadline.left(), limiter=limiter)
+            held = holding(limiter, work)
+            return await self._in_worker(held, None, streams, seconds=deadline.left(), limiter=limiter)
 
-    async def in_worker(self, operation: Callable[[], T]) -> T:
-        """Run `operation()` in a worker thread, in the caller's device stream.
+    async def in_worker(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
+        """Run `operation()` in a worker thread, in the caller's device streams unless `streams` says otherwise.
 
         A task that is cancelled through anyio's scopes waits for the worker, whose waits are bounded. asyncio's own
         `cancel()` does not wait; what the worker then makes is undone.
         """
-        return await self._in_worker(operation, None)
+        return await self._in_worker(operation, None, streams)
 
     async def in_worker_whole(self, operation: Callable[[], T], timeout: float | None = None) -> T:
         """As `in_worker`, for what takes effect in several steps: cut off before it begins, or not at all."""
@@ -214,6 +231,7 @@ class Offload:
         self,
         operation: Callable[[], T],
         undo: Callable[[T], object] | None,
+        streams: AbstractContextManager[object] | None = None,
         *,
         seconds: float | None = None,
         limiter: anyio.CapacityLimiter | None = None,
@@ -227,14 +245,14 @@ class Offload:
         with self._counter_lock:
             self._worker_count += 1
         cell: Cell[T] = Cell(undo)
-        context = self._caller_stream()
+        streams = streams or current_streams()
         task = Caller()
 
         def work() -> None:
             if task.left:
                 return
             caller.set(task if revocable else None)  # in the copy of the context that a worker runs in
-            with context:
+            with streams:
                 cell.deliver(operation())
 
         try:
@@ -250,12 +268,6 @@ class Offload:
         return entries <= self.inline_entries and (
             copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu"
         )
-
-    def _caller_stream(self) -> AbstractContextManager[Any]:
-        """The stream is looked up here, in the caller's thread: a worker has a current stream of its own."""
-        if self.storage.layout.device.type == "cpu":
-            return nullcontext()
-        return torch.cuda.stream(self.storage.clock.current())
 
     def _limiter_here(self, limiter: Limiter) -> anyio.CapacityLimiter:
         """A limiter of the current event loop."""

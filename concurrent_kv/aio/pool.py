@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
+from ..cuda import current_streams
 from ..entry import Scope
 from ..flight_waiting import outcome
 from ..flights import Claim, Flight, FlightState
@@ -35,6 +38,8 @@ from .offload import (
 )
 
 __all__ = ["AsyncKVPool"]
+
+T = TypeVar("T")
 
 
 class AsyncKVPool:
@@ -69,20 +74,44 @@ class AsyncKVPool:
             max_workers=max_workers,
         )
         self._entry_bytes = pool.layout.bytes_per_entry
+        self._on_cpu = pool.layout.device.type == "cpu"
 
     async def get(
-        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.get`."""
-        return await self._offload.run(self.sync.get, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout)
+        return await self._read(self.sync.get, key, scope=scope, timeout=timeout, to=to, stream=stream)
 
     async def peek(
-        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.peek`."""
+        return await self._read(self.sync.peek, key, scope=scope, timeout=timeout, to=to, stream=stream)
+
+    async def _read(
+        self, operation: Callable[..., T], key: Hashable, *, to: torch.device | str | None, **options: Any
+    ) -> T:
+        # A copy to the host has to wait for the device.
+        leaves_device = to is not None and not self._on_cpu
         return await self._offload.run(
-            self.sync.peek, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout
+            operation, key, copied_bytes=self._entry_bytes, waits_for_device=leaves_device, to=to, **options
         )
+
+    def _comes_from_device(self, kv: object) -> bool:
+        """Whether `kv` has to be copied to the host first, and the device waited for."""
+        return self._on_cpu and isinstance(kv, KeysValues) and kv.keys.device.type != "cpu"
 
     async def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
@@ -103,6 +132,7 @@ class AsyncKVPool:
         priority: float = 0.0,
         scope: Scope | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.put`. `kv` must not be written to until this returns."""
         return await self._offload.run(
@@ -110,10 +140,12 @@ class AsyncKVPool:
             key,
             kv,
             copied_bytes=self._entry_bytes,
+            waits_for_device=self._comes_from_device(kv),
             side=side,
             priority=priority,
             scope=scope,
             timeout=timeout,
+            stream=stream,
         )
 
     async def put_many(
@@ -125,6 +157,7 @@ class AsyncKVPool:
         priorities: Sequence[float] | None = None,
         scope: Scope | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.put_many`. `kv` must not be written to until this returns."""
         keys = check_keys(keys)
@@ -134,10 +167,12 @@ class AsyncKVPool:
             kv,
             copied_bytes=len(keys) * self._entry_bytes,
             entries=len(keys),
+            waits_for_device=self._comes_from_device(kv),
             sides=list_or_none("sides", sides),
             priorities=list_or_none("priorities", priorities),
             scope=scope,
             timeout=timeout,
+            stream=stream,
         )
 
     async def gather(
@@ -148,6 +183,7 @@ class AsyncKVPool:
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """See `KVPool.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
         keys = check_keys(keys)
@@ -161,6 +197,7 @@ class AsyncKVPool:
             room=room,
             out=out,
             timeout=timeout,
+            stream=stream,
         )
 
     async def commit(
@@ -173,6 +210,7 @@ class AsyncKVPool:
         sides: Sequence[object] | None = None,
         priorities: Sequence[float] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.commit`."""
         keys = check_keys(keys)
@@ -187,13 +225,20 @@ class AsyncKVPool:
             sides=list_or_none("sides", sides),
             priorities=list_or_none("priorities", priorities),
             timeout=timeout,
+            stream=stream,
         )
 
     async def pop(
-        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.pop`."""
-        return await self._offload.run(self.sync.pop, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout)
+        return await self._read(self.sync.pop, key, scope=scope, timeout=timeout, to=to, stream=stream)
 
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""
@@ -229,14 +274,15 @@ class AsyncKVPool:
         pool = self.sync
         hash_of(key)
         deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        streams = current_streams()  # those of the caller, whatever other tasks do while this one waits
         found = await self.get(key, scope=scope, timeout=timeout)
         flown_in = scope or pool.default_scope
         while found is None:
             joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
             if mine:
-                return await self._compute(joined, key, scope, compute, deadline)
+                return await self._compute(joined, key, scope, compute, deadline, streams)
             await wait_in_task(joined.flight, deadline, pool.name)
-            found = await self._outcome(joined.flight)
+            found = await self._outcome(joined.flight, streams)
         return found
 
     async def _compute(
@@ -246,30 +292,32 @@ class AsyncKVPool:
         scope: Scope | None,
         compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
         deadline: Deadline,
+        streams: AbstractContextManager[object],
     ) -> KeysValues:
         with joined, joined.computing():
             with heard_by_all(joined):
                 # Another flight may have ended between the caller's lookup and its claim.
-                kv = await self.peek(key, scope=scope)
+                kv = await self._read(self.sync.peek, key, scope=scope, to=None, streams=streams)
                 if kv is not None:
-                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
+                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
                 elif inspect.iscoroutinefunction(compute):
-                    await self.fulfil(joined, await compute())
+                    await self._fulfil(joined, await compute(), None, streams)
             if not joined.over:
                 # That no worker was free in time is not heard by all: others may have more of it.
                 deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
-                begun = await self._offload.compute(compute, deliver, around, deadline)
+                begun = await self._offload.compute(compute, deliver, around, deadline, streams)
                 if begun is not None:
                     with heard_by_all(joined):
-                        await self.fulfil(joined, await begun)
-        result = await self._outcome(joined.flight)
+                        await self._fulfil(joined, await begun, None, streams)
+        result = await self._outcome(joined.flight, streams)
         assert result is not None
         return result
 
-    async def _outcome(self, flight: Flight) -> KeysValues | None:
+    async def _outcome(self, flight: Flight, streams: AbstractContextManager[object]) -> KeysValues | None:
         """See `outcome`."""
         copied_bytes = self._entry_bytes if flight.state is FlightState.DONE else 0
-        return await self._offload.copy(partial(outcome, flight, self.sync.storage.clock, self.sync.name), copied_bytes)
+        taking = partial(outcome, flight, self.sync.storage.clock, self.sync.name)
+        return await self._offload.copy(taking, copied_bytes, streams)
 
     def try_claim(
         self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None
@@ -279,7 +327,19 @@ class AsyncKVPool:
 
     async def fulfil(self, claim: Claim, kv: KeysValues, *, timeout: float | None = None) -> bool:
         """See `Claim.fulfil`. If it is cancelled, the claim is still open, or was fulfilled."""
-        return await self._offload.run(claim.fulfil, kv, copied_bytes=self._entry_bytes, timeout=timeout)
+        return await self._fulfil(claim, kv, timeout, None)
+
+    async def _fulfil(
+        self, claim: Claim, kv: KeysValues, timeout: float | None, streams: AbstractContextManager[object] | None
+    ) -> bool:
+        return await self._offload.run(
+            claim.fulfil,
+            kv,
+            copied_bytes=self._entry_bytes,
+            waits_for_device=self._comes_from_device(kv),
+            timeout=timeout,
+            streams=streams,
+        )
 
     # State ---------------------------------------------------------------------------------------------------------
 
