@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 help:
 	@echo 'make play   play CartPole with a tree search over the cache   (ARGS="--verify --episodes 4", ARGS="--help")'
 	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
+	@echo 'make stress attack the cache from threads and tasks           (ARGS="--profile all --faults all", ARGS="--help")'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make clean  remove the environment and what tools left'
 
@@ -42,3 +43,13 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the packages that make $(MAKECMDGOALS) needs ($*)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[$*]"
 	@touch $@
+
+.PHONY: stress stress-full
+stress: $(VENV)/stress.stamp
+	@$(BIN)/python -m stress $(ARGS)
+
+# Half an hour: every profile with every fault. Its figures and its page are kept.
+stress-full: $(VENV)/stress.stamp
+	@mkdir -p stress/results
+	@$(BIN)/python -m stress --profile all --faults all --seconds 260 \
+	    --json stress/results/full.json --report stress/results/full.html $(ARGS)

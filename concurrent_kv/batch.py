@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import anyio.lowlevel
 import anyio.to_thread
@@ -61,6 +62,7 @@ class Batch(Handle):
         self.entries = entries
         self._storage = storage
         self._hold = hold
+        hold.owner = ref(self)
         self._owns_buffer = owns_buffer
         self._start = start
         self._layers = storage.layout.num_layers

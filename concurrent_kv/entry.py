@@ -17,6 +17,7 @@ from collections.abc import Hashable, Sequence
 from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
 from .index import Index
 from .overflow import PositionTable
@@ -173,9 +174,10 @@ class Hold:
     """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once.
 
     `users` are operations under way that need the entries to the end: the last of them lets go of what was released.
+    `owner` is the handle; where it is dead and the hold is not released, its finaliser was cut off.
     """
 
-    __slots__ = ("entries", "pinning", "released", "users", "what")
+    __slots__ = ("entries", "owner", "pinning", "released", "users", "what")
 
     def __init__(self, what: str, entries: list[Entry], *, pinning: bool = False) -> None:
         self.what = what
@@ -183,3 +185,9 @@ class Hold:
         self.pinning = pinning
         self.released = False
         self.users = 0
+        self.owner: ref[object] | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether nobody is there to release it. True until a handle has taken it over, too."""
+        return self.owner is None or self.owner() is None

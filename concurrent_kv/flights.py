@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
@@ -49,11 +50,12 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "ready", "result", "state", "waits_for", "wakers")
+    __slots__ = ("error", "key", "owner", "ready", "result", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
         self.state = FlightState.COMPUTING
+        self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
         self.result: KeysValues | None = None
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
@@ -120,6 +122,7 @@ class FlightTable:
         flight_key = (scope.number, key, generation)
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)
+        new.owner = ref(claim)
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
@@ -148,6 +151,16 @@ class FlightTable:
                 del self._flights[flight.key]
         return dead
 
+    def abandon_orphans(self) -> int:
+        """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
+        with self._lock:
+            flights = list(self._flights.values())
+        orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
+        for flight in orphans:
+            if not self.settle(flight, FlightState.ABANDONED):
+                self._forget(flight)
+        return len(orphans)
+
     def settle(
         self,
         flight: Flight,
@@ -163,10 +176,15 @@ class FlightTable:
                 return False
             flight.result, flight.ready, flight.error = result, ready, error
             flight.state = state
+        self._forget(flight)
+        return True
+
+    def _forget(self, flight: Flight) -> None:
+        """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
+        flight.wake()
+        with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
-        flight.wake()
-        return True
 
     def close(self) -> None:
         """End every flight with `ClosedError`, and every later join."""

@@ -61,7 +61,7 @@ def get_or_compute(
     priority: float,
 ) -> KeysValues:
     """See `KVPool.get_or_compute`."""
-    found = pool.get(key, scope=scope)
+    found = pool.get(key, scope=scope, timeout=deadline.seconds)
     while found is None:
         # Read anew for every attempt: who takes an abandoned computation over computes for the present generation.
         joined, mine = claim(pool, scope, key, scope.generation, side, priority)

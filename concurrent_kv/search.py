@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Literal
+from weakref import ref
 
 from torch import Tensor
 
@@ -59,6 +60,7 @@ class Search(Handle):
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
         self._state = state
+        state.roots_hold.owner = ref(self)
         self._order = order
         self._overflow = overflow
 
@@ -350,10 +352,13 @@ def open_search(
     shard = number % pool.storage.locks.count
     scope = Scope(pool, f"search {number}", (shard,), budget=budget)
     state = SearchState(pool, init_pools, number, scope)
+    # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
+    search = Search(state, ids, order, overflow)
     ledger = pool.storage.ledger
     with ledger.mutex:
         closed = pool.closed or pool.storage.closed
         if closed:
+            state.finished = True
             give_budget_back(pool, budget)
         else:
             ledger.holds.add(state.roots_hold)
@@ -362,4 +367,4 @@ def open_search(
     wake(waiters)
     if closed:
         raise ClosedError(f"{pool.name} is closed")
-    return Search(state, ids, order, overflow)
+    return search

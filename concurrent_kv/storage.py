@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -138,14 +140,23 @@ class KVStorage:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
         while abandoned:
+            # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
+            # in between.
             try:
-                release = abandoned.popleft()
+                release = abandoned[0]
             except IndexError:  # another thread was faster
                 return
             try:
                 release(deadline)
             except WaitTimeoutError:
-                # Not this operation's business: whoever comes next tries again.
+                # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
+                _take_off(abandoned, release)
                 return
+            _take_off(abandoned, release)
+
+
+def _take_off(abandoned: deque[Callable[[Deadline], None]], release: Callable[[Deadline], None]) -> None:
+    with suppress(ValueError):  # another thread released it at the same time
+        abandoned.remove(release)

@@ -200,8 +200,11 @@ def _admit(
     """
     ledger, quota = pool.storage.ledger, pool.quota
     if scope.budget is None:
-        quota.pending_entries -= ticket.entries
-        quota.pending_slots -= ticket.slots
+        entries_taken, slots_taken = ticket.entries, ticket.slots
+        # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
+        ticket.entries = ticket.slots = 0
+        quota.pending_entries -= entries_taken
+        quota.pending_slots -= slots_taken
         before = quota.entries, quota.slots
         quota.add(plan.tables)
         if old:
@@ -209,7 +212,6 @@ def _admit(
         if any(quota.excess()):
             needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
             _count_out(pool, plan, old)
-            ticket.entries = ticket.slots = 0
             return needed
     else:
         # Less may be replaced than when the room was taken: a key may have been released meanwhile.

@@ -206,23 +206,27 @@ def claim_is_failed(cell: Cell) -> None:
     cell.side.there(lambda: cell.side.claim.fail(BrokenModelError()))
 
 
-def meanwhile(act: Callable[[KVPool], object]) -> Callable[[Cell], None]:
+def by_a_thread(act: Callable[[KVPool], object]) -> Callable[[Cell], None]:
     """A thread does something to the pool."""
-
-    def end(cell: Cell) -> None:
-        Background(lambda: act(cell.pool)).result()
-        cell.side.open()
-
-    return end
+    return lambda cell: Background(lambda: act(cell.pool)).result()
 
 
-def meanwhile_by_a_task(act: Callable[[AsyncKVPool], Awaitable[object]]) -> Callable[[Cell], None]:
+def by_tasks(act: Callable[[AsyncKVPool], Awaitable[object]]) -> Callable[[Cell], None]:
+    """A task of each loop does something to the pool, one after the other."""
+
     def end(cell: Cell) -> None:
         for portal in cell.portals.all():
             portal.call(act, AsyncKVPool(cell.pool))
-        cell.side.open()
 
     return end
+
+
+def and_goes_on(end: Callable[[Cell], None]) -> Callable[[Cell], None]:
+    def and_open(cell: Cell) -> None:
+        end(cell)
+        cell.side.open()
+
+    return and_open
 
 
 def waiters_time_out(cell: Cell) -> None:
@@ -344,13 +348,19 @@ ENDINGS: dict[str, Ending] = {
     "claim is dropped": Ending(goes_on, one_takes_over, sides=of("dropped claim")),
     "claim is abandoned": Ending(claim_is_abandoned, one_takes_over, sides=of("claim")),
     "claim is failed": Ending(claim_is_failed, all_hear_that_it_failed, sides=of("claim")),
-    "pool is closed by a thread": Ending(meanwhile(KVPool.close), all_hear_that_it_closed),
-    "pool is closed by a task": Ending(meanwhile_by_a_task(AsyncKVPool.close), all_hear_that_it_closed),
-    "pool is cleared by a thread": Ending(meanwhile(KVPool.clear), all_get_the_result_and_it_is_not_kept),
-    "pool is cleared by a task": Ending(meanwhile_by_a_task(AsyncKVPool.clear), all_get_the_result_and_it_is_not_kept),
-    "version is bumped by a thread": Ending(meanwhile(KVPool.bump_version), all_get_the_result_and_it_is_not_kept),
+    "pool is closed by a thread": Ending(by_a_thread(KVPool.close), all_hear_that_it_closed),
+    "pool is closed by a task": Ending(by_tasks(AsyncKVPool.close), all_hear_that_it_closed),
+    "pool is cleared by a thread": Ending(
+        and_goes_on(by_a_thread(KVPool.clear)), all_get_the_result_and_it_is_not_kept
+    ),
+    "pool is cleared by a task": Ending(
+        and_goes_on(by_tasks(AsyncKVPool.clear)), all_get_the_result_and_it_is_not_kept
+    ),
+    "version is bumped by a thread": Ending(
+        and_goes_on(by_a_thread(KVPool.bump_version)), all_get_the_result_and_it_is_not_kept
+    ),
     "version is bumped by a task": Ending(
-        meanwhile_by_a_task(AsyncKVPool.bump_version), all_get_the_result_and_it_is_not_kept
+        and_goes_on(by_tasks(AsyncKVPool.bump_version)), all_get_the_result_and_it_is_not_kept
     ),
     "waiters time out": Ending(waiters_time_out, all_get_the_result),
     "waiters are cancelled": Ending(waiters_are_cancelled, all_get_the_result),

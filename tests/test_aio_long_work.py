@@ -176,11 +176,11 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
     acquire = locks._acquire
     refused: list[int] = []
 
-    def busy_once(shard: int, write: bool, deadline: Any, held: list[Any]) -> None:
+    def busy_once(shard: int, write: bool, deadline: Any, acquired: list[Any]) -> None:
         if deadline.on_loop:
             refused.append(shard)
             raise WaitTimeoutError("busy")
-        acquire(shard, write, deadline, held)
+        acquire(shard, write, deadline, acquired)
 
     async def main() -> None:
         manager.set_init_cache(0, "root", tokens(1, 2))
@@ -304,6 +304,34 @@ def test_computations_beyond_the_places_wait_for_one(make_pool: MakePool, loop: 
 
     run_on(loop, main)
     assert len(pool) == 6
+
+
+@on_every_loop
+def test_who_finds_no_place_to_compute_in_time_leaves_the_computation_to_others(make_pool: MakePool, loop: str) -> None:
+    pool = make_pool(wait_timeout=JOIN_SECONDS)
+    facade = AsyncKVPool(pool, max_workers=1)
+    gate = Gate()
+
+    def held_up() -> KeysValues:
+        gate.pass_through()
+        return tokens(1, 2)
+
+    async def in_vain() -> None:
+        with pytest.raises(WaitTimeoutError, match="none of its event loop's 1 workers was free within"):
+            await facade.get_or_compute("key", lambda: tokens(9, 2), timeout=0.05)
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(facade.get_or_compute, "other", held_up)
+            await anyio.to_thread.run_sync(gate.entered.wait, JOIN_SECONDS)
+            group.start_soon(in_vain)
+            while len(pool.flights) < 2:
+                await anyio.lowlevel.checkpoint()
+            waiter = Background(lambda: pool.get_or_compute("key", lambda: tokens(2, 2)))
+            assert_same(await anyio.to_thread.run_sync(waiter.result), tokens(2, 2))
+            gate.opened.set()
+
+    run_on(loop, main)
 
 
 @pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != "trio"])  # whose scopes wait for the worker

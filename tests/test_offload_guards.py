@@ -6,12 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+import torch
 
 from concurrent_kv import (
     AsyncKVPool,
@@ -92,6 +94,25 @@ def copying_whatever_it_costs(patch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_bound_on_its_bytes_a_copy_would_hold_the_loop() -> None:
     shown_by(whether_a_large_copy_is_made_on_the_loops_thread, False, copying_whatever_it_costs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_copy_of_any_size_is_issued_to_a_gpu_on_the_loops_thread(device: str) -> None:
+    storage: Any = SimpleNamespace(
+        name="pool",
+        layout=SimpleNamespace(device=torch.device(device)),
+        ledger=SimpleNamespace(abandoned=[]),
+        wait_timeout=1.0,
+    )
+    runs = Offload(storage, inline_wait_seconds=0.0, inline_bytes=1, inline_entries=1, max_workers=1)
+
+    async def main() -> bool:
+        def issue(timeout: float) -> int:
+            return threading.get_ident()
+
+        return await runs.run(issue, copied_bytes=10**12) == threading.get_ident()
+
+    assert run_on("trio", main) == (device == "cuda")
 
 
 # --- limiters ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from ..layout import positive_int
 from ..locks import Caller, Deadline, NotOnLoopError, caller
 from ..storage import check_seconds
 from .cell import Cell
-from .places import call_soon_here, holding
+from .places import call_soon_here, holding, taken
 
 if TYPE_CHECKING:
     from ..storage import KVStorage
@@ -134,7 +134,7 @@ class Offload:
                 return result
             finally:
                 caller.reset(before)
-        return await self.in_worker(partial(operation, *args, timeout=limit, **options), undo)
+        return await self._in_worker(partial(operation, *args, timeout=limit, **options), undo, seconds=limit)
 
     async def copy(self, operation: Callable[[], T], copied_bytes: int) -> T:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
@@ -145,10 +145,14 @@ class Offload:
         operation: Callable[[], Any],
         deliver: Callable[[Any], T],
         around: AbstractContextManager[None],
+        deadline: Deadline,
     ) -> T:
         """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
 
         If its task is cancelled by asyncio, the function runs on to its end, and `deliver` takes no effect any more.
+
+        Raises:
+            WaitTimeoutError: no worker became free in time; the function has not begun.
         """
         limiter = self._limiter_here(self._computing_limiter)
 
@@ -161,19 +165,20 @@ class Offload:
                 return deliver(made)
 
         with lend_place.get()():  # by a computation that came here for another one
-            return await self._in_worker(holding(limiter, work), None, limiter)
+            return await self._in_worker(holding(limiter, work), None, seconds=deadline.left(), limiter=limiter)
 
-    async def in_worker(self, operation: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+    async def in_worker(self, operation: Callable[[], T]) -> T:
         """Run `operation()` in a worker thread, in the caller's device stream.
 
         A task that is cancelled through anyio's scopes waits for the worker, whose waits are bounded. asyncio's own
         `cancel()` does not wait; what the worker then makes is undone.
         """
-        return await self._in_worker(operation, undo, self._limiter)
+        return await self._in_worker(operation, None)
 
-    async def in_worker_whole(self, operation: Callable[[], T]) -> T:
+    async def in_worker_whole(self, operation: Callable[[], T], timeout: float | None = None) -> T:
         """As `in_worker`, for what takes effect in several steps: cut off before it begins, or not at all."""
-        return await self._in_worker(operation, None, self._limiter, revocable=False)
+        seconds = None if timeout is None else check_seconds("timeout", timeout)
+        return await self._in_worker(operation, None, seconds=seconds, revocable=False)
 
     async def to_the_end(self, operation: Callable[[], object]) -> None:
         """Run `operation()`, which can be called twice, in a worker thread to its end, however the task is cancelled.
@@ -192,7 +197,7 @@ class Offload:
             while True:
                 try:
                     # Queues for nobody's worker: what closes gives room to those who have them.
-                    await self._in_worker(work, None, anyio.CapacityLimiter(1), revocable=False)
+                    await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
                     break
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled = error
@@ -209,10 +214,16 @@ class Offload:
         self,
         operation: Callable[[], T],
         undo: Callable[[T], object] | None,
-        limiter: Limiter | anyio.CapacityLimiter,
         *,
+        seconds: float | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
         revocable: bool = True,
     ) -> T:
+        """Run `operation()` in a worker, once one of `limiter` is free, which is waited for `seconds` at most."""
+        if seconds is None:
+            seconds = self.storage.wait_timeout
+        if limiter is None:
+            limiter = self._limiter_here(self._limiter)
         with self._counter_lock:
             self._worker_count += 1
         cell: Cell[T] = Cell(undo)
@@ -227,7 +238,8 @@ class Offload:
                 cell.deliver(operation())
 
         try:
-            await anyio.to_thread.run_sync(work, limiter=self._limiter_here(limiter))
+            async with taken(limiter, seconds, self.storage.name):
+                await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
         except BaseException:
             task.left = True
             cell.leave()
@@ -245,10 +257,8 @@ class Offload:
             return nullcontext()
         return torch.cuda.stream(self.storage.clock.current())
 
-    def _limiter_here(self, limiter: Limiter | anyio.CapacityLimiter) -> anyio.CapacityLimiter:
+    def _limiter_here(self, limiter: Limiter) -> anyio.CapacityLimiter:
         """A limiter of the current event loop."""
-        if isinstance(limiter, anyio.CapacityLimiter):
-            return limiter
         try:
             return limiter.get()
         except LookupError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -36,15 +35,6 @@ from .offload import (
 )
 
 __all__ = ["AsyncKVPool"]
-
-
-class _Fulfilled(Enum):
-    """Says that a worker has fulfilled the claim."""
-
-    FULFILLED = "fulfilled"
-
-
-FULFILLED = _Fulfilled.FULFILLED
 
 
 class AsyncKVPool:
@@ -211,11 +201,11 @@ class AsyncKVPool:
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
-        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout), timeout)
 
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
-        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout), timeout)
 
     # One computation for each missing key ----------------------------------------------------------------------------
 
@@ -239,12 +229,12 @@ class AsyncKVPool:
         pool = self.sync
         hash_of(key)
         deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
-        found = await self.get(key, scope=scope)
+        found = await self.get(key, scope=scope, timeout=timeout)
         flown_in = scope or pool.default_scope
         while found is None:
             joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
             if mine:
-                return await self._compute(joined, key, scope, compute)
+                return await self._compute(joined, key, scope, compute, deadline)
             await wait_in_task(joined.flight, deadline, pool.name)
             found = await self._outcome(joined.flight)
         return found
@@ -255,20 +245,23 @@ class AsyncKVPool:
         key: Hashable,
         scope: Scope | None,
         compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
+        deadline: Deadline,
     ) -> KeysValues:
-        with joined, joined.computing(), heard_by_all(joined):
-            # Another flight may have ended between the caller's lookup and its claim.
-            kv = await self.peek(key, scope=scope)
-            if kv is not None:
-                await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
-            else:
-                made: Any = (
-                    compute()
-                    if inspect.iscoroutinefunction(compute)
-                    else await self._offload.compute(compute, partial(_fulfil_here, joined), heard_by_all(joined))
-                )
-                if made is not FULFILLED:
-                    await self.fulfil(joined, await made)
+        with joined, joined.computing():
+            with heard_by_all(joined):
+                # Another flight may have ended between the caller's lookup and its claim.
+                kv = await self.peek(key, scope=scope)
+                if kv is not None:
+                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
+                elif inspect.iscoroutinefunction(compute):
+                    await self.fulfil(joined, await compute())
+            if not joined.over:
+                # That no worker was free in time is not heard by all: others may have more of it.
+                deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
+                begun = await self._offload.compute(compute, deliver, around, deadline)
+                if begun is not None:
+                    with heard_by_all(joined):
+                        await self.fulfil(joined, await begun)
         result = await self._outcome(joined.flight)
         assert result is not None
         return result
@@ -343,7 +336,7 @@ class AsyncKVPool:
         await self.close()
 
 
-def _fulfil_here(claim: Claim, made: Any) -> object:
+def _fulfil_here(claim: Claim, made: Any) -> Awaitable[KeysValues] | None:
     """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
 
     Returns what a function only began to compute, for the loop to await.
@@ -351,4 +344,4 @@ def _fulfil_here(claim: Claim, made: Any) -> object:
     if inspect.isawaitable(made):
         return made
     claim.fulfil(made)
-    return FULFILLED
+    return None

@@ -132,7 +132,7 @@ class ModelShards(ShardedRWLock):
         model = self._shards[shard]
         if not model.acquire(write):
             raise WaitTimeoutError(f"shard {shard} was not free")
-        held.append(_ShardHeld(self, model, write))
+        held.append((shard, self._locks[shard], _ShardHeld(self, model, write)))
         self._held[self._scheduler.running] += 1
 
     def let_go(self) -> None:
