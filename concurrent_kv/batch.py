@@ -78,8 +78,8 @@ class Batch(Handle):
         self._ends = [start] * self._layers
         self._gathered = lengths
         self._committed = [False] * len(entries)
-        self._parts = data.unbind(0)  # keys, then values, of each layer: [batch, heads, columns, head_dim]
         # Made when they are asked for: not every model does.
+        self._parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
         self._hits: tuple[bool, ...] | None = None
         self._side: tuple[object, ...] | None = None
         self._padding: Tensor | None = None
@@ -149,9 +149,9 @@ class Batch(Handle):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        index = self._layer_number(index)
+        keys, values = self._parts_of(self._layer_number(index))
         end = self._ends[index]
-        return self._parts[index].narrow(2, 0, end), self._parts[self._layers + index].narrow(2, 0, end)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens after each row's newest, in one layer.
@@ -172,7 +172,7 @@ class Batch(Handle):
         tokens = self._check_new(keys, values)
         end = self._ends[layer]
         new_end = self._check_room(end, tokens)
-        all_keys, all_values = self._parts[layer], self._parts[self._layers + layer]
+        all_keys, all_values = self._parts_of(layer)
         if self._uses is not None:
             self.use_here(keys, values)
         with writing_to(self.data):
@@ -180,6 +180,11 @@ class Batch(Handle):
             all_values.narrow(2, end, tokens).copy_(values)
         self._ends[layer] = new_end
         return all_keys.narrow(2, 0, new_end), all_values.narrow(2, 0, new_end)
+
+    def _parts_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        if not self._parts:
+            self._parts = self.data.unbind(0)
+        return self._parts[layer], self._parts[self._layers + layer]
 
     def _check_new(self, keys: Tensor, values: Tensor) -> int:
         """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""

@@ -41,7 +41,9 @@ class CommitShape(NamedTuple):
     lengths: list[int]  # [entries] tokens of each new entry
     over: list[bool]  # [entries] whether it overflowed
     sharing: list[int]  # entries that share slots with their parents
-    shared: npt.NDArray[np.bool_]  # [sharing, window - new] which of the parents' newest slots
+    parents: Indices  # [window] columns of the parents' tables that become the columns of theirs
+    shared: npt.NDArray[np.bool_]  # [entries, window] which of these are shared
+    masked: bool  # whether others than the shared ones are not 0 already
     own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
     written_at: Indices  # [own tokens] position that each one's bytes are for
     rows: Indices  # [own tokens] where they come from in the batch's buffer
@@ -78,23 +80,31 @@ def commit_shape(
     own = columns >= (window - np.where(whole, kept, np.minimum(new, kept)))[:, None]
     which, at = np.nonzero(own)
     moved = drop.tokens * (over & (not drop.corrects))  # written for a position that the drop has left behind
-    sharing = np.flatnonzero(~whole) if new < window else np.empty(0, dtype=np.int64)
+    shared = ~own & (columns >= first[:, None]) & ~whole[:, None]
+    # Of the parents' columns, those that are not shared are taken from the first, which is 0 in all but full windows.
+    parents = np.where(shared.any(axis=0), np.minimum(columns + new, window - 1), 0)
+    masked = bool((shared != shared.any(axis=0)).any() or max(gathered) == window)
     from_rows = np.array(rows, dtype=np.int64)[order][which]
     from_columns = at - window + end
+    corrected = kept[over].tolist() if drop.corrects else []
+    # A block is corrected as a whole or not at all.
+    block = _block_of(from_rows, from_columns) if len(corrected) in (0, len(rows)) else None
     shape = CommitShape(
         order=order.tolist(),
         lengths=kept.tolist(),
         over=over.tolist(),
-        sharing=sharing.tolist(),
-        shared=columns[: window - new] >= first[sharing, None],
+        sharing=np.flatnonzero(shared.any(axis=1)).tolist(),
+        parents=parents,
+        shared=shared,
+        masked=masked,
         own=own,
         written_at=at - first[which] + moved[which],
         rows=from_rows,
         columns=from_columns,
-        block=_block_of(from_rows, from_columns),
-        corrected=kept[over].tolist() if drop.corrects else [],
+        block=block,
+        corrected=corrected,
     )
-    for array in (shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
+    for array in (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
         array.setflags(write=False)
     return shape
 

@@ -68,14 +68,14 @@ class Ledger:
         self.mutex = lock_factory()
         self.slots = SlotAllocator(num_slots)
         self.window = window
-        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest.
+        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest. Row 0 is zeros.
         self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
         # Position each slot's token was written at, in its row; only lazy corrections look at it.
         self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
         self.holds: set[Hold] = set()
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], None]] = deque()
-        self._free_rows = list(range(63, -1, -1))
+        self._free_rows = list(range(63, 0, -1))
         # Entries in Place.SHARED, by tail slot and by pool.
         self._shared: dict[int, dict[Entry, None]] = {}
         self._shared_of: dict[PoolCore, dict[Entry, None]] = {}
@@ -103,6 +103,11 @@ class Ledger:
         """Slot tables `[entries, window]` of entries that the caller keeps alive (a copy)."""
         return self.tables.take([entry.row for entry in entries], axis=0)
 
+    def columns_of(self, entries: Sequence[Entry | None], columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`columns` of the slot tables of entries that the caller keeps alive, zeros for None (a copy)."""
+        rows = [0 if entry is None else entry.row for entry in entries]
+        return self.tables.take(rows, axis=0).take(columns, axis=1)
+
     def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
         """Drop one reference of each; returns those that died. Mutex held."""
         dead = []
@@ -125,7 +130,7 @@ class Ledger:
 
     def rebuild_rows(self, used: set[int]) -> None:
         """Set the free rows of the tables as found by a full recount. Mutex held."""
-        self._free_rows = [row for row in range(len(self.tables) - 1, -1, -1) if row not in used]
+        self._free_rows = [row for row in range(len(self.tables) - 1, 0, -1) if row not in used]
 
     def free_rows(self) -> set[int]:
         """Rows of the tables that no entry has. Mutex held."""

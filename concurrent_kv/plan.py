@@ -132,7 +132,7 @@ def plan_commit(
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
-    tables, shared_writes = _shared_tables(storage, parents, shape, new)
+    tables, shared_writes = _shared_tables(storage, parents, shape)
     plan = WritePlan(
         keys=keys,
         sides=sides,
@@ -153,23 +153,18 @@ def plan_commit(
     return plan
 
 
-def _shared_tables(
-    storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape, new: int
-) -> tuple[Indices, Ticks]:
+def _shared_tables(storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape) -> tuple[Indices, Ticks]:
     """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
-    window = storage.layout.max_tokens
-    tables = np.zeros((len(parents), window), dtype=np.int64)
+    if not shape.sharing:
+        return np.zeros((len(parents), storage.layout.max_tokens), dtype=np.int64), NO_TICKS
+    tables = storage.ledger.columns_of(parents, shape.parents)
+    if shape.masked:
+        tables *= shape.shared
     ticks: Ticks = NO_TICKS
-    sharing = [parent for i in shape.sharing if (parent := parents[i]) is not None]
-    if sharing:
-        shared = storage.ledger.tables_of(sharing)[:, new:] * shape.shared
-        if len(sharing) == len(parents):
-            tables[:, : window - new] = shared
-        else:
-            tables[shape.sharing, : window - new] = shared
-        for parent in sharing:
-            if parent.written is not NO_TICKS:
-                ticks = merge(ticks, parent.written)
+    for i in shape.sharing:
+        parent = parents[i]
+        if parent is not None and parent.written is not NO_TICKS:
+            ticks = merge(ticks, parent.written)
     return tables, ticks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,13 +85,7 @@ def gather_entries(
     uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock is held.
     """
     present = [entry for entry in entries if entry is not None]
-    table = np.zeros((len(entries), out.shape[3]), dtype=np.int64)
-    if present and end:
-        tables = storage.ledger.tables_of(present)[:, storage.layout.max_tokens - end :]
-        if len(present) == len(entries):
-            table[:, :end] = tables
-        else:
-            table[[entry is not None for entry in entries], :end] = tables
+    table = storage.ledger.columns_of(entries, _columns_of(storage.layout.max_tokens, end, out.shape[3]))
     clock = storage.clock
     stream = clock.current()
     ticks = merge(ready, storage.zeroed)
@@ -113,6 +108,15 @@ def gather_entries(
                 with storage.ledger.mutex:
                     storage.ledger.stamp_reads(present, read)
     return read
+
+
+@cache
+def _columns_of(window: int, end: int, columns: int) -> Indices:
+    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
+
+    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
+    """
+    return np.array([window - end + column if column < end else 0 for column in range(columns)])
 
 
 def _correct(

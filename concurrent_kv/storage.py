@@ -28,6 +28,18 @@ __all__ = ["KVStorage", "check_seconds"]
 logger = logging.getLogger("concurrent_kv")
 
 
+_forks = 0  # between this process and the first one that imported this module
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -79,7 +91,7 @@ class KVStorage:
         self.zeroed = self.clock.stamp(self.clock.current())
         self.closed = False
         self.pools: list[PoolCore] = []
-        self._pid = os.getpid()
+        self._pid, self._forks = os.getpid(), _forks
 
     def enter(self, timeout: float | None = None) -> Deadline:
         """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
@@ -137,7 +149,7 @@ class KVStorage:
 
         Before the first lock: another thread may have held it when the process was forked, and nobody will release it.
         """
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             raise WrongProcessError(
                 f"{self.name} belongs to process {self._pid} and was used in process {os.getpid()}: "
                 "its locks and its memory do not survive a fork; make a new one in the child"

@@ -123,7 +123,7 @@ class SlotTensor:
         live until the copy is done.
         """
         layout, data = self.layout, self.data
-        index = self._index((table[:, None, :] * layout.num_heads + self._heads[None, :, None]).ravel())
+        index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
         torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return index
 
@@ -144,7 +144,7 @@ class SlotTensor:
             rows, columns, slots: one number for each token.
             difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
             runs: see `difference`.
-            block: `rows` and `columns` once more, if they are a block; `runs` are then its rows.
+            block: `rows` and `columns` once more, if they are a block; a `difference` is then for each of its rows.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
