@@ -122,7 +122,7 @@ class Actor:
         name = self.rng.choices(self._choices, self._weights)[0]
         try:
             self.under_way = (name, monotonic())
-            await self.faults.disturb(self, self._run[name](self))
+            await self.faults.disturb(self, name, self._run[name](self))
             self.operations[name] += 1
         except BrokenPromiseError as error:
             self._fail("broken promise", error)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import monotonic, perf_counter_ns
 
@@ -17,6 +18,7 @@ from concurrent_kv.aio.offload import OffloadStats
 from stress.access import TaskAccess, ThreadAccess, drive
 from stress.actors import Actor, Failure, Failures, Run
 from stress.computing import Computations
+from stress.faults.errors import Interrupt
 from stress.faults.interrupts import control_c_interrupts
 from stress.faults.plan import Faults
 from stress.gate import Gate
@@ -97,7 +99,7 @@ class _Runner:
         before = threading.enumerate()
         self.monitor.start()
         try:
-            with watch(self.monitor), control_c_interrupts(self.main is not None):
+            with watch(self.monitor), self._hooks(), control_c_interrupts(self.main is not None):
                 for thread in (*threads, *helpers, conductor):
                     thread.start()
                 if self.main is not None:
@@ -110,6 +112,25 @@ class _Runner:
             self.monitor.stop()
         self._finish(before)
         return self._result()
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """Errors that nobody hears, of finalisers and threads, are failures too."""
+
+        def unheard(error: BaseException | None, where: object) -> None:
+            if isinstance(error, Interrupt):
+                self.faults.count("interrupted finaliser")
+            else:
+                details = "".join(traceback.format_exception(error)) if error is not None else ""
+                self.failures.add(Failure("unheard error", repr(error), repr(where), details))
+
+        before = sys.unraisablehook, threading.excepthook
+        sys.unraisablehook = lambda args: unheard(args.exc_value, args.object)
+        threading.excepthook = lambda args: unheard(args.exc_value, args.thread)
+        try:
+            yield
+        finally:
+            sys.unraisablehook, threading.excepthook = before
 
     def _act(self, actor: Actor) -> None:
         drive(actor.act())
