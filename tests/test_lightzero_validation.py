@@ -25,6 +25,7 @@ from concurrent_kv.compat.lightzero import (
     settings,
     uninstall,
 )
+from tests import compare_old_new_cache
 from tests.lightzero_support import SHAPES, Walk, assert_same_outputs, make_world_model
 
 CARTPOLE = replace(SHAPES["cartpole"], env_num=3)
@@ -127,19 +128,41 @@ def test_a_state_that_was_never_stored_is_named_and_the_comparison_goes_on() -> 
     detach(model)
 
 
-@pytest.mark.parametrize("answer", ["off", "on"])
-def test_a_difference_that_no_defect_explains_is_reported_with_its_place(
-    answer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def plant_wrong_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our cache corrects the keys of layer 1, token 3 of full windows wrongly, by 0.5."""
+
     def planted(world_model: Any, layout: Any) -> Any:
         right = original(world_model, layout)
         assert isinstance(right, DropAndCorrect)
         difference = right.difference.clone()
-        difference[1, 0, :, 3] += 0.5  # keys of layer 1, token 3
+        difference[1, 0, :, 3] += 0.5
         return DropAndCorrect(right.limit, right.count, difference, layout)
 
     original = settings.overflow_of
     monkeypatch.setattr("concurrent_kv.compat.lightzero.attachment.overflow_of", planted)
+
+
+def test_the_comparison_of_old_and_new_ends_with_0_where_nothing_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "cartpole", "heads of zeros", "--searches", "2", "--simulations", "6"]
+    assert compare_old_new_cache.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "cartpole" in printed
+    assert "environments collide" in printed
+
+
+def test_the_comparison_of_old_and_new_ends_with_1_on_a_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant_wrong_difference(monkeypatch)
+    assert compare_old_new_cache.main(["--only", "lunarlander", "--searches", "3", "--simulations", "6"]) == 1
+    assert "lunarlander: call" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", ["off", "on"])
+def test_a_difference_that_no_defect_explains_is_reported_with_its_place(
+    answer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant_wrong_difference(monkeypatch)
     heard: list[Divergence] = []
     model, attachment = validated(LUNARLANDER, answer=answer, on_divergence=heard.append)
     walk = Walk(LUNARLANDER, LUNARLANDER.env_num)
