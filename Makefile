@@ -38,6 +38,7 @@ lint: $(VENV)/dev.stamp
 lightzero: $(LIGHTZERO)/stamp
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m pytest $(LIGHTZERO_TESTS) $(ARGS)
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m tests.compare_old_new_cache
+	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m benchmarks.benchmark_kv_cache --quick
 
 clean:
 	rm -rf $(VENV) $(LIGHTZERO) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

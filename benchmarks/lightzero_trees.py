@@ -49,23 +49,23 @@ class Trees:
 
     def plant(self, latent_state: Tensor) -> None:
         """The roots' states `[rows, 1, embed_dim]`: every tree begins anew."""
-        self._states = [latent_state.numpy()]
+        self.states = [latent_state.numpy()]
         self._depths = np.zeros((1, self.rows), dtype=np.int64)
         self._open: list[list[tuple[int, int]]] = [[(0, branch) for branch in self._all] for _ in range(self.rows)]
 
     def next_step(self) -> Step:
         """An expansion in every tree."""
         chosen = [leaves.pop(self.random.integers(len(leaves))) for leaves in self._open]
-        states = np.stack([self._states[node][row] for row, (node, _) in enumerate(chosen)])
+        states = np.stack([self.states[node][row] for row, (node, _) in enumerate(chosen)])
         actions = torch.from_numpy(np.array([self._action(branch) for _, branch in chosen]))
         depths = np.array([self._depths[node, row] for row, (node, _) in enumerate(chosen)])
         self._depths = np.concatenate([self._depths, depths[None] + 1])
-        return Step([(states, actions)], len(self._states) - 1, depths.tolist(), self.timestep)
+        return Step([(states, actions)], len(self.states) - 1, depths.tolist(), self.timestep)
 
     def grow(self, latent_state: Tensor) -> None:
         """The states of the new nodes, `[rows, 1, embed_dim]`."""
-        node = len(self._states)
-        self._states.append(latent_state.numpy())
+        node = len(self.states)
+        self.states.append(latent_state.numpy())
         for leaves in self._open:
             leaves += [(node, branch) for branch in self._all]
 
