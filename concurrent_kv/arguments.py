@@ -58,7 +58,7 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
 
 def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
     """`env_ids` as a tuple of hashables; the items of a tensor or array as plain numbers."""
-    if hasattr(env_ids, "tolist"):
+    if not isinstance(env_ids, (tuple, list, range)) and hasattr(env_ids, "tolist"):
         env_ids = env_ids.tolist()
     try:
         checked = tuple(env_ids)
@@ -110,10 +110,11 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
     return priorities
 
 
-def last_of_each(keys: Sequence[Hashable]) -> list[int]:
+def last_of_each(keys: Sequence[Hashable]) -> Sequence[int]:
     """Positions of the last occurrence of each key, in ascending order."""
-    last = {key: position for position, key in enumerate(keys)}
-    return sorted(last.values()) if len(last) < len(keys) else list(range(len(keys)))
+    if len(set(keys)) == len(keys):
+        return range(len(keys))
+    return sorted({key: position for position, key in enumerate(keys)}.values())
 
 
 def slots_of_capacity(layout: KVLayout, max_entries: int, max_slots: int | None, max_bytes: int | None) -> int:

@@ -95,7 +95,7 @@ class Batch(Handle):
     def hits(self) -> tuple[bool, ...]:
         """Which rows were found."""
         if self._hits is None:
-            self._hits = tuple(entry is not None for entry in self.entries)
+            self._hits = tuple([entry is not None for entry in self.entries])
         return self._hits
 
     @property
@@ -134,7 +134,7 @@ class Batch(Handle):
     def lengths(self) -> tuple[int, ...]:
         """Valid tokens of each row, appended ones included; 0 for a miss that was not filled."""
         new = self.end - self._start
-        return tuple(length + new if length else 0 for length in self._gathered)
+        return tuple([length + new if length else 0 for length in self._gathered])
 
     @property
     def padding(self) -> Tensor:
@@ -295,6 +295,8 @@ class Batch(Handle):
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
         gathered, committed = self._gathered, self._committed
+        if all(gathered) and not any(committed):
+            return new
         for row in rows:
             if not gathered[row]:
                 raise InvalidArgumentError(f"row {row} missed and was not filled: there is nothing to commit")
@@ -316,12 +318,13 @@ class Batch(Handle):
         """The registered hold of the gathered entries."""
         return self._hold
 
-    def mark_committed(self, rows: Sequence[int]) -> None:
-        """Note commits; the batch closes when no row is left."""
+    def end_commit(self, rows: Sequence[int]) -> None:
+        """Note commits, and stop using the hold; the batch closes when no row is left."""
         for row in rows:
             self._committed[row] = True
-        if all(self._committed):
-            self.close()
+        over = all(self._committed)
+        if self._storage.ledger.stop_using(self._hold, release=over) and over:
+            self._give_buffer_back()
 
     # Streams -------------------------------------------------------------------------------------------------------
 
@@ -379,9 +382,13 @@ class Batch(Handle):
             self._storage.check_process()
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
-            if self._storage.ledger.release(self._hold) and self._owns_buffer:
-                ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
-                self._storage.tensor.return_buffer(self.data, ready)
+            if self._storage.ledger.release(self._hold):
+                self._give_buffer_back()
+
+    def _give_buffer_back(self) -> None:
+        if self._owns_buffer:
+            ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
+            self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
         if self._hold.released:

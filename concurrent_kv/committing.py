@@ -156,9 +156,10 @@ def commit_batch(
         plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
         batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
-    finally:
+    except BaseException:
         ledger.stop_using(batch.hold)
-    batch.mark_committed(committed)
+        raise
+    batch.end_commit(committed)
     return stored
 
 

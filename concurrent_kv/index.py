@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["Index"]
+__all__ = ["Index", "find_places", "take_away"]
 
 E = TypeVar("E")
 
@@ -13,8 +13,8 @@ E = TypeVar("E")
 class Index(Generic[E]):
     """A dict whose changes can be made in two steps, of which only the first may fail.
 
-    Keys are the user's: their `__hash__` and `__eq__` may raise. `cell_of` finds or adds the place of a key, and is
-    undone without a look at any key; what is put into a cell then can no longer fail. Cost does not grow with the size.
+    Keys are the user's: their `__hash__` and `__eq__` may raise. `find_places` finds or adds the places of keys, and is
+    undone without a look at any key; what is put into them then can no longer fail. Cost does not grow with the size.
     """
 
     __slots__ = ("_cells",)
@@ -32,13 +32,12 @@ class Index(Generic[E]):
         get = self._cells.get
         return [cell[0] if (cell := get(key)) else None for key in keys]
 
-    def cell_of(self, key: Hashable) -> tuple[list[E], bool]:
-        """The place of `key`, a list of its one entry; empty and True where it is new."""
+    def place_of(self, key: Hashable) -> list[E]:
+        """The place of `key`, a list of its one entry; empty where it is new."""
         cell = self._cells.get(key)
-        if cell is not None:
-            return cell, False
-        cell = self._cells[key] = []
-        return cell, True
+        if cell is None:
+            cell = self._cells[key] = []
+        return cell
 
     def undo_last(self) -> None:
         """Take the newest place away, without a look at its key."""
@@ -68,10 +67,34 @@ class Index(Generic[E]):
         return self._cells[key][0]
 
     def __setitem__(self, key: Hashable, entry: E) -> None:
-        self.cell_of(key)[0][:] = [entry]
+        self.place_of(key)[:] = [entry]
 
     def __delitem__(self, key: Hashable) -> None:
         del self._cells[key]
 
     def __len__(self) -> int:
         return len(self._cells)
+
+
+def find_places(indices: Sequence[Index[E]], keys: Sequence[Hashable]) -> tuple[list[list[E]], list[Index[E]]]:
+    """The place of each key in its index, and the indices in which places are new; nothing, if a key raises."""
+    places: list[list[E]] = []
+    added: list[Index[E]] = []
+    try:
+        for index, key in zip(indices, keys, strict=True):
+            cells = index._cells
+            cell = cells.get(key)
+            if cell is None:
+                cell = cells[key] = []
+                added.append(index)
+            places.append(cell)
+    except BaseException:
+        take_away(added)
+        raise
+    return places, added
+
+
+def take_away(added: Sequence[Index[E]]) -> None:
+    """Undo `find_places`: take new places away, the newest first."""
+    for index in reversed(added):
+        index.undo_last()

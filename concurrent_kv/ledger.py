@@ -248,14 +248,16 @@ class Ledger:
             hold.users += 1
             return True
 
-    def stop_using(self, hold: Hold) -> None:
-        """The other end of `use`."""
+    def stop_using(self, hold: Hold, *, release: bool = False) -> bool:
+        """The other end of `use`; or of the hold itself, with `release`. False if that was released before."""
         with self.mutex:
+            first = not hold.released
             hold.users -= 1
-            dead = self._empty(hold) if hold.released else []
+            dead = self.end(hold) if release and first else self._empty(hold) if hold.released else []
             waiters = self.take_waiters() if hold.released else []
         wake(waiters)
         del dead
+        return first
 
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard."""

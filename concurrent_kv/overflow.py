@@ -179,5 +179,5 @@ def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
         if isinstance(overflow, DropLazily)
         else layout
     )
-    if made_for != layout:
+    if made_for is not layout and made_for != layout:
         raise InvalidArgumentError(f"overflow was made for {made_for}, and the pool has {layout}")

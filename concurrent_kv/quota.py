@@ -97,7 +97,6 @@ class Budget:
 
     def missing(self, entries: int, slots: int) -> tuple[int, int]:
         """Entries and slots by which a request exceeds what is left."""
-        return (
-            max(0, self.entries + entries - self.max_entries),
-            max(0, slots - self.reservation.left),
-        )
+        entries += self.entries - self.max_entries
+        slots -= self.reservation.left
+        return (entries if entries > 0 else 0, slots if slots > 0 else 0)

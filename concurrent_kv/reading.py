@@ -66,14 +66,15 @@ def retain(
 
 def count_hits(found: Sequence[Entry | None]) -> None:
     """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
-    hits = [entry for entry in found if entry is not None]
-    for pool in {entry.scope.pool for entry in hits}:
-        own = [entry for entry in hits if entry.scope.pool is pool]
-        pool.counters.hit_count += len(own)
-        if pool.policy.observes_hits:
-            for entry in own:
-                if entry.place is Place.HELD:
-                    pool.policy.touch(entry)
+    hits: dict[Scope, int] = {}
+    for entry in found:
+        if entry is not None:
+            scope = entry.scope
+            hits[scope] = hits.get(scope, 0) + 1
+            if entry.place is Place.HELD and scope.pool.policy.observes_hits:
+                scope.pool.policy.touch(entry)
+    for scope, number in hits.items():
+        scope.pool.counters.hit_count += number
 
 
 def gather_entries(

@@ -112,7 +112,7 @@ def _take_from_budget(
     count, slots = len(plan.keys), plan.num_slots
     freed, looked = (0, 0), False
     while True:
-        if any(budget.missing(count, slots)):
+        if budget.missing(count, slots) != (0, 0):
             # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
             freed = look_up_freed()
         with ledger.mutex:
@@ -125,11 +125,11 @@ def _take_from_budget(
                 _extend(pool, budget, entries_short, slots_short)
                 entries_short, slots_short = _beyond(budget, count, slots, freed)
             if not entries_short and not slots_short:
-                reserved = min(slots, budget.reservation.left)
+                reserved = budget.reservation.left
                 taken = ledger.slots.allocate(slots, budget.reservation)
                 if taken is not None:
                     budget.entries += count
-                    return Ticket(count, slots, *taken, lent=taken[0][reserved:])
+                    return Ticket(count, slots, *taken, lent=taken.slots[reserved:] if slots > reserved else None)
             elif freed == (0, 0) and not looked:
                 looked = True  # somebody else took what was left meanwhile
                 continue
@@ -140,8 +140,7 @@ def _take_from_budget(
 
 
 def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> tuple[int, int]:
-    entries_short, slots_short = budget.missing(count, slots)
-    return max(0, entries_short - freed[0]), max(0, slots_short - freed[1])
+    return budget.missing(count - freed[0], slots - freed[1])
 
 
 def _extend(pool: PoolCore, budget: Budget, entries: int, slots: int) -> None:

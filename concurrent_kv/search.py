@@ -302,12 +302,12 @@ class Search(Handle):
         storage = state.pool.storage
         state.end("the search was closed", storage.enter_quietly(timeout))
 
-    def _check_envs(self, env_ids: Sequence[Hashable]) -> list[Hashable]:
+    def _check_envs(self, env_ids: Sequence[Hashable]) -> tuple[Hashable, ...]:
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
-        return list(checked)
+        return checked
 
     def abandon(self) -> None:
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""

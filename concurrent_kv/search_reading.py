@@ -11,18 +11,31 @@ from .search_state import RootKey, SearchState
 
 __all__ = ["adopted", "own", "retain_here", "retain_roots"]
 
-Lookup = Callable[[SearchState, Sequence[Hashable], Sequence[Hashable]], list[Entry | None]]
+Lookup = Callable[[SearchState, list[Entry | None], Sequence[Hashable], Sequence[Hashable]], list[Entry]]
 
 
-def own(state: SearchState, keys: Sequence[Hashable], env_ids: Sequence[Hashable]) -> list[Entry | None]:
-    """The search's own entry of each key, or None. The scope's shard held."""
-    return state.own.find(keys)
+def own(
+    state: SearchState, found: list[Entry | None], keys: Sequence[Hashable], env_ids: Sequence[Hashable]
+) -> list[Entry]:
+    """Find rows that have no entry yet among the search's own; returns what was found. The scope's shard held."""
+    return _fill(found, state.own.find(keys))
 
 
-def adopted(state: SearchState, keys: Sequence[Hashable], env_ids: Sequence[Hashable]) -> list[Entry | None]:
-    """The adopted root of each key and environment, or None. The scope's shard held."""
-    roots = state.roots
-    return [roots.get(root) for root in zip(env_ids, keys, strict=True)] if roots else [None] * len(keys)
+def adopted(
+    state: SearchState, found: list[Entry | None], keys: Sequence[Hashable], env_ids: Sequence[Hashable]
+) -> list[Entry]:
+    """As `own`, among the adopted roots."""
+    get = state.roots.get
+    return _fill(found, [get(root) for root in zip(env_ids, keys, strict=True)]) if state.roots else []
+
+
+def _fill(found: list[Entry | None], entries: Sequence[Entry | None]) -> list[Entry]:
+    new = []
+    for row, entry in enumerate(entries):
+        if entry is not None and found[row] is None:
+            found[row] = entry
+            new.append(entry)
+    return new
 
 
 def retain_here(
@@ -35,20 +48,16 @@ def retain_here(
     deadline: Deadline,
 ) -> None:
     """Look missing rows up in what the search owns, with one of `lookups` after the other."""
-    missing = _rows_without(found)
-    if not missing:
+    if None not in found:
         return
     ledger = state.pool.storage.ledger
     present: list[Entry] = []
     with state.pool.storage.locks.read(state.scope.shards, deadline):
         state.check_open()
         for look_up in lookups:
-            if missing:
-                entries = look_up(state, [keys[row] for row in missing], [env_ids[row] for row in missing])
-                for row, entry in zip(missing, entries, strict=True):
-                    found[row] = entry
-                present += [entry for entry in entries if entry is not None]
-                missing = _rows_without(found)
+            present += look_up(state, found, keys, env_ids)
+            if None not in found:
+                break
         with ledger.mutex:
             ledger.extend(hold, present)
 
@@ -62,7 +71,7 @@ def retain_roots(
     deadline: Deadline,
 ) -> None:
     """Look missing rows up in their environments' init pools, and adopt what is found there."""
-    missing = _rows_without(found)
+    missing = [row for row, entry in enumerate(found) if entry is None] if None in found else []
     if not missing:
         return
     storage = state.pool.storage
@@ -82,8 +91,3 @@ def retain_roots(
             state.roots.update(new)
             with storage.ledger.mutex:
                 storage.ledger.extend(state.roots_hold, list(new.values()))
-
-
-def _rows_without(found: Sequence[Entry | None]) -> list[int]:
-    """The rows that have no entry."""
-    return [row for row, entry in enumerate(found) if entry is None]

@@ -21,6 +21,7 @@ __all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken"]
 Slots = npt.NDArray[np.int64]
 
 RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
+MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
 LONGEST_JOINED = 4096  # slots of a run that neighbours are joined to; joining copies it
 ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
 
@@ -162,12 +163,13 @@ class SlotAllocator:
     def _free(self, slots: Slots, ticks: Ticks) -> None:
         if not len(slots):
             return
-        run = Taken(slots, ticks, _are_consecutive(slots))
-        joined = _joined(self._runs[-1], run) if self._runs else None
-        if joined is None:
-            self._runs.append(run)
+        slots = np.sort(slots)
+        gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
+        if len(gaps) < MOST_PIECES:
+            for piece in np.split(slots, gaps) if len(gaps) else (slots,):
+                self._append(Taken(piece, ticks, True))
         else:
-            self._runs[-1] = joined
+            self._append(Taken(slots, ticks))
         self.free_count += len(slots)
         if self._reservations:
             owners = self._owner[slots]
@@ -177,6 +179,13 @@ class SlotAllocator:
             numbers, counts = np.unique(owners, return_counts=True)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
                 self._return_to(number, count)
+
+    def _append(self, run: Taken) -> None:
+        joined = _joined(self._runs[-1], run) if self._runs else None
+        if joined is None:
+            self._runs.append(run)
+        else:
+            self._runs[-1] = joined
 
     def _return_to(self, number: int, count: int) -> None:
         reservation = self._reservations.get(number)

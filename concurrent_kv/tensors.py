@@ -24,6 +24,7 @@ from .streams import NO_TICKS, Ticks
 __all__ = ["Block", "SlotTensor", "plain_torch_state", "writing_to"]
 
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
+AS_IT_IS = nullcontext()
 UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
 
 Indices = npt.NDArray[np.int64]
@@ -38,14 +39,14 @@ def plain_torch_state(written: Tensor | None = None) -> AbstractContextManager[N
     inference = written is not None and written.is_inference()
     if inference != torch.is_inference_mode_enabled():
         return torch.inference_mode(inference) if inference else _normal_mode()
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
 
 
 def writing_to(buffer: Tensor) -> AbstractContextManager[None]:
     """A context in which a caller's tensors can be copied into `buffer`, which joins no graph of theirs."""
     if buffer.is_inference() and not torch.is_inference_mode_enabled():
         return torch.inference_mode()
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
 
 
 @contextmanager

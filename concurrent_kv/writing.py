@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from .entry import Entry, Generation, Place, Scope
 from .errors import ClosedError, SearchEndedError
-from .index import Index
+from .index import find_places, take_away
 from .ledger import wake
 from .locks import Deadline
 from .plan import WritePlan
@@ -120,7 +120,7 @@ def _publish(
             with ledger.mutex:
                 pool.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
-        cells, added = _cells([scope.entries[part] for _, part in located], plan.keys)
+        cells, added = find_places([scope.entries[part] for _, part in located], plan.keys)
         replaced = [cell[0] if cell else None for cell in cells]
         old = [entry for entry in replaced if entry is not None]
         try:
@@ -132,33 +132,11 @@ def _publish(
                 waiters = ledger.take_waiters()
         finally:
             if not ticket.spent:
-                _undo(added)
+                take_away(added)
     wake(waiters)
     outcome = Outcome.PUBLISHED if ticket.spent else Outcome.NO_ROOM
     del dead, old, replaced, cells
     return outcome, missing
-
-
-def _cells(parts: Sequence[Index[Entry]], keys: Sequence[Hashable]) -> tuple[list[list[Entry]], list[Index[Entry]]]:
-    """The places of all keys in the index, and the parts in which places are new; or nothing, if a key raises."""
-    cells: list[list[Entry]] = []
-    added: list[Index[Entry]] = []
-    try:
-        for part, key in zip(parts, keys, strict=True):
-            cell, is_new = part.cell_of(key)
-            if is_new:
-                added.append(part)
-            cells.append(cell)
-    except BaseException:
-        _undo(added)
-        raise
-    return cells, added
-
-
-def _undo(added: Sequence[Index[Entry]]) -> None:
-    """Take new places away, the newest first."""
-    for part in reversed(added):
-        part.undo_last()
 
 
 def _enter(
@@ -187,7 +165,7 @@ def _enter(
         for entry in entries:
             entry.place = Place.EXEMPT
         budget.entries -= len(old)
-        if ticket.lent is not None and len(ticket.lent):
+        if ticket.lent is not None:
             pool.storage.ledger.slots.charge(budget.reservation, ticket.lent)
     pool.counters.insert_count += len(entries) - len(old)
     pool.counters.replace_count += len(old)

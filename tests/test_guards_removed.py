@@ -124,7 +124,7 @@ def child_whose_batch_is_closed_while_it_is_committed() -> list[float]:
 
 def without_using_the_hold_of_a_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ledger, "use", lambda self, hold: not hold.released)
-    patch.setattr(Ledger, "stop_using", lambda self, hold: None)
+    patch.setattr(Ledger, "stop_using", lambda self, hold, release=False: release and self.release(hold))
 
 
 def test_a_commit_that_did_not_use_its_batch_would_share_slots_of_somebody_else() -> None:

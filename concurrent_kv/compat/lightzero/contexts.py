@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kv import KeysValues
 from ...overflow import DropAndCorrect, DropOldest, Overflow
 from .containers import LightZeroKeysValues
-from .session import NodeKey
+from .session import NodeKey, SearchSession
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -35,15 +35,16 @@ def node_contexts(world_model: Any, kv: Attachment, latent_state: Any, rows: int
 
     A parent that is neither a node of this search nor a root of its environment gets a context of its own state alone.
     """
-    states = latent_state[:rows]
-    batch = kv.session.gather(kv.session.keys_of(states))
+    session = kv.session
+    states = latent_state if len(latent_state) == rows else latent_state[:rows]
+    batch = session.gather(session.keys_of(states))
     hits = batch.hits.count(True)
     if hits < rows:
         for row, hit in enumerate(batch.hits):
             if not hit:
                 batch.fill(row, _alone(world_model, kv, torch.from_numpy(states[row]), int(start_pos[row])))
     kv.count(world_model, hit_count=hits, total_query_count=rows)
-    _run_on(kv, rows, batch.start)
+    _run_on(session, rows, batch.start)
     return list(batch.lengths)
 
 
@@ -59,7 +60,7 @@ def root_contexts(
             if not hit:
                 batch.fill(row, _alone(world_model, kv, last_obs_embeddings[row], int(start_pos[row])))
     kv.count(world_model, root_hit_cnt=hits, root_total_query_cnt=rows)
-    _run_on(kv, rows, batch.start)
+    _run_on(session, rows, batch.start)
     return list(batch.lengths)
 
 
@@ -91,11 +92,11 @@ def _alone(world_model: Any, kv: Attachment, latent_state: Tensor, start_pos: in
     return KeysValues.from_packed(contexts.packed[:, :, :, : contexts.size])
 
 
-def _run_on(kv: Attachment, rows: int, size: int) -> None:
+def _run_on(session: SearchSession, rows: int, size: int) -> None:
     """Give the model this thread's buffer, of which the first `size` columns were gathered."""
-    contexts = kv.session.buffer(rows)
+    contexts = session.buffer(rows)
     contexts.set_size(size)
-    kv.session.keys_values_wm = contexts
+    session.keys_values_wm = contexts
 
 
 def replace_contexts(kv: Attachment, rows: Mapping[int, KeysValues], *, as_root: bool) -> None:
