@@ -94,7 +94,8 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
                     quota.pending_slots += slots
                     return Ticket(entries, slots, *taken)
             # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room.
-            may_evict = entries > 0 or slots > 0
+            # (Not where that can never be: the headroom is for a few windows at a time.)
+            may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
 
