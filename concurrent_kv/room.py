@@ -44,6 +44,7 @@ class Ticket:
     slots: int
     taken: Slots
     ticks: Ticks
+    consecutive: bool = False  # each of `taken` is the slot after the last
     lent: Slots | None = None  # of `taken`, beyond what the search had left: what is replaced makes up for them
     spent: bool = False  # published: an exception after that must not give the slots back
 

@@ -62,10 +62,6 @@ class Block(NamedTuple):
     columns: slice
 
 
-def _follow_each_other(slots: Indices) -> bool:
-    return bool(slots[-1] - slots[0] == len(slots) - 1 and (slots[1:] > slots[:-1]).all())
-
-
 def _in_units(tokens: Tensor) -> Tensor:
     """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
 
@@ -144,19 +140,15 @@ class SlotTensor:
             rows, columns, slots: one number for each token.
             difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
             runs: see `difference`.
-            block: `rows` and `columns` once more, if they are a block; a `difference` is then for each of its rows.
+            block: `rows` and `columns` once more, if they are a block and each of `slots` is the one after the last;
+                a `difference` is then for each of its rows.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
-        if block is not None and _follow_each_other(slots):
+        if block is not None:
             # No indices, and no copy on the way.
-            tokens = source[:, block.rows, :, block.columns].transpose(2, 3)
-            into = data.narrow(1, int(slots[0]), len(slots)).view(tokens.shape)
-            if difference is None:
-                into.copy_(tokens)
-            else:
-                torch.add(tokens, difference.unsqueeze(1), out=into)
+            self._copy_block(source, block, int(slots[0]), difference)
             return ()
         flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
         source_index, slot_index = self._index(flat.ravel()), self._index(slots)
@@ -168,6 +160,20 @@ class SlotTensor:
             corrected.add_(difference.unsqueeze(1))
         _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
         return source_index, slot_index, tokens
+
+    def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
+        data, layout = self.data, self.layout
+        rows, columns = block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
+        shape = (data.shape[0], rows, columns, layout.num_heads, layout.head_dim)
+        layers, row, head, column, _ = source.stride()
+        first = source.storage_offset() + block.rows.start * row + block.columns.start * column
+        tokens = source.as_strided(shape, (layers, row, column, head, 1), first)
+        layers, slot, head, _ = data.stride()
+        into = data.as_strided(shape, (layers, columns * slot, slot, head, 1), first_slot * slot)
+        if difference is None:
+            into.copy_(tokens)
+        else:
+            torch.add(tokens, difference.unsqueeze(1), out=into)
 
     def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
         """Add the differences of tokens that moved to a gathered buffer.

@@ -59,8 +59,9 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
                 temporaries += (plan.difference,)
             try:
                 with plain_torch_state():
+                    block = plan.block if ticket.consecutive else None
                     temporaries += storage.tensor.scatter(
-                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, plan.block
+                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, block
                     )
             finally:
                 written = clock.stamp(stream, temporaries)
