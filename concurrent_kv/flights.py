@@ -67,7 +67,7 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "owner", "ready", "result", "state", "waits_for", "wakers")
+    __slots__ = ("error", "key", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
@@ -77,6 +77,7 @@ class Flight:
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
         self.waits_for: list[Flight] = []  # whose results its computation waits for just now
 
     def needs_one_of(self, flights: frozenset[Flight]) -> bool:
@@ -150,6 +151,7 @@ class FlightTable:
                 self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
                 return True
+            claim.late = flight.settling
         del dead
         claim.mine, claim.flight = False, flight
         if flight in _computing.get():
@@ -220,12 +222,15 @@ class Claim:
     Attributes:
         mine: whether the caller is the one to compute; False where somebody else is at it.
         flight: the computation; set by `FlightTable.join`.
+        late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
+            look it up again instead of taking what the flight carries.
     """
 
     flight: Flight
 
     def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock) -> None:
         self.mine = True
+        self.late = False
         self._table = table
         self._store = store
         self._clock = clock
@@ -245,7 +250,12 @@ class Claim:
             InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
         """
         self._check_mine()
-        stored = self._store(kv, timeout=timeout)
+        self.flight.settling = True
+        try:
+            stored = self._store(kv, timeout=timeout)
+        except BaseException:
+            self.flight.settling = False
+            raise
         self.pass_on(kv)
         return stored
 

@@ -66,7 +66,10 @@ def get_or_compute(
         if mine:
             return compute_here(pool, joined, key, scope, compute)
         wait_in_thread(joined.flight, deadline, pool.name)
-        found = outcome(joined.flight, pool.storage.clock, pool.name)
+        if joined.late and joined.flight.state is FlightState.DONE:
+            found = pool.peek(key, scope=scope)
+        else:
+            found = outcome(joined.flight, pool.storage.clock, pool.name)
     return found
 
 
@@ -77,8 +80,10 @@ def compute_here(
     with joined, joined.computing():
         try:
             # Another flight may have ended between the caller's lookup and its claim.
+            joined.flight.settling = True
             kv = pool.peek(key, scope=scope)
             if kv is None:
+                joined.flight.settling = False
                 kv = compute()
                 if inspect.isawaitable(kv):
                     if inspect.iscoroutine(kv):

@@ -233,7 +233,10 @@ class AsyncKVPool:
             if mine:
                 return await self._compute(joined, key, scope, compute)
             await wait_in_task(joined.flight, deadline, pool.name)
-            found = await self._outcome(joined.flight)
+            if joined.late and joined.flight.state is FlightState.DONE:
+                found = await self.peek(key, scope=scope)
+            else:
+                found = await self._outcome(joined.flight)
         return found
 
     async def _compute(
@@ -246,8 +249,10 @@ class AsyncKVPool:
         with joined, joined.computing():
             try:
                 # Another flight may have ended between the caller's lookup and its claim.
+                joined.flight.settling = True
                 kv = await self.peek(key, scope=scope)
                 if kv is None:
+                    joined.flight.settling = False
                     made: Any = (
                         compute() if inspect.iscoroutinefunction(compute) else await self._offload.compute(compute)
                     )
