@@ -17,7 +17,7 @@ from concurrent_kv.locks import Deadline, ShardedRWLock
 from concurrent_kv.pool_core import PoolCore
 from concurrent_kv.storage import KVStorage
 from concurrent_kv.tensors import SlotTensor
-from stress import actors
+from stress import actors, runner
 from stress.profiles import PROFILES, Profile, parse_mix
 from stress.runner import run_profile
 from stress.workloads import WORKLOADS
@@ -128,5 +128,6 @@ GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...]]] = {
 def test_a_run_without_the_guard_of_a_promise_fails(promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
     guard_off, profile, faults = GUARDS[promise]
     monkeypatch.setattr(actors, "MOST_FAILURES", 1)
+    monkeypatch.setattr(runner, "QUIET_SECONDS", 0.5)
     guard_off(monkeypatch)
     assert run(profile, *faults), "without its guard the promise should have been broken"
