@@ -9,14 +9,17 @@ from weakref import ref
 
 import anyio.lowlevel
 import anyio.to_thread
-import torch
+import numpy as np
 from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Scope
-from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WindowOverflowError
+from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
 from .handle import Handle
 from .kv import KeysValues, check_fits
 from .layout import positive_int
+from .moving import upload
+from .stream_uses import StreamUses
+from .streams import NO_TICKS
 from .tensors import plain_torch_state, writing_to
 
 if TYPE_CHECKING:
@@ -37,6 +40,10 @@ class Batch(Handle):
     closes it, and so does the end of its search). Its buffer then goes back to the storage and must not be used any
     more. One thread at a time may use a batch.
 
+    On a GPU the tokens come in the order of the stream that gathered them. What goes through the batch's methods, and
+    its commit, is ordered by itself, on whatever stream; before its tensors are used on another stream than the one it
+    was used on last, that stream has to `wait`.
+
     Attributes:
         data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
         scope, generation: where, and as of when, its rows can be committed.
@@ -55,6 +62,7 @@ class Batch(Handle):
         start: int,
         *,
         owns_buffer: bool,
+        uses: StreamUses | None = None,
     ) -> None:
         self.data = data
         self.scope = scope
@@ -64,13 +72,14 @@ class Batch(Handle):
         self._hold = hold
         hold.owner = ref(self)
         self._owns_buffer = owns_buffer
+        self._uses = uses  # None on a CPU
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
         self._gathered = lengths
         self._committed = [False] * len(entries)
-        self._parts = data.unbind(0)  # keys, then values, of each layer: [batch, heads, columns, head_dim]
         # Made when they are asked for: not every model does.
+        self._parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
         self._hits: tuple[bool, ...] | None = None
         self._side: tuple[object, ...] | None = None
         self._padding: Tensor | None = None
@@ -130,16 +139,19 @@ class Batch(Handle):
     @property
     def padding(self) -> Tensor:
         """Columns of left padding of each row, int64 `[batch]` on the batch's device; a model masks them out."""
+        self.use_here()
         if self._padding is None:
-            columns = [self._start - length for length in self._gathered]
-            self._padding = torch.tensor(columns, dtype=torch.int64, device=self.data.device)
+            columns = np.array([self._start - length for length in self._gathered], dtype=np.int64)
+            with plain_torch_state():
+                self._padding = upload(columns, self.data.device)
+        self._storage.clock.protect(self._padding)
         return self._padding
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        index = self._layer_number(index)
+        keys, values = self._parts_of(self._layer_number(index))
         end = self._ends[index]
-        return self._parts[index].narrow(2, 0, end), self._parts[self._layers + index].narrow(2, 0, end)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens after each row's newest, in one layer.
@@ -160,12 +172,19 @@ class Batch(Handle):
         tokens = self._check_new(keys, values)
         end = self._ends[layer]
         new_end = self._check_room(end, tokens)
-        all_keys, all_values = self._parts[layer], self._parts[self._layers + layer]
+        all_keys, all_values = self._parts_of(layer)
+        if self._uses is not None:
+            self.use_here(keys, values)
         with writing_to(self.data):
             all_keys.narrow(2, end, tokens).copy_(keys)
             all_values.narrow(2, end, tokens).copy_(values)
         self._ends[layer] = new_end
         return all_keys.narrow(2, 0, new_end), all_values.narrow(2, 0, new_end)
+
+    def _parts_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        if not self._parts:
+            self._parts = self.data.unbind(0)
+        return self._parts[layer], self._parts[self._layers + layer]
 
     def _check_new(self, keys: Tensor, values: Tensor) -> int:
         """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""
@@ -192,7 +211,7 @@ class Batch(Handle):
         return layer
 
     def advance(self, tokens: int) -> None:
-        """State that `tokens` columns after `end` were written in place, in every layer.
+        """State that `tokens` columns after `end` were written in place, in every layer, in the current stream.
 
         Raises:
             WindowOverflowError: the buffer has no such columns.
@@ -200,6 +219,7 @@ class Batch(Handle):
         """
         self._check_open()
         tokens = positive_int("tokens", tokens)
+        self.use_here()
         self._ends = [self._check_room(end, tokens) for end in self._ends]
 
     def _check_room(self, end: int, tokens: int) -> int:
@@ -234,10 +254,11 @@ class Batch(Handle):
             raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
         if any(end != self._start for end in self._ends):
             raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
-        check_fits(kv, self._storage.layout, rows=1)
+        kv = check_fits(kv, self._storage.layout, rows=1)
         length = kv.lengths[0]
         if length > self.data.shape[3]:
             raise WindowOverflowError(f"kv has {length} tokens, the batch {self.data.shape[3]} columns")
+        self.use_here(kv.keys, kv.values)
         with plain_torch_state(self.data):
             if length > self._start:
                 self._move_right(length - self._start)
@@ -302,13 +323,48 @@ class Batch(Handle):
         if all(self._committed):
             self.close()
 
-    async def ready(self) -> None:
-        """Return when the gathered tokens are there, without holding the event loop; at once on a CPU."""
+    # Streams -------------------------------------------------------------------------------------------------------
+
+    def use_here(self, *sources: Tensor) -> None:
+        """Order the current stream after every use of the buffer so far; `sources` outlive what it does next."""
+        if self._uses is not None:
+            self._uses.join(self.data)
+            for source in sources:
+                self._storage.clock.protect(source)
+
+    def wait(self, stream: object = None) -> None:
+        """Order a stream (the current one if left out) after every use of the batch so far; does not block.
+
+        To be called before the batch's tensors are used on another stream than the one it was used on last; that stream
+        is counted in, and whoever gets the buffer next is ordered after it.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
+            ClosedError: the batch is closed.
+        """
+        self._check_open()
+        if stream is not None:
+            self._storage.clock.check(stream)
+        if self._uses is not None:
+            self._uses.join(self.data, stream)
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block the calling thread until the gathered tokens are there; at once on a CPU.
+
+        Raises:
+            WaitTimeoutError: they were not there within `timeout` seconds (those of the storage if left out).
+        """
+        ticks = NO_TICKS if self._uses is None else self._uses.gathered
+        seconds = self._storage.wait_timeout if timeout is None else timeout
+        if not self._storage.clock.synchronize(ticks, seconds):
+            raise WaitTimeoutError(f"the device had not gathered this batch within {seconds:g} s")
+
+    async def ready(self, timeout: float | None = None) -> None:
+        """As `synchronize`, without holding the event loop."""
         await anyio.lowlevel.checkpoint()
-        if self.data.device.type != "cpu":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.data.device))
-            await anyio.to_thread.run_sync(event.synchronize)
+        if self._uses is not None:
+            # Abandoned where its task is cancelled: it only looks, and its wait is bounded.
+            await anyio.to_thread.run_sync(partial(self.synchronize, timeout), abandon_on_cancel=True)
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -324,8 +380,8 @@ class Batch(Handle):
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
             if self._storage.ledger.release(self._hold) and self._owns_buffer:
-                clock = self._storage.clock
-                self._storage.tensor.return_buffer(self.data, clock.stamp(clock.current(), (self.data,)))
+                ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
+                self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
         if self._hold.released:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .errors import WindowOverflowError
 from .overflow import DropAndCorrect, Overflow, RaiseOnOverflow
-from .tensors import Indices
+from .tensors import Block, Indices
 
 __all__ = ["CommitShape", "Drop", "commit_shape"]
 
@@ -41,11 +41,14 @@ class CommitShape(NamedTuple):
     lengths: list[int]  # [entries] tokens of each new entry
     over: list[bool]  # [entries] whether it overflowed
     sharing: list[int]  # entries that share slots with their parents
-    shared: npt.NDArray[np.bool_]  # [sharing, window - new] which of the parents' newest slots
+    parents: Indices  # [window] columns of the parents' tables that become the columns of theirs
+    shared: npt.NDArray[np.bool_]  # [entries, window] which of these are shared
+    masked: bool  # whether others than the shared ones are not 0 already
     own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
     written_at: Indices  # [own tokens] position that each one's bytes are for
     rows: Indices  # [own tokens] where they come from in the batch's buffer
     columns: Indices  # [own tokens]
+    block: Block | None  # the same as rows and columns, if they are a block
     corrected: list[int]  # tokens of each corrected entry
 
 
@@ -77,22 +80,45 @@ def commit_shape(
     own = columns >= (window - np.where(whole, kept, np.minimum(new, kept)))[:, None]
     which, at = np.nonzero(own)
     moved = drop.tokens * (over & (not drop.corrects))  # written for a position that the drop has left behind
-    sharing = np.flatnonzero(~whole) if new < window else np.empty(0, dtype=np.int64)
+    shared = ~own & (columns >= first[:, None]) & ~whole[:, None]
+    # Of the parents' columns, those that are not shared are taken from the first, which is 0 in all but full windows.
+    parents = np.where(shared.any(axis=0), np.minimum(columns + new, window - 1), 0)
+    masked = bool((shared != shared.any(axis=0)).any() or max(gathered) == window)
+    from_rows = np.array(rows, dtype=np.int64)[order][which]
+    from_columns = at - window + end
+    corrected = kept[over].tolist() if drop.corrects else []
+    # A block is corrected as a whole or not at all.
+    block = _block_of(from_rows, from_columns) if len(corrected) in (0, len(rows)) else None
     shape = CommitShape(
         order=order.tolist(),
         lengths=kept.tolist(),
         over=over.tolist(),
-        sharing=sharing.tolist(),
-        shared=columns[: window - new] >= first[sharing, None],
+        sharing=np.flatnonzero(shared.any(axis=1)).tolist(),
+        parents=parents,
+        shared=shared,
+        masked=masked,
         own=own,
         written_at=at - first[which] + moved[which],
-        rows=np.array(rows, dtype=np.int64)[order][which],
-        columns=at - window + end,
-        corrected=kept[over].tolist() if drop.corrects else [],
+        rows=from_rows,
+        columns=from_columns,
+        block=block,
+        corrected=corrected,
     )
-    for array in (shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
+    for array in (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
         array.setflags(write=False)
     return shape
+
+
+def _block_of(rows: Indices, columns: Indices) -> Block | None:
+    """The block that some tokens are, row by row, or None."""
+    if not len(rows):
+        return None
+    block = Block(slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    width = block.columns.stop - block.columns.start
+    if (block.rows.stop - block.rows.start) * width != len(rows):
+        return None
+    row, column = np.divmod(np.arange(len(rows)), width)
+    return block if (rows == row + rows[0]).all() and (columns == column + columns[0]).all() else None
 
 
 def _check_lengths(total: Indices, over: npt.NDArray[np.bool_], drop: Drop) -> None:

@@ -17,6 +17,7 @@ from .locks import Deadline
 from .overflow import Overflow
 from .plan import plan_commit, plan_put
 from .reading import gather_entries
+from .stream_uses import StreamUses
 from .streams import NO_TICKS, Ticks
 from .tensors import plain_torch_state
 from .writing import write
@@ -45,10 +46,14 @@ def open_batch(
     if out is None:
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
+        if ready:  # used before, perhaps allocated on another stream
+            storage.clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    gather_entries(storage, entries, data, longest, ready)
-    return Batch(storage, scope, generation, hold, entries, lengths, data, longest, owns_buffer=out is None)
+    read = gather_entries(storage, entries, data, longest, ready)
+    clock = storage.clock
+    uses = StreamUses(clock, clock.current(), read) if read else None
+    return Batch(storage, scope, generation, hold, entries, lengths, data, longest, owns_buffer=out is None, uses=uses)
 
 
 def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
@@ -149,6 +154,7 @@ def commit_batch(
         else:
             rows = committed
         plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
+        batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     finally:
         ledger.stop_using(batch.hold)

@@ -14,44 +14,29 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 from weakref import ref
 
+import torch
+
 from .entry import Generation, Scope
-from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
+from .errors import ClosedError, RecursiveComputationError
 from .kv import KeysValues
-from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
-__all__ = [
-    "Claim",
-    "Flight",
-    "FlightState",
-    "FlightTable",
-    "lend_place",
-    "outcome",
-    "timed_out",
-    "wait_in_thread",
-    "waiting_for",
-]
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
-_computing: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
-
-# Entered by who waits inside a computation that holds one of a bounded number of places.
-lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
-    "concurrent_kv_lend_place", default=nullcontext
-)
+computing_here: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
 
 
 class FlightState(Enum):
@@ -154,7 +139,7 @@ class FlightTable:
             claim.late = flight.settling
         del dead
         claim.mine, claim.flight = False, flight
-        if flight in _computing.get():
+        if flight in computing_here.get():
             raise RecursiveComputationError(
                 f"{self.name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
             )
@@ -228,9 +213,12 @@ class Claim:
 
     flight: Flight
 
-    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock) -> None:
+    def __init__(
+        self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, device: torch.device
+    ) -> None:
         self.mine = True
         self.late = False
+        self._device = device
         self._table = table
         self._store = store
         self._clock = clock
@@ -262,9 +250,12 @@ class Claim:
     def pass_on(self, kv: KeysValues) -> None:
         """Hand a result to everyone who waits, without storing it."""
         self._check_mine()
-        with plain_torch_state():
-            result = kv.copy()
-        ready = self._clock.stamp(self._clock.current(), (kv.keys, kv.values))
+        stream = self._clock.current()
+        try:
+            with plain_torch_state():
+                result = kv.copy(self._device)
+        finally:
+            ready = self._clock.stamp(stream, (kv.keys, kv.values))
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
@@ -311,89 +302,11 @@ class _Computing:
         self._flight = flight
 
     def __enter__(self) -> None:
-        self._token = _computing.set(_computing.get() | {self._flight})
+        self._token = computing_here.set(computing_here.get() | {self._flight})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A coroutine that its loop left behind is closed in another context, whose variable says nothing of this one.
         with suppress(ValueError):
-            _computing.reset(self._token)
-
-
-@contextmanager
-def waiting_for(flight: Flight, name: str) -> Iterator[None]:
-    """Entered by who waits for a flight: says so of what is being computed here, and lends its place meanwhile.
-
-    Raises:
-        RecursiveComputationError: the flight waits for what is being computed here; it would be for ever.
-    """
-    computing = _computing.get()
-    try:
-        # First said, then looked: of computations that begin to wait for each other at once, one sees the other.
-        for own in computing:
-            own.waits_for.append(flight)
-        if computing and flight.needs_one_of(computing):
-            raise RecursiveComputationError(
-                f"{name}: the computation of {flight.key[1]!r} waits for the one that asks for it, for ever"
-            )
-        with lend_place.get()():
-            yield
-    finally:
-        for own in computing:
-            own.waits_for.remove(flight)
-
-
-def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
-    """Block the calling thread until a flight is over.
-
-    Raises:
-        WaitTimeoutError: it was not over before the deadline.
-        RecursiveComputationError: see `waiting_for`.
-    """
-    # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
-    over: SimpleQueue[None] = SimpleQueue()
-
-    def wake() -> None:
-        over.put(None)
-
-    try:
-        if flight.subscribe(wake):
-            with waiting_for(flight, name):
-                over.get(timeout=deadline.left())
-    except Empty:
-        raise timed_out(flight, deadline, name) from None
-    finally:
-        flight.unsubscribe(wake)
-
-
-def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
-    """What somebody who waited in vain for a flight hears."""
-    return WaitTimeoutError(
-        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {deadline.seconds:g} s"
-    )
-
-
-def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
-    """A private copy of an ended flight's result, made in the caller's stream.
-
-    None if the flight was abandoned: the caller has to join again.
-
-    Raises:
-        Exception: the error that the computation raised.
-        ClosedError: the pool was closed meanwhile.
-    """
-    if flight.state is FlightState.DONE:
-        assert flight.result is not None
-        stream = clock.current()
-        clock.order_after(stream, flight.ready)
-        with plain_torch_state():
-            copied = flight.result.copy()
-        clock.stamp(stream, (flight.result.keys,))
-        return copied
-    if flight.state is FlightState.FAILED:
-        assert flight.error is not None
-        raise flight.error
-    if flight.state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {flight.key[1]!r} was being computed")
-    return None
+            computing_here.reset(self._token)

@@ -83,6 +83,7 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     """
     ledger = storage.ledger
     deadline = storage.enter_quietly()
+    zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
     with storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
         recount = _recount(storage)
         alive = recount.alive()
@@ -91,7 +92,7 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
         problems += _entry_problems(storage, recount, alive)
         for pool, entries in recount.published.items():
             problems += _pool_problems(pool, entries)
-        if not storage.closed and bool(storage.tensor.data[:, 0].any()):
+        if not zero_slot_is_zero:
             problems.append("slot 0, which serves all padding, is not zero")
         report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
     if problems:
@@ -168,6 +169,7 @@ def repair(storage: KVStorage) -> RepairReport:
     """Rebuild every count from the indexes and the open handles; to be called when no operation is under way."""
     ledger = storage.ledger
     deadline = storage.enter_quietly()
+    used = storage.clock.everything()
     with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
         for hold in list(ledger.holds):
             hold.users = 0
@@ -192,7 +194,7 @@ def repair(storage: KVStorage) -> RepairReport:
             if not recount.indexed[entry]:
                 entry.place = Place.NONE
         ledger.slots.keep_reservations([s.budget.reservation for pool in storage.pools for s in pool.searches])
-        slots = ledger.slots.rebuild(_slot_counts(storage, alive), storage.clock.everything())
+        slots = ledger.slots.rebuild(_slot_counts(storage, alive), used)
         ledger.rebuild_rows({entry.row for entry in alive})
         ledger.reset_parked()
         for pool, published in recount.published.items():

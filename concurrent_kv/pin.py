@@ -6,6 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 from weakref import ref
 
+import torch
+
 from .entry import Entry, Hold
 from .errors import ClosedError
 from .handle import Handle
@@ -34,8 +36,11 @@ class Pin(Handle):
         self.side = entry.side
         self.length = entry.length
 
-    def get(self) -> KeysValues:
+    def get(self, *, to: torch.device | str | None = None, stream: torch.Stream | None = None) -> KeysValues:
         """A private copy of what was pinned, whatever has happened to its key since.
+
+        Args:
+            to, stream: see `KVPool.get`.
 
         Raises:
             ClosedError: the pin or the pool is closed.
@@ -44,7 +49,8 @@ class Pin(Handle):
         self._entry.scope.pool.check_open()
         if self._hold.released:
             raise ClosedError("this pin is closed")
-        return KeysValues.from_packed(copy_out(self._storage, self._entry))
+        with self._storage.clock.using(stream):
+            return copy_out(self._storage, self._entry, to)
 
     def close(self) -> None:
         """Let the entry go. Nothing happens the second time."""

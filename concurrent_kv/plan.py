@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from .commit_shape import CommitShape, Drop, commit_shape
 from .entry import Entry
 from .errors import InvalidArgumentError
 from .kv import KeysValues
+from .moving import joined_on, upload
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, check_overflow
 from .streams import NO_TICKS, Ticks, merge
-from .tensors import Indices, plain_torch_state
+from .tensors import Block, Indices, plain_torch_state
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -41,6 +41,7 @@ class WritePlan:
     source: Tensor | None  # contiguous [2 * layers, batch, heads, columns, head_dim]; None: nothing is copied
     rows: Indices  # [own tokens]
     columns: Indices  # [own tokens]
+    block: Block | None = None  # the same, if they are a block
     difference: Tensor | None = None  # [2 * layers, kept, heads, head_dim], added to the first `runs` runs
     runs: int = 0
     shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)  # writes of the shared slots
@@ -66,26 +67,27 @@ def plan_put(
 ) -> WritePlan:
     """Store rows of `kv` whole."""
     window = storage.layout.max_tokens
-    kept = np.array([kv.lengths[row] for row in rows], dtype=np.int64)
-    own = np.arange(window)[None, :] >= (window - kept)[:, None]
-    which, at = np.nonzero(own)
+    lengths = tuple([kv.lengths[row] for row in rows])
+    # As a commit of rows that nothing was gathered for, and nothing appended to.
+    shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, Drop.of(None, window))
     with plain_torch_state():
         packed = kv.packed
         if packed is None or not packed.is_contiguous():
-            packed = torch.cat([kv.keys.detach(), kv.values.detach()])
+            packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
         source = packed.detach()
     return WritePlan(
         keys=keys,
         sides=sides,
         priorities=priorities,
         corrections=[None] * len(keys),
-        lengths=kept.tolist(),
+        lengths=shape.lengths,
         tables=np.zeros((len(keys), window), dtype=np.int64),
-        own=own,
-        written_at=at - (window - kept)[which],
+        own=shape.own,
+        written_at=shape.written_at,
         source=source,
-        rows=np.asarray(rows, dtype=np.int64)[which],
-        columns=at - window + kv.end,
+        rows=shape.rows,
+        columns=shape.columns,
+        block=shape.block,
     )
 
 
@@ -130,7 +132,7 @@ def plan_commit(
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
-    tables, shared_writes = _shared_tables(storage, parents, shape, new)
+    tables, shared_writes = _shared_tables(storage, parents, shape)
     plan = WritePlan(
         keys=keys,
         sides=sides,
@@ -143,6 +145,7 @@ def plan_commit(
         source=batch.data,
         rows=shape.rows,
         columns=shape.columns,
+        block=shape.block,
         shared_writes=shared_writes,
     )
     if isinstance(overflow, DropAndCorrect) and shape.corrected:
@@ -150,23 +153,18 @@ def plan_commit(
     return plan
 
 
-def _shared_tables(
-    storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape, new: int
-) -> tuple[Indices, Ticks]:
+def _shared_tables(storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape) -> tuple[Indices, Ticks]:
     """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
-    window = storage.layout.max_tokens
-    tables = np.zeros((len(parents), window), dtype=np.int64)
+    if not shape.sharing:
+        return np.zeros((len(parents), storage.layout.max_tokens), dtype=np.int64), NO_TICKS
+    tables = storage.ledger.columns_of(parents, shape.parents)
+    if shape.masked:
+        tables *= shape.shared
     ticks: Ticks = NO_TICKS
-    sharing = [parent for i in shape.sharing if (parent := parents[i]) is not None]
-    if sharing:
-        shared = storage.ledger.tables_of(sharing)[:, new:] * shape.shared
-        if len(sharing) == len(parents):
-            tables[:, : window - new] = shared
-        else:
-            tables[shape.sharing, : window - new] = shared
-        for parent in sharing:
-            if parent.written is not NO_TICKS:
-                ticks = merge(ticks, parent.written)
+    for i in shape.sharing:
+        parent = parents[i]
+        if parent is not None and parent.written is not NO_TICKS:
+            ticks = merge(ticks, parent.written)
     return tables, ticks
 
 
@@ -189,4 +187,4 @@ def _difference(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, int]:
     if min(lengths) == max(lengths):
         return packed[:, : lengths[0]], len(lengths)
     position = np.concatenate([np.arange(length) for length in lengths])
-    return packed.index_select(1, torch.from_numpy(position).to(packed.device)), 1
+    return packed.index_select(1, upload(position, packed.device)), 1

@@ -159,6 +159,8 @@ class PoolCore(Handle):
         self.storage.check_process()
         self.flights.close()  # also where the storage was closed first, and its waiters know nothing of it
         if self._emptied or self.storage.closed:
+            if self.owns_storage:
+                self.storage.close(timeout)
             return
         deadline = self.storage.enter_quietly(timeout)
         with self.storage.ledger.mutex:
@@ -167,7 +169,7 @@ class PoolCore(Handle):
         self.renew(deadline)
         self._emptied = True  # a close that timed out before this is finished by the next
         if self.owns_storage:
-            self.storage.close()
+            self.storage.close(deadline.left())
 
     # State ---------------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Place, Scope
+from .kv import KeysValues
 from .locks import Deadline
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Indices, plain_torch_state
@@ -82,13 +85,7 @@ def gather_entries(
     uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock is held.
     """
     present = [entry for entry in entries if entry is not None]
-    table = np.zeros((len(entries), out.shape[3]), dtype=np.int64)
-    if present and end:
-        tables = storage.ledger.tables_of(present)[:, storage.layout.max_tokens - end :]
-        if len(present) == len(entries):
-            table[:, :end] = tables
-        else:
-            table[[entry is not None for entry in entries], :end] = tables
+    table = storage.ledger.columns_of(entries, _columns_of(storage.layout.max_tokens, end, out.shape[3]))
     clock = storage.clock
     stream = clock.current()
     ticks = merge(ready, storage.zeroed)
@@ -104,13 +101,22 @@ def gather_entries(
                 concerned = [
                     row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction
                 ]
-                temporaries += _correct(storage, table, out, end, concerned, correction)
+                temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
         finally:
             read = clock.stamp(stream, (*temporaries, out))
             if read:
                 with storage.ledger.mutex:
                     storage.ledger.stamp_reads(present, read)
     return read
+
+
+@cache
+def _columns_of(window: int, end: int, columns: int) -> Indices:
+    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
+
+    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
+    """
+    return np.array([window - end + column if column < end else 0 for column in range(columns)])
 
 
 def _correct(
@@ -128,9 +134,13 @@ def _correct(
     return storage.tensor.correct(out, moved, np.where(valid, positions, 0), correction)  # type: ignore[arg-type]
 
 
-def copy_out(storage: KVStorage, entry: Entry) -> Tensor:
-    """A private copy `[2 * layers, 1, heads, tokens, head_dim]` of one retained entry."""
+def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
+    """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
     with plain_torch_state():
         out = storage.tensor.new_buffer(1, entry.length)
     gather_entries(storage, [entry], out, entry.length)
-    return out
+    found = KeysValues.from_packed(out)
+    if to is None:
+        return found
+    with plain_torch_state():
+        return found.to(to)

@@ -240,7 +240,7 @@ def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> t
     for _ in range(VICTIMS_PER_HOLD):
         victim = pool.policy.pop_victim()
         if victim is None:
-            if want_slots or not ledger.unpark_shared(pool):
+            if want_slots or not ledger.unpark_shared(pool, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
         elif victim.pins:
             victim.place = Place.PINNED

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from .arguments import check_env_ids, check_keys, check_priorities, hash_of
@@ -75,6 +76,7 @@ class Search(Handle):
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """Read the parents of the next children into one padded batch. May block.
 
@@ -85,6 +87,7 @@ class Search(Handle):
                 round; the search's own if left out. Roots adopted before come before either's init pools.
             room: free columns after the longest row; up to the window if left out.
             out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+            stream: see `KVPool.gather`.
 
         Returns a batch whose `hits` say which rows were found; `fill` the others, then `commit`.
 
@@ -95,6 +98,9 @@ class Search(Handle):
         """
         state = self._state
         storage = state.pool.storage
+        if stream is not None:
+            with storage.clock.using(stream):
+                return self.gather(keys, env_ids, order=order, room=room, out=out, timeout=timeout)
         deadline = storage.enter(timeout)
         keys = check_keys(keys)
         env_ids = self._check_envs(env_ids)
@@ -160,6 +166,7 @@ class Search(Handle):
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> None:
         """Store what the model appended to a batch as entries of this search, sharing the slots of their parents.
 
@@ -170,6 +177,7 @@ class Search(Handle):
             overflow: what happens to rows that outgrow the window; the search's own policy if left out, and an error
                 where that has none.
             sides: side data, one item for each row.
+            stream: see `KVPool.commit`.
 
         Raises:
             CapacityError: the search needs more than it reserved, and the pool has no more; names what would do.
@@ -178,6 +186,9 @@ class Search(Handle):
             WaitTimeoutError: the search's shard was not free in time.
         """
         state = self._state
+        if stream is not None:
+            with state.pool.storage.clock.using(stream):
+                return self.commit(keys, batch, rows=rows, overflow=overflow, sides=sides, timeout=timeout)
         deadline = state.pool.storage.enter(timeout)
         state.check_open()
         if getattr(batch, "scope", state.scope) is not state.scope:

@@ -18,6 +18,7 @@ __all__ = ["ONE", "Reservation", "SlotAllocator", "Slots"]
 
 Slots = npt.NDArray[np.int64]
 
+RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
 ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
 
 
@@ -46,7 +47,7 @@ class SlotAllocator:
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
-        # Ticks of entries that died while others still named their slots: they go with whatever is freed next.
+        # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
         self._residual: Ticks = NO_TICKS
 
     @property
@@ -64,18 +65,7 @@ class SlotAllocator:
         own = 0 if reservation is None else min(count, reservation.left)
         if count - own > self.available:
             return None
-        taken: list[Slots] = []
-        ticks: Ticks = NO_TICKS
-        missing = count
-        while missing:
-            run, run_ticks = self._runs.popleft()
-            if len(run) > missing:
-                self._runs.appendleft((run[missing:], run_ticks))
-                run = run[:missing]
-            taken.append(run)
-            ticks = merge(ticks, run_ticks)
-            missing -= len(run)
-        slots = taken[0] if len(taken) == 1 else np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
+        slots, ticks = self._take(count)
         self.free_count -= count
         self._owner[slots[own:]] = 0
         if reservation is not None:
@@ -84,6 +74,23 @@ class SlotAllocator:
             # Only these come back to the reservation when freed; the rest was lent by everyone.
             self._owner[slots[:own]] = reservation.number
         return slots, ticks
+
+    def _take(self, count: int) -> tuple[Slots, Ticks]:
+        """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
+        taken: list[Slots] = []
+        ticks: Ticks = NO_TICKS
+        while count:
+            place = next((i for i in range(min(RUNS_LOOKED_AT, len(self._runs))) if len(self._runs[i][0]) >= count), 0)
+            run, run_ticks = self._runs[place]
+            if len(run) > count:
+                self._runs[place] = (run[count:], run_ticks)
+                run = run[:count]
+            else:
+                del self._runs[place]
+            taken.append(run)
+            ticks = merge(ticks, run_ticks)
+            count -= len(run)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken) if taken else np.empty(0, dtype=np.int64), ticks
 
     def hold(self, tables: npt.NDArray[np.integer]) -> None:
         """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
@@ -98,18 +105,20 @@ class SlotAllocator:
         flat = tables.ravel()
         np.subtract.at(self.counts, flat, ONE)
         self.counts[0] = 1  # never a candidate below
-        freed = flat[self.counts[flat] == 0]
+        left = self.counts[flat]
+        freed = flat[left == 0]
         self.counts[0] = 0
         if len(tables) > 1:
             freed = np.unique(freed)
-        if ticks:
-            self._residual = merge(self._residual, ticks)
-        self._free(freed.astype(np.int64, copy=False), self._residual)
+        ticks = merge(ticks, self._residual)
+        if ticks and (left[flat > 0] > 0).any():
+            self._residual = ticks
+        self._free(freed.astype(np.int64, copy=False), ticks)
         return len(freed)
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free allocated slots that no entry came to name."""
-        self._free(slots, merge(ticks, self._residual))
+        self._free(slots, ticks)
 
     def _free(self, slots: Slots, ticks: Ticks) -> None:
         if not len(slots):

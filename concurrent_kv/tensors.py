@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from .errors import ClosedError
 from .layout import KVLayout
+from .moving import upload
 from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
-__all__ = ["SlotTensor", "plain_torch_state", "writing_to"]
+__all__ = ["Block", "SlotTensor", "plain_torch_state", "writing_to"]
 
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
+UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
 
 Indices = npt.NDArray[np.int64]
 
@@ -50,6 +53,26 @@ def _normal_mode() -> Iterator[None]:
     # Leaving inference mode turns gradients on again.
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+class Block(NamedTuple):
+    """Tokens that are whole rows and columns of a buffer, row by row."""
+
+    rows: slice
+    columns: slice
+
+
+def _follow_each_other(slots: Indices) -> bool:
+    return bool(slots[-1] - slots[0] == len(slots) - 1 and (slots[1:] > slots[:-1]).all())
+
+
+def _in_units(tokens: Tensor) -> Tensor:
+    """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
+
+    `index_copy_` moves its numbers one by one: the fewer they are, the sooner it is done.
+    """
+    flat = tokens.flatten(2)
+    return flat if flat.shape[2] * flat.element_size() % UNIT.itemsize else flat.view(UNIT)
 
 
 class SlotTensor:
@@ -84,6 +107,11 @@ class SlotTensor:
         return data
 
     @property
+    def freed(self) -> bool:
+        """Whether the slots were given back."""
+        return self._data is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slots, the zero slot included."""
         return (self.num_slots + 1) * self.layout.bytes_per_token
@@ -95,7 +123,7 @@ class SlotTensor:
         live until the copy is done.
         """
         layout, data = self.layout, self.data
-        index = self._index((table[:, None, :] * layout.num_heads + self._heads[None, :, None]).ravel())
+        index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
         torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return index
 
@@ -107,6 +135,7 @@ class SlotTensor:
         slots: Indices,
         difference: Tensor | None = None,
         runs: int = 0,
+        block: Block | None = None,
     ) -> tuple[Tensor, ...]:
         """Copy token `columns[i]` of row `rows[i]` of `source` into slot `slots[i]`, for every `i`.
 
@@ -115,10 +144,20 @@ class SlotTensor:
             rows, columns, slots: one number for each token.
             difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
             runs: see `difference`.
+            block: `rows` and `columns` once more, if they are a block; a `difference` is then for each of its rows.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
+        if block is not None and _follow_each_other(slots):
+            # No indices, and no copy on the way.
+            tokens = source[:, block.rows, :, block.columns].transpose(2, 3)
+            into = data.narrow(1, int(slots[0]), len(slots)).view(tokens.shape)
+            if difference is None:
+                into.copy_(tokens)
+            else:
+                torch.add(tokens, difference.unsqueeze(1), out=into)
+            return ()
         flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
         source_index, slot_index = self._index(flat.ravel()), self._index(slots)
         tokens = torch.index_select(self._by_head(source), 1, source_index)
@@ -127,7 +166,7 @@ class SlotTensor:
             corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
             corrected = corrected.view(data.shape[0], runs, *difference.shape[1:])
             corrected.add_(difference.unsqueeze(1))
-        data.index_copy_(1, slot_index, tokens)
+        _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
         return source_index, slot_index, tokens
 
     def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
@@ -150,10 +189,7 @@ class SlotTensor:
         return tensor.view(tensor.shape[0], -1, self.layout.head_dim)
 
     def _index(self, index: Indices) -> Tensor:
-        tensor = torch.from_numpy(index)
-        if self.layout.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.layout.device, non_blocking=True)
+        return upload(index, self.layout.device)
 
     def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""

@@ -50,15 +50,17 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     used = ticket.ticks
     entries: list[Entry] = []
     try:
-        stream = clock.current()
-        clock.order_after(stream, merge(merge(ticket.ticks, plan.shared_writes), storage.zeroed))
         written = NO_TICKS
         if plan.source is not None:
+            stream = clock.current()
+            clock.order_after(stream, merge(ticket.ticks, storage.zeroed))
             temporaries: tuple[Tensor, ...] = (plan.source,)
+            if plan.difference is not None:
+                temporaries += (plan.difference,)
             try:
                 with plain_torch_state():
                     temporaries += storage.tensor.scatter(
-                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs
+                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, plan.block
                     )
             finally:
                 written = clock.stamp(stream, temporaries)

@@ -75,6 +75,15 @@ def one_takes_over(answers: list[Answer], computing: Answer) -> KeysValues:
     return TAKEN_OVER
 
 
+def all_others_get_the_result(answers: list[Answer], computing: Answer) -> KeysValues:
+    """A worker has computed it, whatever became of its task."""
+    assert isinstance(computing, BaseException), repr(computing)
+    for answer in answers:
+        assert isinstance(answer, KeysValues), repr(answer)
+        assert_same(answer, FIRST)
+    return FIRST
+
+
 def all_hear_the_same(kind: type[Exception]) -> Verdict:
     def verdict(answers: list[Answer], computing: Answer) -> None:
         assert isinstance(computing, kind), repr(computing)
@@ -103,7 +112,8 @@ class Ending:
     Attributes:
         end: makes it happen, when everybody waits.
         heard: what the waiters get; returns what is stored then.
-        of_claims: the same where a claim is held in a `with`, if that differs.
+        of_claims, of_workers: the same where a claim is held in a `with`, and where a worker computes for a task, if
+            that differs.
         sides: whether it can happen to a side, by its name.
         within: how a task runs its work.
         own_loop: whether the task needs a loop that nobody else uses.
@@ -114,6 +124,7 @@ class Ending:
     end: Callable[[Cell], object]
     heard: Verdict
     of_claims: Verdict | None = None
+    of_workers: Verdict | None = None
     sides: Callable[[str], bool] = lambda side: not of("dropped claim")(side)
     within: Within = plainly
     own_loop: bool = False
@@ -195,23 +206,27 @@ def claim_is_failed(cell: Cell) -> None:
     cell.side.there(lambda: cell.side.claim.fail(BrokenModelError()))
 
 
-def meanwhile(act: Callable[[KVPool], object]) -> Callable[[Cell], None]:
+def by_a_thread(act: Callable[[KVPool], object]) -> Callable[[Cell], None]:
     """A thread does something to the pool."""
-
-    def end(cell: Cell) -> None:
-        Background(lambda: act(cell.pool)).result()
-        cell.side.open()
-
-    return end
+    return lambda cell: Background(lambda: act(cell.pool)).result()
 
 
-def meanwhile_by_a_task(act: Callable[[AsyncKVPool], Awaitable[object]]) -> Callable[[Cell], None]:
+def by_tasks(act: Callable[[AsyncKVPool], Awaitable[object]]) -> Callable[[Cell], None]:
+    """A task of each loop does something to the pool, one after the other."""
+
     def end(cell: Cell) -> None:
         for portal in cell.portals.all():
             portal.call(act, AsyncKVPool(cell.pool))
-        cell.side.open()
 
     return end
+
+
+def and_goes_on(end: Callable[[Cell], None]) -> Callable[[Cell], None]:
+    def and_open(cell: Cell) -> None:
+        end(cell)
+        cell.side.open()
+
+    return and_open
 
 
 def waiters_time_out(cell: Cell) -> None:
@@ -302,26 +317,50 @@ ENDINGS: dict[str, Ending] = {
     "makes what does not fit": Ending(makes_what_does_not_fit, all_hear_the_same(InvalidArgumentError), one_takes_over),
     "cannot be copied": Ending(is_not_copied, all_hear_the_same(MemoryError), one_takes_over),
     "is interrupted": Ending(is_interrupted, one_takes_over, sides=with_a_thread_of_its_own),
-    "is cut off by its scope": Ending(is_cut_off_by_its_scope, one_takes_over, sides=of_a_loop, within=in_a_scope),
+    "is cut off by its scope": Ending(
+        is_cut_off_by_its_scope,
+        one_takes_over,
+        of_workers=all_get_the_result,
+        sides=of_a_loop,
+        within=in_a_scope,
+    ),
     "runs out of its scope's time": Ending(
-        runs_out_of_its_scopes_time, one_takes_over, sides=of_a_loop, within=in_a_scope
+        runs_out_of_its_scopes_time,
+        one_takes_over,
+        of_workers=all_get_the_result,
+        sides=of_a_loop,
+        within=in_a_scope,
     ),
     "is cut off by asyncio's cancel": Ending(is_cut_off_by_asyncio, one_takes_over, sides=of_asyncio, within=in_a_task),
     "is cut off by asyncio's wait_for": Ending(
         is_cut_off_by_wait_for, one_takes_over, sides=of_asyncio, within=under_wait_for
     ),
-    "loses its loop": Ending(loses_its_loop, one_takes_over, sides=of_a_loop, own_loop=True),
-    "is left behind by its loop": Ending(is_left_behind, one_takes_over, sides=of_asyncio, side=LeftBehindSide),
+    "loses its loop": Ending(
+        loses_its_loop, one_takes_over, of_workers=all_get_the_result, sides=of_a_loop, own_loop=True
+    ),
+    "is left behind by its loop": Ending(
+        is_left_behind,
+        one_takes_over,
+        of_workers=all_others_get_the_result,
+        sides=of_asyncio,
+        side=LeftBehindSide,
+    ),
     "claim is dropped": Ending(goes_on, one_takes_over, sides=of("dropped claim")),
     "claim is abandoned": Ending(claim_is_abandoned, one_takes_over, sides=of("claim")),
     "claim is failed": Ending(claim_is_failed, all_hear_that_it_failed, sides=of("claim")),
-    "pool is closed by a thread": Ending(meanwhile(KVPool.close), all_hear_that_it_closed),
-    "pool is closed by a task": Ending(meanwhile_by_a_task(AsyncKVPool.close), all_hear_that_it_closed),
-    "pool is cleared by a thread": Ending(meanwhile(KVPool.clear), all_get_the_result_and_it_is_not_kept),
-    "pool is cleared by a task": Ending(meanwhile_by_a_task(AsyncKVPool.clear), all_get_the_result_and_it_is_not_kept),
-    "version is bumped by a thread": Ending(meanwhile(KVPool.bump_version), all_get_the_result_and_it_is_not_kept),
+    "pool is closed by a thread": Ending(by_a_thread(KVPool.close), all_hear_that_it_closed),
+    "pool is closed by a task": Ending(by_tasks(AsyncKVPool.close), all_hear_that_it_closed),
+    "pool is cleared by a thread": Ending(
+        and_goes_on(by_a_thread(KVPool.clear)), all_get_the_result_and_it_is_not_kept
+    ),
+    "pool is cleared by a task": Ending(
+        and_goes_on(by_tasks(AsyncKVPool.clear)), all_get_the_result_and_it_is_not_kept
+    ),
+    "version is bumped by a thread": Ending(
+        and_goes_on(by_a_thread(KVPool.bump_version)), all_get_the_result_and_it_is_not_kept
+    ),
     "version is bumped by a task": Ending(
-        meanwhile_by_a_task(AsyncKVPool.bump_version), all_get_the_result_and_it_is_not_kept
+        and_goes_on(by_tasks(AsyncKVPool.bump_version)), all_get_the_result_and_it_is_not_kept
     ),
     "waiters time out": Ending(waiters_time_out, all_get_the_result),
     "waiters are cancelled": Ending(waiters_are_cancelled, all_get_the_result),

@@ -17,7 +17,9 @@ import torch
 from easydict import EasyDict
 from torch import Tensor
 
-__all__ = ["SHAPES", "Shape", "Walk", "make_world_model", "quietly"]
+torch.set_num_threads(1)  # more only get in each other's way: the matrices are small
+
+__all__ = ["SHAPES", "Shape", "Walk", "assert_same_outputs", "make_world_model", "quietly"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def make_world_model(shape: Shape, *, seed: int = 0, zero_heads: bool = False, *
 class Walk:
     """Searches over several episodes, the same for every model that is walked: which nodes and actions are drawn.
 
-    One `root()` and many `simulate()` make a search. Trees grow at random; what the models answer decides nothing
-    but the states they are asked for next, which are the first model's.
+    One `root()` and many `simulate()` make a search, `act()` ends it. Trees grow at random, and no edge twice; what the
+    models answer decides nothing but the states they are asked for next, which are the first model's.
     """
 
     shape: Shape
@@ -126,38 +128,40 @@ class Walk:
 
     def new_episode(self) -> None:
         """The next root begins an episode in every environment."""
+        self.rows = self.env_num
         self.observation = self._observe()
-        self.action: list[Any] = [-1] * self.env_num
-        self.timestep = np.zeros(self.env_num, dtype=np.int64)
+        self.action: list[Any] = [-1] * self.rows
+        self.timestep = np.zeros(self.rows, dtype=np.int64)
 
     def _observe(self) -> Tensor:
         size = self.shape.observation
-        return torch.randn(self.env_num, *(size if isinstance(size, tuple) else (size,)), generator=self.generator)
+        return torch.randn(self.rows, *(size if isinstance(size, tuple) else (size,)), generator=self.generator)
 
-    def _actions(self) -> list[Any]:
+    def _draw_actions(self) -> list[Any]:
         if self.shape.continuous:
-            size = (self.env_num, self.shape.action_space_size)
+            size = (self.rows, self.shape.action_space_size)
             return list(self.random.uniform(-1, 1, size).astype(np.float32))
-        return list(self.random.integers(0, self.shape.action_space_size, self.env_num))
+        return list(self.random.integers(0, self.shape.action_space_size, self.rows))
 
-    def root(self, models: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """A new search; returns what each model answers."""
-        current = self._observe()
+    def root(self, models: Sequence[Any], current: Tensor | None = None) -> list[tuple[Any, ...]]:
+        """A new search, from `current` where it is given; returns what each model answers."""
+        current = self._observe() if current is None else current
         device = models[0].device
         asked = {"obs": self.observation.to(device), "action": self.action, "current_obs": current.to(device)}
         answers = [model.forward_initial_inference(dict(asked), self.timestep) for model in models]
-        self.observation, self.action = current, self._actions()
+        self.observation, self.action = current, self._draw_actions()
         self.nodes = [answers[0][1].cpu().numpy()]
-        self.depths = [np.zeros(self.env_num, dtype=np.int64)]
+        self.depths = [np.zeros(self.rows, dtype=np.int64)]
+        self.edges: set[tuple[int, int, int]] = set()
         self.simulation = 0
         return answers
 
-    def simulate(self, models: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """One simulated step of every environment; returns what each model answers."""
-        parents = self.random.integers(0, len(self.nodes), self.env_num)
-        states = np.stack([self.nodes[parent][row] for row, parent in enumerate(parents)])
-        depths = np.array([self.depths[parent][row] for row, parent in enumerate(parents)])
-        actions = torch.from_numpy(np.array(self._actions())).to(models[0].device)
+    def simulate(self, models: Sequence[Any], parents: Sequence[int] | None = None) -> list[tuple[Any, ...]]:
+        """One simulated step of every environment, from `parents` where they are given; what each model answers."""
+        drawn = [self._edge(row, None if parents is None else parents[row]) for row in range(self.rows)]
+        states = np.stack([self.nodes[parent][row] for row, (parent, _) in enumerate(drawn)])
+        depths = np.array([self.depths[parent][row] for row, (parent, _) in enumerate(drawn)])
+        actions = torch.from_numpy(np.array([action for _, action in drawn])).to(models[0].device)
         answers = [
             model.forward_recurrent_inference([(states, actions)], self.simulation, depths.tolist(), self.timestep)
             for model in models
@@ -167,6 +171,37 @@ class Walk:
         self.simulation += 1
         return answers
 
+    def _edge(self, row: int, parent: int | None) -> tuple[int, Any]:
+        """A node of a row's tree and an action that was not tried there yet."""
+        while True:
+            node = int(self.random.integers(0, len(self.nodes))) if parent is None else parent
+            if self.shape.continuous:
+                return node, self.random.uniform(-1, 1, self.shape.action_space_size).astype(np.float32)
+            action = int(self.random.integers(0, self.shape.action_space_size))
+            if (row, node, action) not in self.edges:
+                self.edges.add((row, node, action))
+                return node, action
+
     def act(self) -> None:
         """The environments step on."""
         self.timestep = self.timestep + 1
+
+    def lose_root(self, row: int) -> None:
+        """The next root of `row` follows a state that no cache knows, so its context is shorter than the others'."""
+        self.observation = self.observation.clone()
+        self.observation[row] += 1
+
+    def finish(self, row: int) -> None:
+        """The environment of a row has ended: later rows move up, in what comes; what came before still has its row."""
+        self.rows -= 1
+        self.timestep = np.delete(self.timestep, row)
+
+
+def assert_same_outputs(answers: Sequence[tuple[Any, ...]]) -> None:
+    """Every model gave the same outputs, bit for bit."""
+    first, *others = answers
+    for other in others:
+        for ours, theirs in zip(first, other, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert torch.equal(ours, theirs)

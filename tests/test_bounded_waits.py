@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from concurrent_kv import (
@@ -26,11 +28,13 @@ from concurrent_kv.ledger import Ledger
 from concurrent_kv.locks import Deadline
 from tests.async_operations import OPERATIONS, World
 from tests.async_support import LOOPS, run_on, shards_held
+from tests.conftest import MakePool
 from tests.guards import Removal, shown_by
 from tests.support import LAYOUT, WINDOW, append, config, tokens
 from tests.threading_support import JOIN_SECONDS, Background
 
 LIMIT = 0.005
+SHORT = 0.5  # seconds after which something has not happened
 SURFACES = ["thread", *LOOPS]
 
 
@@ -153,6 +157,43 @@ def get_or_compute(pool: KVPool, surface: str) -> KeysValues:
         return pool.get_or_compute("key", lambda: tokens(1, 2))
     kv: KeysValues = run_on(surface, AsyncKVPool(pool).get_or_compute, "key", lambda: tokens(1, 2))
     return kv
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_who_asks_for_a_computation_waits_for_a_shard_no_longer_than_its_own_timeout(
+    make_pool: MakePool, surface: str
+) -> None:
+    pool = make_pool(wait_timeout=SHORT)
+    with (
+        shards_held(pool),
+        pytest.raises(WaitTimeoutError, match=r"shard \d+ was not free for reading within 0\.005 s$"),
+    ):
+        call(surface, pool, lambda pool: pool.get_or_compute("key", lambda: tokens(1, 2), timeout=LIMIT))
+
+
+# --- worker threads -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_task_waits_for_a_worker_no_longer_than_its_timeout(pool: KVPool, loop: str) -> None:
+    """The one worker waits for a shard, for longer than the task will."""
+    aio = AsyncKVPool(pool, max_workers=1)
+
+    async def main() -> bool:
+        heard = False
+        with shards_held(pool) as let_go:
+            async with anyio.create_task_group() as group:
+                group.start_soon(aio.get, "key")
+                while not aio.offload_stats().worker_count:
+                    await anyio.lowlevel.checkpoint()
+                with anyio.move_on_after(SHORT):
+                    with pytest.raises(WaitTimeoutError):
+                        await aio.get("key", timeout=LIMIT)
+                    heard = True
+                let_go()
+        return heard
+
+    assert run_on(loop, main)
 
 
 # --- without a limit ------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError, loading
-from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable, wait_in_thread
+from concurrent_kv.flight_waiting import wait_in_thread
+from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable
 from concurrent_kv.locks import Deadline
 from tests.flight_support import Computation, counted_waiters
 from tests.guards import Removal, shown_by
@@ -191,7 +192,7 @@ def what_everyone_gets() -> object:
 
 
 def one_result_for_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KeysValues, "copy", lambda self: self)
+    patch.setattr(KeysValues, "copy", lambda self, device=None: self)
 
 
 def test_without_copies_everyone_would_write_to_what_the_others_got() -> None:

@@ -73,7 +73,10 @@ def test_however_a_computation_ends_all_who_wait_for_it_go_on(
             if not ending.own_loop:
                 side.open()
             computing = side.answer()
-    heard = ending.of_claims if side.how == "claim" and ending.of_claims is not None else ending.heard
+    heard = {"claim": ending.of_claims, "sync": None if side_name.startswith("thread") else ending.of_workers}.get(
+        side.how
+    )
+    heard = heard or ending.heard
     stored = heard(answers, computing)
     assert waiting.takes_over.runs == (1 if heard is one_takes_over else 0)
     assert ending.leaves_wakers or flight.wakers == []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from concurrent_kv import (
     InvalidArgumentError,
     InvalidTypeError,
     KeysValues,
+    KVCacheManager,
     KVPool,
     RecursiveComputationError,
     WaitTimeoutError,
@@ -285,3 +287,16 @@ def test_closing_the_pool_ends_claims(pool: KVPool) -> None:
         pool.get_or_compute("key", Computation(opened=True))
     with pytest.raises(ClosedError):
         pool.try_claim("key")
+
+
+def test_closing_a_manager_wakes_who_waits_in_any_of_its_pools(manager: KVCacheManager) -> None:
+    pools = [*manager.init_pools, manager.recur_pool, manager.wm_pool]
+    claims = [pool.try_claim("key") for pool in pools]
+    with counted_waiters() as waiters:
+        waiting = [Background(partial(pool.get_or_compute, "key", Computation(opened=True))) for pool in pools]
+        waiters.wait_for(len(pools))
+        manager.close()
+    for claim, waiter in zip(claims, waiting, strict=True):
+        assert claim.over
+        with pytest.raises(ClosedError):
+            waiter.result()

@@ -6,12 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+import torch
 
 from concurrent_kv import (
     AsyncKVPool,
@@ -23,7 +25,8 @@ from concurrent_kv import (
 from concurrent_kv.aio import offload
 from concurrent_kv.aio import pool as aio_pool
 from concurrent_kv.aio.offload import INLINE_WAIT_SECONDS, Offload
-from concurrent_kv.flights import Claim, Flight, Waker, wait_in_thread
+from concurrent_kv.flight_waiting import wait_in_thread
+from concurrent_kv.flights import Claim, Flight, Waker
 from concurrent_kv.locks import Deadline
 from tests.async_support import LOOPS, SeenPool, run_on, shards_held
 from tests.flight_support import counted_waiters
@@ -93,6 +96,25 @@ def test_without_a_bound_on_its_bytes_a_copy_would_hold_the_loop() -> None:
     shown_by(whether_a_large_copy_is_made_on_the_loops_thread, False, copying_whatever_it_costs)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_copy_of_any_size_is_issued_to_a_gpu_on_the_loops_thread(device: str) -> None:
+    storage: Any = SimpleNamespace(
+        name="pool",
+        layout=SimpleNamespace(device=torch.device(device)),
+        ledger=SimpleNamespace(abandoned=[]),
+        wait_timeout=1.0,
+    )
+    runs = Offload(storage, inline_wait_seconds=0.0, inline_bytes=1, inline_entries=1, max_workers=1)
+
+    async def main() -> bool:
+        def issue(timeout: float) -> int:
+            return threading.get_ident()
+
+        return await runs.run(issue, copied_bytes=10**12) == threading.get_ident()
+
+    assert run_on("trio", main) == (device == "cuda")
+
+
 # --- limiters ---------------------------------------------------------------------------------------------------------
 
 
@@ -127,42 +149,44 @@ def test_a_limiter_that_two_loops_share_would_break_the_second() -> None:
     shown_by(two_loops_with_one_facade, [True, True], one_limiter_for_all_loops)
 
 
-def what_a_computation_gets_that_waits_for_one_that_has_to_store() -> object:
-    """It holds the one worker for computations; the other task reads and stores through workers."""
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
+def whether_a_task_can_store_what_a_computation_waits_for() -> object:
+    """It holds the one worker for computations; the task reads and stores through workers."""
+    pool = KVPool(LAYOUT, 4, wait_timeout=JOIN_SECONDS)
     aio = AsyncKVPool(pool, max_workers=1, inline_bytes=0)
+    begun, stored = threading.Event(), threading.Event()
+    in_time: list[bool] = []
 
-    async def parent() -> KeysValues:
-        await anyio.to_thread.run_sync(waiters.wait_for, 1)
+    def waits() -> KeysValues:
+        begun.set()
+        in_time.append(stored.wait(10 * SHORT))
         return tokens(1, 2)
-
-    def child() -> KeysValues:
-        return pool.get_or_compute("parent", lambda: tokens(9, 2))
 
     async def main() -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(aio.get_or_compute, "parent", parent)
-            while not len(pool.flights):
+            group.start_soon(aio.get_or_compute, "key", waits)
+            while not begun.is_set():
                 await anyio.lowlevel.checkpoint()
-            try:
-                found.append((await aio.get_or_compute("child", child)).lengths)
-            except WaitTimeoutError as error:
-                found.append(type(error))
+            await aio.put("other", tokens(2, 2))
+            stored.set()
 
-    found: list[object] = []
-    with counted_waiters() as waiters:
-        run_on("asyncio", main)
-    return found
+    run_on("asyncio", main)
+    return in_time
 
 
 def computing_among_the_operations(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Offload, "compute", Offload.in_worker)
+    init = Offload.__init__
+
+    def with_one_limiter(self: Offload, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        self._computing_limiter = self._limiter
+
+    patch.setattr(Offload, "__init__", with_one_limiter)
 
 
 def test_computations_among_the_operations_would_keep_the_workers_that_they_wait_for() -> None:
     shown_by(
-        what_a_computation_gets_that_waits_for_one_that_has_to_store,
-        [(2,)],
+        whether_a_task_can_store_what_a_computation_waits_for,
+        [True],
         computing_among_the_operations,
     )
 

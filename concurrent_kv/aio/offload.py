@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-import torch
 
+from ..cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..flights import Flight, lend_place, timed_out, waiting_for
+from ..flight_waiting import lend_place, timed_out, waiting_for
+from ..flights import Flight
 from ..layout import positive_int
 from ..locks import Caller, Deadline, NotOnLoopError, caller
 from ..storage import check_seconds
 from .cell import Cell
-from .places import call_soon_here, holding
+from .places import call_soon_here, holding, taken
 
 if TYPE_CHECKING:
     from ..storage import KVStorage
@@ -105,6 +106,8 @@ class Offload:
         entries: int = 1,
         timeout: float | None = None,
         undo: Callable[[T], object] | None = None,
+        waits_for_device: bool = False,
+        streams: AbstractContextManager[object] | None = None,
         **options: Any,
     ) -> T:
         """Run `operation(*args, timeout=..., **options)`, perhaps twice: its arguments must bear that.
@@ -114,15 +117,21 @@ class Offload:
             entries: about so many entries are looked up, stored or removed by it.
             timeout: seconds it may wait in all.
             undo: called with a result that nobody will take; it must take no lock.
+            waits_for_device: whether it returns only when the device has done its work.
+            streams: the current streams it runs in; those of its caller if left out.
         """
+        # Looked up before any hop: which stream is current belongs to the thread, and other tasks change it.
+        streams = streams or current_streams()
         await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
         # What somebody dropped unclosed is released by the next operation, for which a loop has no time.
-        if self._is_small(copied_bytes, entries) and not self.storage.ledger.abandoned:
+        small = self._is_small(copied_bytes, entries) and not waits_for_device
+        if small and not self.storage.ledger.abandoned:
             # It ends before its task can be cancelled: the one caller serves all.
             before = caller.set(self._on_loop)
             try:
-                result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
+                with streams:
+                    result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
             except WaitTimeoutError as error:
                 # Nothing has happened: the same call can be made again, where it may wait.
                 if limit <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
@@ -133,29 +142,60 @@ class Offload:
                 return result
             finally:
                 caller.reset(before)
-        return await self.in_worker(partial(operation, *args, timeout=limit, **options), undo)
+        making = partial(operation, *args, timeout=limit, **options)
+        return await self._in_worker(making, undo, streams, seconds=limit)
 
-    async def copy(self, operation: Callable[[], T], copied_bytes: int) -> T:
+    async def copy(
+        self, operation: Callable[[], T], copied_bytes: int, streams: AbstractContextManager[object] | None = None
+    ) -> T:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
-        return operation() if self._is_small(copied_bytes) else await self.in_worker(operation)
+        streams = streams or current_streams()
+        if self._is_small(copied_bytes):
+            with streams:
+                return operation()
+        return await self.in_worker(operation, streams)
 
-    async def compute(self, operation: Callable[[], T]) -> T:
-        """Run a user's function in a worker thread. If its task is cancelled by asyncio, it runs on, for nobody."""
+    async def compute(
+        self,
+        operation: Callable[[], Any],
+        deliver: Callable[[Any], T],
+        around: AbstractContextManager[None],
+        deadline: Deadline,
+        streams: AbstractContextManager[object] | None = None,
+    ) -> T:
+        """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
+
+        If its task is cancelled by asyncio, the function runs on to its end, and `deliver` takes no effect any more.
+
+        Raises:
+            WaitTimeoutError: no worker became free in time; the function has not begun.
+        """
         limiter = self._limiter_here(self._computing_limiter)
-        with lend_place.get()():  # by a computation that came here for another one
-            return await self._in_worker(holding(limiter, operation), None, limiter, revocable=False)
 
-    async def in_worker(self, operation: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-        """Run `operation()` in a worker thread, in the caller's device stream.
+        def work() -> T:
+            with around:
+                for_task = caller.get()
+                caller.set(None)
+                made = operation()
+                caller.set(for_task)
+                return deliver(made)
+
+        with lend_place.get()():  # by a computation that came here for another one
+            held = holding(limiter, work)
+            return await self._in_worker(held, None, streams, seconds=deadline.left(), limiter=limiter)
+
+    async def in_worker(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
+        """Run `operation()` in a worker thread, in the caller's device streams unless `streams` says otherwise.
 
         A task that is cancelled through anyio's scopes waits for the worker, whose waits are bounded. asyncio's own
         `cancel()` does not wait; what the worker then makes is undone.
         """
-        return await self._in_worker(operation, undo, self._limiter)
+        return await self._in_worker(operation, None, streams)
 
-    async def in_worker_whole(self, operation: Callable[[], T]) -> T:
+    async def in_worker_whole(self, operation: Callable[[], T], timeout: float | None = None) -> T:
         """As `in_worker`, for what takes effect in several steps: cut off before it begins, or not at all."""
-        return await self._in_worker(operation, None, self._limiter, revocable=False)
+        seconds = None if timeout is None else check_seconds("timeout", timeout)
+        return await self._in_worker(operation, None, seconds=seconds, revocable=False)
 
     async def to_the_end(self, operation: Callable[[], object]) -> None:
         """Run `operation()`, which can be called twice, in a worker thread to its end, however the task is cancelled.
@@ -174,7 +214,7 @@ class Offload:
             while True:
                 try:
                     # Queues for nobody's worker: what closes gives room to those who have them.
-                    await self._in_worker(work, None, anyio.CapacityLimiter(1), revocable=False)
+                    await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
                     break
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled = error
@@ -191,25 +231,33 @@ class Offload:
         self,
         operation: Callable[[], T],
         undo: Callable[[T], object] | None,
-        limiter: Limiter | anyio.CapacityLimiter,
+        streams: AbstractContextManager[object] | None = None,
         *,
+        seconds: float | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
         revocable: bool = True,
     ) -> T:
+        """Run `operation()` in a worker, once one of `limiter` is free, which is waited for `seconds` at most."""
+        if seconds is None:
+            seconds = self.storage.wait_timeout
+        if limiter is None:
+            limiter = self._limiter_here(self._limiter)
         with self._counter_lock:
             self._worker_count += 1
         cell: Cell[T] = Cell(undo)
-        context = self._caller_stream()
+        streams = streams or current_streams()
         task = Caller()
 
         def work() -> None:
             if task.left:
                 return
             caller.set(task if revocable else None)  # in the copy of the context that a worker runs in
-            with context:
+            with streams:
                 cell.deliver(operation())
 
         try:
-            await anyio.to_thread.run_sync(work, limiter=self._limiter_here(limiter))
+            async with taken(limiter, seconds, self.storage.name):
+                await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
         except BaseException:
             task.left = True
             cell.leave()
@@ -221,16 +269,8 @@ class Offload:
             copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu"
         )
 
-    def _caller_stream(self) -> AbstractContextManager[Any]:
-        """The stream is looked up here, in the caller's thread: a worker has a current stream of its own."""
-        if self.storage.layout.device.type == "cpu":
-            return nullcontext()
-        return torch.cuda.stream(self.storage.clock.current())
-
-    def _limiter_here(self, limiter: Limiter | anyio.CapacityLimiter) -> anyio.CapacityLimiter:
+    def _limiter_here(self, limiter: Limiter) -> anyio.CapacityLimiter:
         """A limiter of the current event loop."""
-        if isinstance(limiter, anyio.CapacityLimiter):
-            return limiter
         try:
             return limiter.get()
         except LookupError:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequenc
 from functools import partial
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from ..arguments import check_env_ids, check_keys, list_or_none
@@ -52,6 +53,7 @@ class AsyncSearch:
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """See `Search.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
         keys = check_keys(keys)
@@ -66,6 +68,7 @@ class AsyncSearch:
             room=room,
             out=out,
             timeout=timeout,
+            stream=stream,
         )
 
     async def commit(
@@ -77,6 +80,7 @@ class AsyncSearch:
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> None:
         """See `Search.commit`."""
         keys = check_keys(keys)
@@ -90,6 +94,7 @@ class AsyncSearch:
             overflow=overflow,
             sides=list_or_none("sides", sides),
             timeout=timeout,
+            stream=stream,
         )
 
     async def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
 from concurrent_kv.locks import Deadline, ShardedRWLock
-from concurrent_kv.tensors import Indices, SlotTensor
+from concurrent_kv.tensors import Block, Indices, SlotTensor
 
 from .scheduler import BrokenPromiseError, Scheduler, Task
 
@@ -174,6 +174,7 @@ class ModelTensor(SlotTensor):
         slots: Indices,
         difference: Tensor | None = None,
         runs: int = 0,
+        block: Block | None = None,
     ) -> tuple[Tensor, ...]:
         assert difference is None, "programs commit without corrections"
         taken = slots.tolist()

@@ -52,7 +52,6 @@ def root_contexts(
 ) -> list[int]:
     """Make the contexts of the previous roots the model's `keys_values_wm`; returns each row's length."""
     session = kv.session
-    session.forget_nodes()
     batch = session.gather(session.keys_of(last_obs_embeddings[:rows]))
     hits = batch.hits.count(True)
     if hits < rows:
@@ -153,8 +152,10 @@ def store_roots(world_model: Any, kv: Attachment, latent_state: Tensor) -> None:
     session.close_batch()
     with torch.no_grad():
         rows = _within_window(contexts.packed, contexts.size, kv.overflow(world_model))
-    for index, (env_id, key) in enumerate(session.keys_of(latent_state)):
-        session.manager.set_init_cache(env_id, (env_id, key), KeysValues.from_packed(rows[:, index : index + 1]))
+    keys = session.keys_of(latent_state)
+    for row, key in enumerate(keys):
+        session.manager.set_init_cache(key[0], key, KeysValues.from_packed(rows[:, row : row + 1]))
+    session.adopt_roots(keys)
 
 
 def _within_window(packed: Tensor, size: int, overflow: Overflow) -> Tensor:

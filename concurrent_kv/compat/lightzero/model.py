@@ -161,6 +161,7 @@ def _roots(
     start_pos: Any,
 ) -> Any:
     """The model's outputs for new roots, which are stored: an episode's first ones, or what follows the previous."""
+    kv.session.begin()
     rows = current_obs_embeddings.shape[0]
     observed = {"obs_embeddings": current_obs_embeddings}
     if _is_first_step(world_model, batch_action):

@@ -46,6 +46,7 @@ class SearchSession(threading.local):
         self.keys_values_wm_size_list: list[int] = []
         self.keys_values_wm_size_list_current: list[int] = []
         self.reanalyze_phase = False
+        self._roots: Sequence[NodeKey] = ()
         self._buffers: dict[int, LightZeroKeysValues] = {}
 
     def keys_of(self, latent_states: State) -> list[NodeKey]:
@@ -55,14 +56,21 @@ class SearchSession(threading.local):
     def gather(self, keys: Sequence[NodeKey]) -> Batch:
         """The contexts of `keys`, one for each of the first environments, in this thread's buffer of that size."""
         self.close_batch()
+        self.keys = keys
+        self.batch = self._open().gather(keys, self.env_ids[: len(keys)], out=self.buffer(len(keys)).packed)
+        return self.batch
+
+    def _open(self) -> Search:
         search = self.search
-        if search is None or search.closed:
+        if search is None:
             nodes = len(self.env_ids) * (self.manager.config.num_simulations + 1)
             search = self.search = self.manager.search(self.env_ids, entries=nodes, tokens=nodes * self.tokens_per_node)
-        buffer = self.buffer(len(keys))
-        self.keys = keys
-        self.batch = search.gather(keys, self.env_ids[: len(keys)], out=buffer.packed)
-        return self.batch
+        return search
+
+    def adopt_roots(self, keys: Sequence[NodeKey]) -> None:
+        """Keep these roots for this thread's search, whatever others clear or store from here on."""
+        self._open().gather(keys, self.env_ids[: len(keys)]).close()
+        self._roots = keys
 
     def buffer(self, rows: int) -> LightZeroKeysValues:
         """This thread's buffer for batches of `rows` rows: always the same memory, as captured graphs need it."""
@@ -72,10 +80,17 @@ class SearchSession(threading.local):
         return buffer
 
     def forget_nodes(self) -> None:
-        """Release every node of this thread's search, and the roots that it adopted; its reservation stays."""
+        """Release every node of this thread's search. Its roots stay, and so does what it reserved."""
         self.close_batch()
         if self.search is not None and not self.search.closed:
-            self.search.keep(())
+            self.search.keep(self._roots)
+
+    def begin(self) -> None:
+        """A new search: release the nodes and the roots of the previous one, which may have been ended from outside."""
+        self._roots = ()
+        self.forget_nodes()
+        if self.search is not None and self.search.closed:
+            self.search = None
 
     def close_batch(self) -> None:
         """Let go of the parents of a step that did not end."""
