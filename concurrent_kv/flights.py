@@ -52,7 +52,7 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "owner", "ready", "result", "state", "waits_for", "wakers")
+    __slots__ = ("error", "key", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
@@ -62,6 +62,7 @@ class Flight:
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
         self.waits_for: list[Flight] = []  # whose results its computation waits for just now
 
     def needs_one_of(self, flights: frozenset[Flight]) -> bool:
@@ -135,6 +136,7 @@ class FlightTable:
                 self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
                 return True
+            claim.late = flight.settling
         del dead
         claim.mine, claim.flight = False, flight
         if flight in computing_here.get():
@@ -205,6 +207,8 @@ class Claim:
     Attributes:
         mine: whether the caller is the one to compute; False where somebody else is at it.
         flight: the computation; set by `FlightTable.join`.
+        late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
+            look it up again instead of taking what the flight carries.
     """
 
     flight: Flight
@@ -213,6 +217,7 @@ class Claim:
         self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, device: torch.device
     ) -> None:
         self.mine = True
+        self.late = False
         self._device = device
         self._table = table
         self._store = store
@@ -233,7 +238,12 @@ class Claim:
             InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
         """
         self._check_mine()
-        stored = self._store(kv, timeout=timeout)
+        self.flight.settling = True
+        try:
+            stored = self._store(kv, timeout=timeout)
+        except BaseException:
+            self.flight.settling = False
+            raise
         self.pass_on(kv)
         return stored
 

@@ -63,8 +63,8 @@ class _Runner:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.world = World(settings)
-        self.failures = Failures()
         self.over = threading.Event()
+        self.failures = Failures(self.over)
         self.gate = Gate()
         self.faults = Faults(self.world)
         self.run = Run(self.world, self.faults, self.gate, self.failures, Computations(), self.over)
@@ -159,8 +159,8 @@ class _Runner:
     def _conduct(self) -> None:
         """Quiet moments now and then, until the time is over."""
         end = monotonic() + self.settings.seconds
-        while not self.failures.enough and (left := end - monotonic()) > 0:
-            pause = min(left, max(1.0, min(QUIET_SECONDS, self.settings.seconds / 3)))
+        while (left := end - monotonic()) > 0:
+            pause = min(left, min(QUIET_SECONDS, self.settings.seconds / 3))
             if self.over.wait(pause):
                 break
             self._quiet()

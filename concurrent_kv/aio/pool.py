@@ -282,7 +282,12 @@ class AsyncKVPool:
             if mine:
                 return await self._compute(joined, key, scope, compute, deadline, streams)
             await wait_in_task(joined.flight, deadline, pool.name)
-            found = await self._outcome(joined.flight, streams)
+            if joined.late and joined.flight.state is FlightState.DONE:
+                found = await self._read(
+                    self.sync.peek, key, scope=scope, to=None, streams=streams, timeout=deadline.left()
+                )
+            else:
+                found = await self._outcome(joined.flight, streams)
         return found
 
     async def _compute(
@@ -297,7 +302,9 @@ class AsyncKVPool:
         with joined, joined.computing():
             with heard_by_all(joined):
                 # Another flight may have ended between the caller's lookup and its claim.
+                joined.flight.settling = True
                 kv = await self._read(self.sync.peek, key, scope=scope, to=None, streams=streams)
+                joined.flight.settling = kv is not None
                 if kv is not None:
                     await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
                 elif inspect.iscoroutinefunction(compute):
