@@ -225,11 +225,9 @@ class Claim:
         """Hand a result to everyone who waits, without storing it."""
         self._check_mine()
         stream = self._clock.current()
-        try:
-            with plain_torch_state():
-                result = kv.copy(self._device)
-        finally:
-            ready = self._clock.stamp(stream, (kv.keys, kv.values))
+        with plain_torch_state():
+            result = kv.copy(self._device)
+        ready = self._clock.stamp(stream)
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
@@ -328,11 +326,8 @@ def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
         assert flight.result is not None
         stream = clock.current()
         clock.order_after(stream, flight.ready)
-        try:
-            with plain_torch_state():
-                return flight.result.copy()
-        finally:
-            clock.stamp(stream, (flight.result.keys,))
+        with plain_torch_state():
+            return flight.result.copy()
     if flight.state is FlightState.FAILED:
         assert flight.error is not None
         raise flight.error

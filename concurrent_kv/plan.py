@@ -15,7 +15,7 @@ from .errors import InvalidArgumentError, WindowOverflowError
 from .kv import KeysValues
 from .moving import joined_on, upload
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, RaiseOnOverflow, check_overflow
-from .streams import NO_TICKS, Ticks, merge
+from .streams import NO_TICKS, Ticks
 from .tensors import Indices, plain_torch_state
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class WritePlan:
     columns: Indices  # [own tokens]
     difference: Tensor | None = None  # [2 * layers, kept, heads, head_dim], added to the first `runs` runs
     runs: int = 0
-    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)  # writes of the shared slots
+    # Writes of the shared slots, where nothing is copied: what copies comes after the gather, and so after them.
+    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)
     foreign_slots: int = 0  # shared slots that come from another pool, and count in this one's quota from now on
 
     @property
@@ -136,7 +137,7 @@ def plan_commit(
     whole = corrected | np.array([entry is None for entry in entries])
     columns = np.arange(window, dtype=np.int64)
     own = columns[None, :] >= (window - np.where(whole, kept, np.minimum(new, kept)))[:, None]
-    tables, shared_writes = _shared_tables(storage, entries, whole, new)
+    tables = _shared_tables(storage, entries, whole, new)
     tables[columns[None, :] < (window - kept)[:, None]] = 0
     tables[own] = 0
     which, at = np.nonzero(own)
@@ -153,7 +154,6 @@ def plan_commit(
         source=batch.data,
         rows=np.asarray(rows, dtype=np.int64)[which],
         columns=at - window + batch.end,
-        shared_writes=shared_writes,
     )
     if isinstance(overflow, DropAndCorrect) and corrected.any():
         lengths = kept[corrected]
@@ -190,18 +190,15 @@ def _overflowing(overflow: Overflow | None, total: Indices, window: int) -> tupl
 
 def _shared_tables(
     storage: KVStorage, entries: Sequence[Entry | None], whole: npt.NDArray[np.bool_], new: int
-) -> tuple[Indices, Ticks]:
+) -> Indices:
     """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
     window = storage.layout.max_tokens
     tables = np.zeros((len(entries), window), dtype=np.int64)
     sharing = [i for i, entry in enumerate(entries) if entry is not None and not whole[i]]
     parents = [entry for i in sharing if (entry := entries[i]) is not None]
-    ticks: Ticks = NO_TICKS
     if parents and new < window:
         tables[sharing, : window - new] = storage.ledger.tables_of(parents)[:, new:]
-        for parent in parents:
-            ticks = merge(ticks, parent.written)
-    return tables, ticks
+    return tables
 
 
 def _corrections(
