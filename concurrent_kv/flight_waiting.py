@@ -88,11 +88,8 @@ def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
         assert flight.result is not None
         stream = clock.current()
         clock.order_after(stream, flight.ready)
-        try:
-            with plain_torch_state():
-                return flight.result.copy()
-        finally:
-            clock.stamp(stream, (flight.result.keys,))
+        with plain_torch_state():
+            return flight.result.copy()
     if flight.state is FlightState.FAILED:
         assert flight.error is not None
         raise flight.error

@@ -251,11 +251,9 @@ class Claim:
         """Hand a result to everyone who waits, without storing it."""
         self._check_mine()
         stream = self._clock.current()
-        try:
-            with plain_torch_state():
-                result = kv.copy(self._device)
-        finally:
-            ready = self._clock.stamp(stream, (kv.keys, kv.values))
+        with plain_torch_state():
+            result = kv.copy(self._device)
+        ready = self._clock.stamp(stream)
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
