@@ -61,7 +61,7 @@ LEFT_OUT = [
     left_out("batch.py", "synchronize", "synchronize", "batch waited for by the host"),
     left_out("batch.py", "close", "finish", "gather, gather again"),
     left_out("flights.py", "pass_on", "stamp", "take|take"),
-    left_out("flights.py", "outcome", "order_after", "take|take"),
+    left_out("flight_waiting.py", "outcome", "order_after", "take|take"),
     left_out("moving.py", "joined_on", "_protect", "taken from a flight"),
     left_out("moving.py", "joined_on", "_protect", "put from another device's other stream", number=1),
     left_out("moving.py", "_protect", "protect", "put unpacked from elsewhere"),
