@@ -20,7 +20,7 @@ from .errors import (
 )
 from .flights import Claim
 from .integrity import IntegrityReport, RepairReport
-from .keys import hash_state
+from .keys import hash_state, hash_states
 from .kv import KeysValues
 from .layout import KVLayout
 from .manager import KVCacheManager
@@ -68,6 +68,7 @@ __all__ = [
     "WindowOverflowError",
     "WrongProcessError",
     "hash_state",
+    "hash_states",
 ]
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ __all__ = [
     "check_keys",
     "check_priorities",
     "check_sides",
+    "hash_all",
     "hash_of",
     "last_of_each",
     "list_or_none",
@@ -31,6 +32,16 @@ def hash_of(key: Hashable, name: str = "key") -> int:
         raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
 
 
+def hash_all(keys: Iterable[Hashable], name: str) -> None:
+    """Run the `__hash__` of every key, or raise an error that names the argument."""
+    key: Hashable = None
+    try:
+        for key in keys:
+            hash(key)
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
+
+
 def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
     """`keys` as a list of at least `minimum` hashables."""
     if isinstance(keys, (str, bytes)):
@@ -41,8 +52,7 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
         raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
     if len(keys) < minimum:
         raise InvalidArgumentError("keys must name at least one key, got none")
-    for key in keys:
-        hash_of(key, "keys")
+    hash_all(keys, "keys")
     return keys
 
 
@@ -54,8 +64,7 @@ def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
         checked = tuple(env_ids)
     except TypeError as error:
         raise InvalidTypeError(f"env_ids must be a sequence of environments, got {env_ids!r}") from error
-    for env_id in checked:
-        hash_of(env_id, "env_ids")
+    hash_all(checked, "env_ids")
     return checked
 
 
@@ -103,7 +112,8 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
 
 def last_of_each(keys: Sequence[Hashable]) -> list[int]:
     """Positions of the last occurrence of each key, in ascending order."""
-    return sorted({key: position for position, key in enumerate(keys)}.values())
+    last = {key: position for position, key in enumerate(keys)}
+    return sorted(last.values()) if len(last) < len(keys) else list(range(len(keys)))
 
 
 def slots_of_capacity(layout: KVLayout, max_entries: int, max_slots: int | None, max_bytes: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import anyio.lowlevel
 import anyio.to_thread
@@ -45,8 +46,8 @@ class Batch(Handle):
 
     Attributes:
         data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
-        hits: which rows were found.
-        side: the side data stored with each row's entry; None for misses that were not filled.
+        scope, generation: where, and as of when, its rows can be committed.
+        entries: what each row was gathered from; None for a miss.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Batch(Handle):
         generation: Generation,
         hold: Hold,
         entries: Sequence[Entry | None],
+        lengths: list[int],
         data: Tensor,
         start: int,
         *,
@@ -63,21 +65,23 @@ class Batch(Handle):
         uses: StreamUses | None = None,
     ) -> None:
         self.data = data
-        self.hits: tuple[bool, ...] = tuple(entry is not None for entry in entries)
-        self.side: tuple[object, ...] = tuple(None if entry is None else entry.side for entry in entries)
         self.scope = scope
         self.generation = generation
-        self.entries = list(entries)
+        self.entries = entries
         self._storage = storage
         self._hold = hold
+        hold.owner = ref(self)
         self._owns_buffer = owns_buffer
         self._uses = uses  # None on a CPU
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
-        self._gathered = [0 if entry is None else entry.length for entry in entries]
-        self._filled = [False] * len(self.entries)
-        self._committed = [False] * len(self.entries)
+        self._gathered = lengths
+        self._committed = [False] * len(entries)
+        # Made when they are asked for: not every model does.
+        self._parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
+        self._hits: tuple[bool, ...] | None = None
+        self._side: tuple[object, ...] | None = None
         self._padding: Tensor | None = None
 
     # What a model reads and writes ---------------------------------------------------------------------------------
@@ -86,6 +90,20 @@ class Batch(Handle):
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.entries)
+
+    @property
+    def hits(self) -> tuple[bool, ...]:
+        """Which rows were found."""
+        if self._hits is None:
+            self._hits = tuple(entry is not None for entry in self.entries)
+        return self._hits
+
+    @property
+    def side(self) -> tuple[object, ...]:
+        """The side data stored with each row's entry; None for misses that were not filled."""
+        if self._side is None:
+            self._side = tuple(None if entry is None else entry.side for entry in self.entries)
+        return self._side
 
     @property
     def keys(self) -> Tensor:
@@ -131,8 +149,9 @@ class Batch(Handle):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        end = self._ends[self._layer_number(index)]
-        return self.data[index, :, :, :end], self.data[self._layers + index, :, :, :end]
+        keys, values = self._parts_of(self._layer_number(index))
+        end = self._ends[index]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens after each row's newest, in one layer.
@@ -149,29 +168,42 @@ class Batch(Handle):
             ClosedError: the batch is closed.
         """
         self._check_open()
-        end = self._ends[self._layer_number(layer)]
-        layout = self._storage.layout
+        layer = self._layer_number(layer)
+        tokens = self._check_new(keys, values)
+        end = self._ends[layer]
+        new_end = self._check_room(end, tokens)
+        all_keys, all_values = self._parts_of(layer)
+        if self._uses is not None:
+            self.use_here(keys, values)
+        with writing_to(self.data):
+            all_keys.narrow(2, end, tokens).copy_(keys)
+            all_values.narrow(2, end, tokens).copy_(values)
+        self._ends[layer] = new_end
+        return all_keys.narrow(2, 0, new_end), all_values.narrow(2, 0, new_end)
+
+    def _parts_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        if not self._parts:
+            self._parts = self.data.unbind(0)
+        return self._parts[layer], self._parts[self._layers + layer]
+
+    def _check_new(self, keys: Tensor, values: Tensor) -> int:
+        """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""
+        data = self.data
         for name, tensor in (("keys", keys), ("values", values)):
             if not isinstance(tensor, Tensor):
                 raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dtype != self.data.dtype or tensor.device != self.data.device:
+            if tensor.dtype != data.dtype or tensor.device != data.device:
                 raise InvalidArgumentError(
-                    f"{name} must be {self.data.dtype} on {self.data.device}, got {tensor.dtype} on {tensor.device}"
+                    f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"
                 )
-        expected = (self.batch_size, layout.num_heads, keys.shape[2] if keys.dim() == 4 else -1, layout.head_dim)
-        if tuple(keys.shape) != expected or tuple(values.shape) != expected:
+        tokens = keys.shape[2] if keys.dim() == 4 else -1
+        expected = (*data.shape[1:3], tokens, data.shape[4])
+        if keys.shape != expected or values.shape != expected:
             raise InvalidArgumentError(
                 f"keys and values must have the shape [batch={expected[0]}, heads={expected[1]}, tokens, "
                 f"head_dim={expected[3]}], got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        new_end = self._check_room(end, keys.shape[2])
-        if self._uses is not None:
-            self.use_here(keys, values)
-        with writing_to(self.data):
-            self.data[layer, :, :, end:new_end] = keys
-            self.data[self._layers + layer, :, :, end:new_end] = values
-        self._ends[layer] = new_end
-        return self.layer(layer)
+        return tokens
 
     def _layer_number(self, layer: int) -> int:
         if positive_int("layer", layer, minimum=0) >= self._layers:
@@ -218,7 +250,7 @@ class Batch(Handle):
         self._check_open()
         if not 0 <= positive_int("row", row, minimum=0) < self.batch_size:
             raise InvalidArgumentError(f"row must be 0 to {self.batch_size - 1}, got {row}")
-        if self.hits[row] or self._filled[row]:
+        if self._gathered[row]:
             raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
         if any(end != self._start for end in self._ends):
             raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
@@ -235,8 +267,7 @@ class Batch(Handle):
             self.data[: self._layers, row, :, columns] = source.keys[:, 0].detach()
             self.data[self._layers :, row, :, columns] = source.values[:, 0].detach()
         self._gathered[row] = length
-        self._filled[row] = True
-        self.side = (*self.side[:row], side, *self.side[row + 1 :])
+        self._side = (*self.side[:row], side, *self.side[row + 1 :])
         self._padding = None
 
     def _move_right(self, columns: int) -> None:
@@ -263,16 +294,22 @@ class Batch(Handle):
         new = self.end - self._start
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
+        gathered, committed = self._gathered, self._committed
         for row in rows:
-            if not self._gathered[row]:
+            if not gathered[row]:
                 raise InvalidArgumentError(f"row {row} missed and was not filled: there is nothing to commit")
-            if self._committed[row]:
+            if committed[row]:
                 raise InvalidArgumentError(f"row {row} was committed before")
         return new
 
     def gathered(self, row: int) -> int:
         """Tokens that a row had before the new ones."""
         return self._gathered[row]
+
+    def gathered_by(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that each of `rows` had before the new ones."""
+        gathered = self._gathered
+        return tuple([gathered[row] for row in rows])
 
     @property
     def hold(self) -> Hold:

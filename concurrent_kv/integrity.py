@@ -171,9 +171,15 @@ def repair(storage: KVStorage) -> RepairReport:
     deadline = storage.enter_quietly()
     used = storage.clock.everything()
     with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
-        for hold in [hold for hold in ledger.holds if hold.what in ("read", "commit")]:
-            ledger.holds.discard(hold)  # an operation's own: it was cut off before it could let go
+        for hold in list(ledger.holds):
+            hold.users = 0
+            if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
+                ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
+                hold.released = True
         for pool in storage.pools:
+            for search in [search for search in pool.searches if search.roots_hold.released]:
+                pool.searches.discard(search)
+                search.end_cut_off()
             for scope in _scopes(pool):
                 _drop_nameless(scope)
         recount = _recount(storage)
@@ -195,6 +201,8 @@ def repair(storage: KVStorage) -> RepairReport:
             _settle_places(pool, published)
         waiters = ledger.take_waiters()
     wake(waiters)
+    for pool in storage.pools:
+        pool.flights.abandon_orphans()
     return RepairReport(slots, entries, pending)
 
 

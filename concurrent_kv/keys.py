@@ -11,7 +11,7 @@ import xxhash
 
 from .errors import InvalidArgumentError
 
-__all__ = ["State", "hash_state"]
+__all__ = ["State", "hash_state", "hash_states"]
 
 State = npt.NDArray[Any] | np.generic | torch.Tensor
 
@@ -42,6 +42,39 @@ def hash_state(state: State, *, form: Literal["int", "hex"] = "int") -> int | st
     return digest.intdigest() if form == "int" else digest.hexdigest()
 
 
+def hash_states(states: State) -> list[str]:
+    """`hash_state(states[row], form="hex")` of every row of a batch `[rows, ...]`, in order.
+
+    A tensor on an accelerator is copied to the host once for all rows.
+
+    Raises:
+        InvalidArgumentError: as `hash_state`, or a batch without rows.
+    """
+    if not isinstance(states, (torch.Tensor, np.ndarray)) or states.ndim < 1 or not states.shape[0]:
+        raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
+    digest = xxhash.xxh64_hexdigest
+    rows = states.shape[0]
+    array = _plain_array(states)
+    if array is not None:
+        return [digest(row) for row in array.reshape(rows, -1)]
+    data = memoryview(_bytes_of(states))
+    size = len(data) // rows
+    return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
+
+
+def _plain_array(states: npt.NDArray[Any] | torch.Tensor) -> Any:
+    """A contiguous array of the states' own memory, or None where there is none."""
+    array: Any = states
+    if isinstance(states, torch.Tensor):
+        try:
+            array = (states.detach() if states.requires_grad else states).numpy()
+        except (RuntimeError, TypeError):
+            return None  # on an accelerator, of a dtype that arrays lack, lazily conjugated, or not dense
+    # Subclasses keep their own idea of their bytes.
+    plain = type(array) is np.ndarray and array.flags.c_contiguous and array.size and array.dtype.kind in "biufc"
+    return array if plain else None
+
+
 def _bytes_of(state: State) -> bytes | memoryview:
     if isinstance(state, torch.Tensor):
         return _tensor_bytes(state)
@@ -65,4 +98,6 @@ def _tensor_bytes(state: torch.Tensor) -> memoryview:
         )
     # A conjugate or negative view is a flag over bytes that are not its own. bfloat16 exists in no array: bytes do.
     plain = state.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if not plain.numel():
+        return memoryview(b"")  # its strides may be anything, which a view of its bytes would not take
     return plain.reshape(-1).view(torch.uint8).numpy().data

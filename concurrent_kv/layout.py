@@ -17,9 +17,12 @@ SUPPORTED_DEVICES = ("cpu", "cuda")
 
 def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     """`value` as an int of at least `minimum`, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is int:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, Integral):
         raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {value!r}")
-    number = int(value)
+    else:
+        number = int(value)
     if number < minimum:
         raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
     return number

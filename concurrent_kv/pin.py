@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 
@@ -31,6 +32,7 @@ class Pin(Handle):
         self._storage = storage
         self._entry = entry
         self._hold = hold
+        hold.owner = ref(self)
         self.side = entry.side
         self.length = entry.length
 

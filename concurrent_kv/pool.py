@@ -277,7 +277,8 @@ class KVPool(PoolCore):
     ) -> bool:
         """Store every row of `kv` under the key of the same position; all become visible at once, or none.
 
-        A key that comes twice gets the last of its rows. Otherwise as `put`.
+        A key that comes twice gets the last of its rows. Replacing more tokens at once than the storage has headroom
+        (`writers` windows) may evict others, and what is about to be replaced. Otherwise as `put`.
 
         Raises:
             CapacityError: more rows or tokens than the pool holds at all.
@@ -370,7 +371,8 @@ class KVPool(PoolCore):
 
         Raises:
             WaitTimeoutError: somebody else's computation was not over in time.
-            RecursiveComputationError: called from inside the computation of this very key.
+            RecursiveComputationError: called from inside the computation of this very key, or of one that the present
+                computation of this key waits for, perhaps through others.
             ClosedError: the pool was closed meanwhile.
             Exception: whatever `compute`, or storing its result, raised.
         """

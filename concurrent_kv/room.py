@@ -44,6 +44,7 @@ class Ticket:
     slots: int
     taken: Slots
     ticks: Ticks
+    consecutive: bool = False  # each of `taken` is the slot after the last
     lent: Slots | None = None  # of `taken`, beyond what the search had left: what is replaced makes up for them
     spent: bool = False  # published: an exception after that must not give the slots back
 
@@ -94,7 +95,8 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
                     quota.pending_slots += slots
                     return Ticket(entries, slots, *taken)
             # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room.
-            may_evict = entries > 0 or slots > 0
+            # (Not where that can never be: the headroom is for a few windows at a time.)
+            may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
 
@@ -240,7 +242,7 @@ def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> t
     for _ in range(VICTIMS_PER_HOLD):
         victim = pool.policy.pop_victim()
         if victim is None:
-            if want_slots or not ledger.unpark_shared(pool):
+            if want_slots or not ledger.unpark_shared(pool, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
         elif victim.pins:
             victim.place = Place.PINNED

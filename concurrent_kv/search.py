@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from .locks import Deadline
 from .overflow import Overflow, check_overflow
 from .plan import plan_share
 from .pool import KVPool
-from .reading import count_hits, generations_of, retain
+from .reading import count_hits
 from .room import give_budget_back, reserve_budget
-from .search_state import RootKey, SearchState
+from .search_reading import adopted, own, retain_here, retain_roots
+from .search_state import SearchState
 from .writing import write
 
 __all__ = ["LookupOrder", "Search"]
@@ -57,7 +59,9 @@ class Search(Handle):
         self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
     ) -> None:
         self.env_ids = env_ids
+        self._known_envs = frozenset(env_ids)
         self._state = state
+        state.roots_hold.owner = ref(self)
         self._order = order
         self._overflow = overflow
 
@@ -102,18 +106,17 @@ class Search(Handle):
         env_ids = self._check_envs(env_ids)
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
-        roots: list[RootKey] = list(zip(env_ids, keys, strict=True))
         generation = state.scope.generation
         hold = Hold("batch", [])
         found: list[Entry | None] = [None] * len(keys)
         try:
             if check_order(order or self._order) == "own_first":
-                self._retain_here(found, keys, roots, hold, deadline)
-                self._retain_roots(found, roots, hold, deadline)
+                retain_here(state, found, keys, env_ids, (own, adopted), hold, deadline)
+                retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
-                self._retain_here(found, None, roots, hold, deadline)
-                self._retain_roots(found, roots, hold, deadline)
-                self._retain_here(found, keys, None, hold, deadline)
+                retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
+                retain_roots(state, found, keys, env_ids, hold, deadline)
+                retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
@@ -126,57 +129,6 @@ class Search(Handle):
         except BaseException:
             storage.ledger.release(hold)
             raise
-
-    def _retain_here(
-        self,
-        found: list[Entry | None],
-        keys: Sequence[Hashable] | None,
-        roots: Sequence[RootKey] | None,
-        hold: Hold,
-        deadline: Deadline,
-    ) -> None:
-        """Look missing rows up among the search's own entries (`keys`) and its adopted roots (`roots`)."""
-        missing = [row for row, entry in enumerate(found) if entry is None]
-        if not missing:
-            return
-        state = self._state
-        ledger = state.pool.storage.ledger
-        with state.pool.storage.locks.read(state.scope.shards, deadline):
-            state.check_open()
-            for row in missing:
-                entry = None if keys is None else state.own.get(keys[row])
-                if entry is None and roots is not None:
-                    entry = state.roots.get(roots[row])
-                found[row] = entry
-            present = [entry for row in missing if (entry := found[row]) is not None]
-            with ledger.mutex:
-                ledger.extend(hold, present)
-
-    def _retain_roots(
-        self, found: list[Entry | None], roots: Sequence[RootKey], hold: Hold, deadline: Deadline
-    ) -> None:
-        """Look missing rows up in their environments' init pools, and adopt what is found there."""
-        missing = [row for row, entry in enumerate(found) if entry is None]
-        if not missing:
-            return
-        state = self._state
-        storage = state.pool.storage
-        wanted = [(state.init_pools[roots[row][0]].default_scope, roots[row][1]) for row in missing]
-        generations = generations_of([scope for scope, _ in wanted])
-        entries = retain(storage, wanted, generations, deadline, hold=hold, quiet=True)
-        adopted = {}
-        for row, entry in zip(missing, entries, strict=True):
-            found[row] = entry
-            if entry is not None:
-                adopted[roots[row]] = entry
-        if adopted:
-            # `hold` keeps them alive until the search does.
-            with storage.locks.write(state.scope.shards, deadline):
-                state.check_open()
-                new = {root: entry for root, entry in adopted.items() if root not in state.roots}
-                state.roots.update(new)
-                with storage.ledger.mutex:
-                    storage.ledger.extend(state.roots_hold, list(new.values()))
 
     def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
         """Whether `key` is one of the search's own entries. May block."""
@@ -352,8 +304,8 @@ class Search(Handle):
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> list[Hashable]:
         checked = check_env_ids(env_ids)
-        unknown = [env_id for env_id in checked if env_id not in self.env_ids]
-        if unknown:
+        if not self._known_envs.issuperset(checked):
+            unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
         return list(checked)
 
@@ -411,10 +363,13 @@ def open_search(
     shard = number % pool.storage.locks.count
     scope = Scope(pool, f"search {number}", (shard,), budget=budget)
     state = SearchState(pool, init_pools, number, scope)
+    # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
+    search = Search(state, ids, order, overflow)
     ledger = pool.storage.ledger
     with ledger.mutex:
         closed = pool.closed or pool.storage.closed
         if closed:
+            state.finished = True
             give_budget_back(pool, budget)
         else:
             ledger.holds.add(state.roots_hold)
@@ -423,4 +378,4 @@ def open_search(
     wake(waiters)
     if closed:
         raise ClosedError(f"{pool.name} is closed")
-    return Search(state, ids, order, overflow)
+    return search

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,18 @@ if TYPE_CHECKING:
 __all__ = ["KVStorage", "check_seconds"]
 
 logger = logging.getLogger("concurrent_kv")
+
+
+_forks = 0  # between this process and the first one that imported this module
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def check_seconds(name: str, value: object) -> float:
@@ -77,7 +91,7 @@ class KVStorage:
         self.zeroed = self.clock.stamp(self.clock.current())
         self.closed = False
         self.pools: list[PoolCore] = []
-        self._pid = os.getpid()
+        self._pid, self._forks = os.getpid(), _forks
 
     def enter(self, timeout: float | None = None) -> Deadline:
         """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
@@ -135,7 +149,7 @@ class KVStorage:
 
         Before the first lock: another thread may have held it when the process was forked, and nobody will release it.
         """
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             raise WrongProcessError(
                 f"{self.name} belongs to process {self._pid} and was used in process {os.getpid()}: "
                 "its locks and its memory do not survive a fork; make a new one in the child"
@@ -145,14 +159,23 @@ class KVStorage:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
         while abandoned:
+            # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
+            # in between.
             try:
-                release = abandoned.popleft()
+                release = abandoned[0]
             except IndexError:  # another thread was faster
                 return
             try:
                 release(deadline)
             except WaitTimeoutError:
-                # Not this operation's business: whoever comes next tries again.
+                # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
+                _take_off(abandoned, release)
                 return
+            _take_off(abandoned, release)
+
+
+def _take_off(abandoned: deque[Callable[[Deadline], None]], release: Callable[[Deadline], None]) -> None:
+    with suppress(ValueError):  # another thread released it at the same time
+        abandoned.remove(release)

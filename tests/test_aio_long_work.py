@@ -306,6 +306,34 @@ def test_computations_beyond_the_places_wait_for_one(make_pool: MakePool, loop: 
     assert len(pool) == 6
 
 
+@on_every_loop
+def test_who_finds_no_place_to_compute_in_time_leaves_the_computation_to_others(make_pool: MakePool, loop: str) -> None:
+    pool = make_pool(wait_timeout=JOIN_SECONDS)
+    facade = AsyncKVPool(pool, max_workers=1)
+    gate = Gate()
+
+    def held_up() -> KeysValues:
+        gate.pass_through()
+        return tokens(1, 2)
+
+    async def in_vain() -> None:
+        with pytest.raises(WaitTimeoutError, match="none of its event loop's 1 workers was free within"):
+            await facade.get_or_compute("key", lambda: tokens(9, 2), timeout=0.05)
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(facade.get_or_compute, "other", held_up)
+            await anyio.to_thread.run_sync(gate.entered.wait, JOIN_SECONDS)
+            group.start_soon(in_vain)
+            while len(pool.flights) < 2:
+                await anyio.lowlevel.checkpoint()
+            waiter = Background(lambda: pool.get_or_compute("key", lambda: tokens(2, 2)))
+            assert_same(await anyio.to_thread.run_sync(waiter.result), tokens(2, 2))
+            gate.opened.set()
+
+    run_on(loop, main)
+
+
 @pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != "trio"])  # whose scopes wait for the worker
 def test_a_computation_that_was_left_still_hands_on_what_it_computes_inside(pool: KVPool, loop: str) -> None:
     """asyncio's cancel() of the outer one, while its worker computes the inner one, for which a thread waits."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from concurrent_kv.errors import InvalidArgumentError
-from concurrent_kv.keys import hash_state
+from concurrent_kv.keys import hash_state, hash_states
 
 DTYPES = ["float16", "float32", "float64", "int8", "int64", "uint8", "bool", "complex64"]
 
@@ -149,3 +149,21 @@ def test_a_tensor_without_dense_data_is_an_error(state: torch.Tensor) -> None:
 def test_an_unknown_form_is_an_error_that_says_what_would_do(form: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"^form must be 'int' or 'hex', got "):
         hash_state(np.zeros(1), form=form)
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+@pytest.mark.parametrize("shape", [(3, 1, 4), (3,), (1, 5), (2, 0)])
+def test_hash_states_is_the_hex_hash_of_every_row(make: Any, shape: tuple[int, ...]) -> None:
+    states = make(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    assert hash_states(states) == [hash_state(states[row], form="hex") for row in range(shape[0])]
+
+
+def test_hash_states_reads_rows_that_are_not_contiguous() -> None:
+    states = np.arange(24.0).reshape(4, 6)[:, ::2]
+    assert hash_states(states) == [hash_state(row, form="hex") for row in states]
+
+
+@pytest.mark.parametrize("states", [[[1.0]], np.float32(1), np.empty((0, 2)), torch.tensor(1.0)])
+def test_hash_states_of_no_rows_is_an_error_that_names_the_argument(states: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^states must be an array or tensor with at least one row"):
+        hash_states(states)

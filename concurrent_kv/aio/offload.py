@@ -21,12 +21,13 @@ import anyio.to_thread
 
 from ..cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..flights import Flight, lend_place, timed_out
+from ..flight_waiting import lend_place, timed_out, waiting_for
+from ..flights import Flight
 from ..layout import positive_int
 from ..locks import Caller, Deadline, NotOnLoopError, caller
 from ..storage import check_seconds
 from .cell import Cell
-from .places import call_soon_here, holding
+from .places import call_soon_here, holding, taken
 
 if TYPE_CHECKING:
     from ..storage import KVStorage
@@ -141,7 +142,8 @@ class Offload:
                 return result
             finally:
                 caller.reset(before)
-        return await self.in_worker(partial(operation, *args, timeout=limit, **options), undo, streams)
+        making = partial(operation, *args, timeout=limit, **options)
+        return await self._in_worker(making, undo, streams, seconds=limit)
 
     async def copy(
         self, operation: Callable[[], T], copied_bytes: int, streams: AbstractContextManager[object] | None = None
@@ -151,30 +153,49 @@ class Offload:
         if self._is_small(copied_bytes):
             with streams:
                 return operation()
-        return await self.in_worker(operation, None, streams)
+        return await self.in_worker(operation, streams)
 
-    async def compute(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
-        """Run a user's function in a worker thread. If its task is cancelled by asyncio, it runs on, for nobody."""
-        limiter = self._limiter_here(self._computing_limiter)
-        with lend_place.get()():  # by a computation that came here for another one
-            return await self._in_worker(holding(limiter, operation), None, limiter, streams, revocable=False)
-
-    async def in_worker(
+    async def compute(
         self,
-        operation: Callable[[], T],
-        undo: Callable[[T], object] | None = None,
+        operation: Callable[[], Any],
+        deliver: Callable[[Any], T],
+        around: AbstractContextManager[None],
+        deadline: Deadline,
         streams: AbstractContextManager[object] | None = None,
     ) -> T:
+        """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
+
+        If its task is cancelled by asyncio, the function runs on to its end, and `deliver` takes no effect any more.
+
+        Raises:
+            WaitTimeoutError: no worker became free in time; the function has not begun.
+        """
+        limiter = self._limiter_here(self._computing_limiter)
+
+        def work() -> T:
+            with around:
+                for_task = caller.get()
+                caller.set(None)
+                made = operation()
+                caller.set(for_task)
+                return deliver(made)
+
+        with lend_place.get()():  # by a computation that came here for another one
+            held = holding(limiter, work)
+            return await self._in_worker(held, None, streams, seconds=deadline.left(), limiter=limiter)
+
+    async def in_worker(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
         """Run `operation()` in a worker thread, in the caller's device streams unless `streams` says otherwise.
 
         A task that is cancelled through anyio's scopes waits for the worker, whose waits are bounded. asyncio's own
         `cancel()` does not wait; what the worker then makes is undone.
         """
-        return await self._in_worker(operation, undo, self._limiter, streams)
+        return await self._in_worker(operation, None, streams)
 
-    async def in_worker_whole(self, operation: Callable[[], T]) -> T:
+    async def in_worker_whole(self, operation: Callable[[], T], timeout: float | None = None) -> T:
         """As `in_worker`, for what takes effect in several steps: cut off before it begins, or not at all."""
-        return await self._in_worker(operation, None, self._limiter, revocable=False)
+        seconds = None if timeout is None else check_seconds("timeout", timeout)
+        return await self._in_worker(operation, None, seconds=seconds, revocable=False)
 
     async def to_the_end(self, operation: Callable[[], object]) -> None:
         """Run `operation()`, which can be called twice, in a worker thread to its end, however the task is cancelled.
@@ -193,7 +214,7 @@ class Offload:
             while True:
                 try:
                     # Queues for nobody's worker: what closes gives room to those who have them.
-                    await self._in_worker(work, None, anyio.CapacityLimiter(1), revocable=False)
+                    await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
                     break
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled = error
@@ -210,11 +231,17 @@ class Offload:
         self,
         operation: Callable[[], T],
         undo: Callable[[T], object] | None,
-        limiter: Limiter | anyio.CapacityLimiter,
         streams: AbstractContextManager[object] | None = None,
         *,
+        seconds: float | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
         revocable: bool = True,
     ) -> T:
+        """Run `operation()` in a worker, once one of `limiter` is free, which is waited for `seconds` at most."""
+        if seconds is None:
+            seconds = self.storage.wait_timeout
+        if limiter is None:
+            limiter = self._limiter_here(self._limiter)
         with self._counter_lock:
             self._worker_count += 1
         cell: Cell[T] = Cell(undo)
@@ -229,7 +256,8 @@ class Offload:
                 cell.deliver(operation())
 
         try:
-            await anyio.to_thread.run_sync(work, limiter=self._limiter_here(limiter))
+            async with taken(limiter, seconds, self.storage.name):
+                await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
         except BaseException:
             task.left = True
             cell.leave()
@@ -241,10 +269,8 @@ class Offload:
             copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu"
         )
 
-    def _limiter_here(self, limiter: Limiter | anyio.CapacityLimiter) -> anyio.CapacityLimiter:
+    def _limiter_here(self, limiter: Limiter) -> anyio.CapacityLimiter:
         """A limiter of the current event loop."""
-        if isinstance(limiter, anyio.CapacityLimiter):
-            return limiter
         try:
             return limiter.get()
         except LookupError:
@@ -258,6 +284,7 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
 
     Raises:
         WaitTimeoutError: it was not over in time.
+        RecursiveComputationError: see `waiting_for`.
     """
     over = anyio.Event()
     call_soon = call_soon_here()
@@ -270,7 +297,7 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
         if not flight.subscribe(wake):
             await anyio.lowlevel.checkpoint()
             return
-        with lend_place.get()(), anyio.move_on_after(deadline.left()):
+        with waiting_for(flight, name), anyio.move_on_after(deadline.left()):
             await over.wait()
             return
     finally:

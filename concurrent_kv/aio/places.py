@@ -1,5 +1,6 @@
-"""Places of an event loop for what users compute, lent to others by who waits inside a computation.
+"""Places: how many worker threads of an event loop may be at work, and who has one of them.
 
+Those for what users compute are lent to others by who waits inside a computation.
 A computation may ask for another key and wait for it. If it kept its place meanwhile, computations that wait for each
 other could take all places, and the one that all of them wait for would find none. So the number of computations that
 run is bounded, and that of those which wait is not.
@@ -7,17 +8,43 @@ run is bounded, and that of those which wait is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
-from ..flights import lend_place
+from ..errors import WaitTimeoutError
+from ..flight_waiting import lend_place
 
-__all__ = ["call_soon_here", "holding"]
+__all__ = ["call_soon_here", "holding", "taken"]
+
+
+@asynccontextmanager
+async def taken(limiter: anyio.CapacityLimiter, seconds: float, name: str) -> AsyncIterator[None]:
+    """Hold a place of `limiter`, of the current event loop.
+
+    Raises:
+        WaitTimeoutError: none became free in time.
+    """
+    borrower = object()
+    try:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    except anyio.WouldBlock:
+        acquired = False
+        with anyio.move_on_after(seconds):
+            await limiter.acquire_on_behalf_of(borrower)
+            acquired = True
+        if not acquired:
+            raise WaitTimeoutError(
+                f"{name}: none of its event loop's {limiter.total_tokens:g} workers was free within {seconds:g} s"
+            ) from None
+    try:
+        yield
+    finally:
+        limiter.release_on_behalf_of(borrower)
 
 
 def call_soon_here() -> Callable[..., object]:

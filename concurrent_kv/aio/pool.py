@@ -16,10 +16,11 @@ from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
 from ..cuda import current_streams
 from ..entry import Scope
-from ..flights import Claim, Flight, FlightState, outcome
+from ..flight_waiting import outcome
+from ..flights import Claim, Flight, FlightState
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
-from ..loading import claim
+from ..loading import claim, heard_by_all
 from ..locks import Deadline
 from ..overflow import Overflow
 from ..pin import Pin
@@ -245,11 +246,11 @@ class AsyncKVPool:
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
-        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout), timeout)
 
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
-        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout), timeout)
 
     # One computation for each missing key ----------------------------------------------------------------------------
 
@@ -266,20 +267,27 @@ class AsyncKVPool:
         """See `KVPool.get_or_compute`; threads, asyncio tasks and trio tasks may wait for the same computation.
 
         Args:
-            compute: an async function, awaited in the calling task; or a function, called in a worker thread.
+            compute: an async function, awaited in the calling task; or a function, called in a worker thread, which
+                runs to its end: a scope that is cancelled waits for it, and its result counts. asyncio's own `cancel()`
+                does not wait, and the result is then dropped.
         """
         pool = self.sync
         hash_of(key)
         deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         streams = current_streams()  # those of the caller, whatever other tasks do while this one waits
-        found = await self.get(key, scope=scope)
+        found = await self.get(key, scope=scope, timeout=timeout)
         flown_in = scope or pool.default_scope
         while found is None:
             joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
             if mine:
-                return await self._compute(joined, key, scope, compute, streams)
+                return await self._compute(joined, key, scope, compute, deadline, streams)
             await wait_in_task(joined.flight, deadline, pool.name)
-            found = await self._outcome(joined.flight, streams)
+            if joined.late and joined.flight.state is FlightState.DONE:
+                found = await self._read(
+                    self.sync.peek, key, scope=scope, to=None, streams=streams, timeout=deadline.left()
+                )
+            else:
+                found = await self._outcome(joined.flight, streams)
         return found
 
     async def _compute(
@@ -288,26 +296,26 @@ class AsyncKVPool:
         key: Hashable,
         scope: Scope | None,
         compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
+        deadline: Deadline,
         streams: AbstractContextManager[object],
     ) -> KeysValues:
         with joined, joined.computing():
-            try:
+            with heard_by_all(joined):
                 # Another flight may have ended between the caller's lookup and its claim.
+                joined.flight.settling = True
                 kv = await self._read(self.sync.peek, key, scope=scope, to=None, streams=streams)
-                if kv is None:
-                    made: Any = (
-                        compute()
-                        if inspect.iscoroutinefunction(compute)
-                        else await self._offload.compute(compute, streams)
-                    )
-                    kv = await made if inspect.isawaitable(made) else made
-                    await self._fulfil(joined, kv, None, streams)
-                else:
+                joined.flight.settling = kv is not None
+                if kv is not None:
                     await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
-            except Exception as error:
-                if not joined.over:
-                    joined.fail(error)
-                raise
+                elif inspect.iscoroutinefunction(compute):
+                    await self._fulfil(joined, await compute(), None, streams)
+            if not joined.over:
+                # That no worker was free in time is not heard by all: others may have more of it.
+                deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
+                begun = await self._offload.compute(compute, deliver, around, deadline, streams)
+                if begun is not None:
+                    with heard_by_all(joined):
+                        await self._fulfil(joined, await begun, None, streams)
         result = await self._outcome(joined.flight, streams)
         assert result is not None
         return result
@@ -393,3 +401,14 @@ class AsyncKVPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _fulfil_here(claim: Claim, made: Any) -> Awaitable[KeysValues] | None:
+    """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
+
+    Returns what a function only began to compute, for the loop to await.
+    """
+    if inspect.isawaitable(made):
+        return made
+    claim.fulfil(made)
+    return None

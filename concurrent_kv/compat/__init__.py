@@ -1,0 +1,1 @@
+"""What foreign shapes need: adapters of other packages' containers and models. Nothing here imports those packages."""

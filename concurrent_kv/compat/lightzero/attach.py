@@ -1,0 +1,92 @@
+"""`attach` and `detach`: the cache of a released LightZero world model replaced, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ...errors import InvalidArgumentError, InvalidTypeError
+from ...layout import positive_int
+from ...manager import KVCacheManager
+from .attachment import Attachment
+from .divergence import Divergence
+from .manager import LightZeroKVCacheManager
+from .model import ATTACHMENT, attached_class, attachment_of
+from .settings import Answer, Mode, mode_of
+
+__all__ = ["attach", "detach"]
+
+
+def attach(
+    world_model: Any,
+    mode: Mode | None = None,
+    *,
+    manager: KVCacheManager | LightZeroKVCacheManager | None = None,
+    env_ids: Iterable[int] | None = None,
+    searches: int = 1,
+    answer: Answer = "off",
+    on_divergence: Callable[[Divergence], None] | None = None,
+    **arguments: Any,
+) -> Attachment | None:
+    """Replace the cache of a released `WorldModel` (LightZero 0.2.0), in place. Returns None for mode "off".
+
+    Args:
+        world_model: the model; an attached one is attached anew.
+        mode: "off" leaves LightZero's own cache, "on" replaces it, "validate" runs both and compares. If left out, the
+            model's configuration says: `use_new_cache_manager`, and `cache_validation_mode` beside it.
+        manager: whose pools to use, made for the model's shapes; one of its own if left out. Models that search in
+            several threads at once may share one.
+        env_ids: which of the manager's environments the rows of the model's batches are; 0 and up if left out.
+        searches: threads that search at the same time, for a manager of its own.
+        answer: whose answers "validate" gives: "off", LightZero's own cache's, or "on".
+        on_divergence: called with each difference that "validate" finds; the attachment's `report` counts them.
+        arguments: for a manager of its own, as in `KVCacheManager`.
+
+    Raises:
+        InvalidTypeError: no such model. InvalidArgumentError: a setting that cannot work, by name.
+    """
+    if not all(hasattr(world_model, name) for name in ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache")):
+        raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}")
+    mode = mode_of(world_model.config, mode)
+    detach(world_model)
+    if mode == "off":
+        return None
+    ids = None if env_ids is None else tuple(env_ids)
+    if answer not in ("off", "on"):
+        raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
+    if isinstance(manager, LightZeroKVCacheManager):
+        manager = manager.manager
+    if manager is not None and arguments:
+        raise InvalidArgumentError(f"{next(iter(arguments))} cannot be given beside manager, which has its own")
+    attachment = Attachment(
+        world_model,
+        mode,
+        manager=manager,
+        env_ids=ids,
+        searches=positive_int("searches", searches),
+        answer=answer,
+        on_divergence=on_divergence,
+        arguments=arguments,
+    )
+    forget_released(world_model)
+    vars(world_model)[ATTACHMENT] = attachment
+    world_model.__class__ = attached_class(type(world_model))
+    return attachment
+
+
+def detach(world_model: Any) -> None:
+    """Give a world model its own cache back, empty. Nothing happens where it has it already. May block."""
+    attachment = attachment_of(world_model)
+    if attachment is None:
+        return
+    world_model.__class__ = type(world_model).__mro__[1]
+    del vars(world_model)[ATTACHMENT]
+    forget_released(world_model)
+    attachment.close()
+
+
+def forget_released(world_model: Any) -> None:
+    """Empty a world model's own cache: what it stored before is older than what happens in between."""
+    for roots in world_model.past_kv_cache_init_infer_envs:
+        roots.clear()
+    world_model.past_kv_cache_recurrent_infer.clear()

@@ -1,0 +1,192 @@
+"""`Attachment`: what joins a world model to a manager; the model has it as an attribute while it is attached."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...errors import InvalidArgumentError
+from ...layout import KVLayout
+from ...manager import KVCacheManager
+from ...overflow import Overflow
+from .divergence import Divergence, ValidationReport
+from .session import SearchSession
+from .settings import Answer, Mode, layout_of, manager_config, overflow_of
+from .validation import Validation
+
+__all__ = ["Attachment"]
+
+TOKENS_OF_A_NODE = 3  # its two new ones and, where its parent was lost, the parent's own state
+
+
+class Role:
+    """One use of a world model, with roots of its own: a manager, and every thread's search of it."""
+
+    def __init__(self, manager: KVCacheManager, session: SearchSession, *, owns_manager: bool) -> None:
+        self.manager = manager
+        self.session = session
+        self.owns_manager = owns_manager
+
+
+class _Current(threading.local):
+    name: str = "default"
+
+
+class Attachment:
+    """A world model's place in a manager, or in one for each of its roles.
+
+    Attributes:
+        mode: "validate" or "on".
+        layout: the shapes of its K/V.
+        env_ids: the manager's environment of each row of the model's batches.
+        validation: in mode "validate", what runs both caches.
+    """
+
+    def __init__(
+        self,
+        world_model: Any,
+        mode: Mode,
+        *,
+        manager: KVCacheManager | None,
+        env_ids: tuple[int, ...] | None,
+        searches: int,
+        answer: Answer,
+        on_divergence: Callable[[Divergence], None] | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.mode = mode
+        self.layout: KVLayout = layout_of(world_model)
+        window = self.layout.max_tokens
+        if window < 4 or window % 2:
+            raise InvalidArgumentError(
+                "context_length must be an even number of at least 4 (two tokens a step, and a step beside the new "
+                f"one), got {window}"
+            )
+        if manager is not None and manager.layout != self.layout:
+            raise InvalidArgumentError(
+                f"manager must be made for the world model's {self.layout}, got {manager.layout}"
+            )
+        # With rotary positions nodes share what they keep of their parents; otherwise a full window is a copy. What
+        # validation copies over is one, too.
+        self._shares = bool(world_model.config.rotary_emb) and mode == "on"
+        self._config = manager_config(world_model, searches)
+        self._arguments = arguments
+        self._on_divergence = on_divergence
+        self.env_ids = tuple(range(world_model.env_num)) if env_ids is None else env_ids
+        self.validation = Validation(answer, on_divergence) if mode == "validate" else None
+        self._overflow: tuple[Any, Overflow] | None = None
+        self._start(manager)
+
+    def _start(self, manager: KVCacheManager | None) -> None:
+        self._lock = threading.Lock()
+        self._current = _Current()
+        self._roles: dict[str, Role] = {self._current.name: self._make_role(manager)}
+
+    def _make_role(self, manager: KVCacheManager | None) -> Role:
+        owned = manager is None
+        if manager is None:
+            slots = self._config["max_cache_size"] * self.layout.max_tokens
+            arguments = {"recur_slots": slots, **self._arguments}
+            manager = KVCacheManager(self._config, self._config["env_num"], **arguments)
+        tokens = TOKENS_OF_A_NODE if self._shares else self.layout.max_tokens
+        return Role(manager, SearchSession(manager, self.env_ids, tokens), owns_manager=owned)
+
+    # Of the calling thread -------------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> SearchSession:
+        """The calling thread's search, in its role."""
+        return self._roles[self._current.name].session
+
+    @property
+    def manager(self) -> KVCacheManager:
+        """Whose pools hold the entries of the calling thread's role. Several world models may share one."""
+        return self._roles[self._current.name].manager
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Search in another role within the `with`, in the calling thread: with other roots, in a manager of its own.
+
+        For an evaluator that uses the collector's model: equal observations then do not meet.
+        """
+        with self._lock:
+            if name not in self._roles:
+                if not self._roles[_Current.name].owns_manager:
+                    raise InvalidArgumentError("role() needs managers of its own: attach without manager=")
+                self._roles[name] = self._make_role(None)
+        before, self._current.name = self._current.name, name
+        try:
+            yield
+        finally:
+            self._current.name = before
+
+    # Of the model ----------------------------------------------------------------------------------------------------
+
+    def overflow(self, world_model: Any) -> Overflow:
+        """What becomes of a full window. Follows the model's position differences when they are computed anew."""
+        source = None if world_model.config.rotary_emb else world_model.pos_emb_diff_k
+        known = self._overflow
+        if known is None or known[0] is not source:
+            known = self._overflow = (source, overflow_of(world_model, self.layout))
+        return known[1]
+
+    def count(self, world_model: Any, **counts: int) -> None:
+        """Add to the model's own counters."""
+        attributes = vars(world_model)
+        with self._lock:
+            for name, number in counts.items():
+                attributes[name] += number
+
+    @property
+    def report(self) -> ValidationReport | None:
+        """What validation compared so far; None in another mode."""
+        return None if self.validation is None else self.validation.report
+
+    # Clears and end --------------------------------------------------------------------------------------------------
+
+    def forget_nodes(self) -> None:
+        """Release the nodes of the calling thread's search. May block."""
+        self.session.forget_nodes()
+        if self.validation is not None:
+            self.validation.clear_nodes()
+
+    def clear_roots(self, row: int) -> None:
+        """Remove the roots of one of the model's environments. May block."""
+        self.manager.init_pools[self.env_ids[row]].clear()
+        if self.validation is not None:
+            self.validation.clear_roots(row)
+
+    def clear(self) -> None:
+        """Clear every pool of every role, and end the calling thread's searches. May block."""
+        for role in self._all_roles():
+            role.session.close()
+            role.session.keys_values_wm_list = []
+            role.manager.clear_all()
+        if self.validation is not None:
+            self.validation.clear_nodes()
+            for row in range(len(self.env_ids)):
+                self.validation.clear_roots(row)
+
+    def close(self) -> None:
+        """End the calling thread's searches; close the managers that were made for this attachment. May block."""
+        for role in self._all_roles():
+            role.session.close()
+            if role.owns_manager:
+                role.manager.close()
+
+    def _all_roles(self) -> list[Role]:
+        with self._lock:
+            return list(self._roles.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        # A copied model gets weights, and so entries, of its own.
+        made = object.__new__(Attachment)
+        made.__dict__.update(self.__dict__)
+        made.env_ids = tuple(range(self._config["env_num"]))
+        if self.validation is not None:
+            made.validation = Validation(self.validation.answer, self._on_divergence)
+        made._start(None)
+        memo[id(self)] = made
+        return made

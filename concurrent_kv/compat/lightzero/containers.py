@@ -1,0 +1,189 @@
+"""LightZero's `KeysValues` container, duck-typed: `[layer]`, `.size`, down to `_keys_values[layer]._k_cache._cache`.
+
+LightZero left-aligns tokens: the valid ones are the columns 0 to `size`; what follows is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError
+from ...kv import KeysValues
+from ...layout import KVLayout
+
+__all__ = ["LightZeroCache", "LightZeroKVCache", "LightZeroKeysValues", "from_lightzero", "to_lightzero"]
+
+
+class LightZeroCache:
+    """Keys (or values) of one layer: a buffer `[batch, heads, columns, head_dim]` and the number of valid columns."""
+
+    __slots__ = ("_cache", "_size")
+
+    def __init__(self, cache: Tensor, size: int) -> None:
+        self._cache = cache
+        self._size = size
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(batch, heads, size, head_dim)`."""
+        batch, heads, _, head_dim = self._cache.shape
+        return batch, heads, self._size, head_dim
+
+    def get(self) -> Tensor:
+        """The valid tokens, `[batch, heads, size, head_dim]`; a view."""
+        return self._cache[:, :, : self._size]
+
+    def update(self, x: Tensor, tokens: int) -> None:
+        """Write `tokens` new tokens after the valid ones, in place.
+
+        Raises:
+            WindowOverflowError: the buffer has no such columns; it is unchanged then.
+        """
+        end = self._size + tokens
+        if end > self._cache.shape[2]:
+            raise WindowOverflowError(
+                f"{tokens} new tokens do not fit: {self._size} of {self._cache.shape[2]} columns are taken"
+            )
+        self._cache[:, :, self._size : end] = x
+        self._size = end
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self._size = 0
+
+    def prune(self, mask: Any) -> None:
+        """Keep the rows for which `mask`, a boolean array, is True."""
+        if getattr(mask, "ndim", None) != 1 or mask.shape[0] != self._cache.shape[0]:
+            raise InvalidArgumentError(
+                f"mask must have one boolean for each of {self._cache.shape[0]} rows, got {mask!r}"
+            )
+        self._cache = self._cache[torch.as_tensor(mask, device=self._cache.device)]
+
+
+class LightZeroKVCache:
+    """Keys and values of one layer."""
+
+    __slots__ = ("_k_cache", "_v_cache")
+
+    def __init__(self, keys: LightZeroCache, values: LightZeroCache) -> None:
+        self._k_cache = keys
+        self._v_cache = values
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(batch, heads, size, head_dim)`."""
+        return self._k_cache.shape
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        """The valid keys and values, `[batch, heads, size, head_dim]` each; views."""
+        return self._k_cache.get(), self._v_cache.get()
+
+    def update(self, k: Tensor, v: Tensor) -> None:
+        """Append keys and values `[batch, heads, tokens, head_dim]`; see `LightZeroCache.update`."""
+        self._k_cache.update(k, k.size(2))
+        self._v_cache.update(v, v.size(2))
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self._k_cache.reset()
+        self._v_cache.reset()
+
+    def prune(self, mask: Any) -> None:
+        """Keep the rows for which `mask`, a boolean array, is True."""
+        self._k_cache.prune(mask)
+        self._v_cache.prune(mask)
+
+
+class LightZeroKeysValues:
+    """All layers' keys and values over one buffer, with the interface of LightZero's `KeysValues` and a `clone`.
+
+    Args:
+        packed: `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all values. Not copied.
+        size: valid columns.
+    """
+
+    __slots__ = ("_keys_values", "packed")
+
+    def __init__(self, packed: Tensor, size: int = 0) -> None:
+        layers = packed.shape[0] // 2
+        self.packed = packed
+        self._keys_values = tuple(
+            LightZeroKVCache(LightZeroCache(packed[layer], size), LightZeroCache(packed[layers + layer], size))
+            for layer in range(layers)
+        )
+
+    @classmethod
+    def empty(cls, layout: KVLayout, batch: int) -> LightZeroKeysValues:
+        """Room for the window of `batch` rows; the bytes are whatever the memory holds."""
+        shape = (2 * layout.num_layers, batch, layout.num_heads, layout.max_tokens, layout.head_dim)
+        with torch.inference_mode(False):
+            return cls(torch.empty(shape, dtype=layout.dtype, device=layout.device))
+
+    def __getitem__(self, index: int) -> LightZeroKVCache:
+        return self._keys_values[index]
+
+    def __len__(self) -> int:
+        return len(self._keys_values)
+
+    def __iter__(self) -> Iterator[LightZeroKVCache]:
+        return iter(self._keys_values)
+
+    @property
+    def size(self) -> int:
+        """Valid columns."""
+        return self._keys_values[0]._k_cache._size
+
+    def set_size(self, size: int) -> None:
+        """State that the first `size` columns of every layer are valid."""
+        for layer in self._keys_values:
+            layer._k_cache._size = layer._v_cache._size = size
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.set_size(0)
+
+    def prune(self, mask: Any) -> None:
+        """Keep the rows for which `mask`, a boolean array, is True."""
+        for layer in self._keys_values:
+            layer.prune(mask)
+        self.packed = torch.stack([layer._k_cache._cache for layer in self] + [layer._v_cache._cache for layer in self])
+
+    def clone(self) -> LightZeroKeysValues:
+        """A copy that shares no memory with this one, of the same dtype, on the same device."""
+        packed = torch.stack([layer._k_cache._cache for layer in self] + [layer._v_cache._cache for layer in self])
+        return LightZeroKeysValues(packed.detach(), self.size)
+
+
+def from_lightzero(kv: Any) -> KeysValues:
+    """LightZero's container, theirs or ours, as a `KeysValues` of its valid tokens. A copy, in one concatenation.
+
+    Raises:
+        InvalidTypeError: `kv` is no such container.
+        InvalidArgumentError: its layers differ in size, or it holds no tokens.
+    """
+    layers = getattr(kv, "_keys_values", None)
+    if not layers:
+        raise InvalidTypeError(f"kv_cache must be a LightZero KeysValues, got {type(kv).__name__}")
+    caches = [layer._k_cache for layer in layers] + [layer._v_cache for layer in layers]
+    size = caches[0]._size
+    if any(cache._size != size for cache in caches):
+        raise InvalidArgumentError(f"kv_cache must have one size in every layer, got {[c._size for c in caches]}")
+    if not 1 <= size <= caches[0]._cache.shape[2]:
+        raise InvalidArgumentError(f"kv_cache must hold 1 to {caches[0]._cache.shape[2]} tokens, got {size}")
+    with torch.no_grad():
+        return KeysValues.from_packed(torch.stack([cache._cache[:, :, :size] for cache in caches]))
+
+
+def to_lightzero(kv: KeysValues, layout: KVLayout) -> LightZeroKeysValues:
+    """One row as LightZero's container: left-aligned, with the window's free columns behind it, which are zeros."""
+    length = kv.lengths[0]
+    row = kv.row(0)
+    shape = (2 * layout.num_layers, 1, layout.num_heads, layout.max_tokens, layout.head_dim)
+    packed = row.keys.new_zeros(shape)
+    packed[: layout.num_layers, :, :, :length] = row.keys
+    packed[layout.num_layers :, :, :, :length] = row.values
+    return LightZeroKeysValues(packed, length)

@@ -1,0 +1,44 @@
+"""`install`: every `WorldModel` that LightZero makes from now on attaches itself as its configuration says."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from .attach import attach
+from .settings import mode_of
+
+__all__ = ["install", "uninstall"]
+
+_original_inits: dict[type[Any], Any] = {}
+
+
+def install(**arguments: Any) -> None:
+    """Let `use_new_cache_manager` and `cache_validation_mode` in `world_model_cfg` decide for each new world model.
+
+    Call it once before LightZero makes its policy. A model whose configuration has neither stays as released. Calling
+    it again changes the arguments. Imports LightZero.
+
+    Args:
+        arguments: what `attach` gets beside the model, for every model.
+    """
+    from lzero.model.unizero_world_models.world_model import WorldModel
+
+    uninstall()
+    original = WorldModel.__init__
+
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if mode_of(self.config) != "off":
+            attach(self, **arguments)
+
+    _original_inits[WorldModel] = original
+    WorldModel.__init__ = init
+
+
+def uninstall() -> None:
+    """World models made from now on stay as released; those that are attached stay attached."""
+    while _original_inits:
+        world_model_class, original = _original_inits.popitem()
+        world_model_class.__init__ = original

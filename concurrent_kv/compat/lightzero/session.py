@@ -1,0 +1,106 @@
+"""`SearchSession`: what one thread's search keeps between the calls that a world model gets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ...batch import Batch
+from ...keys import State, hash_states
+from ...manager import KVCacheManager
+from ...search import Search
+from .containers import LightZeroKeysValues
+
+__all__ = ["NodeKey", "SearchSession"]
+
+NodeKey = tuple[int, str]  # environment id, LightZero's hash of the latent state
+
+
+class SearchSession(threading.local):
+    """One thread's search over a world model: every attribute has a value for each thread that uses it.
+
+    The released `WorldModel` keeps all of this in attributes of the model, which makes one search at a time of it.
+
+    Attributes:
+        tokens_per_node: slots that a node may need, whatever happens.
+        search: this thread's search of the manager, opened when it is first needed.
+        batch: the parents of the step under way, until its children are committed.
+        keys: what they were looked up by.
+        Others are named as in `WorldModel`.
+    """
+
+    latent_state: Any
+
+    def __init__(self, manager: KVCacheManager, env_ids: tuple[int, ...], tokens_per_node: int) -> None:
+        self.manager = manager
+        self.tokens_per_node = tokens_per_node
+        self.layout = manager.layout
+        self.env_ids = env_ids
+        self.search: Search | None = None
+        self.batch: Batch | None = None
+        self.keys: Sequence[NodeKey] = ()
+        self.keys_values_wm: Any = None
+        self.keys_values_wm_single_env: Any = None
+        self.keys_values_wm_list: list[Any] = []
+        self.keys_values_wm_size_list: list[int] = []
+        self.keys_values_wm_size_list_current: list[int] = []
+        self.reanalyze_phase = False
+        self._roots: Sequence[NodeKey] = ()
+        self._buffers: dict[int, LightZeroKeysValues] = {}
+
+    def keys_of(self, latent_states: State) -> list[NodeKey]:
+        """A key for each row of `[rows, ...]`. Nodes of different environments never share one."""
+        return list(zip(self.env_ids, hash_states(latent_states), strict=False))
+
+    def gather(self, keys: Sequence[NodeKey]) -> Batch:
+        """The contexts of `keys`, one for each of the first environments, in this thread's buffer of that size."""
+        self.close_batch()
+        self.keys = keys
+        self.batch = self._open().gather(keys, self.env_ids[: len(keys)], out=self.buffer(len(keys)).packed)
+        return self.batch
+
+    def _open(self) -> Search:
+        search = self.search
+        if search is None:
+            nodes = len(self.env_ids) * (self.manager.config.num_simulations + 1)
+            search = self.search = self.manager.search(self.env_ids, entries=nodes, tokens=nodes * self.tokens_per_node)
+        return search
+
+    def adopt_roots(self, keys: Sequence[NodeKey]) -> None:
+        """Keep these roots for this thread's search, whatever others clear or store from here on."""
+        self._open().gather(keys, self.env_ids[: len(keys)]).close()
+        self._roots = keys
+
+    def buffer(self, rows: int) -> LightZeroKeysValues:
+        """This thread's buffer for batches of `rows` rows: always the same memory, as captured graphs need it."""
+        buffer = self._buffers.get(rows)
+        if buffer is None:
+            buffer = self._buffers[rows] = LightZeroKeysValues.empty(self.layout, rows)
+        return buffer
+
+    def forget_nodes(self) -> None:
+        """Release every node of this thread's search. Its roots stay, and so does what it reserved."""
+        self.close_batch()
+        if self.search is not None and not self.search.closed:
+            self.search.keep(self._roots)
+
+    def begin(self) -> None:
+        """A new search: release the nodes and the roots of the previous one, which may have been ended from outside."""
+        self._roots = ()
+        self.forget_nodes()
+        if self.search is not None and self.search.closed:
+            self.search = None
+
+    def close_batch(self) -> None:
+        """Let go of the parents of a step that did not end."""
+        if self.batch is not None:
+            self.batch.close()
+            self.batch = None
+
+    def close(self) -> None:
+        """End this thread's search, and give its reservation back."""
+        self.close_batch()
+        if self.search is not None:
+            self.search.close()
+            self.search = None

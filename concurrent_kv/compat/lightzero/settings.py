@@ -1,0 +1,90 @@
+"""What an attachment reads from a world model and its configuration: the mode, the shapes, the overflow policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from ...errors import InvalidArgumentError
+from ...layout import KVLayout
+from ...overflow import DropAndCorrect, DropOldest
+
+__all__ = ["Answer", "Mode", "layout_of", "manager_config", "mode_of", "overflow_of", "setting"]
+
+Mode = Literal["off", "validate", "on"]
+Answer = Literal["off", "on"]  # whose answers validation gives
+
+DROPPED = 2  # tokens that LightZero drops when the window is full: the oldest step's observation and action
+
+
+def setting(config: Any, name: str, default: Any = None) -> Any:
+    """A setting of an EasyDict, a dict, a dataclass or any object; `default` where it has none."""
+    return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
+
+
+def mode_of(config: Any, mode: Mode | None = None) -> Mode:
+    """`mode`, or where it is None what the configuration says.
+
+    `use_new_cache_manager` absent or False is "off"; True is "on", or with `cache_validation_mode` True "validate".
+    """
+    if mode is None:
+        if not setting(config, "use_new_cache_manager", False):
+            return "off"
+        return "validate" if setting(config, "cache_validation_mode", False) else "on"
+    if mode not in ("off", "validate", "on"):
+        raise InvalidArgumentError(f"mode must be 'off', 'validate' or 'on', got {mode!r}")
+    return mode
+
+
+def layout_of(world_model: Any) -> KVLayout:
+    """The shapes of a world model's K/V, on its device and in its dtype."""
+    weight = world_model.transformer.ln_f.weight
+    return KVLayout(
+        num_layers=world_model.num_layers,
+        num_heads=world_model.num_heads,
+        head_dim=world_model.embed_dim // world_model.num_heads,
+        max_tokens=world_model.context_length,
+        # LightZero's own caches are made in the default dtype, whatever the weights'.
+        dtype=torch.get_default_dtype(),
+        device=weight.device,
+    )
+
+
+def manager_config(world_model: Any, searches: int) -> dict[str, Any]:
+    """The configuration of a manager with a world model's shapes, environments and simulations, for so many searches
+    at a time.
+    """
+    layout = layout_of(world_model)
+    env_num, num_simulations = world_model.env_num, world_model.num_simulations
+    return {
+        "num_layers": layout.num_layers,
+        "num_heads": layout.num_heads,
+        "embed_dim": layout.num_heads * layout.head_dim,
+        "context_length": layout.max_tokens,
+        "env_num": env_num,
+        "num_simulations": num_simulations,
+        # LightZero's own recurrent ring is sized by its searches, not by its setting of this name.
+        "max_cache_size": searches * env_num * (num_simulations + 1),
+        "dtype": layout.dtype,
+        "device": layout.device,
+    }
+
+
+def overflow_of(world_model: Any, layout: KVLayout) -> DropOldest | DropAndCorrect:
+    """What `update_cache_context` does with a full window: two tokens go when one column is left.
+
+    With absolute positions the difference is the model's own, `pos_emb_diff_k` and `pos_emb_diff_v`.
+    """
+    limit = layout.max_tokens - 1
+    if world_model.config.rotary_emb:
+        return DropOldest(limit, DROPPED)
+    moved = (DROPPED, limit)
+    difference = torch.stack(
+        [
+            torch.cat([world_model.pos_emb_diff_k[layer][moved], world_model.pos_emb_diff_v[layer][moved]])
+            for layer in range(layout.num_layers)
+        ]
+    )
+    return DropAndCorrect(limit, DROPPED, difference, layout)

@@ -1,0 +1,247 @@
+"""Validation: every call of an attached world model runs on both caches, and everything is compared.
+
+The released code runs as it is, on a cache of its own (`ReleasedCache`); so does ours. What each retrieved is compared
+before the model runs, the outputs and what each stored afterwards. Where they differ, the state of the one that answers
+is copied over to the other, so that the comparison goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...keys import hash_states
+from ...kv import KeysValues
+from .contexts import replace_contexts
+from .divergence import Divergence, ValidationReport, first_difference
+from .released import ReleasedCache
+from .settings import Answer
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+__all__ = ["Validation"]
+
+logger = logging.getLogger("concurrent_kv")
+
+COUNTS = ("hit_count", "total_query_count", "root_hit_cnt", "root_total_query_cnt")
+
+
+class Validation:
+    """Both caches of one attached model. The released one knows no threads: calls take turns.
+
+    Args:
+        answer: whose answers the caller gets: "off", the released cache's, or "on", ours.
+        on_divergence: called with each difference, in the thread that found it.
+
+    Attributes:
+        report: what was compared so far.
+    """
+
+    def __init__(self, answer: Answer, on_divergence: Callable[[Divergence], None] | None) -> None:
+        self.answer = answer
+        self.on_divergence = on_divergence
+        self.report = ValidationReport()
+        self._turn = threading.RLock()
+        self._released: ReleasedCache | None = None
+        self._cleared_by = 0  # the thread that cleared the released cache's nodes last
+        # Of the call under way:
+        self._model: Any = None
+        self._where = ""
+        self._keys: list[str] = []
+        self._run_released: Callable[[], Any] = lambda: None
+        self._their_outputs: Any = None
+
+    # A call --------------------------------------------------------------------------------------------------------
+
+    def step(self, world_model: Any, kv: Attachment, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """One `forward_recurrent_inference`; `own` is the attached model's."""
+        with self._turn:
+            cache = self._begin(world_model, kv, "node", arguments[0][-1][0])
+            self._run_released = lambda: cache.model.forward_recurrent_inference(*arguments)
+            outputs = own(*arguments)
+            is_stored = not kv.session.reanalyze_phase
+            if self._their_outputs is None:
+                if is_stored:
+                    self._copy_nodes(cache, kv, outputs[1])
+                return outputs
+            self._compare_outputs(kv, self._their_outputs, outputs)
+            if is_stored:
+                self._compare_nodes(cache, kv, outputs[1])
+            return self._their_outputs if self.answer == "off" else outputs
+
+    def root(self, world_model: Any, kv: Attachment, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """One `wm_forward_for_initial_infererence` while searching; `own` is the attached model's."""
+        with self._turn:
+            cache = self._begin(world_model, kv, "root", arguments[0])
+            self._run_released = lambda: cache.model.wm_forward_for_initial_infererence(*arguments)
+            outputs = own(*arguments)
+            if self._their_outputs is None:
+                # An episode's first step retrieves nothing.
+                self._their_outputs = self._run_uncounted()
+            self._compare_outputs(kv, _fields(self._their_outputs), _fields(outputs))
+            self._compare_roots(cache, kv, arguments[2])
+            return self._their_outputs if self.answer == "off" else outputs
+
+    def _begin(self, world_model: Any, kv: Attachment, where: str, states: Any) -> ReleasedCache:
+        if self._released is None:
+            self._released = ReleasedCache(world_model, type(world_model).__mro__[1], self._compare_contexts)
+        self._model, self._where, self._their_outputs = world_model, where, None
+        self._keys = hash_states(states)
+        self._kv = kv
+        # Each thread has its own of these; the released code finds them in the model.
+        self._released.model.latent_state = None
+        self._released.model.reanalyze_phase = kv.session.reanalyze_phase
+        self.report.calls += 1
+        return self._released
+
+    def retrieved(self) -> None:
+        """Our contexts are there: run the released code, which compares its own as soon as it has them."""
+        cache, rows = self._released, self._kv.session.keys_values_wm_size_list
+        assert cache is not None
+        if self._where == "node" and not self._kv.session.reanalyze_phase:
+            lacking = [row for row in range(len(rows)) if cache.lacks(row, self._keys[row])]
+            if lacking:
+                self._note_raise(cache, lacking)
+                return
+        self._their_outputs = self._run_uncounted()
+
+    def _run_uncounted(self) -> Any:
+        attributes = vars(self._model)
+        counts = {name: attributes[name] for name in COUNTS}
+        try:
+            return self._run_released()
+        finally:
+            attributes.update(counts)
+
+    def _note_raise(self, cache: ReleasedCache, lacking: list[int]) -> None:
+        try:
+            self._run_uncounted()
+        except TypeError:
+            mine = self._cleared_by in (0, threading.get_ident())
+            for row in lacking:
+                self._note(row, "context", defect="miss raises" if mine else "cleared by another")
+        else:
+            raise AssertionError("the released code was expected to raise TypeError for a state that it never stored")
+
+    # Comparisons ---------------------------------------------------------------------------------------------------
+
+    def _note(
+        self, row: int, what: str, found: tuple[int, int, float] | None = None, defect: str | None = None
+    ) -> None:
+        layer, token, difference = found or (None, None, None)
+        env_id, call = self._kv.env_ids[row % len(self._kv.env_ids)], self.report.calls - 1
+        divergence = Divergence(call, self._where, what, self._keys[row], env_id, layer, token, difference, defect)
+        if defect is None:
+            if self.report.first_unexplained is None:
+                logger.error("%s: %s", self._kv.manager.name, divergence)
+        elif defect not in self.report.defects:
+            logger.warning("%s: %s", self._kv.manager.name, divergence)
+        self.report.add(divergence)
+        if self.on_divergence is not None:
+            self.on_divergence(divergence)
+
+    def _compare_contexts(self) -> None:
+        """Both have retrieved, and the released code is about to run the model."""
+        kv, cache = self._kv, self._released
+        assert cache is not None
+        session = kv.session
+        theirs, their_lengths = cache.contexts(), list(cache.model.keys_values_wm_size_list)
+        ours = session.keys_values_wm.packed[:, :, :, : session.keys_values_wm.size]
+        our_lengths = session.keys_values_wm_size_list
+        self.report.contexts += len(their_lengths)
+        if their_lengths == our_lengths and torch.equal(theirs, ours):
+            return
+        different: dict[int, KeysValues] = {}
+        for row, (length, our_length) in enumerate(zip(their_lengths, our_lengths, strict=True)):
+            their_row, our_row = _last(theirs, row, length), _last(ours, row, our_length)
+            found = first_difference(their_row, our_row) if length == our_length else None
+            if length == our_length and found is None:
+                continue
+            different[row] = KeysValues.from_packed(their_row.unsqueeze(1))
+            self._note(row, "context" if length == our_length else "length", found, self._why(cache, row))
+        if self.answer == "on":
+            cache.put_contexts(ours.clone(), list(our_lengths))
+        else:
+            replace_contexts(kv, different, as_root=self._where == "root")
+
+    def _why(self, cache: ReleasedCache, row: int) -> str | None:
+        session, key = self._kv.session, self._keys[row]
+        if session.reanalyze_phase:
+            return None  # nothing is retrieved
+        if self._where == "root":
+            return cache.why_root(row, key)
+        is_own = session.search is not None and (self._kv.env_ids[row], key) in session.search
+        return cache.why_node(row, key, is_own_node=is_own)
+
+    def _compare_outputs(self, kv: Attachment, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> None:
+        self.report.outputs += 1
+        for their, our in zip(theirs, ours, strict=True):
+            if isinstance(their, Tensor) and not torch.equal(their, our):
+                rows = (their != our).flatten(1).any(dim=1).nonzero() if their.shape == our.shape else [[0]]
+                self._note(int(rows[0][0]), "output")
+                return
+
+    def _compare_nodes(self, cache: ReleasedCache, kv: Attachment, latent_state: Tensor) -> None:
+        self._keys = hash_states(latent_state)
+        for row, our_row in enumerate(self._our_nodes(kv, latent_state)):
+            # Where equal states of two environments took one place, the last one's is there; noted when it is read.
+            self._compare_entry(row, cache.stored_node(row, self._keys[row]), our_row)
+
+    def _compare_roots(self, cache: ReleasedCache, kv: Attachment, latent_state: Tensor) -> None:
+        self._keys = hash_states(latent_state)
+        for row, key in enumerate(self._keys):
+            env_id = kv.env_ids[row]
+            found = kv.manager.init_pools[env_id].peek((env_id, key))
+            ours = None if found is None else torch.cat([found.keys, found.values])[:, 0]
+            self._compare_entry(row, cache.stored_root(row, key), ours)
+
+    def _compare_entry(self, row: int, theirs: Tensor | None, ours: Tensor | None) -> None:
+        if theirs is None:
+            return
+        self.report.entries += 1
+        if ours is None or theirs.shape != ours.shape:
+            self._note(row, "entry")
+        elif (found := first_difference(theirs, ours)) is not None:
+            self._note(row, "entry", found)
+
+    def _our_nodes(self, kv: Attachment, latent_state: Tensor) -> list[Tensor]:
+        session = kv.session
+        keys = session.keys_of(latent_state)
+        assert session.search is not None
+        with session.search.gather(keys, kv.env_ids[: len(keys)]) as batch:
+            return [_last(batch.data[:, :, :, : batch.start], row, batch.lengths[row]) for row in range(len(keys))]
+
+    def _copy_nodes(self, cache: ReleasedCache, kv: Attachment, latent_state: Tensor) -> None:
+        """Store our nodes in the released cache, which raised before it could store its own."""
+        cache.put_nodes(hash_states(latent_state), self._our_nodes(kv, latent_state))
+
+    # Clears --------------------------------------------------------------------------------------------------------
+
+    def clear_nodes(self) -> None:
+        """The released cache's nodes go, as ours did."""
+        with self._turn:
+            if self._released is not None:
+                self._cleared_by = threading.get_ident()
+                self._released.clear_nodes()
+
+    def clear_roots(self, row: int) -> None:
+        """The released cache's roots of one environment go, as ours did."""
+        with self._turn:
+            if self._released is not None:
+                self._released.clear_roots(row)
+
+
+def _last(packed: Tensor, row: int, length: int) -> Tensor:
+    """The last `length` tokens of a row, `[2 * layers, heads, length, head_dim]`; a copy."""
+    return packed[:, row, :, packed.shape[3] - length :].clone()
+
+
+def _fields(outputs: Any) -> tuple[Any, ...]:
+    """The tensors of a `WorldModelOutput`."""
+    return tuple(vars(outputs).values())

@@ -1,0 +1,78 @@
+"""Read-only mappings from keys to entries, for code that looked into LightZero's dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+
+from ...entry import Scope
+from .attachment import Attachment
+
+__all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
+
+Entries = list[tuple[Hashable, int]]  # keys, each with a number that no other entry has at the time
+
+
+class KeyIndex(Mapping[Hashable, int]):
+    """The keys that are stored just now, each with a number of its entry; a snapshot at every call. May block.
+
+    Args:
+        entries: gives the snapshot.
+        clear: what `clear()` does.
+    """
+
+    def __init__(self, entries: Callable[[], Entries], clear: Callable[[], None]) -> None:
+        self._entries = entries
+        self._clear = clear
+
+    def __getitem__(self, key: Hashable) -> int:
+        return dict(self._entries())[key]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter([key for key, _ in self._entries()])
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    def clear(self) -> None:
+        """Remove every entry."""
+        self._clear()
+
+    def __repr__(self) -> str:
+        return f"KeyIndex({dict(self._entries())!r})"
+
+
+def entries_of(scope: Scope) -> Entries:
+    """The keys of a scope, and the rows of the ledger that their entries have."""
+    storage = scope.pool.storage
+    deadline = storage.enter()
+    found: Entries = []
+    for part, shard in enumerate(scope.shards):
+        with storage.locks.read((shard,), deadline):
+            found += [(key, entry.row) for key, entry in scope.entries[part].items()]
+    return found
+
+
+def recur_view(kv: Attachment) -> KeyIndex:
+    """The nodes of the calling thread's search. An attached model's keys are (environment, hash)."""
+    session = kv.session
+
+    def entries() -> Entries:
+        return [] if session.search is None else entries_of(session.search._state.scope)
+
+    return KeyIndex(entries, kv.forget_nodes)
+
+
+def init_views(kv: Attachment) -> list[KeyIndex]:
+    """The roots of each of the model's environments, by hash. Made anew at every look: cheap, and of its role."""
+
+    def view(row: int, env_id: int) -> KeyIndex:
+        scope = kv.manager.init_pools[env_id].default_scope
+        return KeyIndex(
+            lambda: [(_hash_in(key), number) for key, number in entries_of(scope)], lambda: kv.clear_roots(row)
+        )
+
+    return [view(row, env_id) for row, env_id in enumerate(kv.env_ids)]
+
+
+def _hash_in(key: Hashable) -> Hashable:
+    return key[1] if isinstance(key, tuple) else key
