@@ -73,7 +73,7 @@ async def beside_another_task(gpu: SimGPU, pool: AsyncKVPool, operation: Operati
 
 
 def streams_of(gpu: SimGPU, operation: Operation, loop: str, inline: bool) -> set[str]:
-    """The streams in which an operation copied between slots and anything else."""
+    """The streams in which an operation worked."""
     pool = KVPool(layout_on(gpu), 4)
     pool.put("a", row(gpu, 1))
     gpu.queues.run_until(lambda: gpu.queues.idle)
@@ -81,7 +81,7 @@ def streams_of(gpu: SimGPU, operation: Operation, loop: str, inline: bool) -> se
     aio = AsyncKVPool(pool, inline_entries=64 if inline else 0)
     run_on(loop, beside_another_task, gpu, aio, operation)
     gpu.queues.run_until(lambda: gpu.queues.idle)
-    copied = {ran.partition(":")[0] for ran in gpu.queues.ran if "index" in ran}
+    copied = {ran.partition(":")[0] for ran in gpu.queues.ran}
     pool.check_integrity()
     pool.close()
     return copied
