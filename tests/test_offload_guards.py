@@ -220,8 +220,8 @@ def waiting_in_a_worker(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(aio_pool, "wait_in_task", parked)
 
 
-def test_a_task_that_waited_in_a_worker_would_keep_it_from_who_computes() -> None:
-    shown_by(what_a_waiting_task_leaves_to_who_computes, [(2,)], waiting_in_a_worker)
+def test_a_task_that_waited_in_a_worker_would_park_it() -> None:
+    shown_by(workers_of_tasks_that_wait, 0, waiting_in_a_worker)
 
 
 # --- asking for one's own key, and waking -----------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def cleared_before_its_commit(world: GpuWorld) -> None:
         world.clear()
         with world.noted(Kind.WRITE, [B], [(*value(A + 1), 99)]) as commit:
             commit.since, commit.stored = read.began, world.pool.commit([B], batch)
-    put_often(C, 20, 2, on=2)(world)
+    put_often(C, 20, 1, on=2)(world)
 
 
 # The end of pools ----------------------------------------------------------------------------------------------------
