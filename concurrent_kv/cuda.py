@@ -98,6 +98,7 @@ def settle(device: torch.device, seconds: float = 60.0) -> None:
         event = backend.record(backend.current())
         if not backend.synchronize(event, seconds):
             raise WaitTimeoutError(f"{device} has not done its work within {seconds:g} s")
+        backend.recycle(event)
 
 
 def current_streams() -> AbstractContextManager[object]:

@@ -139,7 +139,8 @@ class KeysValues:
             device: where it is made; where this is, if left out. A copy to a CPU is complete when this returns; one
                 between GPUs, or from a CPU to a GPU, comes in the order of their current streams.
         """
-        parts = [tensor[..., : self.end, :].detach() for tensor in (self.keys, self.values)]
+        whole = (self.keys, self.values) if self.packed is None else (self.packed,)
+        parts = [tensor[..., : self.end, :].detach() for tensor in whole]
         return KeysValues.from_packed(joined_on(device or self.keys.device, parts), self.lengths)
 
     def __repr__(self) -> str:

@@ -30,7 +30,7 @@ def claim(
     """Join the flight of a key; and whether the caller is the one to compute."""
     (priority,) = check_priorities([priority], 1)
     store = partial(_store, scope, key, generation, side, priority)
-    joined = Claim(pool.flights, store, pool.storage.clock, pool.layout.device)
+    joined = Claim(pool.flights, store, pool.storage.clock, pool.layout)
     return joined, pool.flights.join(scope, key, generation, joined)
 
 
@@ -68,7 +68,10 @@ def get_or_compute(
         if mine:
             return compute_here(pool, joined, key, scope, compute)
         wait_in_thread(joined.flight, deadline, pool.name)
-        found = outcome(joined.flight, pool.storage.clock, pool.name)
+        if joined.late and joined.flight.state is FlightState.DONE:
+            found = pool.peek(key, scope=scope, timeout=deadline.left())
+        else:
+            found = outcome(joined.flight, pool.storage.clock, pool.name)
     return found
 
 
@@ -89,7 +92,9 @@ def compute_here(
     """Compute a claimed key in the calling thread, and end its flight in whatever way that ends."""
     with joined, joined.computing(), heard_by_all(joined):
         # Another flight may have ended between the caller's lookup and its claim.
+        joined.flight.settling = True
         kv = pool.peek(key, scope=scope)
+        joined.flight.settling = kv is not None
         if kv is None:
             kv = compute()
             if inspect.isawaitable(kv):

@@ -43,7 +43,7 @@ def joined_on(device: torch.device, parts: Sequence[Tensor]) -> Tensor:
         joined = torch.empty(shape, dtype=parts[0].dtype, pin_memory=backend_for(device) is not None)
         torch.cat(list(parts), out=joined)
     else:
-        joined = torch.cat(list(parts))
+        joined = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         _protect(parts)
     moved = torch.empty(shape, dtype=joined.dtype, device=device)
     return moved.copy_(joined, non_blocking=device.type != "cpu")

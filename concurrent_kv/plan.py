@@ -16,7 +16,7 @@ from .errors import InvalidArgumentError
 from .kv import KeysValues
 from .moving import joined_on, upload
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, check_overflow
-from .streams import NO_TICKS, Ticks, merge
+from .streams import NO_TICKS, Ticks
 from .tensors import Block, Indices, plain_torch_state
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class WritePlan:
     block: Block | None = None  # the same, if they are a block
     difference: Tensor | None = None  # [2 * layers, kept, heads, head_dim], added to the first `runs` runs
     runs: int = 0
-    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)  # writes of the shared slots
+    # Writes of the shared slots, where nothing is copied: what copies comes after the gather, and so after them.
+    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)
     foreign_slots: int = 0  # shared slots that come from another pool, and count in this one's quota from now on
 
     @property
@@ -132,7 +133,7 @@ def plan_commit(
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
-    tables, shared_writes = _shared_tables(storage, parents, shape)
+    tables = _shared_tables(storage, parents, shape)
     plan = WritePlan(
         keys=keys,
         sides=sides,
@@ -146,26 +147,20 @@ def plan_commit(
         rows=shape.rows,
         columns=shape.columns,
         block=shape.block,
-        shared_writes=shared_writes,
     )
     if isinstance(overflow, DropAndCorrect) and shape.corrected:
         plan.difference, plan.runs = _difference(overflow.packed, shape.corrected)
     return plan
 
 
-def _shared_tables(storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape) -> tuple[Indices, Ticks]:
+def _shared_tables(storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape) -> Indices:
     """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
     if not shape.sharing:
-        return np.zeros((len(parents), storage.layout.max_tokens), dtype=np.int64), NO_TICKS
+        return np.zeros((len(parents), storage.layout.max_tokens), dtype=np.int64)
     tables = storage.ledger.columns_of(parents, shape.parents)
     if shape.masked:
         tables *= shape.shared
-    ticks: Ticks = NO_TICKS
-    for i in shape.sharing:
-        parent = parents[i]
-        if parent is not None and parent.written is not NO_TICKS:
-            ticks = merge(ticks, parent.written)
-    return tables, ticks
+    return tables
 
 
 def _corrections(

@@ -277,7 +277,8 @@ class KVPool(PoolCore):
     ) -> bool:
         """Store every row of `kv` under the key of the same position; all become visible at once, or none.
 
-        A key that comes twice gets the last of its rows. Otherwise as `put`.
+        A key that comes twice gets the last of its rows. Replacing more tokens at once than the storage has headroom
+        (`writers` windows) may evict others, and what is about to be replaced. Otherwise as `put`.
 
         Raises:
             CapacityError: more rows or tokens than the pool holds at all.

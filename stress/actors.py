@@ -39,9 +39,10 @@ class Failure:
 
 
 class Failures:
-    """All of them, from all threads."""
+    """All of them, from all threads; when they are enough, the run is `over`."""
 
-    def __init__(self) -> None:
+    def __init__(self, over: threading.Event) -> None:
+        self._over = over
         self._lock = threading.Lock()
         self._all: list[Failure] = []
 
@@ -49,14 +50,12 @@ class Failures:
         with self._lock:
             if len(self._all) < MOST_FAILURES:
                 self._all.append(failure)
+            if len(self._all) >= MOST_FAILURES:
+                self._over.set()
 
     def all(self) -> list[Failure]:
         with self._lock:
             return list(self._all)
-
-    @property
-    def enough(self) -> bool:
-        return len(self._all) >= MOST_FAILURES
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,10 @@ class Actor:
 
     async def act(self) -> None:
         """Operations until the run is over."""
-        gate, failures, over = self.run.gate, self.run.failures, self.run.over
+        gate, over = self.run.gate, self.run.over
         gate.enter()
         try:
-            while not over.is_set() and not failures.enough:
+            while not over.is_set():
                 if gate.shut:
                     if self.access.is_task:
                         await gate.park_task()
@@ -114,7 +113,7 @@ class Actor:
                     continue
                 await self._operate()
         except Exception as error:
-            failures.add(Failure("actor died", repr(error), self.name, traceback.format_exc()))
+            self.run.failures.add(Failure("actor died", repr(error), self.name, traceback.format_exc()))
         finally:
             gate.leave()
 

@@ -12,7 +12,7 @@ from concurrent_kv import InvalidArgumentError, KeysValues
 from stress.faults.errors import marked
 from stress.possible import Write
 from stress.world import Space
-from stress.writing import COMPUTED, said, writing
+from stress.writing import COMPUTED, writing
 
 if TYPE_CHECKING:
     from stress.actors import Actor
@@ -158,7 +158,11 @@ async def _claim(actor: Actor, space: Space, key: int) -> None:
             # Before it is handed on: from then on the key may be computed again.
             actor.computations.end(space, key, mine)
             fulfilled = actor.access.fulfil(claim, space.pool, kv)
-            said(ledger, write, await actor.call("write", fulfilled))
+            stored = await actor.call("write", fulfilled)
+            if stored:
+                ledger.stored(write)
+            else:
+                ledger.cut_off(write)  # not kept, but handed on to those who waited
     except BaseException:
         mine.cut_off = True
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import traceback
@@ -63,8 +64,8 @@ class _Runner:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.world = World(settings)
-        self.failures = Failures()
         self.over = threading.Event()
+        self.failures = Failures(self.over)
         self.gate = Gate()
         self.faults = Faults(self.world)
         self.run = Run(self.world, self.faults, self.gate, self.failures, Computations(), self.over)
@@ -81,6 +82,7 @@ class _Runner:
         # With Ctrl-C among the faults the main thread has to be one of the actors.
         is_main = threading.current_thread() is threading.main_thread()
         self.main = self.threads[0] if self.threads and is_main and "interrupts" in settings.faults else None
+        self.main_ended = threading.Event()
         self.monitor = Monitor(self.run, [*self.threads, *self.tasks])
         self.repaired = RepairReport(0, 0, 0)
         self.quiet_moments = 0
@@ -104,6 +106,7 @@ class _Runner:
                     thread.start()
                 if self.main is not None:
                     self._act(self.main)
+                    self.main_ended.set()
                 conductor.join()
         finally:
             self.over.set()
@@ -159,13 +162,16 @@ class _Runner:
     def _conduct(self) -> None:
         """Quiet moments now and then, until the time is over."""
         end = monotonic() + self.settings.seconds
-        while not self.failures.enough and (left := end - monotonic()) > 0:
-            pause = min(left, max(1.0, min(QUIET_SECONDS, self.settings.seconds / 3)))
+        while (left := end - monotonic()) > 0:
+            pause = min(left, min(QUIET_SECONDS, self.settings.seconds / 3))
             if self.over.wait(pause):
                 break
             self._quiet()
         self.over.set()
         self.gate.open()
+        if self.main is not None and not self.main_ended.wait(2 * self.settings.bound_seconds):
+            self.failures.add(Failure("stuck", "the main thread does not end", "end", stacks()))
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # frees it from most waits
 
     def _quiet(self) -> None:
         if not self.gate.close(2 * self.settings.bound_seconds):

@@ -14,12 +14,15 @@ from concurrent_kv import KVPool, WrongProcessError
 __all__ = ["fork_now_and_then"]
 
 PAUSE_SECONDS = 1.0
-BOUND_SECONDS = 20.0
 WRONG = 3  # what the child exits with
 
 
 def fork_now_and_then(
-    pool: KVPool, over: threading.Event, count: Callable[[str], None], fail: Callable[[str], None]
+    pool: KVPool,
+    over: threading.Event,
+    count: Callable[[str], None],
+    fail: Callable[[str], None],
+    bound_seconds: float,
 ) -> None:
     """Until `over`."""
     while not over.wait(PAUSE_SECONDS):
@@ -28,9 +31,9 @@ def fork_now_and_then(
             child = os.fork()
         if not child:
             _child(pool)
-        status = _wait(child)
+        status = _wait(child, bound_seconds)
         if status is None:
-            fail(f"a forked child was not over within {BOUND_SECONDS:g} s")
+            fail(f"a forked child was not over within {bound_seconds:g} s")
         elif status != 0:
             fail(f"a forked child could use the pool, or heard another error (exit status {status})")
         else:
@@ -52,8 +55,8 @@ def _child(pool: KVPool) -> None:
         os._exit(status)
 
 
-def _wait(child: int) -> int | None:
-    deadline = monotonic() + BOUND_SECONDS
+def _wait(child: int, bound_seconds: float) -> int | None:
+    deadline = monotonic() + bound_seconds
     waiting = threading.Event()
     while monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)

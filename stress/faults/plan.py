@@ -119,7 +119,8 @@ class Faults:
         if "interrupts" in self.enabled:
             found.append(lambda: self._interrupter.work(over))
         if "fork" in self.enabled:
-            found.append(lambda: fork_now_and_then(self._world.manager.wm_pool, over, self.count, fail))
+            pool, bound = self._world.manager.wm_pool, self._world.settings.bound_seconds
+            found.append(lambda: fork_now_and_then(pool, over, self.count, fail, bound))
         return found
 
     # Around operations -------------------------------------------------------------------------------------------

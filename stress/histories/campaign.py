@@ -13,10 +13,11 @@ from concurrent_kv.aio.offload import INLINE_BYTES
 from stress.content import BrokenPromiseError
 from stress.histories.checker import Call, check
 from stress.histories.models import Pool, per_key, split_clears, unexplained_refusals
-from stress.histories.programs import Shape, random_programs
+from stress.histories.programs import IN_SEARCHES, Shape, random_programs
 from stress.histories.recording import Crew, Recorder, eager_switching, new_pool, run_tasks, wait_for
+from stress.histories.searches import ROOT, SearchCalls, new_manager
 
-__all__ = ["check_history", "histories_of_both", "histories_of_tasks", "histories_of_threads"]
+__all__ = ["check_history", "histories_of_both", "histories_of_searches", "histories_of_tasks", "histories_of_threads"]
 
 CHECK_EVERY = 100  # histories; then the books are recounted
 
@@ -56,6 +57,32 @@ def histories_of_threads(
     finally:
         crew.close()
     pool.close()
+    return calls
+
+
+def histories_of_searches(count: int, *, processes: int = 3, seed: int = 0) -> int:
+    """As `histories_of_threads`, of threads that share one search: what is its own is always a hit."""
+    shape = Shape(weights=IN_SEARCHES)
+    rng, crew = Random(seed), Crew(processes)
+    most = shape.keys * processes * shape.operations
+    calls = 0
+    with new_manager(most) as manager, eager_switching():
+        try:
+            for number in range(count):
+                with manager.search([0]) as search:
+                    search.gather([ROOT], [0]).close()
+                    recorder = Recorder(SearchCalls(search))
+                    programs = random_programs(rng, processes, shape)
+                    crew.begin(
+                        [partial(recorder.run_in_thread, f"thread {n}", each) for n, each in enumerate(programs)]
+                    )
+                    crew.wait()
+                    check_history(recorder.calls, shape)
+                calls += len(recorder.calls)
+                if number % CHECK_EVERY == 0:
+                    manager.check_integrity()
+        finally:
+            crew.close()
     return calls
 
 

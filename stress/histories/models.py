@@ -33,6 +33,10 @@ class Pool:
             return [self._with(state, keys, call.argument) if call.result is not False else state]
         if call.action == "clear":
             return [self._with(state, keys, None)]
+        if call.action == "release":
+            # It says whether the key was there, and never was evicted from where it can be called.
+            there = state[keys[0]] is not None
+            return [self._with(state, keys, None)] if call.result in (None, there) else []
         if call.result is None:  # a read or pop that never returned
             return [state, self._with(state, keys, None)] if call.action == "pop" else [state]
         seen = call.result

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-__all__ = ["Operation", "Shape", "random_programs"]
+__all__ = ["IN_POOLS", "IN_SEARCHES", "Operation", "Shape", "random_programs"]
 
-WEIGHTS = {"put": 5, "get": 5, "gather": 4, "put_many": 3, "pop": 2, "clear": 1}
+IN_POOLS = (("put", 5), ("get", 5), ("gather", 4), ("put_many", 3), ("pop", 2), ("clear", 1))
+IN_SEARCHES = (("put", 5), ("get", 5), ("gather", 4), ("put_many", 3), ("release", 3), ("clear", 0.5))
 
 ROOMY = 32  # entries: more than all programs of a history could write at once
 
@@ -24,6 +25,7 @@ class Shape:
     operations: int = 4  # of each process
     capacity: int = ROOMY
     slow: bool = True  # copies let others go first now and then
+    weights: tuple[tuple[str, float], ...] = IN_POOLS  # of each action
 
     @property
     def evicting(self) -> bool:
@@ -46,7 +48,7 @@ def random_programs(rng: Random, processes: int, shape: Shape) -> list[list[Oper
 
 
 def _operation(rng: Random, shape: Shape, value: int) -> Operation:
-    action = rng.choices([*WEIGHTS], [*WEIGHTS.values()])[0]
+    action = rng.choices(*zip(*shape.weights, strict=True))[0]
     keys: Sequence[int] = range(shape.keys)
     if action in ("gather", "put_many"):
         # No more than fit: what never fits is an error, not a history.

@@ -76,10 +76,14 @@ def value_of(packed: torch.Tensor) -> int:
 
 
 class Recorder:
-    """Runs programs on one pool and notes what was called when, and what it answered."""
+    """Runs programs and notes what was called when, and what it answered.
 
-    def __init__(self, pool: KVPool) -> None:
-        self.pool = pool
+    Args:
+        calls_in_threads: the pool, or what has its methods, for the processes that are threads.
+    """
+
+    def __init__(self, calls_in_threads: Any) -> None:
+        self._in_threads = Awaited(calls_in_threads)
         self.calls: list[Call] = []
 
     async def run(self, process: str, program: Program, calls: Any) -> None:
@@ -101,6 +105,8 @@ class Recorder:
             return await calls.put_many(keys, KeysValues.from_packed(packed))
         if action == "clear":
             return await calls.clear()
+        if action == "release":
+            return await calls.release(keys[0])
         if action == "gather":
             with await calls.gather(keys) as batch:
                 rows = zip(batch.hits, batch.lengths, strict=True)
@@ -113,7 +119,7 @@ class Recorder:
 
     def run_in_thread(self, process: str, program: Program) -> None:
         """One process in the calling thread."""
-        drive(self.run(process, program, Awaited(self.pool)))
+        drive(self.run(process, program, self._in_threads))
 
 
 class Crew:
