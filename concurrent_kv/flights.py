@@ -19,16 +19,15 @@ from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
-
-import torch
 
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
-from .kv import KeysValues
-from .streams import NO_TICKS, StreamClock, Ticks
-from .tensors import plain_torch_state
+from .streams import NO_TICKS, Ticks
+
+if TYPE_CHECKING:
+    from .kv import KeysValues
 
 __all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
@@ -214,14 +213,16 @@ class Claim:
     flight: Flight
 
     def __init__(
-        self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, device: torch.device
+        self,
+        table: FlightTable,
+        store: Callable[..., bool],
+        copy: Callable[[KeysValues], tuple[KeysValues, Ticks]],
     ) -> None:
         self.mine = True
         self.late = False
-        self._device = device
         self._table = table
         self._store = store
-        self._clock = clock
+        self._copy = copy  # gives a private copy, and the ticks of what made it
 
     @property
     def over(self) -> bool:
@@ -250,12 +251,7 @@ class Claim:
     def pass_on(self, kv: KeysValues) -> None:
         """Hand a result to everyone who waits, without storing it."""
         self._check_mine()
-        stream = self._clock.current()
-        try:
-            with plain_torch_state():
-                result = kv.copy(self._device)
-        finally:
-            ready = self._clock.stamp(stream, (kv.keys, kv.values))
+        result, ready = self._copy(kv)
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
