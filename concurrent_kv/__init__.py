@@ -1,7 +1,5 @@
 """A thread-safe, stream-aware key/value cache for parallel tree search over transformer world models."""
 
-from .aio import AsyncKVCacheManager, AsyncKVPool, AsyncSearch
-from .batch import Batch
 from .entry import Scope
 from .errors import (
     CapacityError,
@@ -19,17 +17,31 @@ from .errors import (
     WrongProcessError,
 )
 from .flights import Claim
-from .integrity import IntegrityReport, RepairReport
-from .keys import hash_state, hash_states
-from .kv import KeysValues
-from .layout import KVLayout
-from .manager import KVCacheManager
-from .overflow import DropAndCorrect, DropLazily, DropOldest, PositionTable, RaiseOnOverflow
-from .pin import Pin
-from .pool import KVPool
-from .search import Search
 from .stats import PoolStats, StatsSummary
-from .storage import KVStorage
+
+try:
+    from .aio import AsyncKVCacheManager, AsyncKVPool, AsyncSearch
+    from .batch import Batch
+    from .integrity import IntegrityReport, RepairReport
+    from .keys import hash_state, hash_states
+    from .kv import KeysValues
+    from .layout import KVLayout
+    from .manager import KVCacheManager
+    from .overflow import DropAndCorrect, DropLazily, DropOldest, PositionTable, RaiseOnOverflow
+    from .pin import Pin
+    from .pool import KVPool
+    from .search import Search
+    from .storage import KVStorage
+except ModuleNotFoundError as error:
+    # Without torch the parts that need none can be imported one by one: `concurrent_kv.locks`, `.flights`, `.eviction`.
+    if error.name != "torch":
+        raise
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"concurrent_kv.{name} needs torch, which is not installed")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AsyncKVCacheManager",

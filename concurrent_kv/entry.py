@@ -15,19 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from enum import IntEnum
-from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
+from .counting import Numbers
 from .index import Index
-from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
+    from .overflow import PositionTable
     from .pool_core import PoolCore
     from .quota import Budget
 
-__all__ = ["Entry", "Generation", "Hold", "Place", "Scope"]
+__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "sorted_shards"]
 
 
 class Generation(NamedTuple):
@@ -115,7 +115,7 @@ class Entry:
         self.ticks = written
 
 
-_scope_numbers = count(1)
+_scope_numbers = Numbers.of_process(1)
 
 
 class Scope:
@@ -168,6 +168,11 @@ class Scope:
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
+
+
+def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
+    """The lock shards of (scope, part) pairs, ascending and without repeats."""
+    return tuple(sorted({scope.shards[part] for scope, part in located}))
 
 
 class Hold:

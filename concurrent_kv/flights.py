@@ -19,16 +19,16 @@ from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
-from .kv import KeysValues, check_fits
-from .layout import KVLayout
 from .locks import Deadline
-from .streams import NO_TICKS, StreamClock, Ticks
-from .tensors import plain_torch_state
+from .streams import NO_TICKS, Ticks
+
+if TYPE_CHECKING:
+    from .kv import KeysValues
 
 __all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
@@ -233,13 +233,17 @@ class Claim:
 
     flight: Flight
 
-    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, layout: KVLayout) -> None:
+    def __init__(
+        self,
+        table: FlightTable,
+        store: Callable[..., bool],
+        copy: Callable[[KeysValues], tuple[KeysValues, Ticks]],
+    ) -> None:
         self.mine = True
         self.late = False
-        self._layout = layout
         self._table = table
         self._store = store
-        self._clock = clock
+        self._copy = copy  # gives a private copy, and the ticks of what made it
 
     @property
     def over(self) -> bool:
@@ -272,11 +276,7 @@ class Claim:
             ClosedError, InvalidArgumentError: as `fulfil`.
         """
         self._check_mine()
-        row = check_fits(kv, self._layout, rows=1).row(0)
-        stream = self._clock.current()
-        with plain_torch_state():
-            result = row.copy(self._layout.device)
-        ready = self._clock.stamp(stream)
+        result, ready = self._copy(kv)
         # After the copy: a task that has left may write to its tensors again, and what was copied since may be torn.
         Deadline(0.0).check(self._table.name)
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
+from .sizes import positive_int
 
 __all__ = ["SUPPORTED_DEVICES", "KVLayout", "device_of", "positive_int"]
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUPPORTED_DEVICES = ("cpu", "cuda")
-
-
-def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
-    """`value` as an int of at least `minimum`, or an error that names the argument."""
-    if type(value) is int:
-        number = value
-    elif isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {value!r}")
-    else:
-        number = int(value)
-    if number < minimum:
-        raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
-    return number
 
 
 def device_of(device: object) -> torch.device:

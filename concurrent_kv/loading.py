@@ -16,10 +16,13 @@ from .flights import Claim, FlightState
 from .kv import KeysValues, check_fits
 from .locks import Deadline
 from .plan import plan_put
+from .streams import Ticks
+from .tensors import plain_torch_state
 from .writing import write
 
 if TYPE_CHECKING:
     from .pool import KVPool
+    from .storage import KVStorage
 
 __all__ = ["claim", "compute_here", "get_or_compute", "heard_by_all"]
 
@@ -30,8 +33,17 @@ def claim(
     """Join the flight of a key; and whether the caller is the one to compute."""
     (priority,) = check_priorities([priority], 1)
     store = partial(_store, scope, key, generation, side, priority)
-    joined = Claim(pool.flights, store, pool.storage.clock, pool.layout)
+    joined = Claim(pool.flights, store, partial(_private_copy, pool.storage))
     return joined, pool.flights.join(scope, key, generation, joined)
+
+
+def _private_copy(storage: KVStorage, kv: KeysValues) -> tuple[KeysValues, Ticks]:
+    """A copy of one row on the storage's device that nobody else has, and the ticks of its making."""
+    row = check_fits(kv, storage.layout, rows=1).row(0)
+    stream = storage.clock.current()
+    with plain_torch_state():
+        copied = row.copy(storage.layout.device)
+    return copied, storage.clock.stamp(stream)
 
 
 def _store(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import count
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .arguments import hash_of, sequence_of
 from .config import ManagerConfig
+from .counting import Numbers
 from .errors import InvalidArgumentError
 from .eviction import EvictionPolicy
 from .handle import Handle
@@ -127,9 +127,9 @@ class KVCacheManager(Handle):
         self._init_pool_by_env: Mapping[Hashable, KVPool] = MappingProxyType(dict(enumerate(self._init_pools)))
         self.recur_pool = pool("recur", settings.max_cache_size, recur_slots)
         self.wm_pool = pool("wm", wm_entries)
-        self._search_numbers = count()
-        self._clears = count(1)
-        self._steps = count(1)
+        self._search_numbers = Numbers()
+        self._clears = Numbers(1)
+        self._steps = Numbers(1)
         self._wm_list: list[object] = []
         self._wm_size_list: list[int] = []
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .entry import Entry, Generation, Hold, Place, Scope
+from .entry import Entry, Generation, Hold, Place, Scope, sorted_shards
 from .kv import KeysValues
 from .locks import Deadline
 from .streams import NO_TICKS, Ticks, merge
@@ -19,7 +19,7 @@ from .tensors import Indices, plain_torch_state
 if TYPE_CHECKING:
     from .storage import KVStorage
 
-__all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain", "sorted_shards"]
+__all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
 
 Wanted = Sequence[tuple[Scope, Hashable]]
 
@@ -27,11 +27,6 @@ Wanted = Sequence[tuple[Scope, Hashable]]
 def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
     """The epochs and versions of an operation's scopes, read once at its start."""
     return {scope: scope.generation for scope in scopes}
-
-
-def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
-    """The lock shards of (scope, part) pairs, ascending and without repeats."""
-    return tuple(sorted({scope.shards[part] for scope, part in located}))
 
 
 def retain(

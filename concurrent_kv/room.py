@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .entry import Entry, Place, Scope
+from .entry import Entry, Place, Scope, sorted_shards
 from .errors import CapacityError, SearchEndedError, WaitTimeoutError
 from .ledger import wake
 from .locks import Deadline
-from .plan import WritePlan
 from .quota import Budget
-from .reading import sorted_shards
 from .slots import Slots
 from .streams import Ticks
 
 if TYPE_CHECKING:
+    from .plan import WritePlan
     from .pool_core import PoolCore
 
 __all__ = [

@@ -20,11 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import InvalidArgumentError, StreamCaptureError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["NO_TICKS", "StreamBackend", "StreamClock", "StreamKey", "Ticks", "merge"]
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .entry import Entry, Generation, Place, Scope
+from .entry import Entry, Generation, Place, Scope, sorted_shards
 from .errors import ClosedError, SearchEndedError
 from .index import find_places, take_away
 from .ledger import wake
 from .locks import Deadline
 from .plan import WritePlan
-from .reading import sorted_shards
 from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import plain_torch_state

@@ -27,7 +27,7 @@ SYNCHRONOUS = 0.5  # share of the tasks' computations that are plain functions
 class _Running:
     """A computation under way."""
 
-    cleared: int  # clears that had begun before its caller asked
+    cleared: tuple[int | None, ...]  # before its caller asked
     whose: str
     cut_off: bool = False  # its caller was interrupted or cancelled, and somebody else may have taken over
 
@@ -45,10 +45,11 @@ class Computations:
         with self._lock:
             others = self._running.setdefault((space.number, key), [])
             # Nothing was cleared since the other's caller asked: both are for the same generation.
-            now = _clears(space, key)
-            self._suspects += [
-                (f"{space.name} key {key}", other, mine) for other in others if other.cleared == mine.cleared == now
-            ]
+            now = _clears(space)
+            if None not in now:
+                self._suspects += [
+                    (f"{space.name} key {key}", other, mine) for other in others if other.cleared == mine.cleared == now
+                ]
             others.append(mine)
 
     def end(self, space: Space, key: int, mine: _Running) -> None:
@@ -70,8 +71,9 @@ class Computations:
         ]
 
 
-def _clears(space: Space, key: int) -> int:
-    return sum(barrier.begun_count for barrier in (space.cleared, *space.above))
+def _clears(space: Space) -> tuple[int | None, ...]:
+    """How often what the space belongs to was cleared, None where that is under way: nobody knows its generation."""
+    return tuple(barrier.settled() for barrier in (space.cleared, *space.above))
 
 
 async def computes(actor: Actor) -> None:
@@ -83,7 +85,7 @@ async def computes(actor: Actor) -> None:
         return
     ledger = space.plain[key]
     before = ledger.before_read()
-    mine = _Running(_clears(space, key), f"actor {actor.number}")
+    mine = _Running(_clears(space), f"actor {actor.number}")
     compute, written = _computation(actor, space, key, mine)
     pool = space.calls(actor.access)
     try:
@@ -140,7 +142,7 @@ def _computation(actor: Actor, space: Space, key: int, mine: _Running) -> tuple[
 async def _claim(actor: Actor, space: Space, key: int) -> None:
     """Compute what nobody else does, or leave it."""
     rng, world, ledger = actor.rng, actor.world, space.plain[key]
-    mine = _Running(_clears(space, key), f"actor {actor.number}")
+    mine = _Running(_clears(space), f"actor {actor.number}")
     claim = space.pool.try_claim(world.key("key", key), side=COMPUTED, scope=space.scope)
     if not claim.mine:
         actor.noted("claimed by somebody else")

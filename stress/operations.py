@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from concurrent_kv import Batch, KeyNotFoundError
 from stress.computing import computes
 from stress.content import BrokenPromiseError, Token
+from stress.faults.errors import Interrupt
+from stress.possible import Barrier
 from stress.searching import searches
 from stress.world import CHILDREN, GROUP_KEYS, GROUPED, ROOT_KEYS, Space
 from stress.writing import all_writing, check_side, said, write_key, writing
@@ -214,15 +216,22 @@ async def clears(actor: Actor) -> None:
                 (world.everything, access.manager.clear_all),
             ]
         )
-    began = barrier.begin()
-    await actor.call("clear", call())
-    barrier.ended(began)
+    await remove_all(actor, barrier, call)
 
 
 async def bumps(actor: Actor) -> None:
-    began = actor.world.everything.begin()
-    await actor.call("clear", actor.access.manager.bump_version())
-    actor.world.everything.ended(began)
+    await remove_all(actor, actor.world.everything, actor.access.manager.bump_version)
+
+
+async def remove_all(actor: Actor, barrier: Barrier, call: Callable[[], Awaitable[object]]) -> None:
+    """A call that removes everything below a barrier."""
+    began = barrier.begin()
+    try:
+        await actor.call("clear", call())
+    except Interrupt:
+        barrier.cut_off()
+        raise
+    barrier.ended(began)
 
 
 RUN: dict[str, Callable[[Actor], Coroutine[Any, Any, object]]] = {

@@ -29,6 +29,7 @@ class Barrier:
         self.ended_latest = 0  # nothing older than this is left
         self.begun_latest = 0  # something older than this may have gone
         self.begun_count = 0
+        self.over_count = 0
 
     def begin(self) -> int:
         """Before a call that removes."""
@@ -42,6 +43,17 @@ class Barrier:
         """After it."""
         with self._lock:
             self.ended_latest = max(self.ended_latest, began)
+            self.over_count += 1
+
+    def cut_off(self) -> None:
+        """After it was interrupted: it does nothing any more, and may have removed something or not."""
+        with self._lock:
+            self.over_count += 1
+
+    def settled(self) -> int | None:
+        """How many have been made; None while one is under way."""
+        with self._lock:
+            return self.begun_count if self.begun_count == self.over_count else None
 
 
 class Before(NamedTuple):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Generic, Protocol, TypeVar
 
-from ..layout import positive_int
+from ..sizes import positive_int
 
 
 class Evictable(Protocol):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from concurrent_kv import AsyncKVPool, ClosedError, KeyNotFoundError, KVPool
+from concurrent_kv import AsyncKVPool, ClosedError, KeyNotFoundError, KeysValues, KVPool
 from stress.access import Awaited
 from stress.content import BrokenPromiseError
+from stress.possible import Write
 from stress.world import Space
 from stress.writing import said, write_key, writing
 
@@ -40,6 +42,22 @@ class _Life:
         return self.in_task if actor.access.is_task else Awaited(self.pool)
 
 
+@contextmanager
+def computed(actor: Actor, space: Space, key: int) -> Iterator[Callable[[], KeysValues]]:
+    """A computation that gives a new version, which may or may not be stored."""
+    ledger, written = space.plain[key], list[Write]()
+
+    def compute() -> KeysValues:
+        written.append(ledger.begin())
+        return actor.world.content.row(actor.world.plain(key, space.number, written[-1].version, actor.number))
+
+    try:
+        yield compute
+    finally:
+        for write in written:
+            ledger.cut_off(write)
+
+
 class Doomed:
     """A pool that everybody uses until somebody closes it; then there is another."""
 
@@ -59,7 +77,8 @@ class Doomed:
                 tokens = actor.world.plain(key, life.space.number, write.version, actor.number)
                 said(ledger, write, await calls.put(named, actor.world.content.row(tokens)))
             before = ledger.before_read()
-            kv = await calls.get_or_compute(named, lambda: actor.world.content.row(tokens))
+            with computed(actor, life.space, key) as compute:
+                kv = await calls.get_or_compute(named, compute)
             actor.world.check_plain(life.space, key, actor.world.content.read(kv), before)
             with await calls.gather([named]) as batch:
                 if batch.hits[0]:

@@ -60,7 +60,7 @@ LEFT_OUT = [
     left_out("batch.py", "wait", "join", "gather, closed on another, gather again"),
     left_out("batch.py", "synchronize", "synchronize", "batch waited for by the host"),
     left_out("batch.py", "close", "finish", "gather, gather again"),
-    left_out("flights.py", "pass_on", "stamp", "taken from a flight"),
+    left_out("loading.py", "_private_copy", "stamp", "taken from a flight"),
     left_out("flight_waiting.py", "outcome", "order_after", "taken from a flight"),
     left_out("moving.py", "joined_on", "_protect", "taken from a flight"),
     left_out("moving.py", "joined_on", "_protect", "put from another device's other stream", number=1),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable
-from itertools import count
 from typing import Any
 
+from ...counting import Numbers
 from ...layout import positive_int
 from ...manager import KVCacheManager
 from ...pool import KVPool
@@ -96,7 +96,7 @@ class LightZeroKVCacheManager:
         self.enable_stats = enable_stats
         self.clear_recur_log_freq = positive_int("clear_recur_log_freq", clear_recur_log_freq, minimum=0)
         self.clear_all_log_freq = positive_int("clear_all_log_freq", clear_all_log_freq, minimum=0)
-        self._recur_clears, self._all_clears = count(1), count(1)
+        self._recur_clears, self._all_clears = Numbers(1), Numbers(1)
         simulations = setting(config, "num_simulations", DEFAULT_SIMULATIONS)
         names = ("num_layers", "num_heads", "embed_dim", "context_length", "device", "dtype")
         known = {name: value for name in names if (value := setting(config, name)) is not None}
