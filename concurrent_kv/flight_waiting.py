@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
 from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
 from .flights import Flight, FlightState, computing_here
 from .kv import KeysValues
-from .locks import Deadline
+from .locks import Deadline, lend_place
 from .streams import StreamClock
 from .tensors import plain_torch_state
 
-__all__ = ["lend_place", "outcome", "timed_out", "wait_in_thread", "waiting_for"]
-
-# Entered by who waits inside a computation that holds one of a bounded number of places.
-lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
-    "concurrent_kv_lend_place", default=nullcontext
-)
+__all__ = ["outcome", "timed_out", "wait_in_thread", "waiting_for"]
 
 
 @contextmanager
@@ -63,7 +57,9 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
             with waiting_for(flight, name):
                 over.get(timeout=deadline.left())
     except Empty:
-        raise timed_out(flight, deadline, name) from None
+        # Whoever ended it may have been cut off between two wakers, or have ended with its loop.
+        if not flight.over_unheard():
+            raise timed_out(flight, deadline, name) from None
     finally:
         flight.unsubscribe(wake)
 

@@ -22,11 +22,11 @@ from types import TracebackType
 from typing import Any
 from weakref import ref
 
-import torch
-
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
-from .kv import KeysValues
+from .kv import KeysValues, check_fits
+from .layout import KVLayout
+from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
@@ -52,7 +52,7 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
+    __slots__ = ("error", "key", "loop_ended", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
@@ -62,6 +62,7 @@ class Flight:
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.loop_ended: Callable[[], bool] | None = None  # of the loop that it needs, if it needs one
         self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
         self.waits_for: list[Flight] = []  # whose results its computation waits for just now
 
@@ -77,6 +78,18 @@ class Flight:
                 seen.add(flight)
                 ahead += flight.waits_for
         return False
+
+    def is_orphan(self) -> bool:
+        """Whether nobody will end it: the loop of the task that computes has ended."""
+        loop_ended = self.loop_ended
+        return self.state is FlightState.COMPUTING and loop_ended is not None and loop_ended()
+
+    def over_unheard(self) -> bool:
+        """Whether it is over after all; an orphan is abandoned. For who waited in vain."""
+        if self.is_orphan():
+            self.state = FlightState.ABANDONED  # as by its finaliser: whoever joins next replaces it
+            self.wake()
+        return self.state is not FlightState.COMPUTING
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
@@ -123,6 +136,9 @@ class FlightTable:
             ClosedError: the pool is closed.
         """
         flight_key = (scope.number, key, generation)
+        within = computing_here.get()
+        if any(flight.key[:2] == flight_key[:2] for flight in within):
+            raise _own_key(self.name, key)  # of whatever generation
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)
         new.owner = ref(claim)
@@ -131,19 +147,17 @@ class FlightTable:
                 raise ClosedError(f"{self.name} is closed")
             dead = self._forget_dropped()
             flight = self._flights.get(flight_key)
-            if flight is None or flight.state is not FlightState.COMPUTING:
+            if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
                 # Taken out first: the table must name the new flight's key, not the one that dies with the old.
                 self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
-                return True
-            claim.late = flight.settling
+            else:
+                claim.late = flight.settling
+                claim.mine, claim.flight = False, flight
         del dead
-        claim.mine, claim.flight = False, flight
-        if flight in computing_here.get():
-            raise RecursiveComputationError(
-                f"{self.name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
-            )
-        return False
+        if claim.mine and flight is not None:
+            flight.over_unheard()  # who waits for an orphan takes over, too
+        return claim.mine
 
     def _forget_dropped(self) -> list[Flight]:
         """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
@@ -199,6 +213,12 @@ class FlightTable:
             self.settle(flight, FlightState.CLOSED)
 
 
+def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
+    return RecursiveComputationError(
+        f"{name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+    )
+
+
 class Claim:
     """The right, and the duty, to compute one key: a handle, ended once.
 
@@ -213,12 +233,10 @@ class Claim:
 
     flight: Flight
 
-    def __init__(
-        self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, device: torch.device
-    ) -> None:
+    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, layout: KVLayout) -> None:
         self.mine = True
         self.late = False
-        self._device = device
+        self._layout = layout
         self._table = table
         self._store = store
         self._clock = clock
@@ -248,12 +266,19 @@ class Claim:
         return stored
 
     def pass_on(self, kv: KeysValues) -> None:
-        """Hand a result to everyone who waits, without storing it."""
+        """Hand a result, one row, to everyone who waits, without storing it.
+
+        Raises:
+            ClosedError, InvalidArgumentError: as `fulfil`.
+        """
         self._check_mine()
+        row = check_fits(kv, self._layout, rows=1).row(0)
         stream = self._clock.current()
         with plain_torch_state():
-            result = kv.copy(self._device)
+            result = row.copy(self._layout.device)
         ready = self._clock.stamp(stream)
+        # After the copy: a task that has left may write to its tensors again, and what was copied since may be torn.
+        Deadline(0.0).check(self._table.name)
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:

@@ -7,8 +7,9 @@ mutex is returned to the caller, so that side data and keys are finalised outsid
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -197,8 +198,9 @@ class Ledger:
 
     def drop_from(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
-        for entry in entries:
-            hold.entries.remove(entry)
+        staying = Counter(hold.entries)
+        staying.subtract(entries)
+        hold.entries = list(staying.elements())
         return self._unhold(hold, entries)
 
     def end(self, hold: Hold) -> list[Entry]:
@@ -273,6 +275,11 @@ class Ledger:
         event = self._event_factory()
         self._waiters.append(event)
         return event
+
+    def forget_waiter(self, event: Any) -> None:
+        """Take off the list who no longer waits. Mutex held."""
+        with suppress(ValueError):
+            self._waiters.remove(event)
 
     def take_waiters(self) -> list[Any]:
         """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""

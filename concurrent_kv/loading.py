@@ -30,7 +30,7 @@ def claim(
     """Join the flight of a key; and whether the caller is the one to compute."""
     (priority,) = check_priorities([priority], 1)
     store = partial(_store, scope, key, generation, side, priority)
-    joined = Claim(pool.flights, store, pool.storage.clock, pool.layout.device)
+    joined = Claim(pool.flights, store, pool.storage.clock, pool.layout)
     return joined, pool.flights.join(scope, key, generation, joined)
 
 

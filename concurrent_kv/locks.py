@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from types import CodeType, TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,7 @@ from readerwriterlock import rwlock
 
 from .errors import WaitTimeoutError
 
-__all__ = ["Caller", "Deadline", "NotOnLoopError", "ShardedRWLock", "caller"]
+__all__ = ["Caller", "Deadline", "NotOnLoopError", "ShardedRWLock", "caller", "lend_place"]
 
 LOOK_SECONDS = 0.05  # who waits for a shard looks so often whether its lock was left stuck
 
@@ -36,13 +36,25 @@ class Caller:
             steps it may take there, of work that may need any number of them; None in a worker.
     """
 
-    __slots__ = ("left", "steps_on_loop")
+    __slots__ = ("left", "steps_on_loop", "waits_on")
 
     def __init__(self, steps_on_loop: int | None = None) -> None:
         self.left = False
         self.steps_on_loop = steps_on_loop
+        self.waits_on: Any = None  # the event that the operation waits for just now
+
+    def leave(self) -> None:
+        """Note that the task was cancelled, and end the operation's wait. Takes no lock: finalisers come here."""
+        self.left = True
+        waits_on = self.waits_on
+        if waits_on is not None:
+            waits_on.set()
 
 
+# Entered by who waits while it holds a worker's place, of which there are a bounded number.
+lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
+    "concurrent_kv_lend_place", default=nullcontext
+)
 # Of the operation that the current thread runs for a task, if it does.
 caller: ContextVar[Caller | None] = ContextVar("concurrent_kv_caller", default=None)
 
@@ -81,14 +93,26 @@ class Deadline:
         if self.cancelled:
             raise WaitTimeoutError(f"{name}: the operation was cancelled before it took effect")
 
+    def wait_on(self, event: Any) -> bool:
+        """Wait for an event, or for the caller to leave; False when the time is over. Lends the worker's place."""
+        if self._caller is not None:
+            self._caller.waits_on = event
+        try:
+            with lend_place.get()():
+                # Looked at after the event was named, so that who leaves from here on sets it.
+                return bool(event.wait(self.left()))
+        finally:
+            if self._caller is not None:
+                self._caller.waits_on = None
+
     def leave_loop(self, name: str) -> None:
         """Raise `NotOnLoopError` on an event loop's own thread; called before work that may be long."""
         if self.on_loop:
             raise NotOnLoopError(f"{name}: what has to be done first would hold the event loop")
 
-    def step(self, name: str) -> None:
-        """Note a step of work that may need any number of them; on a loop's thread, too many raise `NotOnLoopError`."""
-        self._steps += 1
+    def step(self, name: str, number: int = 1) -> None:
+        """Note steps of work that may need any number of them; on a loop's thread, too many raise `NotOnLoopError`."""
+        self._steps += number
         limit = None if self._caller is None else self._caller.steps_on_loop
         if limit is not None and self._steps > limit:
             self.leave_loop(name)

@@ -17,7 +17,7 @@ from .layout import KVLayout, positive_int
 from .locks import Deadline
 from .quota import Quota
 from .stats import Counters, PoolStats
-from .storage import KVStorage
+from .storage import KVStorage, check_seconds
 
 if TYPE_CHECKING:
     from .search_state import SearchState
@@ -157,6 +157,8 @@ class PoolCore(Handle):
         Operations under way fail with `ClosedError` or finish as if they had come first.
         """
         self.storage.check_process()
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         self.flights.close()  # also where the storage was closed first, and its waiters know nothing of it
         if self._emptied or self.storage.closed:
             if self.owns_storage:

@@ -208,7 +208,9 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         if victim is not None:
             _evict(pool, victim, deadline)
-        elif waiter is not None and not _wait(pool, waiter, deadline):
+        elif waiter is None:
+            deadline.step(pool.name, VICTIMS_PER_HOLD)
+        elif not _wait(pool, waiter, deadline):
             deadline.leave_loop(pool.name)
             break
     with ledger.mutex:
@@ -259,7 +261,9 @@ def _evict_or_wait(
 ) -> None:
     if victim is not None:
         _evict(pool, victim, deadline)
-    elif waiter is not None and not _wait(pool, waiter, deadline):
+    elif waiter is None:
+        deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
+    elif not _wait(pool, waiter, deadline):
         quota = pool.quota
         raise WaitTimeoutError(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
@@ -276,7 +280,11 @@ def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
         # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
         pool.storage.drain_abandoned(deadline)
         return True
-    return bool(waiter.wait(deadline.left()))
+    if deadline.wait_on(waiter):
+        return True
+    with pool.storage.ledger.mutex:
+        pool.storage.ledger.forget_waiter(waiter)
+    return False
 
 
 def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:

@@ -155,6 +155,11 @@ class Search(Handle):
         """Number of the search's own entries. Never blocks."""
         return len(self._state.own)
 
+    @property
+    def held(self) -> int:
+        """Number of entries that it keeps alive: its own and its adopted roots. Never blocks."""
+        return len(self._state.own) + len(self._state.roots)
+
     # Writing -------------------------------------------------------------------------------------------------------
 
     def commit(

@@ -12,6 +12,10 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+
+# What np.unique imports at its first call: that would be milliseconds under the mutex, and an import that is cut off by
+# an asynchronous exception leaves CPython's import lock taken.
+import numpy.ma
 import numpy.typing as npt
 
 from .streams import NO_TICKS, Ticks, merge

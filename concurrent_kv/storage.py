@@ -44,8 +44,10 @@ def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name} must be a number of seconds, got {value!r}")
-    if not isfinite(value) or value < 0:
-        raise InvalidArgumentError(f"{name} must be a finite number of seconds of at least 0, got {value!r}")
+    if not isfinite(value) or not 0 <= float(value) <= threading.TIMEOUT_MAX:
+        raise InvalidArgumentError(
+            f"{name} must be a finite number of seconds from 0 to {threading.TIMEOUT_MAX:g}, got {value!r}"
+        )
     return float(value)
 
 

@@ -20,7 +20,7 @@ from stress.faults.plan import FAULTS, parse_faults
 from stress.profiles import OPERATIONS, PROFILES, parse_mix
 from stress.results import as_json
 from stress.runner import ProfileResult, run_profile
-from stress.summary import failure_texts, live_watch, summary
+from stress.summary import failure_texts, live_watch, outcome, summary
 from stress.workloads import POSITIONS, WORKLOADS
 from stress.world import Settings
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for settings in _settings(parser, options):
             result = run_profile(settings, live_watch(console) if options.progress else None)
             results.append(result)
+            console.print(outcome(result))
     except KeyboardInterrupt:
         interrupted = True
     if results:

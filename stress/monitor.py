@@ -125,6 +125,7 @@ class Monitor:
                 self._stuck.add(actor.name)
                 message = f"{under_way[0]} was not over within {bound:g} s"
                 self.run.failures.add(Failure("stuck", message, actor.name, stacks()))
+                self.run.over.set()
 
 
 def _take(values: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import traceback
@@ -81,6 +82,7 @@ class _Runner:
         # With Ctrl-C among the faults the main thread has to be one of the actors.
         is_main = threading.current_thread() is threading.main_thread()
         self.main = self.threads[0] if self.threads and is_main and "interrupts" in settings.faults else None
+        self.main_ended = threading.Event()
         self.monitor = Monitor(self.run, [*self.threads, *self.tasks])
         self.repaired = RepairReport(0, 0, 0)
         self.quiet_moments = 0
@@ -104,6 +106,7 @@ class _Runner:
                     thread.start()
                 if self.main is not None:
                     self._act(self.main)
+                    self.main_ended.set()
                 conductor.join()
         finally:
             self.over.set()
@@ -166,6 +169,9 @@ class _Runner:
             self._quiet()
         self.over.set()
         self.gate.open()
+        if self.main is not None and not self.main_ended.wait(2 * self.settings.bound_seconds):
+            self.failures.add(Failure("stuck", "the main thread does not end", "end", stacks()))
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # frees it from most waits
 
     def _quiet(self) -> None:
         if not self.gate.close(2 * self.settings.bound_seconds):

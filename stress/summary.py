@@ -15,7 +15,7 @@ from stress.monitor import Monitor
 from stress.results import shown_latencies
 from stress.runner import ProfileResult, Watch
 
-__all__ = ["failure_texts", "live_watch", "summary"]
+__all__ = ["failure_texts", "live_watch", "outcome", "summary"]
 
 REFRESHES_PER_SECOND = 2
 KINDS_SHOWN = 6
@@ -62,6 +62,14 @@ def live_watch(console: Console) -> Watch:
         return Live(LiveFigures(monitor), console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
 
     return watch
+
+
+def outcome(result: ProfileResult) -> Text:
+    """One line, when a profile is over."""
+    text = Text(f"{result.settings.profile.name}: {result.seconds:.0f} s, {result.checks.total():,} checks, ")
+    if result.failures:
+        return text.append(f"{len(result.failures)} failures", style="bold red")
+    return text.append("ok", style="green")
 
 
 def summary(results: Sequence[ProfileResult]) -> RenderableType:

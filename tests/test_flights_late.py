@@ -71,34 +71,32 @@ def flight_of(pool: KVPool) -> Flight:
     return flight
 
 
-def test_an_entry_that_was_found_after_all_and_over_before_the_call_is_not_handed_on(pool: KVPool) -> None:
-    latecomer, peek = Latecomer(pool), pool.peek
+def peek_late(pool: KVPool, latecomer: Latecomer) -> None:
+    """The next peek finds what another flight, which has ended since the caller's lookup, stored; then it is over."""
+    peek = pool.peek
 
     def peek_and_be_late(*arguments: Any, **options: Any) -> KeysValues | None:
         del pool.peek
-        pool.put("key", OLD)  # by another flight, which ended between the caller's lookup and its claim
+        pool.put("key", OLD)
         found = peek(*arguments, **options)
         latecomer.come(flight_of(pool))
         return found
 
     pool.peek = peek_and_be_late  # type: ignore[method-assign]
+
+
+def test_an_entry_that_was_found_after_all_and_over_before_the_call_is_not_handed_on(pool: KVPool) -> None:
+    latecomer = Latecomer(pool)
+    peek_late(pool, latecomer)
     assert_same(pool.get_or_compute("key", lambda: COMPUTED), OLD)
     assert_same(latecomer.result(), COMPUTED)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_nor_to_threads_where_a_task_found_it(pool: KVPool, backend: str) -> None:
-    latecomer, facade = Latecomer(pool), AsyncKVPool(pool)
-    peek = facade.peek
-
-    async def peek_and_be_late(*arguments: Any, **options: Any) -> KeysValues | None:
-        await facade.put("key", OLD)
-        found = await peek(*arguments, **options)
-        await anyio.to_thread.run_sync(latecomer.come, flight_of(pool))
-        return found
-
-    facade.peek = peek_and_be_late  # type: ignore[method-assign]
-    assert_same(anyio.run(facade.get_or_compute, "key", lambda: COMPUTED, backend=backend), OLD)
+    latecomer = Latecomer(pool)
+    peek_late(pool, latecomer)
+    assert_same(anyio.run(AsyncKVPool(pool).get_or_compute, "key", lambda: COMPUTED, backend=backend), OLD)
     assert_same(latecomer.result(), COMPUTED)
 
 

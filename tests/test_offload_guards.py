@@ -194,29 +194,23 @@ def test_computations_among_the_operations_would_keep_the_workers_that_they_wait
 facades: list[AsyncKVPool] = []  # the last is the one at work
 
 
-def what_a_waiting_task_leaves_to_who_computes() -> object:
-    """One worker; a task waits for a claim, whose holder needs a worker to fulfil it."""
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
-    aio = AsyncKVPool(pool, max_workers=1, inline_bytes=0)
+def workers_of_tasks_that_wait() -> int:
+    pool = KVPool(LAYOUT, 4, wait_timeout=JOIN_SECONDS)
+    aio = AsyncKVPool(pool)
     facades.append(aio)
-    answers: list[object] = []
 
-    async def ask() -> None:
-        try:
-            answers.append((await aio.get_or_compute("key", lambda: tokens(9, 2))).lengths)
-        except WaitTimeoutError as error:
-            answers.append(type(error))
-
-    async def main() -> None:
+    async def main() -> int:
         claim = aio.try_claim("key")
         async with anyio.create_task_group() as group:
-            group.start_soon(ask)
-            await anyio.to_thread.run_sync(waiters.wait_for, 1)
-            await aio.fulfil(claim, tokens(1, 2))
+            for _ in range(3):
+                group.start_soon(aio.get_or_compute, "key", lambda: tokens(9, 2))
+            await anyio.to_thread.run_sync(waiters.wait_for, 3)
+            workers = aio.offload_stats().worker_count
+            claim.fulfil(tokens(1, 2))
+        return workers
 
     with counted_waiters() as waiters:
-        run_on("trio", main)
-    return answers
+        return int(run_on("trio", main))
 
 
 def waiting_in_a_worker(patch: pytest.MonkeyPatch) -> None:
@@ -226,8 +220,8 @@ def waiting_in_a_worker(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(aio_pool, "wait_in_task", parked)
 
 
-def test_a_task_that_waited_in_a_worker_would_keep_it_from_who_computes() -> None:
-    shown_by(what_a_waiting_task_leaves_to_who_computes, [(2,)], waiting_in_a_worker)
+def test_a_task_that_waited_in_a_worker_would_park_it() -> None:
+    shown_by(workers_of_tasks_that_wait, 0, waiting_in_a_worker)
 
 
 # --- asking for one's own key, and waking -----------------------------------------------------------------------------

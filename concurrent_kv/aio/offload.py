@@ -21,13 +21,13 @@ import anyio.to_thread
 
 from ..cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..flight_waiting import lend_place, timed_out, waiting_for
+from ..flight_waiting import timed_out, waiting_for
 from ..flights import Flight
 from ..layout import positive_int
-from ..locks import Caller, Deadline, NotOnLoopError, caller
+from ..locks import Caller, Deadline, NotOnLoopError, caller, lend_place
 from ..storage import check_seconds
 from .cell import Cell
-from .places import call_soon_here, holding, taken
+from .places import Place, call_soon_here
 
 if TYPE_CHECKING:
     from ..storage import KVStorage
@@ -181,8 +181,7 @@ class Offload:
                 return deliver(made)
 
         with lend_place.get()():  # by a computation that came here for another one
-            held = holding(limiter, work)
-            return await self._in_worker(held, None, streams, seconds=deadline.left(), limiter=limiter)
+            return await self._in_worker(work, None, streams, seconds=deadline.left(), limiter=limiter)
 
     async def in_worker(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
         """Run `operation()` in a worker thread, in the caller's device streams unless `streams` says otherwise.
@@ -203,27 +202,30 @@ class Offload:
         A cancellation of any kind is raised when it is over.
         """
         cancelled: BaseException | None = None
-        finished = False
+        ended = anyio.Event()
+        begun = False
+        call_soon = call_soon_here()
 
         def work() -> None:
-            nonlocal finished
-            operation()
-            finished = True
+            nonlocal begun
+            begun = True
+            try:
+                operation()
+            finally:
+                with suppress(RuntimeError):  # of a loop that has ended
+                    call_soon(ended.set)
 
         with anyio.CancelScope(shield=True):
-            while True:
+            while not ended.is_set():
                 try:
-                    # Queues for nobody's worker: what closes gives room to those who have them.
-                    await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
-                    break
+                    if begun:
+                        await ended.wait()
+                    else:
+                        # Queues for nobody's worker: what closes gives room to those who have them.
+                        await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
+                        break
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled = error
-                    if finished:
-                        break
-                except Exception as error:
-                    if cancelled is not None:
-                        raise cancelled from error
-                    raise
         if cancelled is not None:
             raise cancelled
 
@@ -247,21 +249,31 @@ class Offload:
         cell: Cell[T] = Cell(undo)
         streams = streams or current_streams()
         task = Caller()
+        place = Place(limiter)
 
         def work() -> None:
-            if task.left:
+            if not place.begin():
                 return
             caller.set(task if revocable else None)  # in the copy of the context that a worker runs in
-            with streams:
-                cell.deliver(operation())
+            try:
+                with streams:
+                    cell.deliver(operation())
+            finally:
+                place.end()
 
+        await anyio.lowlevel.checkpoint_if_cancelled()  # the shield below would let it begin all the same
+        await place.take(seconds, self.storage.name)
         try:
-            async with taken(limiter, seconds, self.storage.name):
+            # A scope of our own: what the worker asks of its loop runs in it, and would turn for ever in one that was
+            # cancelled while it waits for the worker.
+            with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
         except BaseException:
-            task.left = True
+            task.leave()
             cell.leave()
             raise
+        finally:
+            place.leave()
         return cell.take()
 
     def _is_small(self, copied_bytes: int, entries: int = 1) -> bool:
@@ -302,4 +314,6 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
             return
     finally:
         flight.unsubscribe(wake)
-    raise timed_out(flight, deadline, name)
+    # Whoever ended it may have been cut off between two wakers, or have ended with its loop.
+    if not flight.over_unheard():
+        raise timed_out(flight, deadline, name)

@@ -36,6 +36,7 @@ from .offload import (
     OffloadStats,
     wait_in_task,
 )
+from .places import has_ended_here
 
 __all__ = ["AsyncKVPool"]
 
@@ -280,6 +281,7 @@ class AsyncKVPool:
         while found is None:
             joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
             if mine:
+                joined.flight.loop_ended = has_ended_here()
                 return await self._compute(joined, key, scope, compute, deadline, streams)
             await wait_in_task(joined.flight, deadline, pool.name)
             if joined.late and joined.flight.state is FlightState.DONE:
@@ -312,7 +314,8 @@ class AsyncKVPool:
             if not joined.over:
                 # That no worker was free in time is not heard by all: others may have more of it.
                 deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
-                begun = await self._offload.compute(compute, deliver, around, deadline, streams)
+                computing = partial(_compute_here, joined, compute)
+                begun = await self._offload.compute(computing, deliver, around, deadline, streams)
                 if begun is not None:
                     with heard_by_all(joined):
                         await self._fulfil(joined, await begun, None, streams)
@@ -401,6 +404,12 @@ class AsyncKVPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
+    """Compute in a worker, which ends the flight whatever becomes of the loop."""
+    claim.flight.loop_ended = None
+    return compute()
 
 
 def _fulfil_here(claim: Claim, made: Any) -> Awaitable[KeysValues] | None:

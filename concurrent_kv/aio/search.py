@@ -27,6 +27,7 @@ class AsyncSearch:
         self._offload = offload
         self._timeout = timeout
         self._search: Search | None = None
+        self._entered = False
 
     @property
     def sync(self) -> Search:
@@ -105,7 +106,7 @@ class AsyncSearch:
     async def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """See `Search.keep`."""
         keys = check_keys(keys, minimum=0)
-        return await self._offload.run(self.sync.keep, keys, entries=len(self.sync), timeout=timeout)
+        return await self._offload.run(self.sync.keep, keys, entries=self.sync.held, timeout=timeout)
 
     async def promote(
         self,
@@ -148,8 +149,9 @@ class AsyncSearch:
         await self._offload.to_the_end(partial(self.sync.close, timeout=timeout))
 
     async def __aenter__(self) -> AsyncSearch:
-        if self._search is not None:
+        if self._entered:
             raise ClosedError("this search was entered before: open another with manager.search()")
+        self._entered = True
         self._search = await self._offload.run(self._open, undo=Search.abandon, timeout=self._timeout)
         return self
 

@@ -42,12 +42,10 @@ def disturb_copies(tensor: SlotTensor, *, fail: bool, slow: bool, seed: int, cou
         disturbed(lambda: out.fill_(NOT_THERE))
         return gather(table, out)
 
-    def disturbed_scatter(
-        source: Tensor, rows: Any, columns: Any, slots: Any, difference: Tensor | None = None, runs: int = 0
-    ) -> tuple[Tensor, ...]:
+    def disturbed_scatter(source: Tensor, rows: Any, columns: Any, slots: Any, *how: Any, **options: Any) -> Any:
         part = len(slots) // 2
         disturbed(lambda: part and scatter(source, rows[:part], columns[:part], slots[:part]))
-        return scatter(source, rows, columns, slots, difference, runs)
+        return scatter(source, rows, columns, slots, *how, **options)
 
     vars(tensor).update(gather=disturbed_gather, scatter=disturbed_scatter)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+
+# What a warning imports when it is shown: an import that is cut off leaves CPython's import lock taken.
+import linecache  # noqa: F401
 import signal
 import threading
+import tracemalloc  # noqa: F401
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from random import Random
