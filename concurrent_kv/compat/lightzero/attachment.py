@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,7 @@ class Attachment:
 
     def _start(self, manager: KVCacheManager | None) -> None:
         self._lock = threading.Lock()
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._current = _Current()
         self._roles: dict[str, Role] = {self._current.name: self._make_role(manager)}
 
@@ -164,6 +166,19 @@ class Attachment:
             self.validation.clear_nodes()
             for row in range(len(self.env_ids)):
                 self.validation.clear_roots(row)
+
+    def share(self, *world_models: Any) -> None:
+        """Stay open until the last of these is detached."""
+        with self._lock:
+            self._users.update(world_models)
+
+    def leave(self, world_model: Any) -> None:
+        """One that is detached: `close` if no other world model shares the attachment. May block."""
+        with self._lock:
+            self._users.discard(world_model)
+            is_shared = len(self._users) > 0
+        if not is_shared:
+            self.close()
 
     def owns(self, manager: KVCacheManager) -> bool:
         """Whether a manager was made for this attachment, and is closed with it."""
