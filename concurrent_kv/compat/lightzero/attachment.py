@@ -103,6 +103,11 @@ class Attachment:
         """Whose pools hold the entries of the calling thread's role. Several world models may share one."""
         return self._roles[self._current.name].manager
 
+    @property
+    def role_name(self) -> str:
+        """The calling thread's role."""
+        return self._current.name
+
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
         """Search in another role within the `with`, in the calling thread: with other roots, in a manager of its own.
@@ -148,13 +153,13 @@ class Attachment:
         """Release the nodes of the calling thread's search. May block."""
         self.session.forget_nodes()
         if self.validation is not None:
-            self.validation.clear_nodes()
+            self.validation.clear_nodes(self.role_name)
 
     def clear_roots(self, row: int) -> None:
         """Remove the roots of one of the model's environments. May block."""
         self.manager.init_pools[self.env_ids[row]].clear()
         if self.validation is not None:
-            self.validation.clear_roots(row)
+            self.validation.clear_roots(row, self.role_name)
 
     def clear(self) -> None:
         """Clear every pool of every role, and end the calling thread's searches. May block."""
@@ -163,9 +168,9 @@ class Attachment:
             role.session.keys_values_wm_list = []
             role.manager.clear_all()
         if self.validation is not None:
-            self.validation.clear_nodes()
+            self.validation.clear_nodes(self.role_name)
             for row in range(len(self.env_ids)):
-                self.validation.clear_roots(row)
+                self.validation.clear_roots(row, self.role_name)
 
     def share(self, *world_models: Any) -> None:
         """Stay open until the last of these is detached."""
