@@ -19,6 +19,7 @@ from .validation import Validation
 
 __all__ = ["Attachment"]
 
+ROOTS_OF_A_SEARCH = 16  # kept of each environment for every search at a time
 TOKENS_OF_A_NODE = 3  # its two new ones and, where its parent was lost, the parent's own state
 
 
@@ -69,7 +70,8 @@ class Attachment:
         # validation copies over is one, too.
         self._shares = bool(world_model.config.rotary_emb) and mode == "on"
         self._config = manager_config(world_model, searches)
-        self._arguments = arguments
+        # Searches of several threads store their roots in the same pools: one's must outlast the others'.
+        self._arguments = {"init_entries": ROOTS_OF_A_SEARCH * searches, **arguments}
         self._on_divergence = on_divergence
         self.env_ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
         self.validation = Validation(answer, on_divergence) if mode == "validate" else None
