@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -89,3 +91,60 @@ def test_a_manager_that_was_given_outlives_the_attachment(model: Any) -> None:
     detach(model)
     assert [len(pool) for pool in pools.init_pools] == [1, 1, 1, 1]
     pools.check_integrity()
+
+
+# Copies and searches under way ----------------------------------------------------------------------------------------
+
+
+def test_a_shallow_copy_of_an_attached_model_leaves_its_attachment_open_when_it_goes(model: Any) -> None:
+    attachment = attach(model, "on")
+    walk = Walk(SHAPE, ENV_NUM)
+    walk.root([model])
+    for mode in ("off", "on"):
+        other = copy.copy(model)
+        assert attachment_of(other) is attachment
+        attach(other, mode)
+        walk.simulate([model])
+    assert model.hit_count == 2 * ENV_NUM
+    detach(other)
+
+
+@pytest.mark.parametrize("is_first_gone", [True, False])
+def test_the_last_of_shallow_copies_closes_what_they_shared(model: Any, is_first_gone: bool) -> None:
+    attachment = attach(model, "on")
+    assert isinstance(attachment, Attachment)
+    other = copy.copy(model)
+    first, last = (model, other) if is_first_gone else (other, model)
+    detach(first)
+    Walk(SHAPE, ENV_NUM).root([last])
+    detach(last)
+    with pytest.raises(ClosedError):
+        attachment.manager.init_pools[0].get("key")
+
+
+def test_a_shallow_copy_that_was_dropped_does_not_keep_the_attachment_open(model: Any) -> None:
+    attachment = attach(model, "on")
+    assert isinstance(attachment, Attachment)
+    copy.copy(model)
+    gc.collect()
+    detach(model)
+    with pytest.raises(ClosedError):
+        attachment.manager.init_pools[0].get("key")
+
+
+@pytest.mark.parametrize("mode", ["validate", "on"])
+def test_a_search_that_began_before_the_model_was_attached_goes_on_with_the_states_alone(model: Any, mode: Any) -> None:
+    walk = Walk(SHAPE, ENV_NUM)
+    walk.root([model])
+    walk.simulate([model])
+    attachment = attach(model, mode, answer="on")
+    assert isinstance(attachment, Attachment)
+    before = model.hit_count
+    walk.simulate([model])
+    assert model.hit_count == before
+    assert model.keys_values_wm_size_list == [1] * ENV_NUM
+    walk.simulate([model], parents=[2] * ENV_NUM)  # what it stored since then is found
+    assert model.hit_count == before + ENV_NUM
+    if attachment.report is not None:
+        assert set(attachment.report.defects) == {"miss raises"}
+        assert attachment.report.unexplained == 0

@@ -175,6 +175,22 @@ def test_a_thread_that_ended_gives_its_search_back() -> None:
     detach(model)
 
 
+def test_a_root_outlasts_the_roots_that_other_threads_store_meanwhile() -> None:
+    shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
+    model = make_world_model(shape)
+    attach(model, "on", searches=2)
+    mine, others = Walk(shape, ENV_NUM, 0), Walk(shape, ENV_NUM, 1)
+    mine.root([model])
+    mine.act()
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(31):  # with mine, 16 for each of two searches
+            others.new_episode()
+            other.submit(others.root, [model]).result(timeout=SECONDS)
+    mine.root([model])
+    assert model.root_hit_cnt == ENV_NUM
+    detach(model)
+
+
 def test_a_copied_model_has_entries_of_its_own() -> None:
     shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
     model = make_world_model(shape)

@@ -112,6 +112,42 @@ def test_a_root_that_was_overwritten_is_named(answer: str) -> None:
     detach(model)
 
 
+@pytest.mark.parametrize("answer", ["off", "on"])
+@pytest.mark.parametrize("disturb", ["stores", "clears"])
+def test_roots_of_another_role_are_named(answer: str, disturb: str) -> None:
+    model, attachment = validated(CARTPOLE, answer=answer)
+    collecting, evaluating = (Walk(CARTPOLE, CARTPOLE.env_num, seed) for seed in range(2))
+    for _ in range(2):
+        search(collecting, [model])
+    with attachment.role("evaluator"):
+        if disturb == "stores":
+            evaluating.root([model], collecting.observation)
+        else:
+            for roots in model.past_kv_cache_init_infer_envs:
+                roots.clear()
+    search(collecting, [model])
+    report = attachment.report
+    assert report is not None
+    assert report.defects == {"roles collide": CARTPOLE.env_num}
+    assert report.unexplained == 0
+    detach(model)
+
+
+def test_nodes_that_another_roles_start_cleared_are_named() -> None:
+    model, attachment = validated(CARTPOLE)
+    collecting, evaluating = (Walk(CARTPOLE, CARTPOLE.env_num, seed) for seed in range(2))
+    collecting.root([model])
+    collecting.simulate([model])
+    with attachment.role("evaluator"):
+        evaluating.root([model])
+    collecting.simulate([model], parents=[1] * CARTPOLE.env_num)
+    report = attachment.report
+    assert report is not None
+    assert report.defects == {"cleared by another": CARTPOLE.env_num}
+    assert report.unexplained == 0
+    detach(model)
+
+
 def test_a_state_that_was_never_stored_is_named_and_the_comparison_goes_on() -> None:
     model, attachment = validated(CARTPOLE)
     walk = Walk(CARTPOLE, CARTPOLE.env_num)

@@ -92,7 +92,7 @@ def detach(world_model: Any) -> None:
     world_model.__class__ = type(world_model).__mro__[1]
     del vars(world_model)[ATTACHMENT]
     forget_released(world_model)
-    attachment.close()
+    attachment.leave(world_model)
 
 
 def forget_released(world_model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from .validation import Validation
 
 __all__ = ["Attachment"]
 
+ROOTS_OF_A_SEARCH = 16  # kept of each environment for every search at a time
 TOKENS_OF_A_NODE = 3  # its two new ones and, where its parent was lost, the parent's own state
 
 
@@ -68,7 +70,8 @@ class Attachment:
         # validation copies over is one, too.
         self._shares = bool(world_model.config.rotary_emb) and mode == "on"
         self._config = manager_config(world_model, searches)
-        self._arguments = arguments
+        # Searches of several threads store their roots in the same pools: one's must outlast the others'.
+        self._arguments = {"init_entries": ROOTS_OF_A_SEARCH * searches, **arguments}
         self._on_divergence = on_divergence
         self.env_ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
         self.validation = Validation(answer, on_divergence) if mode == "validate" else None
@@ -77,6 +80,7 @@ class Attachment:
 
     def _start(self, manager: KVCacheManager | None) -> None:
         self._lock = threading.Lock()
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._current = _Current()
         self._roles: dict[str, Role] = {self._current.name: self._make_role(manager)}
 
@@ -100,6 +104,11 @@ class Attachment:
     def manager(self) -> KVCacheManager:
         """Whose pools hold the entries of the calling thread's role. Several world models may share one."""
         return self._roles[self._current.name].manager
+
+    @property
+    def role_name(self) -> str:
+        """The calling thread's role."""
+        return self._current.name
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
@@ -146,13 +155,13 @@ class Attachment:
         """Release the nodes of the calling thread's search. May block."""
         self.session.forget_nodes()
         if self.validation is not None:
-            self.validation.clear_nodes()
+            self.validation.clear_nodes(self.role_name)
 
     def clear_roots(self, row: int) -> None:
         """Remove the roots of one of the model's environments. May block."""
         self.manager.init_pools[self.env_ids[row]].clear()
         if self.validation is not None:
-            self.validation.clear_roots(row)
+            self.validation.clear_roots(row, self.role_name)
 
     def clear(self) -> None:
         """Clear every pool of every role, and end the calling thread's searches. May block."""
@@ -161,9 +170,22 @@ class Attachment:
             role.session.keys_values_wm_list = []
             role.manager.clear_all()
         if self.validation is not None:
-            self.validation.clear_nodes()
+            self.validation.clear_nodes(self.role_name)
             for row in range(len(self.env_ids)):
-                self.validation.clear_roots(row)
+                self.validation.clear_roots(row, self.role_name)
+
+    def share(self, *world_models: Any) -> None:
+        """Stay open until the last of these is detached."""
+        with self._lock:
+            self._users.update(world_models)
+
+    def leave(self, world_model: Any) -> None:
+        """One that is detached: `close` if no other world model shares the attachment. May block."""
+        with self._lock:
+            self._users.discard(world_model)
+            is_shared = len(self._users) > 0
+        if not is_shared:
+            self.close()
 
     def owns(self, manager: KVCacheManager) -> bool:
         """Whether a manager was made for this attachment, and is closed with it."""

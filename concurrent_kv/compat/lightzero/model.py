@@ -70,6 +70,13 @@ def _make_class(released: type[Any]) -> type[Any]:
     class Attached(released):  # type: ignore[misc]
         """See `concurrent_kv.compat.lightzero.attach`."""
 
+        def __copy__(self) -> Attached:
+            """A shallow copy: weights, attachment and searches are the same until it is attached or detached."""
+            made = type(self).__new__(type(self))
+            made.__dict__.update(self.__dict__)
+            self.__dict__[ATTACHMENT].share(self, made)
+            return made
+
         def retrieve_or_generate_kvcache(
             self, latent_state: Any, ready_env_num: int, simulation_index: int = 0, start_pos: Any = 0
         ) -> list[int]:

@@ -40,12 +40,16 @@ class ReleasedCache:
                 for row, key in enumerate(hash_states(latent_state)):
                     if is_init_infer:
                         cache.root_in[row, roots[row]] = key
+                        cache.root_by[row, roots[row]] = cache.role
                     else:
                         cache.node_in[(first + row) % self.shared_pool_size] = (row, key)
 
         self.model: Any = Observed.__new__(Observed)
         object.__setattr__(self.model, "__dict__", vars(world_model))
         self.root_in: dict[tuple[int, int], str] = {}  # (row, slot) of the roots' rings: the key stored there last
+        self.root_by: dict[tuple[int, int], str] = {}  # the role that stored it
+        self.roots_cleared_by: dict[int, str] = {}  # row: the role that cleared its roots last
+        self.role = ""  # whose call is under way
         self.node_in: dict[int, tuple[int, str]] = {}  # slot of the nodes' ring: row and key stored there last
 
     # What it holds ---------------------------------------------------------------------------------------------------
@@ -101,16 +105,23 @@ class ReleasedCache:
         """As `past_kv_cache_recurrent_infer.clear()`."""
         self.model.past_kv_cache_recurrent_infer.clear()
 
-    def clear_roots(self, row: int) -> None:
+    def clear_roots(self, row: int, role: str) -> None:
         """As `past_kv_cache_init_infer_envs[row].clear()`."""
         self.model.past_kv_cache_init_infer_envs[row].clear()
+        self.roots_cleared_by[row] = role
 
     # Why it answers what it does -------------------------------------------------------------------------------------
 
     def why_root(self, row: int, key: str) -> str | None:
         """The defect that explains a wrong context of the root of `key`."""
         slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
-        return "stale root" if slot is not None and self.root_in[row, slot] != key else None
+        if slot is None:
+            is_of_another_role = self.roots_cleared_by.get(row, self.role) != self.role
+        elif self.root_in[row, slot] != key:
+            return "stale root"
+        else:
+            is_of_another_role = self.root_by[row, slot] != self.role
+        return "roles collide" if is_of_another_role else None
 
     def why_node(self, row: int, key: str, *, is_own_node: bool) -> str | None:
         """The defect that explains a wrong context of the node of `key`.
@@ -119,9 +130,7 @@ class ReleasedCache:
         """
         slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
         if slot is not None:
-            if self.root_in[row, slot] != key:
-                return "stale root"
-            return "root shadows node" if is_own_node else None
+            return "root shadows node" if is_own_node and self.root_in[row, slot] == key else self.why_root(row, key)
         slot = self.model.past_kv_cache_recurrent_infer.get(key)
         if slot is None:
             return None

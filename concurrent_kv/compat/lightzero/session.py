@@ -30,8 +30,6 @@ class SearchSession(threading.local):
         Others are named as in `WorldModel`.
     """
 
-    latent_state: Any
-
     def __init__(self, manager: KVCacheManager, env_ids: tuple[int, ...], tokens_per_node: int) -> None:
         self.manager = manager
         self.tokens_per_node = tokens_per_node
@@ -40,6 +38,7 @@ class SearchSession(threading.local):
         self.search: Search | None = None
         self.batch: Batch | None = None
         self.keys: Sequence[NodeKey] = ()
+        self.latent_state: Any = None
         self.keys_values_wm: Any = None
         self.keys_values_wm_single_env: Any = None
         self.keys_values_wm_list: list[Any] = []

@@ -49,7 +49,7 @@ class Validation:
         self.report = ValidationReport()
         self._turn = threading.RLock()
         self._released: ReleasedCache | None = None
-        self._cleared_by = 0  # the thread that cleared the released cache's nodes last
+        self._cleared_by: tuple[int, str] | None = None  # the thread and role that cleared the released nodes last
         # Of the call under way:
         self._model: Any = None
         self._where = ""
@@ -94,6 +94,7 @@ class Validation:
         self._model, self._where, self._their_outputs = world_model, where, None
         self._keys = hash_states(states)
         self._kv = kv
+        self._released.role = kv.role_name
         # Each thread has its own of these; the released code finds them in the model.
         self._released.model.latent_state = None
         self._released.model.reanalyze_phase = kv.session.reanalyze_phase
@@ -123,7 +124,7 @@ class Validation:
         try:
             self._run_uncounted()
         except TypeError:
-            mine = self._cleared_by in (0, threading.get_ident())
+            mine = self._cleared_by in (None, (threading.get_ident(), cache.role))
             for row in lacking:
                 self._note(row, "context", defect="miss raises" if mine else "cleared by another")
         else:
@@ -223,18 +224,18 @@ class Validation:
 
     # Clears --------------------------------------------------------------------------------------------------------
 
-    def clear_nodes(self) -> None:
+    def clear_nodes(self, role: str) -> None:
         """The released cache's nodes go, as ours did."""
         with self._turn:
             if self._released is not None:
-                self._cleared_by = threading.get_ident()
+                self._cleared_by = (threading.get_ident(), role)
                 self._released.clear_nodes()
 
-    def clear_roots(self, row: int) -> None:
+    def clear_roots(self, row: int, role: str) -> None:
         """The released cache's roots of one environment go, as ours did."""
         with self._turn:
             if self._released is not None:
-                self._released.clear_roots(row)
+                self._released.clear_roots(row, role)
 
 
 def _last(packed: Tensor, row: int, length: int) -> Tensor:
