@@ -9,7 +9,7 @@ import pytest
 
 from concurrent_kv import committing, reading, writing
 from concurrent_kv.clearing import sweep_if
-from concurrent_kv.entry import Entry, Generation, Hold, Scope
+from concurrent_kv.entry import Entry, Generation, Hold, Scope, sorted_shards
 from concurrent_kv.ledger import wake
 from concurrent_kv.locks import Deadline
 from concurrent_kv.plan import WritePlan
@@ -53,7 +53,7 @@ def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> Non
             with storage.ledger.mutex:
                 storage.ledger.extend(hold, [entry for entry in found if entry is not None])
 
-        with storage.locks.read(reading.sorted_shards(located), deadline):
+        with storage.locks.read(sorted_shards(located), deadline):
             found = [scope.entries[part].get(key) for (scope, part), (_, key) in zip(located, wanted, strict=True)]
             if compared:
                 found = [entry if entry and entry.generation is generations[entry.scope] else None for entry in found]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrent_kv import reading, room, writing
+from concurrent_kv import room, writing
 from concurrent_kv.clearing import sweep_if
-from concurrent_kv.entry import Entry, Generation, Hold, Place, Scope
+from concurrent_kv.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
 from concurrent_kv.ledger import Ledger, wake
 from concurrent_kv.locks import Deadline
 from concurrent_kv.plan import WritePlan
@@ -39,7 +39,7 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
     ) -> tuple[Outcome, tuple[int, int]]:
         if scope.generation is not generation:
             return Outcome.STALE, (0, 0)
-        with pool.storage.locks.write(reading.sorted_shards(located), deadline):
+        with pool.storage.locks.write(sorted_shards(located), deadline):
             _enter_books(pool, entries, plan, located, ticket)
         return Outcome.PUBLISHED, (0, 0)
 
@@ -84,7 +84,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
     ) -> tuple[Outcome, tuple[int, int]]:
         pending = ticket
         for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
-            with pool.storage.locks.write(reading.sorted_shards([at]), deadline):
+            with pool.storage.locks.write(sorted_shards([at]), deadline):
                 _enter_books(pool, [entry], replace(plan, tables=plan.tables[row : row + 1]), [at], pending)
             pending = Ticket(0, 0, ticket.taken, ticket.ticks)
         return Outcome.PUBLISHED, (0, 0)
