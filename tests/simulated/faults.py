@@ -59,7 +59,7 @@ LEFT_OUT = [
     left_out("batch.py", "use_here", "protect", "appended from elsewhere"),
     left_out("batch.py", "wait", "join", "gather, closed on another, gather again"),
     left_out("batch.py", "synchronize", "synchronize", "batch waited for by the host"),
-    left_out("batch.py", "close", "finish", "gather, gather again"),
+    left_out("batch.py", "_give_buffer_back", "finish", "gather, gather again"),
     left_out("loading.py", "_private_copy", "stamp", "taken from a flight"),
     left_out("flight_waiting.py", "outcome", "order_after", "taken from a flight"),
     left_out("moving.py", "joined_on", "_protect", "taken from a flight"),
