@@ -1,12 +1,15 @@
 # make play, make test, make lint: each makes the environment it needs in .venv; what is there already is kept.
+# make lightzero makes one of its own in .venv-lightzero: LightZero's packages do not go with ours.
 # Options go through ARGS: make play ARGS="--verify", make test ARGS="-k scopes".
 
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+LIGHTZERO := .venv-lightzero
+LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 
-.PHONY: help play test lint clean
+.PHONY: help play test lint lightzero clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -15,7 +18,8 @@ help:
 	@echo 'make play   play CartPole with a tree search over the cache   (ARGS="--verify --episodes 4", ARGS="--help")'
 	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
 	@echo 'make lint   ruff and mypy'
-	@echo 'make clean  remove the environment and what tools left'
+	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
+	@echo 'make clean  remove the environments and what tools left'
 
 play: $(VENV)/play.stamp
 	@$(BIN)/python -m examples.cartpole $(ARGS)
@@ -29,8 +33,13 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# Without installing concurrent_kv: its requirements are among LightZero's, and the working tree is what is tested.
+lightzero: $(LIGHTZERO)/stamp
+	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m pytest $(LIGHTZERO_TESTS) $(ARGS)
+	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m tests.compare_old_new_cache
+
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "concurrent_kv needs Python 3.10 or later: make PYTHON=...")'
@@ -41,4 +50,13 @@ $(BIN)/python:
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the packages that make $(MAKECMDGOALS) needs ($*)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[$*]"
+	@touch $@
+
+$(LIGHTZERO)/bin/python:
+	@$(PYTHON) -m venv $(LIGHTZERO)
+
+$(LIGHTZERO)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt | $(LIGHTZERO)/bin/python
+	@echo "installing LightZero 0.2.0 and what it needs"
+	@$(LIGHTZERO)/bin/python -m pip install -qq -r requirements/lightzero.txt
+	@$(LIGHTZERO)/bin/python -m pip install -qq --no-deps -r requirements/lightzero-nodeps.txt
 	@touch $@

@@ -150,7 +150,7 @@ def test_each_clear_clears_what_it_says(manager: LightZeroKVCacheManager) -> Non
 
     def held() -> tuple[int, ...]:
         pools = (*manager.init_pools, manager.recur_pool, manager.wm_pool)
-        return tuple(len(held) for held in (*pools, manager.keys_values_wm_list))
+        return (*map(len, pools), len(manager.keys_values_wm_list))
 
     fill()
     manager.init_pools[0].clear()
