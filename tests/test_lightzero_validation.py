@@ -112,6 +112,24 @@ def test_a_root_that_was_overwritten_is_named(answer: str) -> None:
     detach(model)
 
 
+@pytest.mark.parametrize("answer", ["off", "on"])
+def test_a_root_that_another_role_took_the_place_of_is_named(answer: str) -> None:
+    model, attachment = validated(CARTPOLE, answer=answer)
+    collecting, evaluating = Walk(CARTPOLE, CARTPOLE.env_num, 0), Walk(CARTPOLE, CARTPOLE.env_num, 1)
+    for _ in range(3):
+        search(collecting, [model])
+    with attachment.role("evaluator"):
+        evaluating.root([model], collecting.observation)
+        for _ in range(SIMULATIONS):
+            evaluating.simulate([model])
+    search(collecting, [model])
+    report = attachment.report
+    assert report is not None
+    assert report.defects == {"roles collide": CARTPOLE.env_num}
+    assert report.unexplained == 0
+    detach(model)
+
+
 def test_a_state_that_was_never_stored_is_named_and_the_comparison_goes_on() -> None:
     model, attachment = validated(CARTPOLE)
     walk = Walk(CARTPOLE, CARTPOLE.env_num)

@@ -48,8 +48,8 @@ def attach(
     if not all(hasattr(world_model, name) for name in ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache")):
         raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}")
     mode = mode_of(world_model.config, mode)
-    detach(world_model)
     if mode == "off":
+        detach(world_model)
         return None
     ids = None if env_ids is None else tuple(env_ids)
     if answer not in ("off", "on"):
@@ -68,6 +68,8 @@ def attach(
         on_divergence=on_divergence,
         arguments=arguments,
     )
+    # From here on nothing can fail: what cannot work leaves the model as it was.
+    detach(world_model)
     forget_released(world_model)
     vars(world_model)[ATTACHMENT] = attachment
     world_model.__class__ = attached_class(type(world_model))
@@ -86,7 +88,6 @@ def detach(world_model: Any) -> None:
 
 
 def forget_released(world_model: Any) -> None:
-    """Empty a world model's own cache: what it stored before is older than what happens in between."""
-    for roots in world_model.past_kv_cache_init_infer_envs:
-        roots.clear()
-    world_model.past_kv_cache_recurrent_infer.clear()
+    """Give a released world model an empty cache: what it stored before is older than what happens in between."""
+    # Not cleared in place: a shallow copy of the model has the same dictionaries.
+    world_model._initialize_cache_structures()

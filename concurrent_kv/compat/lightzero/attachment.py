@@ -96,6 +96,11 @@ class Attachment:
     # Of the calling thread -------------------------------------------------------------------------------------------
 
     @property
+    def current_role(self) -> str:
+        """The name of the calling thread's role."""
+        return self._current.name
+
+    @property
     def session(self) -> SearchSession:
         """The calling thread's search, in its role."""
         return self._roles[self._current.name].session

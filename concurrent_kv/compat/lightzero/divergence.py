@@ -17,6 +17,7 @@ DEFECTS = {
     "miss raises": "a state that was never stored raises TypeError instead of being computed",
     "cleared by another": "another search's start cleared this search's nodes; a state then raises TypeError",
     "environments collide": "equal latent states of two environments share one entry: the last one's",
+    "roles collide": "another role's root of an equal observation took this one's place",
     "root shadows node": "a node's latent state equals a root's, and the root's K/V is returned for it",
 }
 

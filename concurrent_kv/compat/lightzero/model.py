@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -144,6 +145,21 @@ def _make_class(released: type[Any]) -> type[Any]:
         def past_kv_cache_init_infer_envs(self) -> Any:
             """Each environment's roots, by key."""
             return init_views(self.__dict__[ATTACHMENT])
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            """Attached as this one is, with pools of its own: its weights go their own way."""
+            made = object.__new__(type(self))
+            memo[id(self)] = made
+            vars(made).update(copy.deepcopy(vars(self), memo))
+            return made
+
+        def __copy__(self) -> Any:
+            """A model of the released class with the same weights: two models do not share a search."""
+            made = object.__new__(released)
+            vars(made).update(vars(self))
+            del vars(made)[ATTACHMENT]
+            made._initialize_cache_structures()
+            return made
 
     for name in OF_A_SEARCH:
         setattr(Attached, name, _of_the_search(name))

@@ -39,14 +39,26 @@ class ReleasedCache:
                 super().update_cache_context(latent_state, is_init_infer=is_init_infer, **others)
                 for row, key in enumerate(hash_states(latent_state)):
                     if is_init_infer:
-                        cache.root_in[row, roots[row]] = key
+                        cache.root_in[row, roots[row]] = (cache.role, key)
                     else:
                         cache.node_in[(first + row) % self.shared_pool_size] = (row, key)
 
         self.model: Any = Observed.__new__(Observed)
         object.__setattr__(self.model, "__dict__", vars(world_model))
-        self.root_in: dict[tuple[int, int], str] = {}  # (row, slot) of the roots' rings: the key stored there last
+        self._begin_empty()
+        self.role = ""  # in which the calling thread uses the model; the released code does not know
+        self.root_in: dict[tuple[int, int], tuple[str, str]] = {}  # (row, slot): role and key of the root stored last
         self.node_in: dict[int, tuple[int, str]] = {}  # slot of the nodes' ring: row and key stored there last
+
+    def _begin_empty(self) -> None:
+        """Dictionaries and rings that no other model has, not even a shallow copy of this one."""
+        model = self.model
+        model._initialize_cache_structures()
+        model.shared_pool_recur_infer = [None] * model.shared_pool_size
+        model.shared_pool_init_infer = [[None] * model.shared_pool_size_init for _ in range(model.env_num)]
+        model.shared_pool_wm = [None] * model.shared_pool_size_wm
+        model.shared_pool_index_init_envs = [0] * model.env_num
+        model.shared_pool_index = model.shared_pool_index_wm = 0
 
     # What it holds ---------------------------------------------------------------------------------------------------
 
@@ -72,7 +84,7 @@ class ReleasedCache:
     def stored_root(self, row: int, key: str) -> Tensor | None:
         """The root stored last in an environment, if it is that of `key`: `[2 * layers, heads, tokens, head_dim]`."""
         slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
-        if slot is None or self.root_in[row, slot] != key:
+        if slot is None or self.root_in[row, slot] != (self.role, key):
             return None
         return _packed(self.model.shared_pool_init_infer[row][slot])
 
@@ -110,25 +122,27 @@ class ReleasedCache:
     def why_root(self, row: int, key: str) -> str | None:
         """The defect that explains a wrong context of the root of `key`."""
         slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
-        return "stale root" if slot is not None and self.root_in[row, slot] != key else None
+        if slot is None:
+            return None
+        role, key_there = self.root_in[row, slot]
+        if key_there != key:
+            return "stale root"
+        return "roles collide" if role != self.role else None
 
     def why_node(self, row: int, key: str, *, is_own_node: bool) -> str | None:
         """The defect that explains a wrong context of the node of `key`.
 
         `is_own_node`: whether ours found it among the search's nodes.
         """
-        slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
-        if slot is not None:
-            if self.root_in[row, slot] != key:
-                return "stale root"
-            return "root shadows node" if is_own_node else None
+        if self.model.past_kv_cache_init_infer_envs[row].get(key) is not None:
+            return self.why_root(row, key) or ("root shadows node" if is_own_node else None)
         slot = self.model.past_kv_cache_recurrent_infer.get(key)
         if slot is None:
             return None
-        row_in, key_in = self.node_in[slot]
-        if key_in != key:
+        row_there, key_there = self.node_in[slot]
+        if key_there != key:
             return "stale node"
-        return "environments collide" if row_in != row else None
+        return "environments collide" if row_there != row else None
 
     def lacks(self, row: int, key: str) -> bool:
         """Whether looking the node of `key` up raises."""

@@ -96,6 +96,7 @@ class Validation:
         self._kv = kv
         # Each thread has its own of these; the released code finds them in the model.
         self._released.model.latent_state = None
+        self._released.role = kv.current_role
         self._released.model.reanalyze_phase = kv.session.reanalyze_phase
         self.report.calls += 1
         return self._released
