@@ -148,14 +148,14 @@ def _make_class(released: type[Any]) -> type[Any]:
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             """Attached as this one is, with pools of its own: its weights go their own way."""
-            made = object.__new__(type(self))
+            made: Any = object.__new__(type(self))
             memo[id(self)] = made
             vars(made).update(copy.deepcopy(vars(self), memo))
             return made
 
         def __copy__(self) -> Any:
             """A model of the released class with the same weights: two models do not share a search."""
-            made = object.__new__(released)
+            made: Any = object.__new__(released)
             vars(made).update(vars(self))
             del vars(made)[ATTACHMENT]
             made._initialize_cache_structures()
