@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LIGHTZERO := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 
-.PHONY: help play test lint lightzero clean
+.PHONY: gpu help play test lint lightzero clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -17,6 +17,8 @@ LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_l
 help:
 	@echo 'make play   play CartPole with a tree search over the cache   (ARGS="--verify --episodes 4", ARGS="--help")'
 	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
+	@echo 'make stress attack the cache from threads and tasks           (ARGS="--profile all --faults all", ARGS="--help")'
+	@echo 'make gpu    the tests of streams and the benchmark on a GPU    (GPU_PYTHON=python3 takes its torch as it is)'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make clean  remove the environments and what tools left'
@@ -26,6 +28,12 @@ play: $(VENV)/play.stamp
 
 test: $(VENV)/test.stamp
 	@$(BIN)/python -m pytest $(ARGS)
+
+# GPU_PYTHON: a Python that has a CUDA build of torch and what the tests import, instead of the environment of make test.
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/test.stamp)
+	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -o addopts=-ra tests/gpu tests/test_gpu_programs.py
+	@PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # mypy reads the types of what the tests and examples import, so lint needs all of it.
 lint: $(VENV)/dev.stamp
@@ -60,3 +68,13 @@ $(LIGHTZERO)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt
 	@$(LIGHTZERO)/bin/python -m pip install -qq -r requirements/lightzero.txt
 	@$(LIGHTZERO)/bin/python -m pip install -qq --no-deps -r requirements/lightzero-nodeps.txt
 	@touch $@
+
+.PHONY: stress stress-full
+stress: $(VENV)/stress.stamp
+	@$(BIN)/python -m stress $(ARGS)
+
+# Half an hour: every profile with every fault. Its figures and its page are kept.
+stress-full: $(VENV)/stress.stamp
+	@mkdir -p stress/results
+	@$(BIN)/python -m stress --profile all --faults all --seconds 260 \
+	    --json stress/results/full.json --report stress/results/full.html $(ARGS)

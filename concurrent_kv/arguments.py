@@ -15,8 +15,10 @@ __all__ = [
     "check_keys",
     "check_priorities",
     "check_sides",
+    "hash_all",
     "hash_of",
     "last_of_each",
+    "list_or_none",
     "sequence_of",
     "slots_of_capacity",
 ]
@@ -26,6 +28,16 @@ def hash_of(key: Hashable, name: str = "key") -> int:
     """`hash(key)`, or an error that names the argument."""
     try:
         return hash(key)
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
+
+
+def hash_all(keys: Iterable[Hashable], name: str) -> None:
+    """Run the `__hash__` of every key, or raise an error that names the argument."""
+    key: Hashable = None
+    try:
+        for key in keys:
+            hash(key)
     except TypeError as error:
         raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
 
@@ -40,8 +52,7 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
         raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
     if len(keys) < minimum:
         raise InvalidArgumentError("keys must name at least one key, got none")
-    for key in keys:
-        hash_of(key, "keys")
+    hash_all(keys, "keys")
     return keys
 
 
@@ -53,8 +64,7 @@ def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
         checked = tuple(env_ids)
     except TypeError as error:
         raise InvalidTypeError(f"env_ids must be a sequence of environments, got {env_ids!r}") from error
-    for env_id in checked:
-        hash_of(env_id, "env_ids")
+    hash_all(checked, "env_ids")
     return checked
 
 
@@ -64,6 +74,11 @@ def sequence_of(name: str, items: object, what: str) -> Sequence[Any]:
         return list(items)  # type: ignore[call-overload, no-any-return]
     except TypeError as error:
         raise InvalidTypeError(f"{name} must be a sequence of {what}, got {items!r}") from error
+
+
+def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None:
+    """`items` as a list, for who may read them twice; None stays None."""
+    return None if items is None else sequence_of(name, items, "one item for each key")
 
 
 def check_sides(sides: Sequence[object] | None, rows: int) -> Sequence[object]:
@@ -97,7 +112,8 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
 
 def last_of_each(keys: Sequence[Hashable]) -> list[int]:
     """Positions of the last occurrence of each key, in ascending order."""
-    return sorted({key: position for position, key in enumerate(keys)}.values())
+    last = {key: position for position, key in enumerate(keys)}
+    return sorted(last.values()) if len(last) < len(keys) else list(range(len(keys)))
 
 
 def slots_of_capacity(layout: KVLayout, max_entries: int, max_slots: int | None, max_bytes: int | None) -> int:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import anyio.lowlevel
 import anyio.to_thread
-import torch
+import numpy as np
 from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Scope
-from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WindowOverflowError
+from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
 from .handle import Handle
 from .kv import KeysValues, check_fits
 from .layout import positive_int
+from .moving import upload
+from .stream_uses import StreamUses
+from .streams import NO_TICKS
 from .tensors import plain_torch_state, writing_to
 
 if TYPE_CHECKING:
@@ -36,10 +40,14 @@ class Batch(Handle):
     closes it, and so does the end of its search). Its buffer then goes back to the storage and must not be used any
     more. One thread at a time may use a batch.
 
+    On a GPU the tokens come in the order of the stream that gathered them. What goes through the batch's methods, and
+    its commit, is ordered by itself, on whatever stream; before its tensors are used on another stream than the one it
+    was used on last, that stream has to `wait`.
+
     Attributes:
         data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
-        hits: which rows were found.
-        side: the side data stored with each row's entry; None for misses that were not filled.
+        scope, generation: where, and as of when, its rows can be committed.
+        entries: what each row was gathered from; None for a miss.
     """
 
     def __init__(
@@ -49,26 +57,31 @@ class Batch(Handle):
         generation: Generation,
         hold: Hold,
         entries: Sequence[Entry | None],
+        lengths: list[int],
         data: Tensor,
         start: int,
         *,
         owns_buffer: bool,
+        uses: StreamUses | None = None,
     ) -> None:
         self.data = data
-        self.hits: tuple[bool, ...] = tuple(entry is not None for entry in entries)
-        self.side: tuple[object, ...] = tuple(None if entry is None else entry.side for entry in entries)
         self.scope = scope
         self.generation = generation
-        self.entries = list(entries)
+        self.entries = entries
         self._storage = storage
         self._hold = hold
+        hold.owner = ref(self)
         self._owns_buffer = owns_buffer
+        self._uses = uses  # None on a CPU
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
-        self._gathered = [0 if entry is None else entry.length for entry in entries]
-        self._filled = [False] * len(self.entries)
-        self._committed = [False] * len(self.entries)
+        self._gathered = lengths
+        self._committed = [False] * len(entries)
+        # Made when they are asked for: not every model does.
+        self._parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
+        self._hits: tuple[bool, ...] | None = None
+        self._side: tuple[object, ...] | None = None
         self._padding: Tensor | None = None
 
     # What a model reads and writes ---------------------------------------------------------------------------------
@@ -77,6 +90,20 @@ class Batch(Handle):
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.entries)
+
+    @property
+    def hits(self) -> tuple[bool, ...]:
+        """Which rows were found."""
+        if self._hits is None:
+            self._hits = tuple(entry is not None for entry in self.entries)
+        return self._hits
+
+    @property
+    def side(self) -> tuple[object, ...]:
+        """The side data stored with each row's entry; None for misses that were not filled."""
+        if self._side is None:
+            self._side = tuple(None if entry is None else entry.side for entry in self.entries)
+        return self._side
 
     @property
     def keys(self) -> Tensor:
@@ -112,15 +139,19 @@ class Batch(Handle):
     @property
     def padding(self) -> Tensor:
         """Columns of left padding of each row, int64 `[batch]` on the batch's device; a model masks them out."""
+        self.use_here()
         if self._padding is None:
-            columns = [self._start - length for length in self._gathered]
-            self._padding = torch.tensor(columns, dtype=torch.int64, device=self.data.device)
+            columns = np.array([self._start - length for length in self._gathered], dtype=np.int64)
+            with plain_torch_state():
+                self._padding = upload(columns, self.data.device)
+        self._storage.clock.protect(self._padding)
         return self._padding
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        end = self._ends[self._layer_number(index)]
-        return self.data[index, :, :, :end], self.data[self._layers + index, :, :, :end]
+        keys, values = self._parts_of(self._layer_number(index))
+        end = self._ends[index]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens after each row's newest, in one layer.
@@ -137,27 +168,42 @@ class Batch(Handle):
             ClosedError: the batch is closed.
         """
         self._check_open()
-        end = self._ends[self._layer_number(layer)]
-        layout = self._storage.layout
+        layer = self._layer_number(layer)
+        tokens = self._check_new(keys, values)
+        end = self._ends[layer]
+        new_end = self._check_room(end, tokens)
+        all_keys, all_values = self._parts_of(layer)
+        if self._uses is not None:
+            self.use_here(keys, values)
+        with writing_to(self.data):
+            all_keys.narrow(2, end, tokens).copy_(keys)
+            all_values.narrow(2, end, tokens).copy_(values)
+        self._ends[layer] = new_end
+        return all_keys.narrow(2, 0, new_end), all_values.narrow(2, 0, new_end)
+
+    def _parts_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        if not self._parts:
+            self._parts = self.data.unbind(0)
+        return self._parts[layer], self._parts[self._layers + layer]
+
+    def _check_new(self, keys: Tensor, values: Tensor) -> int:
+        """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""
+        data = self.data
         for name, tensor in (("keys", keys), ("values", values)):
             if not isinstance(tensor, Tensor):
                 raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dtype != self.data.dtype or tensor.device != self.data.device:
+            if tensor.dtype != data.dtype or tensor.device != data.device:
                 raise InvalidArgumentError(
-                    f"{name} must be {self.data.dtype} on {self.data.device}, got {tensor.dtype} on {tensor.device}"
+                    f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"
                 )
-        expected = (self.batch_size, layout.num_heads, keys.shape[2] if keys.dim() == 4 else -1, layout.head_dim)
-        if tuple(keys.shape) != expected or tuple(values.shape) != expected:
+        tokens = keys.shape[2] if keys.dim() == 4 else -1
+        expected = (*data.shape[1:3], tokens, data.shape[4])
+        if keys.shape != expected or values.shape != expected:
             raise InvalidArgumentError(
                 f"keys and values must have the shape [batch={expected[0]}, heads={expected[1]}, tokens, "
                 f"head_dim={expected[3]}], got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        new_end = self._check_room(end, keys.shape[2])
-        with writing_to(self.data):
-            self.data[layer, :, :, end:new_end] = keys
-            self.data[self._layers + layer, :, :, end:new_end] = values
-        self._ends[layer] = new_end
-        return self.layer(layer)
+        return tokens
 
     def _layer_number(self, layer: int) -> int:
         if positive_int("layer", layer, minimum=0) >= self._layers:
@@ -165,7 +211,7 @@ class Batch(Handle):
         return layer
 
     def advance(self, tokens: int) -> None:
-        """State that `tokens` columns after `end` were written in place, in every layer.
+        """State that `tokens` columns after `end` were written in place, in every layer, in the current stream.
 
         Raises:
             WindowOverflowError: the buffer has no such columns.
@@ -173,6 +219,7 @@ class Batch(Handle):
         """
         self._check_open()
         tokens = positive_int("tokens", tokens)
+        self.use_here()
         self._ends = [self._check_room(end, tokens) for end in self._ends]
 
     def _check_room(self, end: int, tokens: int) -> int:
@@ -203,14 +250,15 @@ class Batch(Handle):
         self._check_open()
         if not 0 <= positive_int("row", row, minimum=0) < self.batch_size:
             raise InvalidArgumentError(f"row must be 0 to {self.batch_size - 1}, got {row}")
-        if self.hits[row] or self._filled[row]:
+        if self._gathered[row]:
             raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
         if any(end != self._start for end in self._ends):
             raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
-        check_fits(kv, self._storage.layout, rows=1)
+        kv = check_fits(kv, self._storage.layout, rows=1)
         length = kv.lengths[0]
         if length > self.data.shape[3]:
             raise WindowOverflowError(f"kv has {length} tokens, the batch {self.data.shape[3]} columns")
+        self.use_here(kv.keys, kv.values)
         with plain_torch_state(self.data):
             if length > self._start:
                 self._move_right(length - self._start)
@@ -219,8 +267,7 @@ class Batch(Handle):
             self.data[: self._layers, row, :, columns] = source.keys[:, 0].detach()
             self.data[self._layers :, row, :, columns] = source.values[:, 0].detach()
         self._gathered[row] = length
-        self._filled[row] = True
-        self.side = (*self.side[:row], side, *self.side[row + 1 :])
+        self._side = (*self.side[:row], side, *self.side[row + 1 :])
         self._padding = None
 
     def _move_right(self, columns: int) -> None:
@@ -247,16 +294,22 @@ class Batch(Handle):
         new = self.end - self._start
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
+        gathered, committed = self._gathered, self._committed
         for row in rows:
-            if not self._gathered[row]:
+            if not gathered[row]:
                 raise InvalidArgumentError(f"row {row} missed and was not filled: there is nothing to commit")
-            if self._committed[row]:
+            if committed[row]:
                 raise InvalidArgumentError(f"row {row} was committed before")
         return new
 
     def gathered(self, row: int) -> int:
         """Tokens that a row had before the new ones."""
         return self._gathered[row]
+
+    def gathered_by(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that each of `rows` had before the new ones."""
+        gathered = self._gathered
+        return tuple([gathered[row] for row in rows])
 
     @property
     def hold(self) -> Hold:
@@ -270,13 +323,48 @@ class Batch(Handle):
         if all(self._committed):
             self.close()
 
-    async def ready(self) -> None:
-        """Return when the gathered tokens are there, without holding the event loop; at once on a CPU."""
+    # Streams -------------------------------------------------------------------------------------------------------
+
+    def use_here(self, *sources: Tensor) -> None:
+        """Order the current stream after every use of the buffer so far; `sources` outlive what it does next."""
+        if self._uses is not None:
+            self._uses.join(self.data)
+            for source in sources:
+                self._storage.clock.protect(source)
+
+    def wait(self, stream: object = None) -> None:
+        """Order a stream (the current one if left out) after every use of the batch so far; does not block.
+
+        To be called before the batch's tensors are used on another stream than the one it was used on last; that stream
+        is counted in, and whoever gets the buffer next is ordered after it.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
+            ClosedError: the batch is closed.
+        """
+        self._check_open()
+        if stream is not None:
+            self._storage.clock.check(stream)
+        if self._uses is not None:
+            self._uses.join(self.data, stream)
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block the calling thread until the gathered tokens are there; at once on a CPU.
+
+        Raises:
+            WaitTimeoutError: they were not there within `timeout` seconds (those of the storage if left out).
+        """
+        ticks = NO_TICKS if self._uses is None else self._uses.gathered
+        seconds = self._storage.wait_timeout if timeout is None else timeout
+        if not self._storage.clock.synchronize(ticks, seconds):
+            raise WaitTimeoutError(f"the device had not gathered this batch within {seconds:g} s")
+
+    async def ready(self, timeout: float | None = None) -> None:
+        """As `synchronize`, without holding the event loop."""
         await anyio.lowlevel.checkpoint()
-        if self.data.device.type != "cpu":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.data.device))
-            await anyio.to_thread.run_sync(event.synchronize)
+        if self._uses is not None:
+            # Abandoned where its task is cancelled: it only looks, and its wait is bounded.
+            await anyio.to_thread.run_sync(partial(self.synchronize, timeout), abandon_on_cancel=True)
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -292,18 +380,21 @@ class Batch(Handle):
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
             if self._storage.ledger.release(self._hold) and self._owns_buffer:
-                clock = self._storage.clock
-                self._storage.tensor.return_buffer(self.data, clock.stamp(clock.current(), (self.data,)))
+                ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
+                self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
         if self._hold.released:
             raise ClosedError(BATCH_CLOSED)
 
-    def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+
+    def __del__(self) -> None:
+        self.abandon()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

@@ -58,7 +58,9 @@ def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[E
     try:
         _delete(index, going, gone)
     finally:
-        # Of what is gone, also if a key's own `__eq__` raised on the way.
+        # Of what is gone, also if a key's own `__eq__` raised on the way. The newest first: what they share with older
+        # ones goes with those, and the slots that were written together are free together.
+        gone.reverse()
         for begin in range(0, len(gone), ENTRIES_PER_HOLD):
             some = gone[begin : begin + ENTRIES_PER_HOLD]
             with ledger.mutex:

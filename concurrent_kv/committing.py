@@ -17,6 +17,7 @@ from .locks import Deadline
 from .overflow import Overflow
 from .plan import plan_commit, plan_put
 from .reading import gather_entries
+from .stream_uses import StreamUses
 from .streams import NO_TICKS, Ticks
 from .tensors import plain_torch_state
 from .writing import write
@@ -38,16 +39,21 @@ def open_batch(
     out: Tensor | None,
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
-    longest = max((entry.length for entry in entries if entry is not None), default=0)
+    lengths = [0 if entry is None else entry.length for entry in entries]
+    longest = max(lengths)
     columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS
     if out is None:
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
+        if ready:  # used before, perhaps allocated on another stream
+            storage.clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    gather_entries(storage, entries, data, longest, ready)
-    return Batch(storage, scope, generation, hold, entries, data, longest, owns_buffer=out is None)
+    read = gather_entries(storage, entries, data, longest, ready)
+    clock = storage.clock
+    uses = StreamUses(clock, clock.current(), read) if read else None
+    return Batch(storage, scope, generation, hold, entries, lengths, data, longest, owns_buffer=out is None, uses=uses)
 
 
 def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
@@ -135,28 +141,23 @@ def commit_batch(
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
     sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
-    last = last_of_each(keys)
     ledger = pool.storage.ledger
-    # The commit's own references: the search that owns the batch may be closed by another thread at any point.
-    guard = Hold("commit", [])
-    with ledger.mutex:
-        if batch.closed:
-            raise ClosedError(BATCH_CLOSED)
-        ledger.extend(guard, [entry for row in committed if (entry := batch.entries[row]) is not None])
+    # The search that owns the batch may be closed by another thread at any point.
+    if not ledger.use(batch.hold):
+        raise ClosedError(BATCH_CLOSED)
     try:
-        plan = plan_commit(
-            pool.storage,
-            batch,
-            [keys[i] for i in last],
-            [committed[i] for i in last],
-            overflow,
-            [sides[i] for i in last],
-            [priorities[i] for i in last],
-        )
-        batch.check_committable(committed)
+        new = batch.check_committable(committed)
+        last = last_of_each(keys)
+        if len(last) < len(keys):
+            keys, rows = [keys[i] for i in last], [committed[i] for i in last]
+            sides, priorities = [sides[i] for i in last], [priorities[i] for i in last]
+        else:
+            rows = committed
+        plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
+        batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     finally:
-        ledger.release(guard)
+        ledger.stop_using(batch.hold)
     batch.mark_committed(committed)
     return stored
 

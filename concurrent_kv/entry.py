@@ -13,10 +13,11 @@ An entry's life: made (in flight, unknown to anyone), published (its scope's ind
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
 from .index import Index
 from .overflow import PositionTable
@@ -90,11 +91,11 @@ class Entry:
         scope: Scope,
         generation: Generation,
         length: int,
-        *,
         side: object = None,
         priority: float = 0.0,
         fingerprint: int = 0,
         correction: PositionTable | None = None,
+        written: Ticks = NO_TICKS,
     ) -> None:
         self.key = key
         self.index_key = key
@@ -110,8 +111,8 @@ class Entry:
         self.refs = 0
         self.pins = 0
         self.place = Place.NONE
-        self.written: Ticks = NO_TICKS
-        self.ticks: Ticks = NO_TICKS
+        self.written = written
+        self.ticks = written
 
 
 _scope_numbers = count(1)
@@ -158,17 +159,35 @@ class Scope:
         """Which of the scope's dicts holds `key`. Runs the key's `__hash__`."""
         return hash(key) % len(self.shards) if len(self.shards) > 1 else 0
 
+    def locate(self, keys: Sequence[Hashable]) -> list[tuple[Scope, int]]:
+        """Scope and part of each key. Runs the keys' `__hash__`."""
+        count = len(self.shards)
+        if count == 1:
+            return [(self, 0)] * len(keys)
+        return [(self, hash(key) % count) for key in keys]
+
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
 
 
 class Hold:
-    """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once."""
+    """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once.
 
-    __slots__ = ("entries", "pinning", "released", "what")
+    `users` are operations under way that need the entries to the end: the last of them lets go of what was released.
+    `owner` is the handle; where it is dead and the hold is not released, its finaliser was cut off.
+    """
+
+    __slots__ = ("entries", "owner", "pinning", "released", "users", "what")
 
     def __init__(self, what: str, entries: list[Entry], *, pinning: bool = False) -> None:
         self.what = what
         self.entries = entries
         self.pinning = pinning
         self.released = False
+        self.users = 0
+        self.owner: ref[object] | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether nobody is there to release it. True until a handle has taken it over, too."""
+        return self.owner is None or self.owner() is None

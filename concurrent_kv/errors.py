@@ -16,6 +16,7 @@ __all__ = [
     "KeyNotFoundError",
     "RecursiveComputationError",
     "SearchEndedError",
+    "StreamCaptureError",
     "WaitTimeoutError",
     "WindowOverflowError",
     "WrongProcessError",
@@ -86,3 +87,7 @@ class IntegrityError(KVCacheError, RuntimeError):
     def __init__(self, problems: tuple[str, ...]) -> None:
         super().__init__("the storage contradicts itself: " + "; ".join(problems))
         self.problems = problems
+
+
+class StreamCaptureError(KVCacheError, RuntimeError):
+    """A stream that an operation would use, or wait for, is being captured into a CUDA graph; nothing has happened."""

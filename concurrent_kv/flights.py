@@ -18,24 +18,25 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 from .entry import Generation, Scope
-from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
-from .kv import KeysValues
+from .errors import ClosedError, RecursiveComputationError
+from .kv import KeysValues, check_fits
+from .layout import KVLayout
 from .locks import Deadline
 from .streams import NO_TICKS, StreamClock, Ticks
 from .tensors import plain_torch_state
 
-__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "outcome", "timed_out", "wait_in_thread"]
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
 FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
-_computing: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+computing_here: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
 
 
 class FlightState(Enum):
@@ -51,15 +52,44 @@ class FlightState(Enum):
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "ready", "result", "state", "wakers")
+    __slots__ = ("error", "key", "loop_ended", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
         self.state = FlightState.COMPUTING
+        self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
         self.result: KeysValues | None = None
         self.ready: Ticks = NO_TICKS  # the copy that made `result`
         self.error: Exception | None = None
         self.wakers: list[Waker] = []
+        self.loop_ended: Callable[[], bool] | None = None  # of the loop that it needs, if it needs one
+        self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
+        self.waits_for: list[Flight] = []  # whose results its computation waits for just now
+
+    def needs_one_of(self, flights: frozenset[Flight]) -> bool:
+        """Whether this computation waits, perhaps through others, for one of `flights`."""
+        seen: set[Flight] = set()
+        ahead = [self]
+        while ahead:
+            flight = ahead.pop()
+            if flight in flights:
+                return True
+            if flight not in seen and flight.state is FlightState.COMPUTING:
+                seen.add(flight)
+                ahead += flight.waits_for
+        return False
+
+    def is_orphan(self) -> bool:
+        """Whether nobody will end it: the loop of the task that computes has ended."""
+        loop_ended = self.loop_ended
+        return self.state is FlightState.COMPUTING and loop_ended is not None and loop_ended()
+
+    def over_unheard(self) -> bool:
+        """Whether it is over after all; an orphan is abandoned. For who waited in vain."""
+        if self.is_orphan():
+            self.state = FlightState.ABANDONED  # as by its finaliser: whoever joins next replaces it
+            self.wake()
+        return self.state is not FlightState.COMPUTING
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
@@ -93,8 +123,10 @@ class FlightTable:
     def __len__(self) -> int:
         """Computations under way."""
         with self._lock:
-            self._forget_dropped()
-            return len(self._flights)
+            dead = self._forget_dropped()
+            number = len(self._flights)
+        del dead
+        return number
 
     def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
         """Give `claim` the flight of a key; returns whether it is the one to compute.
@@ -104,28 +136,48 @@ class FlightTable:
             ClosedError: the pool is closed.
         """
         flight_key = (scope.number, key, generation)
+        within = computing_here.get()
+        if any(flight.key[:2] == flight_key[:2] for flight in within):
+            raise _own_key(self.name, key)  # of whatever generation
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)
+        new.owner = ref(claim)
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
-            self._forget_dropped()
+            dead = self._forget_dropped()
             flight = self._flights.get(flight_key)
-            if flight is None or flight.state is not FlightState.COMPUTING:
+            if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
+                # Taken out first: the table must name the new flight's key, not the one that dies with the old.
+                self._flights.pop(flight_key, None)
                 self._flights[flight_key] = new
-                return True
-        claim.mine, claim.flight = False, flight
-        if flight in _computing.get():
-            raise RecursiveComputationError(
-                f"{self.name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
-            )
-        return False
+            else:
+                claim.late = flight.settling
+                claim.mine, claim.flight = False, flight
+        del dead
+        if claim.mine and flight is not None:
+            flight.over_unheard()  # who waits for an orphan takes over, too
+        return claim.mine
 
-    def _forget_dropped(self) -> None:
+    def _forget_dropped(self) -> list[Flight]:
+        """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
+        dead = []
         while self.dropped:
             flight = self.dropped.popleft()
+            dead.append(flight)
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
+        return dead
+
+    def abandon_orphans(self) -> int:
+        """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
+        with self._lock:
+            flights = list(self._flights.values())
+        orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
+        for flight in orphans:
+            if not self.settle(flight, FlightState.ABANDONED):
+                self._forget(flight)
+        return len(orphans)
 
     def settle(
         self,
@@ -142,10 +194,15 @@ class FlightTable:
                 return False
             flight.result, flight.ready, flight.error = result, ready, error
             flight.state = state
+        self._forget(flight)
+        return True
+
+    def _forget(self, flight: Flight) -> None:
+        """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
+        flight.wake()
+        with self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
-        flight.wake()
-        return True
 
     def close(self) -> None:
         """End every flight with `ClosedError`, and every later join."""
@@ -156,6 +213,12 @@ class FlightTable:
             self.settle(flight, FlightState.CLOSED)
 
 
+def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
+    return RecursiveComputationError(
+        f"{name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+    )
+
+
 class Claim:
     """The right, and the duty, to compute one key: a handle, ended once.
 
@@ -164,12 +227,16 @@ class Claim:
     Attributes:
         mine: whether the caller is the one to compute; False where somebody else is at it.
         flight: the computation; set by `FlightTable.join`.
+        late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
+            look it up again instead of taking what the flight carries.
     """
 
     flight: Flight
 
-    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock) -> None:
+    def __init__(self, table: FlightTable, store: Callable[..., bool], clock: StreamClock, layout: KVLayout) -> None:
         self.mine = True
+        self.late = False
+        self._layout = layout
         self._table = table
         self._store = store
         self._clock = clock
@@ -189,16 +256,29 @@ class Claim:
             InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
         """
         self._check_mine()
-        stored = self._store(kv, timeout=timeout)
+        self.flight.settling = True
+        try:
+            stored = self._store(kv, timeout=timeout)
+        except BaseException:
+            self.flight.settling = False
+            raise
         self.pass_on(kv)
         return stored
 
     def pass_on(self, kv: KeysValues) -> None:
-        """Hand a result to everyone who waits, without storing it."""
+        """Hand a result, one row, to everyone who waits, without storing it.
+
+        Raises:
+            ClosedError, InvalidArgumentError: as `fulfil`.
+        """
         self._check_mine()
+        row = check_fits(kv, self._layout, rows=1).row(0)
+        stream = self._clock.current()
         with plain_torch_state():
-            result = kv.copy()
-        ready = self._clock.stamp(self._clock.current(), (kv.keys, kv.values))
+            result = row.copy(self._layout.device)
+        ready = self._clock.stamp(stream)
+        # After the copy: a task that has left may write to its tensors again, and what was copied since may be torn.
+        Deadline(0.0).check(self._table.name)
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
@@ -245,64 +325,11 @@ class _Computing:
         self._flight = flight
 
     def __enter__(self) -> None:
-        self._token = _computing.set(_computing.get() | {self._flight})
+        self._token = computing_here.set(computing_here.get() | {self._flight})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A coroutine that its loop left behind is closed in another context, whose variable says nothing of this one.
         with suppress(ValueError):
-            _computing.reset(self._token)
-
-
-def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
-    """Block the calling thread until a flight is over.
-
-    Raises:
-        WaitTimeoutError: it was not over before the deadline.
-    """
-    # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
-    over: SimpleQueue[None] = SimpleQueue()
-
-    def wake() -> None:
-        over.put(None)
-
-    try:
-        if flight.subscribe(wake):
-            over.get(timeout=deadline.left())
-    except Empty:
-        raise timed_out(flight, deadline, name) from None
-    finally:
-        flight.unsubscribe(wake)
-
-
-def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
-    """What somebody who waited in vain for a flight hears."""
-    return WaitTimeoutError(
-        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {deadline.seconds:g} s"
-    )
-
-
-def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
-    """A private copy of an ended flight's result, made in the caller's stream.
-
-    None if the flight was abandoned: the caller has to join again.
-
-    Raises:
-        Exception: the error that the computation raised.
-        ClosedError: the pool was closed meanwhile.
-    """
-    if flight.state is FlightState.DONE:
-        assert flight.result is not None
-        stream = clock.current()
-        clock.order_after(stream, flight.ready)
-        with plain_torch_state():
-            copied = flight.result.copy()
-        clock.stamp(stream, (flight.result.keys,))
-        return copied
-    if flight.state is FlightState.FAILED:
-        assert flight.error is not None
-        raise flight.error
-    if flight.state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {flight.key[1]!r} was being computed")
-    return None
+            computing_here.reset(self._token)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 __all__ = ["Index"]
@@ -26,6 +26,11 @@ class Index(Generic[E]):
         """The entry of `key`, or None."""
         cell = self._cells.get(key)
         return cell[0] if cell else None
+
+    def find(self, keys: Iterable[Hashable]) -> list[E | None]:
+        """The entry of each key, or None."""
+        get = self._cells.get
+        return [cell[0] if (cell := get(key)) else None for key in keys]
 
     def cell_of(self, key: Hashable) -> tuple[list[E], bool]:
         """The place of `key`, a list of its one entry; empty and True where it is new."""

@@ -83,6 +83,7 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     """
     ledger = storage.ledger
     deadline = storage.enter_quietly()
+    zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
     with storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
         recount = _recount(storage)
         alive = recount.alive()
@@ -91,7 +92,7 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
         problems += _entry_problems(storage, recount, alive)
         for pool, entries in recount.published.items():
             problems += _pool_problems(pool, entries)
-        if not storage.closed and bool(storage.tensor.data[:, 0].any()):
+        if not zero_slot_is_zero:
             problems.append("slot 0, which serves all padding, is not zero")
         report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
     if problems:
@@ -168,10 +169,17 @@ def repair(storage: KVStorage) -> RepairReport:
     """Rebuild every count from the indexes and the open handles; to be called when no operation is under way."""
     ledger = storage.ledger
     deadline = storage.enter_quietly()
+    used = storage.clock.everything()
     with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
-        for hold in [hold for hold in ledger.holds if hold.what in ("read", "commit")]:
-            ledger.holds.discard(hold)  # an operation's own: it was cut off before it could let go
+        for hold in list(ledger.holds):
+            hold.users = 0
+            if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
+                ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
+                hold.released = True
         for pool in storage.pools:
+            for search in [search for search in pool.searches if search.roots_hold.released]:
+                pool.searches.discard(search)
+                search.end_cut_off()
             for scope in _scopes(pool):
                 _drop_nameless(scope)
         recount = _recount(storage)
@@ -186,13 +194,15 @@ def repair(storage: KVStorage) -> RepairReport:
             if not recount.indexed[entry]:
                 entry.place = Place.NONE
         ledger.slots.keep_reservations([s.budget.reservation for pool in storage.pools for s in pool.searches])
-        slots = ledger.slots.rebuild(_slot_counts(storage, alive), storage.clock.everything())
+        slots = ledger.slots.rebuild(_slot_counts(storage, alive), used)
         ledger.rebuild_rows({entry.row for entry in alive})
         ledger.reset_parked()
         for pool, published in recount.published.items():
             _settle_places(pool, published)
         waiters = ledger.take_waiters()
     wake(waiters)
+    for pool in storage.pools:
+        pool.flights.abandon_orphans()
     return RepairReport(slots, entries, pending)
 
 

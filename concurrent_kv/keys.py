@@ -50,13 +50,29 @@ def hash_states(states: State) -> list[str]:
     Raises:
         InvalidArgumentError: as `hash_state`, or a batch without rows.
     """
-    if not isinstance(states, torch.Tensor | np.ndarray) or states.ndim < 1 or not states.shape[0]:
+    if not isinstance(states, (torch.Tensor, np.ndarray)) or states.ndim < 1 or not states.shape[0]:
         raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
-    data = memoryview(_bytes_of(states))
-    rows = states.shape[0]
-    size = len(data) // rows
     digest = xxhash.xxh64_hexdigest
+    rows = states.shape[0]
+    array = _plain_array(states)
+    if array is not None:
+        return [digest(row) for row in array.reshape(rows, -1)]
+    data = memoryview(_bytes_of(states))
+    size = len(data) // rows
     return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
+
+
+def _plain_array(states: npt.NDArray[Any] | torch.Tensor) -> Any:
+    """A contiguous array of the states' own memory, or None where there is none."""
+    array: Any = states
+    if isinstance(states, torch.Tensor):
+        try:
+            array = (states.detach() if states.requires_grad else states).numpy()
+        except (RuntimeError, TypeError):
+            return None  # on an accelerator, of a dtype that arrays lack, lazily conjugated, or not dense
+    # Subclasses keep their own idea of their bytes.
+    plain = type(array) is np.ndarray and array.flags.c_contiguous and array.size and array.dtype.kind in "biufc"
+    return array if plain else None
 
 
 def _bytes_of(state: State) -> bytes | memoryview:

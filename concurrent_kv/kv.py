@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError, InvalidTypeError
-from .layout import KVLayout, device_of, positive_int
+from .layout import SUPPORTED_DEVICES, KVLayout, device_of, positive_int
+from .moving import joined_on
+from .tensors import plain_torch_state
 
 __all__ = ["KeysValues", "check_fits"]
 
@@ -126,16 +128,20 @@ class KeysValues:
         return self.keys[index, :, :, : self.end], self.values[index, :, :, : self.end]
 
     def to(self, device: torch.device | str) -> KeysValues:
-        """The same on another device (the same object where it is there already)."""
+        """The same on another device (the same object where it is there already); see `copy`."""
         target = device_of(device)
-        if self.keys.device == target:
-            return self
-        return KeysValues(self.keys.to(target), self.values.to(target), self.lengths, self.end)
+        return self if self.keys.device == target else self.copy(target)
 
-    def copy(self) -> KeysValues:
-        """A copy that shares no memory with this one, packed, without the columns after `end`."""
-        packed = torch.cat([self.keys[..., : self.end, :], self.values[..., : self.end, :]]).detach()
-        return KeysValues.from_packed(packed, self.lengths)
+    def copy(self, device: torch.device | None = None) -> KeysValues:
+        """A copy that shares no memory with this one, packed, without the columns after `end`.
+
+        Args:
+            device: where it is made; where this is, if left out. A copy to a CPU is complete when this returns; one
+                between GPUs, or from a CPU to a GPU, comes in the order of their current streams.
+        """
+        whole = (self.keys, self.values) if self.packed is None else (self.packed,)
+        parts = [tensor[..., : self.end, :].detach() for tensor in whole]
+        return KeysValues.from_packed(joined_on(device or self.keys.device, parts), self.lengths)
 
     def __repr__(self) -> str:
         layers, batch, heads, tokens, head_dim = self.keys.shape
@@ -146,7 +152,10 @@ class KeysValues:
 
 
 def check_fits(kv: object, layout: KVLayout, *, rows: int | None = None) -> KeysValues:
-    """`kv` if each of its rows can be an entry of a pool of `layout`, or an error that says why not."""
+    """`kv` on the device of `layout` if each of its rows can be an entry there, or an error that says why not.
+
+    What is on another device is copied, in the current stream; from a CPU it is the caller's again when this returns.
+    """
     if not isinstance(kv, KeysValues):
         raise InvalidTypeError(f"kv must be a KeysValues, got {type(kv).__name__}")
     layers, batch, heads, _, head_dim = kv.keys.shape
@@ -160,10 +169,13 @@ def check_fits(kv: object, layout: KVLayout, *, rows: int | None = None) -> Keys
         raise InvalidArgumentError(f"kv must have {rows} row{'s' if rows != 1 else ''}, got {batch}")
     if kv.keys.dtype != layout.dtype:
         raise InvalidArgumentError(f"kv must have the dtype {layout.dtype}, got {kv.keys.dtype}")
-    if kv.keys.device != layout.device:
-        raise InvalidArgumentError(
-            f"kv must be on {layout.device}, got {kv.keys.device}; kv.to({str(layout.device)!r}) moves it"
-        )
     if not all(1 <= length <= layout.max_tokens for length in kv.lengths):
         raise InvalidArgumentError(f"kv must have 1 to {layout.max_tokens} tokens in every row, got {kv.lengths}")
+    if kv.keys.device != layout.device:
+        if kv.keys.device.type not in SUPPORTED_DEVICES:
+            raise InvalidArgumentError(
+                f"kv must be on {layout.device}, got {kv.keys.device}, from where nothing is copied"
+            )
+        with plain_torch_state():
+            return kv.copy(layout.device)
     return kv

@@ -9,16 +9,20 @@ import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["KVLayout", "device_of", "positive_int"]
+__all__ = ["SUPPORTED_DEVICES", "KVLayout", "device_of", "positive_int"]
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SUPPORTED_DEVICES = ("cpu", "cuda")
 
 
 def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     """`value` as an int of at least `minimum`, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is int:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, Integral):
         raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {value!r}")
-    number = int(value)
+    else:
+        number = int(value)
     if number < minimum:
         raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
     return number
@@ -27,9 +31,12 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
 def device_of(device: object) -> torch.device:
     """`device` as a `torch.device`, or an error that says what would do."""
     try:
-        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise InvalidArgumentError(f"device must name a torch device ('cpu', 'cuda:0'), got {device!r}") from error
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,10 @@ class KVLayout:
         if self.dtype not in SUPPORTED_DTYPES:
             raise InvalidArgumentError(f"dtype must be one of {SUPPORTED_DTYPES}, got {self.dtype}")
         device = device_of(self.device)
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in SUPPORTED_DEVICES:
             raise InvalidArgumentError(f"device must be a CPU or a CUDA device, got {device}")
-        if device.type == "cuda":
-            if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-                raise InvalidArgumentError(f"device must be there, and torch finds no {device}")
-            if device.index is None:
-                device = torch.device("cuda", torch.cuda.current_device())
+        if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
+            raise InvalidArgumentError(f"device must be there, and torch finds no {device}")
         object.__setattr__(self, "device", device)
 
     @property

@@ -7,10 +7,12 @@ mutex is returned to the caller, so that side data and keys are finalised outsid
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,9 @@ from .entry import Entry, Hold, Place
 from .locks import Deadline
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
+
+if TYPE_CHECKING:
+    from .pool_core import PoolCore
 
 __all__ = ["Ledger", "Signal", "wake"]
 
@@ -64,15 +69,17 @@ class Ledger:
         self.mutex = lock_factory()
         self.slots = SlotAllocator(num_slots)
         self.window = window
-        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest.
+        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest. Row 0 is zeros.
         self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
         # Position each slot's token was written at, in its row; only lazy corrections look at it.
         self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
         self.holds: set[Hold] = set()
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], None]] = deque()
-        self._free_rows = list(range(63, -1, -1))
-        self._shared: dict[int, list[Entry]] = {}  # entries in Place.SHARED, by tail slot
+        self._free_rows = list(range(63, 0, -1))
+        # Entries in Place.SHARED, by tail slot and by pool.
+        self._shared: dict[int, dict[Entry, None]] = {}
+        self._shared_of: dict[PoolCore, dict[Entry, None]] = {}
         self._event_factory = event_factory
         self._waiters: list[Any] = []
 
@@ -85,7 +92,9 @@ class Ledger:
             # Readers may be using the old array without the mutex: it is replaced, never resized in place.
             self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)])
             self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
-        rows_taken = [self._free_rows.pop() for _ in entries]
+        first = len(self._free_rows) - len(entries)
+        rows_taken = self._free_rows[first:]
+        del self._free_rows[first:]
         self.tables[rows_taken] = tables
         self.slots.hold(tables)
         for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
@@ -93,7 +102,12 @@ class Ledger:
 
     def tables_of(self, entries: Sequence[Entry]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive (a copy)."""
-        return self.tables[[entry.row for entry in entries]]
+        return self.tables.take([entry.row for entry in entries], axis=0)
+
+    def columns_of(self, entries: Sequence[Entry | None], columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`columns` of the slot tables of entries that the caller keeps alive, zeros for None (a copy)."""
+        rows = [0 if entry is None else entry.row for entry in entries]
+        return self.tables.take(rows, axis=0).take(columns, axis=1)
 
     def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
         """Drop one reference of each; returns those that died. Mutex held."""
@@ -117,7 +131,7 @@ class Ledger:
 
     def rebuild_rows(self, used: set[int]) -> None:
         """Set the free rows of the tables as found by a full recount. Mutex held."""
-        self._free_rows = [row for row in range(len(self.tables) - 1, -1, -1) if row not in used]
+        self._free_rows = [row for row in range(len(self.tables) - 1, 0, -1) if row not in used]
 
     def free_rows(self) -> set[int]:
         """Rows of the tables that no entry has. Mutex held."""
@@ -132,7 +146,8 @@ class Ledger:
     def park_shared(self, entry: Entry) -> None:
         """Set a claimed victim aside until its last token is its own again. Mutex held."""
         entry.place = Place.SHARED
-        self._shared.setdefault(entry.tail, []).append(entry)
+        self._shared.setdefault(entry.tail, {})[entry] = None
+        self._shared_of.setdefault(entry.scope.pool, {})[entry] = None
 
     def unpark(self, entry: Entry) -> None:
         """Give a parked entry back to its policy, as the next candidate. Mutex held."""
@@ -140,9 +155,12 @@ class Ledger:
         entry.place = Place.HELD
         entry.scope.pool.policy.give_back(entry)
 
-    def unpark_shared(self, pool: object) -> bool:
-        """Give back what `pool` had parked for sharing: now an entry is wanted, not a slot. Mutex held."""
-        parked = [entry for entries in self._shared.values() for entry in entries if entry.scope.pool is pool]
+    def unpark_shared(self, pool: PoolCore, number: int) -> bool:
+        """Give back `number` of what `pool` had parked for sharing: an entry is wanted, not a slot. Mutex held.
+
+        False if there is none.
+        """
+        parked = list(islice(self._shared_of.get(pool, ()), number))
         for entry in parked:
             self.unpark(entry)
         return bool(parked)
@@ -151,13 +169,14 @@ class Ledger:
         """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
         if entry.place is Place.SHARED:
             siblings = self._shared[entry.tail]
-            siblings.remove(entry)
+            del siblings[entry], self._shared_of[entry.scope.pool][entry]
             if not siblings:
                 del self._shared[entry.tail]
 
     def reset_parked(self) -> None:
         """Forget who is set aside for sharing; repair gives everyone back to the policies. Mutex held."""
         self._shared.clear()
+        self._shared_of.clear()
 
     def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
         flat = tables.ravel()
@@ -172,14 +191,16 @@ class Ledger:
         self.holds.add(hold)
         for entry in entries:
             entry.refs += 1
-            if hold.pinning:
+        if hold.pinning:
+            for entry in entries:
                 entry.pins += 1
-            hold.entries.append(entry)
+        hold.entries += entries
 
     def drop_from(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
-        for entry in entries:
-            hold.entries.remove(entry)
+        staying = Counter(hold.entries)
+        staying.subtract(entries)
+        hold.entries = list(staying.elements())
         return self._unhold(hold, entries)
 
     def end(self, hold: Hold) -> list[Entry]:
@@ -187,6 +208,12 @@ class Ledger:
         if hold.released:
             return []
         hold.released = True
+        return self._empty(hold)
+
+    def _empty(self, hold: Hold) -> list[Entry]:
+        """Let go of what a released hold holds, unless somebody still uses it."""
+        if hold.users:
+            return []
         self.holds.discard(hold)
         entries, hold.entries = hold.entries, []
         return self._unhold(hold, entries)
@@ -215,6 +242,23 @@ class Ledger:
         del dead
         return first
 
+    def use(self, hold: Hold) -> bool:
+        """Keep what a hold holds until `stop_using`, whoever releases it meanwhile; False if it is released."""
+        with self.mutex:
+            if hold.released:
+                return False
+            hold.users += 1
+            return True
+
+    def stop_using(self, hold: Hold) -> None:
+        """The other end of `use`."""
+        with self.mutex:
+            hold.users -= 1
+            dead = self._empty(hold) if hold.released else []
+            waiters = self.take_waiters() if hold.released else []
+        wake(waiters)
+        del dead
+
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard."""
         self.release(hold)
@@ -231,6 +275,11 @@ class Ledger:
         event = self._event_factory()
         self._waiters.append(event)
         return event
+
+    def forget_waiter(self, event: Any) -> None:
+        """Take off the list who no longer waits. Mutex held."""
+        with suppress(ValueError):
+            self._waiters.remove(event)
 
     def take_waiters(self) -> list[Any]:
         """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .arguments import check_priorities
 from .entry import Generation, Scope
-from .errors import InvalidTypeError
-from .flights import Claim, FlightState, outcome, wait_in_thread
+from .errors import ClosedError, InvalidTypeError
+from .flight_waiting import outcome, wait_in_thread
+from .flights import Claim, FlightState
 from .kv import KeysValues, check_fits
 from .locks import Deadline
 from .plan import plan_put
@@ -19,7 +21,7 @@ from .writing import write
 if TYPE_CHECKING:
     from .pool import KVPool
 
-__all__ = ["claim", "compute_here", "get_or_compute"]
+__all__ = ["claim", "compute_here", "get_or_compute", "heard_by_all"]
 
 
 def claim(
@@ -28,7 +30,7 @@ def claim(
     """Join the flight of a key; and whether the caller is the one to compute."""
     (priority,) = check_priorities([priority], 1)
     store = partial(_store, scope, key, generation, side, priority)
-    joined = Claim(pool.flights, store, pool.storage.clock)
+    joined = Claim(pool.flights, store, pool.storage.clock, pool.layout)
     return joined, pool.flights.join(scope, key, generation, joined)
 
 
@@ -59,38 +61,49 @@ def get_or_compute(
     priority: float,
 ) -> KeysValues:
     """See `KVPool.get_or_compute`."""
-    found = pool.get(key, scope=scope)
+    found = pool.get(key, scope=scope, timeout=deadline.seconds)
     while found is None:
         # Read anew for every attempt: who takes an abandoned computation over computes for the present generation.
         joined, mine = claim(pool, scope, key, scope.generation, side, priority)
         if mine:
             return compute_here(pool, joined, key, scope, compute)
         wait_in_thread(joined.flight, deadline, pool.name)
-        found = outcome(joined.flight, pool.storage.clock, pool.name)
+        if joined.late and joined.flight.state is FlightState.DONE:
+            found = pool.peek(key, scope=scope, timeout=deadline.left())
+        else:
+            found = outcome(joined.flight, pool.storage.clock, pool.name)
     return found
+
+
+@contextmanager
+def heard_by_all(joined: Claim) -> Iterator[None]:
+    """Ends the flight with an error that leaves the `with`."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(ClosedError):  # it is over: nobody waits for it any more
+            joined.fail(error)
+        raise
 
 
 def compute_here(
     pool: KVPool, joined: Claim, key: Hashable, scope: Scope, compute: Callable[[], KeysValues]
 ) -> KeysValues:
     """Compute a claimed key in the calling thread, and end its flight in whatever way that ends."""
-    with joined, joined.computing():
-        try:
-            # Another flight may have ended between the caller's lookup and its claim.
-            kv = pool.peek(key, scope=scope)
-            if kv is None:
-                kv = compute()
-                if inspect.isawaitable(kv):
-                    if inspect.iscoroutine(kv):
-                        kv.close()
-                    raise InvalidTypeError("compute must return a KeysValues, got an awaitable: await the async pool's")
-                joined.fulfil(kv)
-            else:
-                joined.pass_on(kv)
-        except Exception as error:
-            if not joined.over:
-                joined.fail(error)
-            raise
+    with joined, joined.computing(), heard_by_all(joined):
+        # Another flight may have ended between the caller's lookup and its claim.
+        joined.flight.settling = True
+        kv = pool.peek(key, scope=scope)
+        joined.flight.settling = kv is not None
+        if kv is None:
+            kv = compute()
+            if inspect.isawaitable(kv):
+                if inspect.iscoroutine(kv):
+                    kv.close()
+                raise InvalidTypeError("compute must return a KeysValues, got an awaitable: await the async pool's")
+            joined.fulfil(kv)
+        else:
+            joined.pass_on(kv)
     result = outcome(joined.flight, pool.storage.clock, pool.name)
     assert result is not None, joined.flight.state is FlightState.DONE
     return result

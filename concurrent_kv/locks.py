@@ -8,47 +8,81 @@ counters have locks of their own, under which nothing else is locked.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
-from types import TracebackType
-from typing import Any
+from types import CodeType, TracebackType
+from typing import Any, ClassVar, NamedTuple
 
 from readerwriterlock import rwlock
 
 from .errors import WaitTimeoutError
 
-__all__ = ["Cancellation", "Deadline", "ShardedRWLock", "cancellation"]
+__all__ = ["Caller", "Deadline", "NotOnLoopError", "ShardedRWLock", "caller", "lend_place"]
+
+LOOK_SECONDS = 0.05  # who waits for a shard looks so often whether its lock was left stuck
 
 
-class Cancellation:
-    """Set when the caller of an operation has left: the operation may still fail, but no longer take effect."""
+class Caller:
+    """The task that an operation runs for.
 
-    __slots__ = ("requested",)
+    Attributes:
+        left: set when the task was cancelled: the operation may still fail, but no longer take effect.
+        steps_on_loop: where the operation runs on the thread of the task's event loop, which others need too: how many
+            steps it may take there, of work that may need any number of them; None in a worker.
+    """
 
-    def __init__(self) -> None:
-        self.requested = False
+    __slots__ = ("left", "steps_on_loop", "waits_on")
+
+    def __init__(self, steps_on_loop: int | None = None) -> None:
+        self.left = False
+        self.steps_on_loop = steps_on_loop
+        self.waits_on: Any = None  # the event that the operation waits for just now
+
+    def leave(self) -> None:
+        """Note that the task was cancelled, and end the operation's wait. Takes no lock: finalisers come here."""
+        self.left = True
+        waits_on = self.waits_on
+        if waits_on is not None:
+            waits_on.set()
 
 
+# Entered by who waits while it holds a worker's place, of which there are a bounded number.
+lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
+    "concurrent_kv_lend_place", default=nullcontext
+)
 # Of the operation that the current thread runs for a task, if it does.
-cancellation: ContextVar[Cancellation | None] = ContextVar("concurrent_kv_cancellation", default=None)
+caller: ContextVar[Caller | None] = ContextVar("concurrent_kv_caller", default=None)
+
+
+class NotOnLoopError(WaitTimeoutError):
+    """An operation on an event loop's own thread came to work that is a worker's; nothing has happened."""
 
 
 class Deadline:
     """A point in time that bounds every wait of one operation; past at once when its caller has left."""
 
-    __slots__ = ("_at", "_cancellation", "seconds")
+    __slots__ = ("_at", "_caller", "_steps", "seconds")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._at = time.monotonic() + seconds
-        self._cancellation = cancellation.get()
+        self._caller = caller.get()
+        self._steps = 0
 
     @property
     def cancelled(self) -> bool:
         """Whether the caller has left."""
-        return self._cancellation is not None and self._cancellation.requested
+        return self._caller is not None and self._caller.left
+
+    @property
+    def on_loop(self) -> bool:
+        """Whether an event loop's own thread is at work."""
+        return self._caller is not None and self._caller.steps_on_loop is not None
 
     def left(self) -> float:
         """Seconds left, never below 0."""
@@ -59,39 +93,108 @@ class Deadline:
         if self.cancelled:
             raise WaitTimeoutError(f"{name}: the operation was cancelled before it took effect")
 
+    def wait_on(self, event: Any) -> bool:
+        """Wait for an event, or for the caller to leave; False when the time is over. Lends the worker's place."""
+        if self._caller is not None:
+            self._caller.waits_on = event
+        try:
+            with lend_place.get()():
+                # Looked at after the event was named, so that who leaves from here on sets it.
+                return bool(event.wait(self.left()))
+        finally:
+            if self._caller is not None:
+                self._caller.waits_on = None
+
+    def leave_loop(self, name: str) -> None:
+        """Raise `NotOnLoopError` on an event loop's own thread; called before work that may be long."""
+        if self.on_loop:
+            raise NotOnLoopError(f"{name}: what has to be done first would hold the event loop")
+
+    def step(self, name: str, number: int = 1) -> None:
+        """Note steps of work that may need any number of them; on a loop's thread, too many raise `NotOnLoopError`."""
+        self._steps += number
+        limit = None if self._caller is None else self._caller.steps_on_loop
+        if limit is not None and self._steps > limit:
+            self.leave_loop(name)
+
 
 class _Held:
-    """Shards locked for the length of a `with`."""
+    """Shards locked for the length of a `with`.
 
-    __slots__ = ("_deadline", "_held", "_owner", "_shards", "_write")
+    It is registered before its first lock and until after its last, so that what an asynchronous exception cuts loose
+    is found: such a hold dies without having left.
+    """
+
+    __slots__ = ("_deadline", "_held", "_inside", "_owner", "_shards", "_write")
 
     def __init__(self, owner: ShardedRWLock, shards: Sequence[int], deadline: Deadline, write: bool) -> None:
         self._owner = owner
         self._shards = shards
         self._deadline = deadline
         self._write = write
-        self._held: list[Any] = []
+        self._held: list[Any] = []  # handles of the first of `shards`
+        self._inside = False
 
     def __enter__(self) -> None:
+        owner, held = self._owner, self._held
+        self._inside = True
+        owner._holders[id(self)] = held
         try:
             for shard in self._shards:
-                self._owner._acquire(shard, self._write, self._deadline, self._held)
+                owner._acquire(shard, self._write, self._deadline, held)
         except BaseException:
-            self._release()
+            self._leave()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self._leave()
 
-    def _release(self) -> None:
-        while self._held:
-            self._held.pop().release()
+    def _leave(self) -> None:
+        owner, held = self._owner, self._held
+        while held:
+            handle = held.pop()
+            try:
+                handle.release()
+            except BaseException as error:
+                owner._replace(self._shards[len(held)], handle.c_rw_lock)
+                if not isinstance(error, RuntimeError):  # that is of a lock that somebody was torn out of
+                    self._leave()  # the others
+                    raise
+        del owner._holders[id(self)]
+        self._inside = False
+        if owner._shut:
+            owner._open_empty()
+
+    def give_up(self, owner: ShardedRWLock) -> None:
+        """Leave it to whoever waits for a shard of `owner`, if that is its owner and it has not left. Takes no lock."""
+        if getattr(self, "_inside", False) and self._owner is owner:
+            self._inside = False
+            owner._lost.append(self._shards)
+            owner._holders.pop(id(self), None)
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread: it must take no lock.
+        if getattr(self, "_inside", False):
+            self.give_up(self._owner)
+
+    CODE: ClassVar[frozenset[CodeType]] = frozenset(each.__code__ for each in (__enter__, __exit__, _leave))
+
+
+class _Shut(NamedTuple):
+    """A shard's new lock that nobody may take yet."""
+
+    barrier: Any  # a write lock on it
+    older: list[rwlock.RWLockFair]  # its predecessors, which somebody may still hold
 
 
 class ShardedRWLock:
     """Fair reader-writer locks by shard number. Not reentrant: a thread holds shards of one `with` at a time.
+
+    An asynchronous exception inside `readerwriterlock` can leave a lock of it stuck. Such a lock is replaced: at once
+    by the thread that was hit, or by who waits for the shard. Its successor lets nobody in before everybody who still
+    holds the old one has left, so that writers exclude all others throughout.
 
     Args:
         count: number of shards.
@@ -102,10 +205,15 @@ class ShardedRWLock:
     def __init__(self, count: int, *, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
         self.count = count
         self.name = name
+        self._lock_factory = lock_factory
         self._locks = [rwlock.RWLockFair(lock_factory=lock_factory) for _ in range(count)]
         self._counter_lock = lock_factory()
         self._wait_count = 0
         self._wait_seconds = 0.0
+        self._holders: dict[int, list[Any]] = {}  # the handles of every `_Held`, by its id
+        self._lost: deque[Sequence[int]] = deque()  # shards of those that died without having left
+        self._replacing = lock_factory()
+        self._shut: dict[int, _Shut] = {}  # by shard; under `_replacing`
 
     def read(self, shards: Sequence[int], deadline: Deadline) -> _Held:
         """Hold `shards` for reading; they must be in ascending order without repeats.
@@ -130,14 +238,15 @@ class ShardedRWLock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
     def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
-        lock = self._locks[shard].gen_wlock() if write else self._locks[shard].gen_rlock()
-        if lock.acquire(blocking=False):
-            held.append(lock)
+        if self._try(shard, write, held, None):
             return
+        self._look_for_cut(sys.exc_info()[1])
         started = time.monotonic()
-        acquired = lock.acquire(blocking=True, timeout=deadline.left())
-        if acquired:
-            held.append(lock)
+        self._look_for_lost()
+        while not (acquired := self._try(shard, write, held, min(deadline.left(), LOOK_SECONDS))):
+            if not deadline.left():
+                break
+            self._look_for_lost()
         waited = time.monotonic() - started
         with self._counter_lock:
             self._wait_count += 1
@@ -147,3 +256,84 @@ class ShardedRWLock:
                 f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
                 f"within {deadline.seconds:g} s"
             )
+
+    def _try(self, shard: int, write: bool, held: list[Any], timeout: float | None) -> bool:
+        """Acquire a shard within `timeout` seconds, at once if None; False also where its lock was replaced."""
+        lock = self._locks[shard]
+        try:
+            handle = lock.gen_wlock() if write else lock.gen_rlock()
+            if not (handle.acquire(False) if timeout is None else handle.acquire(True, timeout)):
+                return False
+            held.append(handle)
+            # After the append: who opens a new lock looks at what is held after putting it there; one sees the other.
+            if self._locks[shard] is lock:
+                return True
+            held.pop()
+        except RuntimeError:  # of a lock that somebody was torn out of
+            self._replace(shard, lock)
+        except BaseException:
+            self._replace(shard, lock)
+            raise
+        return False
+
+    # After asynchronous exceptions ---------------------------------------------------------------------------------
+
+    def _look_for_cut(self, error: BaseException | None) -> None:
+        """Give up holds of this thread that the exception it handles just now was raised in.
+
+        They live as long as the traceback, and who closes something while the exception passes would wait for them.
+        """
+        while error is not None:
+            trace = error.__traceback__
+            while trace is not None:
+                if trace.tb_frame.f_code in _Held.CODE:
+                    trace.tb_frame.f_locals["self"].give_up(self)
+                trace = trace.tb_next
+            error = error.__context__
+
+    def _look_for_lost(self) -> None:
+        """Replace the locks of those that died without having left; open those that nobody stands in the way of."""
+        while self._lost:
+            try:
+                shards = self._lost.popleft()
+            except IndexError:  # another thread was faster
+                break
+            for shard in shards:
+                self._replace(shard, self._locks[shard])
+        if self._shut:
+            self._open_empty()
+
+    def _replace(self, shard: int, lock: rwlock.RWLockFair) -> None:
+        """Give a shard a new lock in place of `lock`, which nobody trusts any more."""
+        with self._replacing:
+            if self._locks[shard] is lock:
+                self._put_new(shard)
+        # A reader that lets go waits for this one without a bound, and would wait for good.
+        if lock.c_lock_read_count.locked():
+            with suppress(RuntimeError):
+                lock.c_lock_read_count.release()
+        self._open_empty()
+
+    def _put_new(self, shard: int) -> None:
+        """Put a new lock in a shard's place, shut. `_replacing` held."""
+        older = [*self._shut[shard].older] if shard in self._shut else []
+        new = rwlock.RWLockFair(lock_factory=self._lock_factory)
+        barrier = new.gen_wlock()
+        barrier.acquire()
+        self._shut[shard] = _Shut(barrier, [*older, self._locks[shard]])
+        self._locks[shard] = new
+
+    def _open_empty(self) -> None:
+        """Open every new lock whose predecessors nobody holds any more."""
+        with self._replacing:
+            still_held = {id(handle.c_rw_lock) for held in self._holders.copy().values() for handle in held.copy()}
+            for shard, (barrier, older) in list(self._shut.items()):
+                if not still_held.isdisjoint(map(id, older)):
+                    continue
+                try:
+                    barrier.release()
+                    del self._shut[shard]
+                except BaseException as error:
+                    self._put_new(shard)
+                    if not isinstance(error, RuntimeError):
+                        raise

@@ -266,10 +266,9 @@ class KVCacheManager(Handle):
 
     def close(self) -> None:
         """End every search, drop every entry and free the storage. Closing twice is fine. May block."""
-        if self.storage.closed:
-            return
-        for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
-            pool.close()
+        if not self.storage.closed:
+            for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
+                pool.close()
         self.storage.close()
 
     # State -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .cuda import settle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import KVLayout, positive_int
 
@@ -100,6 +101,7 @@ class DropAndCorrect:
             raise InvalidArgumentError(
                 f"difference must cover the {self.limit - self.count} tokens that stay, got {packed.shape[1]}"
             )
+        settle(packed.device)
         object.__setattr__(self, "packed", packed)
 
 
@@ -134,6 +136,7 @@ class PositionTable:
         self.window = window
         # [2 * layers, (distance, position, head), head_dim]: one index_select corrects a whole batch.
         self.rows = table.flatten(1, 3)
+        settle(table.device)
 
 
 @dataclass(frozen=True, eq=False)

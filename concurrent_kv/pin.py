@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
+
+import torch
 
 from .entry import Entry, Hold
 from .errors import ClosedError
@@ -29,11 +32,15 @@ class Pin(Handle):
         self._storage = storage
         self._entry = entry
         self._hold = hold
+        hold.owner = ref(self)
         self.side = entry.side
         self.length = entry.length
 
-    def get(self) -> KeysValues:
+    def get(self, *, to: torch.device | str | None = None, stream: torch.Stream | None = None) -> KeysValues:
         """A private copy of what was pinned, whatever has happened to its key since.
+
+        Args:
+            to, stream: see `KVPool.get`.
 
         Raises:
             ClosedError: the pin or the pool is closed.
@@ -42,15 +49,19 @@ class Pin(Handle):
         self._entry.scope.pool.check_open()
         if self._hold.released:
             raise ClosedError("this pin is closed")
-        return KeysValues.from_packed(copy_out(self._storage, self._entry))
+        with self._storage.clock.using(stream):
+            return copy_out(self._storage, self._entry, to)
 
     def close(self) -> None:
         """Let the entry go. Nothing happens the second time."""
         self._storage.check_process()
         self._storage.ledger.release(self._hold)
 
-    def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+
+    def __del__(self) -> None:
+        self.abandon()

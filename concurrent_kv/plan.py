@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from .commit_shape import CommitShape, Drop, commit_shape
 from .entry import Entry
-from .errors import InvalidArgumentError, WindowOverflowError
+from .errors import InvalidArgumentError
 from .kv import KeysValues
-from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, RaiseOnOverflow, check_overflow
-from .streams import NO_TICKS, Ticks, merge
-from .tensors import Indices, plain_torch_state
+from .moving import joined_on, upload
+from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, check_overflow
+from .streams import NO_TICKS, Ticks
+from .tensors import Block, Indices, plain_torch_state
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -29,20 +30,22 @@ __all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
 class WritePlan:
     """New entries, and where their tokens come from. Token order is row by row, oldest first."""
 
-    keys: list[Hashable]
+    keys: Sequence[Hashable]
     sides: Sequence[object]
     priorities: Sequence[float]
     corrections: Sequence[PositionTable | None]
-    kept: Indices  # [entries] tokens of each new entry
+    lengths: Sequence[int]  # tokens of each new entry
     tables: Indices  # [entries, window] shared slots in place, 0 where `own` is True
     own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
     written_at: Indices  # [own tokens] position that each own token's bytes are for
     source: Tensor | None  # contiguous [2 * layers, batch, heads, columns, head_dim]; None: nothing is copied
     rows: Indices  # [own tokens]
     columns: Indices  # [own tokens]
+    block: Block | None = None  # the same, if they are a block
     difference: Tensor | None = None  # [2 * layers, kept, heads, head_dim], added to the first `runs` runs
     runs: int = 0
-    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)  # writes of the shared slots
+    # Writes of the shared slots, where nothing is copied: what copies comes after the gather, and so after them.
+    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)
     foreign_slots: int = 0  # shared slots that come from another pool, and count in this one's quota from now on
 
     @property
@@ -65,26 +68,27 @@ def plan_put(
 ) -> WritePlan:
     """Store rows of `kv` whole."""
     window = storage.layout.max_tokens
-    kept = np.array([kv.lengths[row] for row in rows], dtype=np.int64)
-    own = np.arange(window)[None, :] >= (window - kept)[:, None]
-    which, at = np.nonzero(own)
+    lengths = tuple([kv.lengths[row] for row in rows])
+    # As a commit of rows that nothing was gathered for, and nothing appended to.
+    shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, Drop.of(None, window))
     with plain_torch_state():
         packed = kv.packed
         if packed is None or not packed.is_contiguous():
-            packed = torch.cat([kv.keys.detach(), kv.values.detach()])
+            packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
         source = packed.detach()
     return WritePlan(
         keys=keys,
         sides=sides,
         priorities=priorities,
         corrections=[None] * len(keys),
-        kept=kept,
+        lengths=shape.lengths,
         tables=np.zeros((len(keys), window), dtype=np.int64),
-        own=own,
-        written_at=at - (window - kept)[which],
+        own=shape.own,
+        written_at=shape.written_at,
         source=source,
-        rows=np.asarray(rows, dtype=np.int64)[which],
-        columns=at - window + kv.end,
+        rows=shape.rows,
+        columns=shape.columns,
+        block=shape.block,
     )
 
 
@@ -97,7 +101,7 @@ def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, pr
         sides=[side],
         priorities=[priority],
         corrections=[entry.correction],
-        kept=np.array([entry.length], dtype=np.int64),
+        lengths=[entry.length],
         tables=tables,
         own=np.zeros(tables.shape, dtype=bool),
         written_at=empty,
@@ -112,110 +116,70 @@ def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, pr
 def plan_commit(
     storage: KVStorage,
     batch: Batch,
-    keys: list[Hashable],
+    new: int,
+    keys: Sequence[Hashable],
     rows: Sequence[int],
     overflow: Overflow | None,
     sides: Sequence[object],
     priorities: Sequence[float],
 ) -> WritePlan:
-    """Store the new tokens of a batch's rows, sharing the slots of what was gathered where the bytes stay the same."""
-    window = storage.layout.max_tokens
+    """Store the `new` tokens of a batch's rows, sharing the gathered slots where the bytes stay the same."""
     check_overflow(overflow, storage.layout)
-    new = batch.check_committable(rows)
-    total = np.array([batch.gathered(row) for row in rows], dtype=np.int64) + new
-    over, dropped = _overflowing(overflow, total, window)
-    corrected = over if isinstance(overflow, DropAndCorrect) else np.zeros_like(over)
-    if corrected.any() and not corrected.all():
-        # The corrected rows first, so that their tokens are one range of the copy.
-        order = np.argsort(~corrected, kind="stable")
-        rows, keys = [rows[i] for i in order], [keys[i] for i in order]
-        sides, priorities = [sides[i] for i in order], [priorities[i] for i in order]
-        total, over, corrected = total[order], over[order], corrected[order]
-    kept = total - dropped * over
-    entries = [batch.entries[row] for row in rows]
-    whole = corrected | np.array([entry is None for entry in entries])
-    columns = np.arange(window, dtype=np.int64)
-    own = columns[None, :] >= (window - np.where(whole, kept, np.minimum(new, kept)))[:, None]
-    tables, shared_writes = _shared_tables(storage, entries, whole, new)
-    tables[columns[None, :] < (window - kept)[:, None]] = 0
-    tables[own] = 0
-    which, at = np.nonzero(own)
-    moved = dropped * (over & ~corrected)  # bytes written for a position that the drop has already left behind
+    window = storage.layout.max_tokens
+    drop = Drop.of(overflow, window)
+    parents = [batch.entries[row] for row in rows]
+    hits = tuple([parent is not None for parent in parents])
+    shape = commit_shape(tuple(rows), batch.gathered_by(rows), hits, new, batch.end, window, drop)
+    if shape.corrected and len(shape.corrected) < len(rows):
+        keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
+        sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
+    tables = _shared_tables(storage, parents, shape)
     plan = WritePlan(
         keys=keys,
         sides=sides,
         priorities=priorities,
-        corrections=_corrections(entries, whole, over, overflow),
-        kept=kept,
+        corrections=_corrections(parents, shape, overflow),
+        lengths=shape.lengths,
         tables=tables,
-        own=own,
-        written_at=at - (window - kept)[which] + moved[which],
+        own=shape.own,
+        written_at=shape.written_at,
         source=batch.data,
-        rows=np.asarray(rows, dtype=np.int64)[which],
-        columns=at - window + batch.end,
-        shared_writes=shared_writes,
+        rows=shape.rows,
+        columns=shape.columns,
+        block=shape.block,
     )
-    if isinstance(overflow, DropAndCorrect) and corrected.any():
-        lengths = kept[corrected]
-        if (lengths == lengths[0]).all():
-            plan.runs = len(lengths)
-            plan.difference = overflow.packed[:, : lengths[0]]
-        else:
-            position = np.concatenate([np.arange(length) for length in lengths])
-            index = torch.from_numpy(position).to(overflow.packed.device)
-            plan.runs = 1
-            plan.difference = overflow.packed.index_select(1, index)
+    if isinstance(overflow, DropAndCorrect) and shape.corrected:
+        plan.difference, plan.runs = _difference(overflow.packed, shape.corrected)
     return plan
 
 
-def _overflowing(overflow: Overflow | None, total: Indices, window: int) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which rows overflow, and how many tokens each of them drops."""
-    if overflow is None:
-        overflow = RaiseOnOverflow(window + 1)
-    over = total >= overflow.limit
-    if isinstance(overflow, RaiseOnOverflow):
-        if over.any():
-            raise WindowOverflowError(
-                f"rows reach {int(total.max())} tokens, the limit is {overflow.limit - 1}; "
-                "commit with overflow=DropOldest(...) or another policy that drops tokens"
-            )
-        return over, 0
-    if (total - overflow.count >= overflow.limit).any():
-        raise WindowOverflowError(
-            f"rows reach {int(total.max())} tokens: dropping {overflow.count} leaves {overflow.limit} or more; "
-            "append fewer tokens before each commit, or drop more"
-        )
-    return over, overflow.count
-
-
-def _shared_tables(
-    storage: KVStorage, entries: Sequence[Entry | None], whole: npt.NDArray[np.bool_], new: int
-) -> tuple[Indices, Ticks]:
+def _shared_tables(storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape) -> Indices:
     """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
-    window = storage.layout.max_tokens
-    tables = np.zeros((len(entries), window), dtype=np.int64)
-    sharing = [i for i, entry in enumerate(entries) if entry is not None and not whole[i]]
-    parents = [entry for i in sharing if (entry := entries[i]) is not None]
-    ticks: Ticks = NO_TICKS
-    if parents and new < window:
-        tables[sharing, : window - new] = storage.ledger.tables_of(parents)[:, new:]
-        for parent in parents:
-            ticks = merge(ticks, parent.written)
-    return tables, ticks
+    if not shape.sharing:
+        return np.zeros((len(parents), storage.layout.max_tokens), dtype=np.int64)
+    tables = storage.ledger.columns_of(parents, shape.parents)
+    if shape.masked:
+        tables *= shape.shared
+    return tables
 
 
 def _corrections(
-    entries: Sequence[Entry | None],
-    whole: npt.NDArray[np.bool_],
-    over: npt.NDArray[np.bool_],
-    overflow: Overflow | None,
-) -> list[PositionTable | None]:
+    parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
+) -> Sequence[PositionTable | None]:
     """The position table by which each new entry has to be corrected on reading."""
-    lazy = overflow.table if isinstance(overflow, DropLazily) else None
-    corrections: list[PositionTable | None] = []
-    for entry, is_whole, is_over in zip(entries, whole.tolist(), over.tolist(), strict=True):
-        inherited = None if entry is None or is_whole else entry.correction
-        if lazy is not None and inherited is not None and inherited is not lazy:
+    corrections: list[PositionTable | None] = [None] * len(parents)
+    for i in shape.sharing:
+        corrections[i] = None if (parent := parents[i]) is None else parent.correction
+    if isinstance(overflow, DropLazily):
+        if any(inherited not in (None, overflow.table) for inherited in corrections):
             raise InvalidArgumentError("overflow.table differs from the table that the row's parent was committed with")
-        corrections.append(lazy if lazy is not None and is_over else inherited)
+        return [overflow.table if over else inherited for over, inherited in zip(shape.over, corrections, strict=True)]
     return corrections
+
+
+def _difference(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, int]:
+    """What is added to the corrected tokens, and to how many runs of as many tokens; `packed` as in the policy."""
+    if min(lengths) == max(lengths):
+        return packed[:, : lengths[0]], len(lengths)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    return packed.index_select(1, upload(position, packed.device)), 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .arguments import check_keys, hash_of
@@ -60,26 +61,47 @@ class KVPool(PoolCore):
         scope: Scope | None = None,
         timeout: float | None = None,
         count_miss: bool = True,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """A private copy of the entry of `key`, one row of its own tokens; None on a miss. May block.
 
-        `count_miss=False` is for who looks elsewhere next: a row asked for is one request, wherever it was found.
+        Args:
+            key: any hashable.
+            scope: where it is looked up.
+            timeout: seconds to wait for the key's shard.
+            count_miss: False for who looks elsewhere next: a row asked for is one request, wherever it was found.
+            to: the device of the copy, the pool's if left out. To a CPU this blocks until the copy is done.
+            stream: of the pool's device, the one that the copy is made in; the calling thread's current one if left
+                out. On other devices the copy comes in their current streams.
 
         Raises:
             WaitTimeoutError: the key's shard was not free in time.
+            StreamCaptureError: the stream is being captured into a graph.
             ClosedError, WrongProcessError, InvalidTypeError (`key` is not hashable).
         """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.get(key, scope=scope, timeout=timeout, count_miss=count_miss, to=to)
         with self._retained(key, scope, self._enter(timeout), quiet=False) as entry:
             if entry is not None:
-                return KeysValues.from_packed(copy_out(self.storage, entry))
+                return copy_out(self.storage, entry, to)
         if count_miss:
             self.count_misses(1)
         return None
 
-    def peek(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> KeysValues | None:
+    def peek(
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
+    ) -> KeysValues | None:
         """As `get`, without touching statistics or the eviction policy."""
-        with self._retained(key, scope, self._enter(timeout)) as entry:
-            return None if entry is None else KeysValues.from_packed(copy_out(self.storage, entry))
+        with self.storage.clock.using(stream), self._retained(key, scope, self._enter(timeout)) as entry:
+            return None if entry is None else copy_out(self.storage, entry, to)
 
     def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
@@ -96,6 +118,25 @@ class KVPool(PoolCore):
     def __contains__(self, key: Hashable) -> bool:
         """As `contains`, in the default scope."""
         return self.contains(key)
+
+    def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
+        """The keys stored in a scope, in no order; a list of its own. May block.
+
+        One shard is looked at after the other: a key that is there all the time is among them, one that came or went
+        meanwhile may be.
+        """
+        deadline = self._enter(timeout)
+        looked_in = self._scope(scope)
+        generation = looked_in.generation
+        found: list[Hashable] = []
+        for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
+            with self.storage.locks.read((shard,), deadline):
+                found += [key for key, entry in part.items() if entry.generation is generation]
+        return found
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over `keys()` of the default scope as they are now. May block, before the first."""
+        return iter(self.keys())
 
     def __len__(self) -> int:
         """Entries stored, without those of searches. Never waits for a shard."""
@@ -153,6 +194,7 @@ class KVPool(PoolCore):
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """Read many entries at once into one padded batch, which `commit` extends. May block.
 
@@ -161,11 +203,16 @@ class KVPool(PoolCore):
             scope: where they are looked up.
             room: free columns after the longest row; up to the window if left out.
             out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+            stream: as in `get`. The stream has to come after every earlier use of `out`.
 
         Raises:
             InvalidArgumentError: no keys, too much room, or an `out` that does not fit.
             WaitTimeoutError: a shard was not free in time.
+            StreamCaptureError: the stream is being captured into a graph.
         """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.gather(keys, scope=scope, room=room, out=out, timeout=timeout)
         deadline = self._enter(timeout)
         keys = check_keys(keys)
         found_in = self._scope(scope)
@@ -190,21 +237,29 @@ class KVPool(PoolCore):
         priority: float = 0.0,
         scope: Scope | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """Store a copy of `kv`, one row, under `key`; replaces an entry of that key. May block.
 
         Args:
             key: any hashable.
-            kv: one row of 1 to `max_tokens` tokens, on the pool's device, in its dtype.
+            kv: one row of 1 to `max_tokens` tokens in the pool's dtype, on its device or on another one; the current
+                streams have to come after what made it. It may be dropped when this returns, and what is in host memory
+                may be written to.
             side: anything, stored with the entry; leaves with it.
             priority: for the priority policy; the lowest goes first.
+            stream: as in `get`.
 
         Returns True, or False with nothing stored if the scope was cleared, or its version bumped, meanwhile.
 
         Raises:
             InvalidArgumentError, InvalidTypeError: an argument that cannot work; the pool is unchanged.
             WaitTimeoutError: no room (everything is pinned or reserved), or a shard not free, in time.
+            StreamCaptureError: the stream is being captured into a graph.
         """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.put(key, kv, side=side, priority=priority, scope=scope, timeout=timeout)
         deadline = self._enter(timeout)
         hash_of(key)
         return put_rows(self._scope(scope), [key], kv, [side], [priority], deadline)
@@ -218,16 +273,19 @@ class KVPool(PoolCore):
         priorities: Sequence[float] | None = None,
         scope: Scope | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """Store every row of `kv` under the key of the same position; all become visible at once, or none.
 
-        A key that comes twice gets the last of its rows. Otherwise as `put`.
+        A key that comes twice gets the last of its rows. Replacing more tokens at once than the storage has headroom
+        (`writers` windows) may evict others, and what is about to be replaced. Otherwise as `put`.
 
         Raises:
             CapacityError: more rows or tokens than the pool holds at all.
         """
-        deadline = self._enter(timeout)
-        return put_rows(self._scope(scope), keys, kv, sides, priorities, deadline)
+        with self.storage.clock.using(stream):
+            deadline = self._enter(timeout)
+            return put_rows(self._scope(scope), keys, kv, sides, priorities, deadline)
 
     def commit(
         self,
@@ -239,6 +297,7 @@ class KVPool(PoolCore):
         sides: Sequence[object] | None = None,
         priorities: Sequence[float] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """Store what was appended to a batch of this pool, sharing the slots of what was gathered. May block.
 
@@ -248,6 +307,7 @@ class KVPool(PoolCore):
             rows: which rows, in the order of `keys`; all that are left if not given.
             overflow: what happens to rows that outgrow the window; an error if left out.
             sides, priorities: as in `put`, one for each row.
+            stream: as in `get`; it is ordered after what went through the batch's methods on other streams.
 
         Returns True, or False with nothing stored if the scope was cleared, or its version bumped, since the gather.
 
@@ -255,18 +315,34 @@ class KVPool(PoolCore):
             WindowOverflowError: a row grew too long for `overflow`. ClosedError: the batch is closed.
             Otherwise as `put_many`.
         """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.commit(
+                    keys, batch, rows=rows, overflow=overflow, sides=sides, priorities=priorities, timeout=timeout
+                )
         deadline = self._enter(timeout)
         return commit_batch(self, batch, keys, rows, overflow, sides, priorities, deadline)
 
-    def pop(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> KeysValues | None:
-        """Remove the entry of `key` and return it; None on a miss. May block."""
+    def pop(
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
+    ) -> KeysValues | None:
+        """Remove the entry of `key` and return it; None on a miss. May block. See `get` for `to` and `stream`."""
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.pop(key, scope=scope, timeout=timeout, to=to)
         deadline = self._enter(timeout)
         while True:
             with self._retained(key, scope, deadline) as entry:
                 if entry is None:
                     return None
                 # Copied before it is removed: if the copy fails, the pool is as it was.
-                kv = KeysValues.from_packed(copy_out(self.storage, entry))
+                kv = copy_out(self.storage, entry, to)
                 if remove(entry.scope, entry, deadline):
                     return kv
 
@@ -295,7 +371,8 @@ class KVPool(PoolCore):
 
         Raises:
             WaitTimeoutError: somebody else's computation was not over in time.
-            RecursiveComputationError: called from inside the computation of this very key.
+            RecursiveComputationError: called from inside the computation of this very key, or of one that the present
+                computation of this key waits for, perhaps through others.
             ClosedError: the pool was closed meanwhile.
             Exception: whatever `compute`, or storing its result, raised.
         """

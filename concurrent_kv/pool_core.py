@@ -17,7 +17,7 @@ from .layout import KVLayout, positive_int
 from .locks import Deadline
 from .quota import Quota
 from .stats import Counters, PoolStats
-from .storage import KVStorage
+from .storage import KVStorage, check_seconds
 
 if TYPE_CHECKING:
     from .search_state import SearchState
@@ -157,8 +157,12 @@ class PoolCore(Handle):
         Operations under way fail with `ClosedError` or finish as if they had come first.
         """
         self.storage.check_process()
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         self.flights.close()  # also where the storage was closed first, and its waiters know nothing of it
         if self._emptied or self.storage.closed:
+            if self.owns_storage:
+                self.storage.close(timeout)
             return
         deadline = self.storage.enter_quietly(timeout)
         with self.storage.ledger.mutex:
@@ -167,7 +171,7 @@ class PoolCore(Handle):
         self.renew(deadline)
         self._emptied = True  # a close that timed out before this is finished by the next
         if self.owns_storage:
-            self.storage.close()
+            self.storage.close(deadline.left())
 
     # State ---------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CapacityError
-from .slots import Reservation
+from .slots import ONE, Reservation
 
 __all__ = ["Budget", "Quota"]
 
@@ -59,16 +59,16 @@ class Quota:
         """Count the entries with these slot tables `[entries, window]`."""
         flat = tables.ravel()
         fresh = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots += len(np.unique(fresh)) if len(fresh) > 1 else len(fresh)
-        np.add.at(self.counts, flat, 1)
+        self.slots += len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
+        np.add.at(self.counts, flat, ONE)
         self.entries += len(tables)
 
     def remove(self, tables: npt.NDArray[np.int64]) -> None:
         """Stop counting the entries with these slot tables."""
         flat = tables.ravel()
-        np.subtract.at(self.counts, flat, 1)
+        np.subtract.at(self.counts, flat, ONE)
         gone = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots -= len(np.unique(gone)) if len(gone) > 1 else len(gone)
+        self.slots -= len(np.unique(gone)) if len(tables) > 1 else len(gone)
         self.entries -= len(tables)
 
     def exclusive(self, tables: npt.NDArray[np.int64]) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .entry import Entry, Generation, Hold, Place, Scope
+from .kv import KeysValues
 from .locks import Deadline
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Indices, plain_torch_state
@@ -63,12 +66,14 @@ def retain(
 
 def count_hits(found: Sequence[Entry | None]) -> None:
     """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
-    for entry in found:
-        if entry is not None:
-            pool = entry.scope.pool
-            pool.counters.hit_count += 1
-            if entry.place is Place.HELD and pool.policy.observes_hits:
-                pool.policy.touch(entry)
+    hits = [entry for entry in found if entry is not None]
+    for pool in {entry.scope.pool for entry in hits}:
+        own = [entry for entry in hits if entry.scope.pool is pool]
+        pool.counters.hit_count += len(own)
+        if pool.policy.observes_hits:
+            for entry in own:
+                if entry.place is Place.HELD:
+                    pool.policy.touch(entry)
 
 
 def gather_entries(
@@ -80,16 +85,13 @@ def gather_entries(
     uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock is held.
     """
     present = [entry for entry in entries if entry is not None]
-    rows = [row for row, entry in enumerate(entries) if entry is not None]
-    table = np.zeros((len(entries), out.shape[3]), dtype=np.int64)
-    tables = storage.ledger.tables_of(present) if present else None
-    if tables is not None and end:
-        table[rows, :end] = tables[:, storage.layout.max_tokens - end :]
+    table = storage.ledger.columns_of(entries, _columns_of(storage.layout.max_tokens, end, out.shape[3]))
     clock = storage.clock
     stream = clock.current()
     ticks = merge(ready, storage.zeroed)
     for entry in present:
-        ticks = merge(ticks, entry.written)
+        if entry.written is not NO_TICKS:
+            ticks = merge(ticks, entry.written)
     clock.order_after(stream, ticks)
     temporaries: tuple[Tensor, ...] = ()
     with plain_torch_state(out):
@@ -99,13 +101,22 @@ def gather_entries(
                 concerned = [
                     row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction
                 ]
-                temporaries += _correct(storage, table, out, end, concerned, correction)
+                temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
         finally:
             read = clock.stamp(stream, (*temporaries, out))
             if read:
                 with storage.ledger.mutex:
                     storage.ledger.stamp_reads(present, read)
     return read
+
+
+@cache
+def _columns_of(window: int, end: int, columns: int) -> Indices:
+    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
+
+    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
+    """
+    return np.array([window - end + column if column < end else 0 for column in range(columns)])
 
 
 def _correct(
@@ -123,9 +134,13 @@ def _correct(
     return storage.tensor.correct(out, moved, np.where(valid, positions, 0), correction)  # type: ignore[arg-type]
 
 
-def copy_out(storage: KVStorage, entry: Entry) -> Tensor:
-    """A private copy `[2 * layers, 1, heads, tokens, head_dim]` of one retained entry."""
+def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
+    """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
     with plain_torch_state():
         out = storage.tensor.new_buffer(1, entry.length)
     gather_entries(storage, [entry], out, entry.length)
-    return out
+    found = KeysValues.from_packed(out)
+    if to is None:
+        return found
+    with plain_torch_state():
+        return found.to(to)

@@ -44,6 +44,7 @@ class Ticket:
     slots: int
     taken: Slots
     ticks: Ticks
+    consecutive: bool = False  # each of `taken` is the slot after the last
     lent: Slots | None = None  # of `taken`, beyond what the search had left: what is replaced makes up for them
     spent: bool = False  # published: an exception after that must not give the slots back
 
@@ -94,7 +95,8 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
                     quota.pending_slots += slots
                     return Ticket(entries, slots, *taken)
             # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room.
-            may_evict = entries > 0 or slots > 0
+            # (Not where that can never be: the headroom is for a few windows at a time.)
+            may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
 
@@ -206,7 +208,10 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         if victim is not None:
             _evict(pool, victim, deadline)
-        elif waiter is not None and not _wait(pool, waiter, deadline):
+        elif waiter is None:
+            deadline.step(pool.name, VICTIMS_PER_HOLD)
+        elif not _wait(pool, waiter, deadline):
+            deadline.leave_loop(pool.name)
             break
     with ledger.mutex:
         need_entries, need_slots = quota.reserved_entries + entries, quota.reserved_slots + slots
@@ -239,7 +244,7 @@ def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> t
     for _ in range(VICTIMS_PER_HOLD):
         victim = pool.policy.pop_victim()
         if victim is None:
-            if want_slots or not ledger.unpark_shared(pool):
+            if want_slots or not ledger.unpark_shared(pool, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
         elif victim.pins:
             victim.place = Place.PINNED
@@ -256,7 +261,9 @@ def _evict_or_wait(
 ) -> None:
     if victim is not None:
         _evict(pool, victim, deadline)
-    elif waiter is not None and not _wait(pool, waiter, deadline):
+    elif waiter is None:
+        deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
+    elif not _wait(pool, waiter, deadline):
         quota = pool.quota
         raise WaitTimeoutError(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
@@ -269,19 +276,25 @@ def _evict_or_wait(
 def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
     """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
     if pool.storage.ledger.abandoned:
+        deadline.leave_loop(pool.name)
         # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
         pool.storage.drain_abandoned(deadline)
         return True
-    return bool(waiter.wait(deadline.left()))
+    if deadline.wait_on(waiter):
+        return True
+    with pool.storage.ledger.mutex:
+        pool.storage.ledger.forget_waiter(waiter)
+    return False
 
 
 def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     """Take a claimed victim out of the index, if it is still there and still nobody's."""
     ledger, scope = pool.storage.ledger, victim.scope
-    part = scope.part_of(victim.key)
     dead: list[Entry] = []
     waiters: list[Any] = []
     try:
+        deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
+        part = scope.part_of(victim.key)
         with pool.storage.locks.write((scope.shards[part],), deadline):
             if scope.entries[part].get(victim.key) is not victim:
                 return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Literal
+from weakref import ref
 
+import torch
 from torch import Tensor
 
 from .arguments import check_env_ids, check_keys, check_priorities, hash_of
@@ -22,9 +24,10 @@ from .locks import Deadline
 from .overflow import Overflow, check_overflow
 from .plan import plan_share
 from .pool import KVPool
-from .reading import count_hits, generations_of, retain
+from .reading import count_hits
 from .room import give_budget_back, reserve_budget
-from .search_state import RootKey, SearchState
+from .search_reading import adopted, own, retain_here, retain_roots
+from .search_state import SearchState
 from .writing import write
 
 __all__ = ["LookupOrder", "Search"]
@@ -56,7 +59,9 @@ class Search(Handle):
         self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
     ) -> None:
         self.env_ids = env_ids
+        self._known_envs = frozenset(env_ids)
         self._state = state
+        state.roots_hold.owner = ref(self)
         self._order = order
         self._overflow = overflow
 
@@ -71,6 +76,7 @@ class Search(Handle):
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """Read the parents of the next children into one padded batch. May block.
 
@@ -81,6 +87,7 @@ class Search(Handle):
                 round; the search's own if left out. Roots adopted before come before either's init pools.
             room: free columns after the longest row; up to the window if left out.
             out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+            stream: see `KVPool.gather`.
 
         Returns a batch whose `hits` say which rows were found; `fill` the others, then `commit`.
 
@@ -91,23 +98,25 @@ class Search(Handle):
         """
         state = self._state
         storage = state.pool.storage
+        if stream is not None:
+            with storage.clock.using(stream):
+                return self.gather(keys, env_ids, order=order, room=room, out=out, timeout=timeout)
         deadline = storage.enter(timeout)
         keys = check_keys(keys)
         env_ids = self._check_envs(env_ids)
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
-        roots: list[RootKey] = list(zip(env_ids, keys, strict=True))
         generation = state.scope.generation
         hold = Hold("batch", [])
         found: list[Entry | None] = [None] * len(keys)
         try:
             if check_order(order or self._order) == "own_first":
-                self._retain_here(found, keys, roots, hold, deadline)
-                self._retain_roots(found, roots, hold, deadline)
+                retain_here(state, found, keys, env_ids, (own, adopted), hold, deadline)
+                retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
-                self._retain_here(found, None, roots, hold, deadline)
-                self._retain_roots(found, roots, hold, deadline)
-                self._retain_here(found, keys, None, hold, deadline)
+                retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
+                retain_roots(state, found, keys, env_ids, hold, deadline)
+                retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
@@ -121,67 +130,35 @@ class Search(Handle):
             storage.ledger.release(hold)
             raise
 
-    def _retain_here(
-        self,
-        found: list[Entry | None],
-        keys: Sequence[Hashable] | None,
-        roots: Sequence[RootKey] | None,
-        hold: Hold,
-        deadline: Deadline,
-    ) -> None:
-        """Look missing rows up among the search's own entries (`keys`) and its adopted roots (`roots`)."""
-        missing = [row for row, entry in enumerate(found) if entry is None]
-        if not missing:
-            return
-        state = self._state
-        ledger = state.pool.storage.ledger
-        with state.pool.storage.locks.read(state.scope.shards, deadline):
-            state.check_open()
-            for row in missing:
-                entry = None if keys is None else state.own.get(keys[row])
-                if entry is None and roots is not None:
-                    entry = state.roots.get(roots[row])
-                found[row] = entry
-            present = [entry for row in missing if (entry := found[row]) is not None]
-            with ledger.mutex:
-                ledger.extend(hold, present)
-
-    def _retain_roots(
-        self, found: list[Entry | None], roots: Sequence[RootKey], hold: Hold, deadline: Deadline
-    ) -> None:
-        """Look missing rows up in their environments' init pools, and adopt what is found there."""
-        missing = [row for row, entry in enumerate(found) if entry is None]
-        if not missing:
-            return
-        state = self._state
-        storage = state.pool.storage
-        wanted = [(state.init_pools[roots[row][0]].default_scope, roots[row][1]) for row in missing]
-        generations = generations_of([scope for scope, _ in wanted])
-        entries = retain(storage, wanted, generations, deadline, hold=hold, quiet=True)
-        adopted = {}
-        for row, entry in zip(missing, entries, strict=True):
-            found[row] = entry
-            if entry is not None:
-                adopted[roots[row]] = entry
-        if adopted:
-            # `hold` keeps them alive until the search does.
-            with storage.locks.write(state.scope.shards, deadline):
-                state.check_open()
-                new = {root: entry for root, entry in adopted.items() if root not in state.roots}
-                state.roots.update(new)
-                with storage.ledger.mutex:
-                    storage.ledger.extend(state.roots_hold, list(new.values()))
-
-    def __contains__(self, key: Hashable) -> bool:
+    def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
         """Whether `key` is one of the search's own entries. May block."""
         hash_of(key)
         state = self._state
-        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter()):
+        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter(timeout)):
             return key in state.own
+
+    def __contains__(self, key: Hashable) -> bool:
+        """As `contains`."""
+        return self.contains(key)
+
+    def keys(self, *, timeout: float | None = None) -> list[Hashable]:
+        """The keys of the search's own entries, oldest first; a list of its own. May block."""
+        state = self._state
+        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter(timeout)):
+            return [key for key, _ in state.own.items()]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over `keys()` as they are now. May block, before the first."""
+        return iter(self.keys())
 
     def __len__(self) -> int:
         """Number of the search's own entries. Never blocks."""
         return len(self._state.own)
+
+    @property
+    def held(self) -> int:
+        """Number of entries that it keeps alive: its own and its adopted roots. Never blocks."""
+        return len(self._state.own) + len(self._state.roots)
 
     # Writing -------------------------------------------------------------------------------------------------------
 
@@ -194,6 +171,7 @@ class Search(Handle):
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> None:
         """Store what the model appended to a batch as entries of this search, sharing the slots of their parents.
 
@@ -204,6 +182,7 @@ class Search(Handle):
             overflow: what happens to rows that outgrow the window; the search's own policy if left out, and an error
                 where that has none.
             sides: side data, one item for each row.
+            stream: see `KVPool.commit`.
 
         Raises:
             CapacityError: the search needs more than it reserved, and the pool has no more; names what would do.
@@ -212,6 +191,9 @@ class Search(Handle):
             WaitTimeoutError: the search's shard was not free in time.
         """
         state = self._state
+        if stream is not None:
+            with state.pool.storage.clock.using(stream):
+                return self.commit(keys, batch, rows=rows, overflow=overflow, sides=sides, timeout=timeout)
         deadline = state.pool.storage.enter(timeout)
         state.check_open()
         if getattr(batch, "scope", state.scope) is not state.scope:
@@ -327,17 +309,20 @@ class Search(Handle):
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> list[Hashable]:
         checked = check_env_ids(env_ids)
-        unknown = [env_id for env_id in checked if env_id not in self.env_ids]
-        if unknown:
+        if not self._known_envs.issuperset(checked):
+            unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
         return list(checked)
 
-    def __del__(self) -> None:
-        # Runs at any point of any thread: it must take no lock. The next operation drains the queue.
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         state = getattr(self, "_state", None)
         if state is not None and not state.finished:
             ledger = state.pool.storage.ledger
             ledger.abandon(partial(state.end, "the search was dropped without being closed"))
+
+    def __del__(self) -> None:
+        self.abandon()
 
     def __repr__(self) -> str:
         return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"
@@ -383,10 +368,13 @@ def open_search(
     shard = number % pool.storage.locks.count
     scope = Scope(pool, f"search {number}", (shard,), budget=budget)
     state = SearchState(pool, init_pools, number, scope)
+    # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
+    search = Search(state, ids, order, overflow)
     ledger = pool.storage.ledger
     with ledger.mutex:
         closed = pool.closed or pool.storage.closed
         if closed:
+            state.finished = True
             give_budget_back(pool, budget)
         else:
             ledger.holds.add(state.roots_hold)
@@ -395,4 +383,4 @@ def open_search(
     wake(waiters)
     if closed:
         raise ClosedError(f"{pool.name} is closed")
-    return Search(state, ids, order, overflow)
+    return search

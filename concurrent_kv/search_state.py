@@ -59,6 +59,12 @@ class SearchState:
             self.batches = [batch for batch in self.batches if not batch.released]
         self.batches.append(hold)
 
+    def end_cut_off(self) -> None:
+        """Note the end of a search that nobody has and nobody closed; its books are rebuilt. All locks held."""
+        self.scope.ended = self.scope.ended or "the search was dropped without being closed"
+        self.budget.ended = self.budget.ended or self.scope.ended
+        self.finished = True
+
     def end(self, reason: str, deadline: Deadline) -> None:
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
         storage = self.pool.storage

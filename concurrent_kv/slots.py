@@ -8,15 +8,48 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
+
+# What np.unique imports at its first call: that would be milliseconds under the mutex, and an import that is cut off by
+# an asynchronous exception leaves CPython's import lock taken.
+import numpy.ma
 import numpy.typing as npt
 
 from .streams import NO_TICKS, Ticks, merge
 
-__all__ = ["Reservation", "SlotAllocator", "Slots"]
+__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken"]
 
 Slots = npt.NDArray[np.int64]
+
+RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
+LONGEST_JOINED = 4096  # slots of a run that neighbours are joined to; joining copies it
+ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
+
+
+class Taken(NamedTuple):
+    """Slots that are free, or were until now."""
+
+    slots: Slots
+    ticks: Ticks  # their next writer has to wait for
+    consecutive: bool = False  # whether each slot is the one after the last
+
+
+def _are_consecutive(slots: Slots) -> bool:
+    last = len(slots) - 1
+    return last >= 0 and bool(slots[last] - slots[0] == last and (slots[1:] > slots[:-1]).all())
+
+
+def _joined(first: Taken, second: Taken) -> Taken | None:
+    """One run of two that lie side by side and were used by the same streams; None for others, and for long ones."""
+    if not (first.consecutive and second.consecutive) or first.ticks.keys() != second.ticks.keys():
+        return None
+    low, high = (first, second) if first.slots[0] < second.slots[0] else (second, first)
+    if low.slots[-1] + 1 != high.slots[0] or len(low.slots) + len(high.slots) > LONGEST_JOINED:
+        return None
+    return Taken(np.concatenate([low.slots, high.slots]), merge(first.ticks, second.ticks), True)
 
 
 @dataclass(eq=False)
@@ -40,11 +73,11 @@ class SlotAllocator:
         self.free_count = num_slots
         self.reserved_count = 0  # of the free ones
         self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
-        self._runs: deque[tuple[Slots, Ticks]] = deque([(np.arange(1, num_slots + 1, dtype=np.int64), NO_TICKS)])
+        self._runs: deque[Taken] = deque([Taken(np.arange(1, num_slots + 1, dtype=np.int64), NO_TICKS, True)])
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
-        # Ticks of entries that died while others still named their slots: they go with whatever is freed next.
+        # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
         self._residual: Ticks = NO_TICKS
 
     @property
@@ -57,35 +90,54 @@ class SlotAllocator:
         """Slots that are not free."""
         return self.num_slots - self.free_count
 
-    def allocate(self, count: int, reservation: Reservation | None = None) -> tuple[Slots, Ticks] | None:
-        """`count` slots and the ticks their next writer has to wait for, or None with nothing changed."""
+    def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
+        """`count` slots, or None with nothing changed."""
         own = 0 if reservation is None else min(count, reservation.left)
         if count - own > self.available:
             return None
-        taken: list[Slots] = []
-        ticks: Ticks = NO_TICKS
-        missing = count
-        while missing:
-            run, run_ticks = self._runs.popleft()
-            if len(run) > missing:
-                self._runs.appendleft((run[missing:], run_ticks))
-                run = run[:missing]
-            taken.append(run)
-            ticks = merge(ticks, run_ticks)
-            missing -= len(run)
-        slots = taken[0] if len(taken) == 1 else np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
+        taken = self._take(count)
+        slots = taken.slots
         self.free_count -= count
-        self._owner[slots] = 0
-        if reservation is not None:
+        if own < count:
+            self._owner[slots] = 0
+        if reservation is not None and own:
             reservation.left -= own
             self.reserved_count -= own
             # Only these come back to the reservation when freed; the rest was lent by everyone.
-            self._owner[slots[:own]] = reservation.number
-        return slots, ticks
+            self._owner[slots if own == count else slots[:own]] = reservation.number
+        return taken
+
+    def _take(self, count: int) -> Taken:
+        """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
+        for place, (slots, ticks, consecutive) in enumerate(islice(self._runs, RUNS_LOOKED_AT)):
+            if len(slots) > count:
+                self._runs[place] = Taken(slots[count:], ticks, consecutive)
+                first = slots[:count]
+                return Taken(first, ticks, consecutive or _are_consecutive(first))
+            if len(slots) == count:
+                break
+        else:
+            return self._take_several(count)
+        run = self._runs[place]
+        del self._runs[place]
+        return run
+
+    def _take_several(self, count: int) -> Taken:
+        taken: list[Slots] = [np.empty(0, dtype=np.int64)]
+        ticks: Ticks = NO_TICKS
+        while count:
+            slots, run_ticks, consecutive = self._runs.popleft()
+            if len(slots) > count:
+                self._runs.appendleft(Taken(slots[count:], run_ticks, consecutive))
+                slots = slots[:count]
+            taken.append(slots)
+            ticks = merge(ticks, run_ticks)
+            count -= len(slots)
+        return Taken(np.concatenate(taken), ticks)
 
     def hold(self, tables: npt.NDArray[np.integer]) -> None:
         """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
-        np.add.at(self.counts, tables.ravel(), 1)
+        np.add.at(self.counts, tables.ravel(), ONE)
         self.counts[0] = 0
 
     def drop(self, tables: npt.NDArray[np.integer], ticks: Ticks) -> int:
@@ -94,33 +146,47 @@ class SlotAllocator:
         `ticks` are the uses of the dropped entries. Returns the number of slots freed.
         """
         flat = tables.ravel()
-        np.subtract.at(self.counts, flat, 1)
+        np.subtract.at(self.counts, flat, ONE)
         self.counts[0] = 1  # never a candidate below
-        freed = flat[self.counts[flat] == 0]
+        left = self.counts[flat]
+        freed = flat[left == 0]
         self.counts[0] = 0
-        if len(freed) > 1:
+        if len(tables) > 1:
             freed = np.unique(freed)
-        if ticks:
-            self._residual = merge(self._residual, ticks)
-        self._free(freed.astype(np.int64, copy=False), self._residual)
+        ticks = merge(ticks, self._residual)
+        if ticks and (left[flat > 0] > 0).any():
+            self._residual = ticks
+        self._free(freed.astype(np.int64, copy=False), ticks)
         return len(freed)
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free allocated slots that no entry came to name."""
-        self._free(slots, merge(ticks, self._residual))
+        self._free(slots, ticks)
 
     def _free(self, slots: Slots, ticks: Ticks) -> None:
         if not len(slots):
             return
-        self._runs.append((slots, ticks))
+        run = Taken(slots, ticks, _are_consecutive(slots))
+        joined = _joined(self._runs[-1], run) if self._runs else None
+        if joined is None:
+            self._runs.append(run)
+        else:
+            self._runs[-1] = joined
         self.free_count += len(slots)
         if self._reservations:
-            numbers, counts = np.unique(self._owner[slots], return_counts=True)
+            owners = self._owner[slots]
+            if (owners == owners[0]).all():
+                self._return_to(int(owners[0]), len(slots))
+                return
+            numbers, counts = np.unique(owners, return_counts=True)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-                reservation = self._reservations.get(number)
-                if reservation is not None:
-                    reservation.left += count
-                    self.reserved_count += count
+                self._return_to(number, count)
+
+    def _return_to(self, number: int, count: int) -> None:
+        reservation = self._reservations.get(number)
+        if reservation is not None:
+            reservation.left += count
+            self.reserved_count += count
 
     def reserve(self, count: int) -> Reservation | None:
         """Set `count` free slots aside, or None with nothing changed."""
@@ -181,14 +247,14 @@ class SlotAllocator:
         """Every free slot, in the order of release."""
         if not self._runs:
             return np.empty(0, dtype=np.int64)
-        return np.concatenate([run for run, _ in self._runs])
+        return np.concatenate([run.slots for run in self._runs])
 
     def rebuild(self, counts: npt.NDArray[np.int32], ticks: Ticks) -> int:
         """Set the use counts as found by a full recount and free the rest; returns the slots that this gave back."""
         before = self.free_count
         free = np.flatnonzero(counts[1:] == 0).astype(np.int64) + 1
         self.counts = counts
-        self._runs = deque([(free, ticks)] if len(free) else [])
+        self._runs = deque([Taken(free, ticks, _are_consecutive(free))] if len(free) else [])
         self.free_count = len(free)
         for reservation in self._reservations.values():
             reservation.left = reservation.size - self._taken(reservation, counts)

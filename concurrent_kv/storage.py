@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from .cuda import backend_for
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
 from .layout import KVLayout, positive_int
 from .ledger import Ledger, Signal, wake
 from .locks import Deadline, ShardedRWLock
-from .streams import StreamBackend, StreamClock, backend_for
-from .tensors import SlotTensor
+from .streams import StreamBackend, StreamClock
+from .tensors import SlotTensor, plain_torch_state
 
 if TYPE_CHECKING:
     from .pool_core import PoolCore
@@ -25,12 +28,26 @@ __all__ = ["KVStorage", "check_seconds"]
 logger = logging.getLogger("concurrent_kv")
 
 
+_forks = 0  # between this process and the first one that imported this module
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name} must be a number of seconds, got {value!r}")
-    if not isfinite(value) or value < 0:
-        raise InvalidArgumentError(f"{name} must be a finite number of seconds of at least 0, got {value!r}")
+    if not isfinite(value) or not 0 <= float(value) <= threading.TIMEOUT_MAX:
+        raise InvalidArgumentError(
+            f"{name} must be a finite number of seconds from 0 to {threading.TIMEOUT_MAX:g}, got {value!r}"
+        )
     return float(value)
 
 
@@ -71,14 +88,17 @@ class KVStorage:
         self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
         self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
         self.tensor = tensor or SlotTensor(layout, total)
+        self.clock.share(self.tensor.data)
         # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
         self.zeroed = self.clock.stamp(self.clock.current())
         self.closed = False
         self.pools: list[PoolCore] = []
-        self._pid = os.getpid()
+        self._pid, self._forks = os.getpid(), _forks
 
     def enter(self, timeout: float | None = None) -> Deadline:
         """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
+
+        Not on an event loop's own thread, though: a search that was dropped may have thousands of entries.
 
         Raises:
             ClosedError: the storage is closed.
@@ -88,7 +108,7 @@ class KVStorage:
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
-        if self.ledger.abandoned:
+        if self.ledger.abandoned and not deadline.on_loop:
             self.drain_abandoned(deadline)
         return deadline
 
@@ -99,22 +119,39 @@ class KVStorage:
         self.drain_abandoned(deadline)
         return deadline
 
-    def close(self) -> None:
-        """Free the slots; every operation from now on fails with `ClosedError`."""
+    def close(self, timeout: float | None = None) -> None:
+        """Free the slots once the device is done with them; every operation from now on fails with `ClosedError`.
+
+        Raises:
+            WaitTimeoutError: it still ran after `timeout` seconds; closing again finishes.
+        """
+        if self.tensor.freed:
+            return
+        seconds = self.wait_timeout if timeout is None else check_seconds("timeout", timeout)
         with self.ledger.mutex:
             self.closed = True
             waiters = self.ledger.take_waiters()
         wake(waiters)
         for pool in self.pools:
             pool.flights.close()
+        if not self.clock.synchronize(self.clock.everything(), seconds):
+            raise WaitTimeoutError(f"{self.name}: the device still used the slots after {seconds:g} s; close again")
+        self.clock.drop_shared()
         self.tensor.free()
+
+    def zero_slot_is_zero(self) -> bool:
+        """Whether the slot that serves all padding is still zeros. Waits for the device."""
+        stream = self.clock.current()
+        self.clock.order_after(stream, self.zeroed)
+        with plain_torch_state():
+            return not bool(self.tensor.data[:, 0].any())
 
     def check_process(self) -> None:
         """Raise `WrongProcessError` in any process but the one that made the storage.
 
         Before the first lock: another thread may have held it when the process was forked, and nobody will release it.
         """
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             raise WrongProcessError(
                 f"{self.name} belongs to process {self._pid} and was used in process {os.getpid()}: "
                 "its locks and its memory do not survive a fork; make a new one in the child"
@@ -124,14 +161,23 @@ class KVStorage:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
         while abandoned:
+            # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
+            # in between.
             try:
-                release = abandoned.popleft()
+                release = abandoned[0]
             except IndexError:  # another thread was faster
                 return
             try:
                 release(deadline)
             except WaitTimeoutError:
-                # Not this operation's business: whoever comes next tries again.
+                # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
+                _take_off(abandoned, release)
                 return
+            _take_off(abandoned, release)
+
+
+def _take_off(abandoned: deque[Callable[[Deadline], None]], release: Callable[[Deadline], None]) -> None:
+    with suppress(ValueError):  # another thread released it at the same time
+        abandoned.remove(release)

@@ -1,8 +1,14 @@
 """Order between streams: one happens-before clock for a storage.
 
-Every stream that touches the storage has a tick counter. An operation enqueues its work, *then* takes a tick, and the
-tick travels with the entry or with the freed slots; whoever uses those next on another stream first makes that stream
-wait for an event that covers the tick. On a CPU copies are done when they return, and the clock does nothing.
+Every stream that touches the storage takes ticks. An operation enqueues its work, *then* takes a tick, and the tick
+travels with the entry or with the freed slots; whoever uses those next on another stream first makes that stream wait
+for an event that covers the tick. On a CPU copies are done when they return, and the clock does nothing.
+
+    producer:  enqueue work, tick, record an event, and then publish or release what the tick travels with
+    consumer:  make its stream wait for the event, note that it has seen the tick, enqueue work
+
+While the clock knows one stream, it records no event. It knows a stream from its first use; one whose handle may name
+another stream later (see `StreamBackend.is_lasting`) only as long as its work runs.
 
 Lock order: the clock's own lock is innermost and is never held while a backend is called.
 """
@@ -11,19 +17,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-__all__ = ["NO_TICKS", "CudaStreams", "StreamBackend", "StreamClock", "StreamKey", "Ticks", "backend_for", "merge"]
+from .errors import InvalidArgumentError, StreamCaptureError
+
+__all__ = ["NO_TICKS", "StreamBackend", "StreamClock", "StreamKey", "Ticks", "merge"]
 
 StreamKey = tuple[int, int]  # (device index, stream handle)
 Ticks = Mapping[StreamKey, int]
 
 NO_TICKS: Ticks = MappingProxyType({})
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
 def merge(first: Ticks, second: Ticks) -> Ticks:
@@ -40,63 +50,68 @@ def merge(first: Ticks, second: Ticks) -> Ticks:
 
 
 class StreamBackend(Protocol):
-    """What the clock needs of a device. Streams and events are opaque to it."""
+    """What the clock needs of a device. Streams and events are opaque to it. No call blocks but `synchronize`."""
 
     def current(self) -> Any:
-        """The calling thread's current stream on the storage's device."""
+        """The calling thread's current stream on the device."""
+
+    def use(self, stream: Any) -> AbstractContextManager[object]:
+        """A context in which `stream` is the calling thread's current stream on the device."""
+
+    def check(self, stream: object) -> None:
+        """Raise `InvalidTypeError` or `InvalidArgumentError` unless it is a stream of the device."""
 
     def key(self, stream: Any) -> StreamKey:
         """The stream's identity."""
+
+    def is_lasting(self, stream: Any) -> bool:
+        """Whether its handle names this stream for good: nobody can destroy it and make another of that handle."""
+
+    def is_capturing(self, stream: Any) -> bool:
+        """Whether what is enqueued on it goes into a graph instead of being run."""
 
     def record(self, stream: Any) -> Any:
         """An event that fires when all work enqueued on `stream` so far is done."""
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Make later work of `stream` wait for `event`; does not block the host."""
+        """Make later work of `stream` wait for `event`."""
 
     def done(self, event: Any) -> bool:
         """Whether `event` has fired."""
 
+    def synchronize(self, event: Any, seconds: float) -> bool:
+        """Block the calling thread until `event` has fired; False when `seconds` are over."""
+
     def recycle(self, event: Any) -> None:
-        """Take an event back that nothing refers to any more."""
+        """Take an event back that has fired."""
+
+    def protect(self, tensor: Tensor, stream: Any) -> None:
+        """Have the allocator hand the memory of `tensor` on only after the work that `stream` has when it is freed."""
 
 
-class CudaStreams:
-    """`StreamBackend` over `torch.cuda`, with pooled events."""
+class _Mark:
+    """An event of one stream: once it has fired, all work up to `tick` is done, and `kept` is no longer read."""
 
-    # ruff: noqa: D102 - the contract stands at StreamBackend
+    __slots__ = ("event", "kept", "tick")
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._free_events: deque[torch.cuda.Event] = deque()
-
-    def current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device)
-
-    def key(self, stream: torch.cuda.Stream) -> StreamKey:
-        return (stream.device_index, stream.cuda_stream)
-
-    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        try:
-            event = self._free_events.popleft()
-        except IndexError:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
-
-    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
-        stream.wait_event(event)
-
-    def done(self, event: torch.cuda.Event) -> bool:
-        return bool(event.query())  # type: ignore[no-untyped-call]
-
-    def recycle(self, event: torch.cuda.Event) -> None:
-        self._free_events.append(event)
+    def __init__(self, tick: int, event: Any, kept: tuple[Tensor, ...]) -> None:
+        self.tick = tick
+        self.event = event
+        self.kept = kept
 
 
-def backend_for(device: torch.device) -> StreamBackend | None:
-    """The backend of a device; None where work is done when its call returns."""
-    return CudaStreams(device) if device.type == "cuda" else None
+class _Known:
+    """What the clock knows of one stream; under the clock's lock."""
+
+    __slots__ = ("done", "lasting", "marks", "seen", "stream", "tick")
+
+    def __init__(self, stream: Any, lasting: bool, now: int) -> None:
+        self.stream = stream
+        self.lasting = lasting
+        self.tick = now  # its last tick
+        self.done = now  # work up to this tick is done
+        self.seen: dict[StreamKey, int] = {}  # ticks of other streams that its later work comes after
+        self.marks: deque[_Mark] = deque()  # what may not be done yet, about in order
 
 
 class StreamClock:
@@ -110,85 +125,210 @@ class StreamClock:
     def __init__(self, backend: StreamBackend | None, lock_factory: Callable[[], Any] = threading.Lock) -> None:
         self._backend = backend
         self._lock = lock_factory()
-        self._streams: dict[StreamKey, Any] = {}
-        self._ticks: dict[StreamKey, int] = {}
-        self._seen: dict[StreamKey, dict[StreamKey, int]] = {}
-        # Events by producer, oldest first: (covered tick, event). Only kept once a second stream is known.
-        self._events: dict[StreamKey, deque[tuple[int, Any]]] = {}
-        # What a copy that may still run reads from: (event, objects).
-        self._kept: deque[tuple[Any, tuple[object, ...]]] = deque()
+        self._known: dict[StreamKey, _Known] = {}
+        # One count for all streams: what a forgotten stream's ticks were is below those of whoever has its handle next.
+        self._now = 0
+        self._shared: tuple[Tensor, ...] = ()
+
+    # Streams -------------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> StreamBackend | None:
+        """The device's streams; None on a CPU."""
+        return self._backend
 
     def current(self) -> Any:
-        """The calling thread's current stream, looked up now; None on a CPU."""
-        return None if self._backend is None else self._backend.current()
+        """The calling thread's current stream, looked up now; None on a CPU.
+
+        Raises:
+            StreamCaptureError: it is being captured into a graph, which would run this operation's copies again without
+                its books.
+        """
+        backend = self._backend
+        if backend is None:
+            return None
+        stream = backend.current()
+        self._check_not_capturing(backend, stream)
+        return stream
+
+    def using(self, stream: object) -> AbstractContextManager[object]:
+        """A context in which the calling thread's operations run in `stream`; in the current one where it is None.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: it is no stream of the device, or the device is a CPU.
+        """
+        if stream is None:
+            return _AS_IT_IS
+        self.check(stream)
+        assert self._backend is not None
+        return self._backend.use(stream)
+
+    def check(self, stream: object) -> None:
+        """Raise `InvalidTypeError` or `InvalidArgumentError` unless operations can run in `stream`."""
+        if self._backend is None:
+            raise InvalidArgumentError(f"stream must be left out where the slots are on a CPU, got {stream!r}")
+        self._backend.check(stream)
+
+    def share(self, tensor: Tensor) -> None:
+        """Name a tensor that every stream uses: dropped at any point, its memory outlives their work."""
+        if self._backend is not None:
+            self._shared = (*self._shared, tensor)
+
+    def drop_shared(self) -> None:
+        """Let go of the tensors that every stream uses."""
+        self._shared = ()
+
+    def protect(self, tensor: Tensor, stream: Any = None) -> None:
+        """Have a tensor that a stream (the current one if left out) uses outlive its work, whoever drops it."""
+        backend = self._backend
+        if backend is not None:
+            backend.protect(tensor, backend.current() if stream is None else stream)
+
+    def key(self, stream: Any) -> StreamKey:
+        """A stream's identity."""
+        assert self._backend is not None, "a CPU has no streams"
+        return self._backend.key(stream)
+
+    # Order ---------------------------------------------------------------------------------------------------------
 
     def order_after(self, stream: Any, ticks: Ticks) -> None:
-        """Make later work of `stream` wait for the work that `ticks` names, as far as it has not seen it yet."""
-        backend = self._backend
-        if backend is None or not ticks:
-            return
-        me = backend.key(stream)
-        for producer, tick in ticks.items():
-            if producer == me:
-                continue
-            with self._lock:
-                if self._seen.setdefault(me, {}).get(producer, 0) >= tick:
-                    continue
-                covered, event = next(
-                    (item for item in self._events.get(producer, ()) if item[0] >= tick), (self._ticks[producer], None)
-                )
-                source = self._streams[producer]
-            if event is None:
-                # `covered` was read before the record: work ticked in between is waited for, but not claimed.
-                event = backend.record(source)
-            backend.wait(stream, event)
-            with self._lock:
-                seen = self._seen[me]
-                if seen.get(producer, 0) < covered:
-                    seen[producer] = covered
+        """Make later work of `stream` wait for the work that `ticks` names, as far as it has not seen it yet.
 
-    def stamp(self, stream: Any, sources: tuple[Tensor, ...] = ()) -> Ticks:
+        Raises:
+            StreamCaptureError: a stream that it has to wait for is being captured into a graph.
+        """
+        backend = self._backend
+        if backend is None:
+            return
+        me, mine = self._meet(backend, stream)
+        for producer, tick in ticks.items():
+            # A stream that may be another's by now is not known to come after its own earlier work, nor to have waited.
+            if mine.lasting and (producer == me or mine.seen.get(producer, 0) >= tick):
+                continue
+            found = self._covering(backend, producer, tick)
+            if found is None:
+                continue
+            covered, event = found
+            backend.wait(stream, event)
+            if mine.lasting:
+                # After the wait: another thread that sees this enqueues its work behind it. A maximum: threads race.
+                with self._lock:
+                    if mine.seen.get(producer, 0) < covered:
+                        mine.seen[producer] = covered
+
+    def stamp(self, stream: Any, sources: Iterable[Tensor] = ()) -> Ticks:
         """Tick after enqueuing work on `stream`; `sources` live until that work is done. Empty on a CPU."""
         backend = self._backend
         if backend is None:
             return NO_TICKS
-        me = backend.key(stream)
+        me, mine = self._meet(backend, stream)
         with self._lock:
-            tick = self._ticks[me] = self._ticks.get(me, 0) + 1
-            self._streams[me] = stream
-            several = len(self._streams) > 1
-        staged = tuple(source for source in sources if source.device.type == "cpu" and source.is_pinned())
-        if several:
-            event = backend.record(stream)
+            self._now += 1
+            tick = mine.tick = self._now
+            alone = mine.lasting and len(self._known) == 1
+        if alone:
+            # Memory of this very stream is used again only after the stream's own work; other streams' is protected.
+            for source in sources:
+                backend.protect(source, stream)
+        else:
+            mark = _Mark(tick, backend.record(stream), tuple(sources))
             with self._lock:
-                self._events.setdefault(me, deque()).append((tick, event))
-        if several or staged:
-            with self._lock:
-                self._kept.append((backend.record(stream), sources if several else staged))
-        self._retire()
+                mine.marks.append(mark)
+            self._retire(backend)
         return {me: tick}
 
-    def everything(self) -> Ticks:
-        """All work ticked so far, on every stream."""
-        with self._lock:
-            return dict(self._ticks)
+    def synchronize(self, ticks: Ticks, seconds: float) -> bool:
+        """Block the calling thread until the work that `ticks` names is done; False when `seconds` are over.
 
-    def _retire(self) -> None:
-        """Drop sources and events whose work is done."""
+        Raises:
+            StreamCaptureError: one of the streams is being captured into a graph.
+        """
         backend = self._backend
-        assert backend is not None
-        while True:
-            with self._lock:
-                if not self._kept:
-                    break
-                event, sources = self._kept.popleft()
-            if not backend.done(event):
-                with self._lock:
-                    self._kept.appendleft((event, sources))
-                break
-            backend.recycle(event)
+        if backend is None:
+            return True
+        for producer, tick in ticks.items():
+            found = self._covering(backend, producer, tick)
+            if found is not None and not backend.synchronize(found[1], seconds):
+                return False
+        self._retire(backend)
+        return True
+
+    def everything(self) -> Ticks:
+        """A tick of every stream, after all the work that it has by now."""
+        backend = self._backend
+        if backend is None:
+            return NO_TICKS
         with self._lock:
-            for events in self._events.values():
-                while len(events) > 1 and backend.done(events[0][1]):
-                    # Not recycled: another thread may be about to wait for it. It is freed when nobody holds it.
-                    events.popleft()
+            streams = [known.stream for known in self._known.values()]
+        ticks: Ticks = NO_TICKS
+        for stream in streams:
+            self._check_not_capturing(backend, stream)
+            ticks = merge(ticks, self.stamp(stream))
+        return ticks
+
+    def _meet(self, backend: StreamBackend, stream: Any) -> tuple[StreamKey, _Known]:
+        """What is known of a stream, from now on if it is new."""
+        key = backend.key(stream)
+        with self._lock:
+            known = self._known.get(key)
+        if known is None:
+            lasting = backend.is_lasting(stream)
+            for tensor in self._shared:
+                backend.protect(tensor, stream)
+            with self._lock:
+                known = self._known.setdefault(key, _Known(stream, lasting, self._now))
+        return key, known
+
+    def _covering(self, backend: StreamBackend, producer: StreamKey, tick: int) -> tuple[int, Any] | None:
+        """An event of `producer` and the tick that it covers, `tick` or later; None if that work is done.
+
+        The event may have fired and been recycled before the caller gets to wait for it: it then waits longer.
+        """
+        with self._lock:
+            known = self._known.get(producer)
+            if known is None or known.done >= tick:
+                return None
+            for mark in known.marks:
+                if mark.tick >= tick:
+                    return mark.tick, mark.event
+            # Read before the record: work ticked in between is waited for, but not claimed.
+            covered, stream = known.tick, known.stream
+        # An event of a captured stream would draw the one that waits for it into the graph.
+        self._check_not_capturing(backend, stream)
+        mark = _Mark(covered, backend.record(stream), ())
+        with self._lock:
+            known.marks.append(mark)
+        return covered, mark.event
+
+    def _check_not_capturing(self, backend: StreamBackend, stream: Any) -> None:
+        if backend.is_capturing(stream):
+            raise StreamCaptureError(
+                f"stream {backend.key(stream)} is being captured into a graph, of which no pool's copy can be a part; "
+                "use the pool before and after the capture, or on another stream"
+            )
+
+    def _retire(self, backend: StreamBackend) -> None:
+        """Drop what was kept for work that is done, and streams that may be other streams by now."""
+        with self._lock:
+            busy = [(key, known) for key, known in self._known.items() if known.marks]
+        for key, known in busy:
+            while True:
+                with self._lock:
+                    mark = known.marks[0] if known.marks else None
+                if mark is None or not backend.done(mark.event):
+                    break
+                with self._lock:
+                    if not known.marks or known.marks[0] is not mark:
+                        continue  # another thread was faster, and the event may be a new mark's by now
+                    known.marks.popleft()
+                    known.done = max(known.done, mark.tick)
+                    if not known.lasting and not known.marks and known.done == known.tick:
+                        self._forget(key, known)
+                backend.recycle(mark.event)
+
+    def _forget(self, key: StreamKey, known: _Known) -> None:
+        """Take out a stream whose work is done. Lock held."""
+        if self._known.get(key) is known:
+            del self._known[key]
+            for other in self._known.values():
+                other.seen.pop(key, None)

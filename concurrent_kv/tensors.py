@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from .errors import ClosedError
 from .layout import KVLayout
+from .moving import upload
 from .overflow import PositionTable
 from .streams import NO_TICKS, Ticks
 
-__all__ = ["SlotTensor", "plain_torch_state", "writing_to"]
+__all__ = ["Block", "SlotTensor", "plain_torch_state", "writing_to"]
 
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
+UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
 
 Indices = npt.NDArray[np.int64]
 
@@ -50,6 +53,22 @@ def _normal_mode() -> Iterator[None]:
     # Leaving inference mode turns gradients on again.
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+class Block(NamedTuple):
+    """Tokens that are whole rows and columns of a buffer, row by row."""
+
+    rows: slice
+    columns: slice
+
+
+def _in_units(tokens: Tensor) -> Tensor:
+    """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
+
+    `index_copy_` moves its numbers one by one: the fewer they are, the sooner it is done.
+    """
+    flat = tokens.flatten(2)
+    return flat if flat.shape[2] * flat.element_size() % UNIT.itemsize else flat.view(UNIT)
 
 
 class SlotTensor:
@@ -84,6 +103,11 @@ class SlotTensor:
         return data
 
     @property
+    def freed(self) -> bool:
+        """Whether the slots were given back."""
+        return self._data is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slots, the zero slot included."""
         return (self.num_slots + 1) * self.layout.bytes_per_token
@@ -95,9 +119,8 @@ class SlotTensor:
         live until the copy is done.
         """
         layout, data = self.layout, self.data
-        index = self._index((table[:, None, :] * layout.num_heads + self._heads[None, :, None]).ravel())
-        rows = data.view(data.shape[0], -1, layout.head_dim)
-        torch.index_select(rows, 1, index, out=out.view(data.shape[0], -1, layout.head_dim))
+        index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
+        torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return index
 
     def scatter(
@@ -108,6 +131,7 @@ class SlotTensor:
         slots: Indices,
         difference: Tensor | None = None,
         runs: int = 0,
+        block: Block | None = None,
     ) -> tuple[Tensor, ...]:
         """Copy token `columns[i]` of row `rows[i]` of `source` into slot `slots[i]`, for every `i`.
 
@@ -116,20 +140,40 @@ class SlotTensor:
             rows, columns, slots: one number for each token.
             difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
             runs: see `difference`.
+            block: `rows` and `columns` once more, if they are a block and each of `slots` is the one after the last;
+                a `difference` is then for each of its rows.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
+        if block is not None:
+            # No indices, and no copy on the way.
+            self._copy_block(source, block, int(slots[0]), difference)
+            return ()
         flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
         source_index, slot_index = self._index(flat.ravel()), self._index(slots)
-        tokens = torch.index_select(source.view(data.shape[0], -1, layout.head_dim), 1, source_index)
+        tokens = torch.index_select(self._by_head(source), 1, source_index)
         tokens = tokens.view(data.shape[0], len(slots), layout.num_heads, layout.head_dim)
         if difference is not None:
             corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
             corrected = corrected.view(data.shape[0], runs, *difference.shape[1:])
             corrected.add_(difference.unsqueeze(1))
-        data.index_copy_(1, slot_index, tokens)
+        _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
         return source_index, slot_index, tokens
+
+    def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
+        data, layout = self.data, self.layout
+        rows, columns = block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
+        shape = (data.shape[0], rows, columns, layout.num_heads, layout.head_dim)
+        layers, row, head, column, _ = source.stride()
+        first = source.storage_offset() + block.rows.start * row + block.columns.start * column
+        tokens = source.as_strided(shape, (layers, row, column, head, 1), first)
+        layers, slot, head, _ = data.stride()
+        into = data.as_strided(shape, (layers, columns * slot, slot, head, 1), first_slot * slot)
+        if difference is None:
+            into.copy_(tokens)
+        else:
+            torch.add(tokens, difference.unsqueeze(1), out=into)
 
     def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
         """Add the differences of tokens that moved to a gathered buffer.
@@ -143,14 +187,15 @@ class SlotTensor:
         rows = (moved * table.window + positions)[:, None, :] * layout.num_heads + self._heads[None, :, None]
         index = self._index(rows.ravel())
         difference = torch.index_select(table.rows, 1, index)
-        out.view(out.shape[0], -1, layout.head_dim).add_(difference)
+        self._by_head(out).add_(difference)
         return index, difference
 
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor as `[2 * layers, rows, head_dim]`: one row for each head of each token."""
+        return tensor.view(tensor.shape[0], -1, self.layout.head_dim)
+
     def _index(self, index: Indices) -> Tensor:
-        tensor = torch.from_numpy(index)
-        if self.layout.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.layout.device, non_blocking=True)
+        return upload(index, self.layout.device)
 
     def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""

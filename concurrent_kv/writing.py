@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .entry import Entry, Generation, Place, Scope
 from .errors import ClosedError, SearchEndedError
@@ -45,20 +45,23 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     """
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
-    located = [(scope, scope.part_of(key)) for key in plan.keys]
+    located = scope.locate(plan.keys)
     ticket = reserve(pool, scope, plan, located, deadline)
     used = ticket.ticks
     entries: list[Entry] = []
     try:
-        stream = clock.current()
-        clock.order_after(stream, merge(merge(ticket.ticks, plan.shared_writes), storage.zeroed))
         written = NO_TICKS
         if plan.source is not None:
+            stream = clock.current()
+            clock.order_after(stream, merge(ticket.ticks, storage.zeroed))
             temporaries: tuple[Tensor, ...] = (plan.source,)
+            if plan.difference is not None:
+                temporaries += (plan.difference,)
             try:
                 with plain_torch_state():
+                    block = plan.block if ticket.consecutive else None
                     temporaries += storage.tensor.scatter(
-                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs
+                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, block
                     )
             finally:
                 written = clock.stamp(stream, temporaries)
@@ -81,21 +84,13 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
 
 
 def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
-    entries = []
-    for i, key in enumerate(plan.keys):
-        entry = Entry(
-            key,
-            scope,
-            generation,
-            int(plan.kept[i]),
-            side=plan.sides[i],
-            priority=plan.priorities[i],
-            fingerprint=hash((scope.number, key)),
-            correction=plan.corrections[i],
-        )
-        entry.written = entry.ticks = written
-        entries.append(entry)
-    return entries
+    # Policies alone look at fingerprints, and what a search owns is in no policy.
+    fingerprints = [hash((scope.number, key)) for key in plan.keys] if scope.budget is None else [0] * len(plan.keys)
+    rows = zip(plan.keys, plan.lengths, plan.sides, plan.priorities, fingerprints, plan.corrections, strict=True)
+    return [
+        Entry(key, scope, generation, length, side, priority, fingerprint, correction, written)
+        for key, length, side, priority, fingerprint, correction in rows
+    ]
 
 
 # Publication ------------------------------------------------------------
@@ -125,67 +120,78 @@ def _publish(
             with ledger.mutex:
                 pool.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
-        parts = [scope.entries[part] for _, part in located]
-        replaced = [part.get(entry.key) for part, entry in zip(parts, entries, strict=True)]
+        cells, added = _cells([scope.entries[part] for _, part in located], plan.keys)
+        replaced = [cell[0] if cell else None for cell in cells]
         old = [entry for entry in replaced if entry is not None]
-        waiters: list[Any] = []
-        with ledger.mutex:
-            missing = _admit(pool, scope, entries, plan, old, ticket)
-            if any(missing):
-                # Others may fit where this did not: it keeps nothing while it waits for all that it needs.
+        try:
+            with ledger.mutex:
+                missing = _admit(pool, scope, entries, plan, old, ticket)
+                if ticket.spent:
+                    dead = _enter(pool, scope, entries, cells, replaced, old, ticket)
+                # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters()
-        if any(missing):
-            wake(waiters)
-            return Outcome.NO_ROOM, missing
-        cells = _cells(pool, scope, entries, plan, old, parts)
-        for cell, entry, previous in zip(cells, entries, replaced, strict=True):
-            if previous is not None:
-                entry.index_key = previous.index_key  # a dict keeps the key object that it has
-            cell[:] = (entry,)
-        with ledger.mutex:
-            dead = unpublish(pool, old, counted_out=True)
-            for entry in entries:
-                if scope.budget is None:
-                    entry.place = Place.HELD
-                    pool.policy.add(entry)
-                else:
-                    entry.place = Place.EXEMPT
-            if scope.budget is not None:
-                scope.budget.entries -= len(old)
-                if ticket.lent is not None and len(ticket.lent):
-                    ledger.slots.charge(scope.budget.reservation, ticket.lent)
-            pool.counters.insert_count += len(entries) - len(old)
-            pool.counters.replace_count += len(old)
-            waiters = ledger.take_waiters()
+        finally:
+            if not ticket.spent:
+                _undo(added)
     wake(waiters)
-    del dead, old, replaced, previous
-    return Outcome.PUBLISHED, (0, 0)
+    outcome = Outcome.PUBLISHED if ticket.spent else Outcome.NO_ROOM
+    del dead, old, replaced, cells
+    return outcome, missing
 
 
-def _cells(
-    pool: PoolCore,
-    scope: Scope,
-    entries: Sequence[Entry],
-    plan: WritePlan,
-    old: Sequence[Entry],
-    parts: Sequence[Index[Entry]],
-) -> list[list[Entry]]:
-    """The places of all keys in the index; if a key's own `__eq__` or `__hash__` raises, everything is as before."""
+def _cells(parts: Sequence[Index[Entry]], keys: Sequence[Hashable]) -> tuple[list[list[Entry]], list[Index[Entry]]]:
+    """The places of all keys in the index, and the parts in which places are new; or nothing, if a key raises."""
     cells: list[list[Entry]] = []
     added: list[Index[Entry]] = []
     try:
-        for part, entry in zip(parts, entries, strict=True):
-            cell, is_new = part.cell_of(entry.key)
+        for part, key in zip(parts, keys, strict=True):
+            cell, is_new = part.cell_of(key)
             if is_new:
                 added.append(part)
             cells.append(cell)
     except BaseException:
-        for part in reversed(added):
-            part.undo_last()
-        with pool.storage.ledger.mutex:
-            _withdraw(pool, scope, entries, plan, old)
+        _undo(added)
         raise
-    return cells
+    return cells, added
+
+
+def _undo(added: Sequence[Index[Entry]]) -> None:
+    """Take new places away, the newest first."""
+    for part in reversed(added):
+        part.undo_last()
+
+
+def _enter(
+    pool: PoolCore,
+    scope: Scope,
+    entries: Sequence[Entry],
+    cells: Sequence[list[Entry]],
+    replaced: Sequence[Entry | None],
+    old: Sequence[Entry],
+    ticket: Ticket,
+) -> list[Entry]:
+    """Put admitted entries into their places, and close the books of the replaced; returns the dead. Mutex held."""
+    budget = scope.budget
+    for cell, entry, previous in zip(cells, entries, replaced, strict=True):
+        if previous is None:
+            cell.append(entry)
+        else:
+            entry.index_key = previous.index_key  # a dict keeps the key object that it has
+            cell[0] = entry
+    dead = unpublish(pool, old, counted_out=True)
+    if budget is None:
+        for entry in entries:
+            entry.place = Place.HELD
+            pool.policy.add(entry)
+    else:
+        for entry in entries:
+            entry.place = Place.EXEMPT
+        budget.entries -= len(old)
+        if ticket.lent is not None and len(ticket.lent):
+            pool.storage.ledger.slots.charge(budget.reservation, ticket.lent)
+    pool.counters.insert_count += len(entries) - len(old)
+    pool.counters.replace_count += len(old)
+    return dead
 
 
 def _admit(
@@ -197,8 +203,11 @@ def _admit(
     """
     ledger, quota = pool.storage.ledger, pool.quota
     if scope.budget is None:
-        quota.pending_entries -= ticket.entries
-        quota.pending_slots -= ticket.slots
+        entries_taken, slots_taken = ticket.entries, ticket.slots
+        # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
+        ticket.entries = ticket.slots = 0
+        quota.pending_entries -= entries_taken
+        quota.pending_slots -= slots_taken
         before = quota.entries, quota.slots
         quota.add(plan.tables)
         if old:
@@ -206,7 +215,6 @@ def _admit(
         if any(quota.excess()):
             needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
             _count_out(pool, plan, old)
-            ticket.entries = ticket.slots = 0
             return needed
     else:
         # Less may be replaced than when the room was taken: a key may have been released meanwhile.
@@ -214,15 +222,6 @@ def _admit(
     ledger.make(entries, plan.tables)
     ticket.spent = True
     return 0, 0
-
-
-def _withdraw(pool: PoolCore, scope: Scope, entries: Sequence[Entry], plan: WritePlan, old: Sequence[Entry]) -> None:
-    """Undo `_admit`. Mutex held."""
-    if scope.budget is None:
-        _count_out(pool, plan, old)
-    else:
-        scope.budget.entries -= len(entries)
-    pool.storage.ledger.let_go(entries)
 
 
 def _count_out(pool: PoolCore, plan: WritePlan, old: Sequence[Entry]) -> None:

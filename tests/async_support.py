@@ -67,7 +67,7 @@ def shards_held(pool: KVPool) -> Iterator[Callable[[], None]]:
 def always_in_workers() -> Iterator[None]:
     """No operation is small enough to run on its loop's thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Offload, "_is_small", lambda self, copied_bytes: False)
+        patch.setattr(Offload, "_is_small", lambda self, *size: False)
         yield
 
 

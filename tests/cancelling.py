@@ -6,16 +6,14 @@ A checkpoint is where a coroutine hands control to its loop. They are counted by
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
-from concurrent_kv import AsyncKVCacheManager, AsyncSearch, Batch, KVCacheManager, Pin
+from concurrent_kv import AsyncSearch, Batch, Pin
+from tests.async_operations import Operation, World
 from tests.async_support import join_workers, run_on
-from tests.support import append, config, snapshot, stacked, tokens
 
 
 class CancelledAt:
@@ -93,64 +91,6 @@ WAYS: dict[str, tuple[str, Callable[[Awaitable[Any], int], Awaitable[tuple[bool,
     "asyncio cancel": ("asyncio", by_cancel),
     "asyncio cancel as it wakes": ("asyncio", by_cancel_as_it_wakes),
 }
-
-
-@dataclass
-class World:
-    """A manager with something in each pool, an open search with a child, and what an operation needs at hand."""
-
-    manager: KVCacheManager = field(default_factory=lambda: KVCacheManager(config(), 2, wait_timeout=30.0))
-
-    async def prepare(self) -> None:
-        self.aio = AsyncKVCacheManager(self.manager)
-        self.pool = self.aio.recur_pool
-        self.search = self.aio.search([0, 1], entries=8)
-        for key, value in (("a", 1), ("b", 2)):
-            self.pool.sync.put(key, tokens(value, 3))
-            self.manager.set_init_cache(0, key, tokens(value, 3))
-        self.manager.set_wm_cache("a", tokens(1, 2))
-        await self.search.__aenter__()
-        batch = self.search.sync.gather(["a"], [0])
-        append(batch, [3])
-        self.search.sync.commit(["child"], batch)
-        self.batch = self.pool.sync.gather(["a", "b"])
-        append(self.batch, [4, 5])
-        self.search_batch = self.search.sync.gather(["child"], [0])
-        append(self.search_batch, [6])
-        self.claim = self.pool.try_claim("claimed")
-        self.rows = stacked(tokens(7, 2), tokens(8, 3))
-
-    def state(self) -> dict[str, Any]:
-        """What is there, when nobody holds anything any more."""
-        self.claim.abandon()
-        for batch in (self.batch, self.search_batch):
-            batch.close()
-        if not self.manager.storage.closed:
-            self.manager.wm_pool.peek("nothing")  # the next operation does what finalisers left
-        self.manager.check_integrity()
-        state = snapshot(self.manager.storage)
-        state["free"] = len(state["free"])
-        state["generations"] = [s.generation for p in self.manager.storage.pools for s in p.scopes()]
-        state["flights"] = [len(pool.flights) for pool in self.manager.storage.pools]
-        state["closed"] = self.manager.storage.closed, self.search.closed
-        return state
-
-    def end(self) -> None:
-        self.search.sync.close()
-        if not self.manager.storage.closed:
-            assert self.manager.check_integrity().handles == 0
-        self.manager.close()
-
-    def state_among(self, expected: list[dict[str, Any]]) -> dict[str, Any]:
-        """As `state`; looks again after a garbage collection if that is none of `expected`."""
-        state = self.state()
-        if state not in expected:
-            gc.collect()  # what only a dead task's traceback still holds
-            state = self.state()
-        return state
-
-
-Operation = Callable[[World], Awaitable[Any]]
 
 
 def close_handle(result: Any) -> None:

@@ -27,6 +27,10 @@ class Waiters:
         for _ in range(number):
             assert self._arrived.acquire(timeout=JOIN_SECONDS), "too few callers came to wait"
 
+    def arrived_now(self) -> bool:
+        """As `wait_for(1)`, without waiting; False if there was none."""
+        return self._arrived.acquire(blocking=False)
+
 
 @contextmanager
 def counted_waiters() -> Iterator[Waiters]:
@@ -44,12 +48,17 @@ def counted_waiters() -> Iterator[Waiters]:
 
 
 class Computation:
-    """A computation that counts its runs and stands at a gate; what it makes says which run it was."""
+    """A computation that counts its runs and stands at a gate; what it makes says which run it was.
 
-    def __init__(self, *, opened: bool = False, error: BaseException | None = None) -> None:
+    Its first run makes `tokens(value, 3)`, the next `tokens(value + 1, 3)`; with an `error`, the first raises it.
+    """
+
+    def __init__(self, *, opened: bool = False, error: BaseException | None = None, value: int = 1) -> None:
         self.gate = Gate()
         self.runs = 0
         self.error = error
+        self.value = value
+        self.result: KeysValues | None = None  # what the first run makes instead
         self._lock = threading.Lock()
         if opened:
             self.gate.opened.set()
@@ -61,4 +70,6 @@ class Computation:
         self.gate.pass_through()
         if self.error is not None and run == 1:
             raise self.error
-        return tokens(run, 3)
+        if self.result is not None and run == 1:
+            return self.result
+        return tokens(self.value + run - 1, 3)

@@ -313,9 +313,9 @@ async def test_the_facade_has_every_public_operation_of_the_sync_class_with_its_
     facade: type, sync: type
 ) -> None:
     differing = {
-        # parts of other operations; on a manager, plain attributes of the sync object
+        # parts of other operations, what finalisers do; on a manager, plain attributes of the sync object
         AsyncKVPool: {"count_misses", "check_open", "end_searches", "renew", "registered_scopes", "stats_now"},
-        AsyncSearch: set(),
+        AsyncSearch: {"abandon"},
         AsyncKVCacheManager: {"init_pools", "keys_values_wm_list", "keys_values_wm_size_list"},
     }[facade]
     for name, operation in inspect.getmembers(sync, inspect.isfunction):

@@ -6,60 +6,14 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import nullcontext
 
-import anyio.lowlevel
 import pytest
 
-from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, AsyncSearch, KeysValues, KVPool
+from concurrent_kv import AsyncKVPool, AsyncSearch, KVPool
+from tests.async_operations import OPERATIONS, World
 from tests.async_support import always_in_workers, join_workers, run_on, shards_held
-from tests.cancelling import WAYS, Operation, World, state_after, states_when_cancelled
+from tests.cancelling import WAYS, state_after, states_when_cancelled
 from tests.support import assert_same, tokens
 
-
-async def compute() -> KeysValues:
-    await anyio.lowlevel.checkpoint()
-    return tokens(9, 3)
-
-
-async def open_search(world: World) -> AsyncSearch:
-    return await world.aio.search([1], entries=2).__aenter__()
-
-
-OPERATIONS: dict[str, Operation] = {
-    "get": lambda w: w.pool.get("a"),
-    "peek": lambda w: w.pool.peek("a"),
-    "side": lambda w: w.pool.side("a"),
-    "contains": lambda w: w.pool.contains("a"),
-    "put": lambda w: w.pool.put("new", tokens(9, 3)),
-    "put_many": lambda w: w.pool.put_many(["a", "new"], w.rows),
-    "gather": lambda w: w.pool.gather(["a", "b"]),
-    "commit": lambda w: w.pool.commit(["c", "d"], w.batch),
-    "pop": lambda w: w.pool.pop("a"),
-    "pin": lambda w: w.pool.pin("a"),
-    "clear": lambda w: w.pool.clear(),
-    "bump_version": lambda w: w.pool.bump_version(),
-    "get_or_compute, stored": lambda w: w.pool.get_or_compute("a", lambda: tokens(9, 3)),
-    "get_or_compute, sync": lambda w: w.pool.get_or_compute("new", lambda: tokens(9, 3)),
-    "get_or_compute, async": lambda w: w.pool.get_or_compute("new", compute),
-    "fulfil": lambda w: w.pool.fulfil(w.claim, tokens(9, 3)),
-    "check_integrity": lambda w: w.pool.check_integrity(),
-    "pool's close": lambda w: w.pool.close(),
-    "search": open_search,
-    "search.gather": lambda w: w.search.gather(["a", "child"], [0, 1]),
-    "search.commit": lambda w: w.search.commit(["grandchild"], w.search_batch),
-    "search.release": lambda w: w.search.release(["child"]),
-    "search.keep": lambda w: w.search.keep([]),
-    "search.promote": lambda w: w.search.promote("child", 1),
-    "search.contains": lambda w: w.search.contains("child"),
-    "search.close": lambda w: w.search.close(),
-    "set_init_cache": lambda w: w.aio.set_init_cache(1, "new", tokens(9, 3)),
-    "get_init_cache": lambda w: w.aio.get_init_cache(0, "a"),
-    "hierarchical_get": lambda w: w.aio.hierarchical_get(1, "a"),
-    "clear_init_caches": lambda w: w.aio.clear_init_caches(),
-    "clear_recur_cache": lambda w: w.aio.clear_recur_cache(),
-    "clear_all": lambda w: w.aio.clear_all(),
-    "manager's bump_version": lambda w: w.aio.bump_version(),
-    "manager's close": lambda w: w.aio.close(),
-}
 TO_THE_END = {"search.close", "pool's close", "manager's close"}
 
 
@@ -158,61 +112,6 @@ def test_the_end_of_a_search_is_reached_however_its_body_is_cancelled(way: str) 
         world.end()
         n += 1
     assert n > 3
-
-
-async def cancelled_while_held(world: World) -> list[bool]:
-    search = world.aio.search([1], entries=2)
-    await search.__aenter__()
-    closing = asyncio.ensure_future(search.__aexit__(None, None, None))
-    with shards_held(world.pool.sync) as let_go:
-        before = world.aio.offload_stats().worker_count
-        while world.aio.offload_stats().worker_count == before:
-            await asyncio.sleep(0)
-        closing.cancel()
-        await asyncio.sleep(0)
-        seen = [closing.done()]
-        let_go()
-        with pytest.raises(asyncio.CancelledError):
-            await closing
-    return [*seen, search.closed]
-
-
-def test_leaving_a_search_waits_for_its_end_also_after_asyncios_own_cancel() -> None:
-    world = World()
-
-    async def main() -> list[bool]:
-        await world.prepare()
-        return await cancelled_while_held(world)
-
-    assert run_on("asyncio", main) == [False, True]
-    join_workers()
-    world.state()
-    world.end()
-
-
-def test_a_clear_of_everything_that_has_begun_is_finished_after_asyncios_own_cancel() -> None:
-    world = World()
-
-    async def main() -> None:
-        await world.prepare()
-        aio = AsyncKVCacheManager(world.manager)
-        with shards_held(world.pool.sync) as let_go:
-            clearing = asyncio.ensure_future(aio.clear_all())
-            generation = world.aio.init_pools[0].sync.default_scope.generation
-            while world.aio.init_pools[0].sync.default_scope.generation is generation:
-                await asyncio.sleep(0)
-            clearing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await clearing
-            let_go()
-
-    run_on("asyncio", main)
-    join_workers()
-    assert world.manager.get_init_cache(0, "a") is None
-    assert world.manager.get_recur_cache("a") is None
-    assert world.manager.get_wm_cache("a") is None
-    world.state()
-    world.end()
 
 
 def test_what_asyncios_cancel_left_undone_can_be_done_again(pool: KVPool) -> None:

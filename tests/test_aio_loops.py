@@ -14,6 +14,7 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 import pytest
+import torch
 
 from concurrent_kv import AsyncKVPool, KeysValues, KVPool
 from concurrent_kv.aio.offload import INLINE_WAIT_SECONDS
@@ -108,9 +109,9 @@ def test_large_copies_are_never_made_on_a_loops_thread(loop: str, monkeypatch: p
     aio = AsyncKVPool(pool, inline_bytes=pool.layout.bytes_per_entry - 1)
     copy = KeysValues.copy
 
-    def seen(self: KeysValues) -> KeysValues:
+    def seen(self: KeysValues, device: torch.device | None = None) -> KeysValues:
         pool.seen.copied_in.add(threading.get_ident())
-        return copy(self)
+        return copy(self, device)
 
     monkeypatch.setattr(KeysValues, "copy", seen)
 

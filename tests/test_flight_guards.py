@@ -1,60 +1,29 @@
-"""Each guard of the flights and of the facade taken out: what the guard makes harmless then goes wrong, every time."""
+"""Each guard of the flights taken out: what the guard makes harmless then goes wrong, every time."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import anyio
-import anyio.lowlevel
 import pytest
 
-from concurrent_kv import (
-    AsyncKVPool,
-    ClosedError,
-    IntegrityError,
-    KeysValues,
-    KVPool,
-    RecursiveComputationError,
-    WaitTimeoutError,
-    loading,
-)
-from concurrent_kv.aio import offload
-from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable, wait_in_thread
+from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError, loading
+from concurrent_kv.flight_waiting import wait_in_thread
+from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable
 from concurrent_kv.locks import Deadline
-from tests.async_support import join_workers, run_on, shards_held
 from tests.flight_support import Computation, counted_waiters
+from tests.guards import Removal, shown_by
 from tests.support import LAYOUT, tokens
-from tests.threading_support import JOIN_SECONDS, Background, Gate
+from tests.threading_support import JOIN_SECONDS, Background
 
-Removal = Callable[[pytest.MonkeyPatch], None]
-
-
-def seen_by(scenario: Callable[[], object]) -> object:
-    try:
-        return scenario()
-    except (IntegrityError, WaitTimeoutError, RecursiveComputationError, ClosedError) as error:
-        return type(error)
-
-
-def shown_by(scenario: Callable[[], object], promised: object, guard_off: Removal) -> None:
-    """The promise holds with the guard, and is broken without it."""
-    assert seen_by(scenario) == promised
-    with pytest.MonkeyPatch.context() as patch:
-        guard_off(patch)
-        assert seen_by(scenario) != promised, "without its guard the promise should have been broken"
-    join_workers()
+SHORT = 0.2  # seconds that are waited out where a guard is taken out
 
 
 def new_pool() -> KVPool:
-    return KVPool(LAYOUT, 4, wait_timeout=0.5)
-
-
-# --- flights --------------------------------------------------------------------------------------------------------
+    return KVPool(LAYOUT, 4, wait_timeout=SHORT)
 
 
 def runs_of_a_computation_that_ended_between_lookup_and_claim() -> int:
@@ -223,115 +192,55 @@ def what_everyone_gets() -> object:
 
 
 def one_result_for_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KeysValues, "copy", lambda self: self)
+    patch.setattr(KeysValues, "copy", lambda self, device=None: self)
 
 
 def test_without_copies_everyone_would_write_to_what_the_others_got() -> None:
     shown_by(what_everyone_gets, False, one_result_for_all)
 
 
-# --- the facade -----------------------------------------------------------------------------------------------------
-
-
-def handles_after_a_cancelled_gather() -> object:
-    """asyncio's own `cancel()` while the worker gathers."""
+def who_computes_when_a_flight_ends() -> object:
+    """Somebody who looks when the flight has just ended finds the entry, or the flight."""
     pool = new_pool()
-    pool.put("key", tokens(1, 2))
-    aio = AsyncKVPool(pool, inline_bytes=0)
-    gate = Gate()
-    gather = pool.storage.tensor.gather
-    kept: list[object] = []  # as a traceback somewhere would
-
-    def held_up(*arguments: Any) -> Any:
-        gate.pass_through()
-        return gather(*arguments)
-
-    def gathered(*arguments: Any, **options: Any) -> Any:
-        kept.append(sync_gather(*arguments, **options))
-        return kept[-1]
-
-    sync_gather = pool.gather
-    pool.storage.tensor.gather = held_up  # type: ignore[method-assign, assignment]
-    pool.gather = gathered  # type: ignore[method-assign]
-
-    async def main() -> None:
-        task = asyncio.ensure_future(aio.gather(["key"]))
-        await asyncio.to_thread(gate.entered.wait, JOIN_SECONDS)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        gate.opened.set()
-
-    asyncio.run(main())
-    join_workers()
-    return pool.check_integrity().handles
+    claim = pool.try_claim("key")
+    found: list[bool] = []
+    claim.flight.subscribe(lambda: found.append(pool.contains("key")))
+    claim.fulfil(tokens(1, 2))
+    return found
 
 
-def without_undoing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(offload._Cell, "__init__", _cell_without_undo(offload._Cell.__init__))
+def passing_on_before_storing(patch: pytest.MonkeyPatch) -> None:
+    def fulfil(self: Claim, kv: KeysValues, *, timeout: float | None = None) -> bool:
+        self.pass_on(kv)
+        return self._store(kv, timeout=timeout)
+
+    patch.setattr(Claim, "fulfil", fulfil)
 
 
-def _cell_without_undo(init: Any) -> Any:
-    return lambda self, undo: init(self, None)
+def test_a_result_passed_on_before_it_is_stored_would_be_missed_by_who_comes_in_between() -> None:
+    shown_by(who_computes_when_a_flight_ends, [True], passing_on_before_storing)
 
 
-def test_a_worker_that_did_not_undo_what_nobody_takes_would_leak_a_handle() -> None:
-    shown_by(handles_after_a_cancelled_gather, 0, without_undoing)
+def what_a_waiter_gets_whose_entry_was_evicted_before_it_woke() -> object:
+    pool = KVPool(LAYOUT, 1, wait_timeout=SHORT)
+    claim = pool.try_claim("key")
+    with counted_waiters() as waiters:
+        waiting = Background(lambda: pool.get_or_compute("key", lambda: tokens(9, 3)).lengths)
+        waiters.wait_for(1)
+        claim.flight.wakers.insert(0, lambda: Background(lambda: pool.put("other", tokens(2, 8))).result())
+        claim.fulfil(tokens(1, 2))
+    return waiting.result()
 
 
-def what_a_cancelled_put_leaves() -> object:
-    """asyncio's own `cancel()` while the worker waits for its shard."""
-    pool = KVPool(LAYOUT, 4, wait_timeout=JOIN_SECONDS)
-    aio = AsyncKVPool(pool, inline_bytes=0)
-    begun = threading.Event()
-    read = pool.storage.locks.read
+def reading_the_pool_instead_of_the_flight(patch: pytest.MonkeyPatch) -> None:
+    plain = loading.get_or_compute
 
-    def seen(*arguments: Any) -> Any:
-        begun.set()
-        return read(*arguments)
+    def get_or_compute(pool: KVPool, scope: Any, key: Any, *arguments: Any) -> Any:
+        patch.setattr(loading, "outcome", lambda *ended: pool.get(key, scope=scope))
+        return plain(pool, scope, key, *arguments)
 
-    pool.storage.locks.read = seen  # type: ignore[method-assign, assignment]
-
-    async def main() -> None:
-        with shards_held(pool) as let_go:
-            task = asyncio.ensure_future(aio.put("key", tokens(1, 2)))
-            while not begun.is_set():
-                await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            let_go()
-
-    asyncio.run(main())
-    join_workers()
-    return pool.contains("key")
+    patch.setattr("concurrent_kv.pool.get_or_compute", get_or_compute)
 
 
-def without_revoking(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Deadline, "check", lambda self, name: None)
-
-
-def test_a_put_that_was_not_revoked_would_take_effect_after_its_task_was_cancelled() -> None:
-    shown_by(what_a_cancelled_put_leaves, False, without_revoking)
-
-
-def whether_a_pool_is_closed_that_a_cancelled_task_left() -> object:
-    pool = new_pool()
-    aio = AsyncKVPool(pool)
-
-    async def main() -> bool:
-        with anyio.CancelScope() as scope:
-            async with aio:
-                scope.cancel()
-                await anyio.lowlevel.checkpoint()
-        return pool.closed
-
-    return run_on("trio", main)
-
-
-def ending_like_any_operation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(offload.Offload, "to_the_end", offload.Offload.in_worker)
-
-
-def test_an_end_that_is_cancelled_like_any_operation_would_not_be_reached() -> None:
-    shown_by(whether_a_pool_is_closed_that_a_cancelled_task_left, True, ending_like_any_operation)
+def test_a_result_that_the_flight_does_not_carry_would_be_lost_with_its_entry() -> None:
+    shown_by(what_a_waiter_gets_whose_entry_was_evicted_before_it_woke, (2,), reading_the_pool_instead_of_the_flight)

@@ -1,10 +1,13 @@
-"""`get_or_compute` and `try_claim` for threads: one computation of each missing key, and nobody left waiting."""
+"""`get_or_compute` and `try_claim` for threads: one computation of each missing key, and nobody left waiting.
+
+How a computation ends, whoever computes and whoever waits: test_flight_matrix.py.
+"""
 
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from concurrent_kv import (
     InvalidArgumentError,
     InvalidTypeError,
     KeysValues,
+    KVCacheManager,
     KVPool,
     RecursiveComputationError,
     WaitTimeoutError,
@@ -26,9 +30,7 @@ from tests.threading_support import JOIN_SECONDS, Background
 WAITERS = 6
 
 
-def missed_together(
-    pool: KVPool, computation: Computation, meanwhile: Callable[[], object] = lambda: None
-) -> list[KeysValues | BaseException]:
+def missed_together(pool: KVPool, computation: Computation) -> list[KeysValues | BaseException]:
     """What one computing thread and the ones that wait for it get; the first answer is the computing one's."""
 
     def ask() -> KeysValues | BaseException:
@@ -42,7 +44,6 @@ def missed_together(
         assert computation.gate.entered.wait(JOIN_SECONDS)
         threads += [Background(ask) for _ in range(WAITERS)]
         waiters.wait_for(WAITERS)
-        meanwhile()
         computation.gate.opened.set()
         return [thread.result() for thread in threads]
 
@@ -53,15 +54,6 @@ def kv_of(answer: KeysValues | BaseException) -> KeysValues:
 
 
 # --- one computation ------------------------------------------------------------------------------------------------
-
-
-def test_of_many_threads_that_miss_together_one_computes_and_all_get_its_result(pool: KVPool) -> None:
-    computation = Computation()
-    for answer in missed_together(pool, computation):
-        assert_same(kv_of(answer), tokens(1, 3))
-    assert computation.runs == 1
-    assert_same(pool.get("key"), tokens(1, 3))
-    assert len(pool.flights) == 0
 
 
 def test_what_everyone_gets_is_their_own(pool: KVPool) -> None:
@@ -130,17 +122,6 @@ def test_waiters_get_the_result_though_its_entry_was_evicted_before_they_woke(ma
 
 
 @pytest.mark.parametrize("change", [KVPool.clear, KVPool.bump_version])
-def test_after_a_clear_or_a_bump_waiters_get_the_result_and_the_pool_does_not_keep_it(
-    pool: KVPool, change: Callable[[KVPool], None]
-) -> None:
-    computation = Computation()
-    for answer in missed_together(pool, computation, lambda: change(pool)):
-        assert_same(kv_of(answer), tokens(1, 3))
-    assert computation.runs == 1
-    assert pool.get("key") is None
-
-
-@pytest.mark.parametrize("change", [KVPool.clear, KVPool.bump_version])
 def test_who_misses_after_a_clear_or_a_bump_does_not_wait_for_the_older_computation(
     pool: KVPool, change: Callable[[KVPool], None]
 ) -> None:
@@ -155,47 +136,6 @@ def test_who_misses_after_a_clear_or_a_bump_does_not_wait_for_the_older_computat
 
 
 # --- computations that fail -----------------------------------------------------------------------------------------
-
-
-def test_all_hear_the_error_that_compute_raised_and_nothing_is_remembered_of_it(pool: KVPool) -> None:
-    error = RuntimeError("the model is broken")
-    computation = Computation(error=error)
-    assert all(answer is error for answer in missed_together(pool, computation))
-    assert computation.runs == 1
-    assert pool.get("key") is None
-    assert_same(pool.get_or_compute("key", computation), tokens(2, 3))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
-def test_when_the_computing_thread_is_interrupted_one_of_the_others_computes(
-    pool: KVPool, error: BaseException
-) -> None:
-    computation = Computation(error=error)
-    computing, *others = missed_together(pool, computation)
-    assert computing is error
-    for answer in others:
-        assert_same(kv_of(answer), tokens(2, 3))
-    assert computation.runs == 2
-
-
-def test_a_thread_that_dies_with_a_claim_leaves_it_to_the_others(pool: KVPool) -> None:
-    claimed = threading.Event()
-    die = threading.Event()
-
-    def claims_and_dies() -> None:
-        claim = pool.try_claim("key")
-        assert claim.mine
-        claimed.set()
-        assert die.wait(JOIN_SECONDS)
-
-    with counted_waiters() as waiters:
-        dying = Background(claims_and_dies)
-        assert claimed.wait(JOIN_SECONDS)
-        waiting = Background(lambda: pool.get_or_compute("key", lambda: tokens(5, 3)))
-        waiters.wait_for(1)
-        die.set()
-        dying.result()
-        assert_same(waiting.result(), tokens(5, 3))
 
 
 @pytest.mark.parametrize(
@@ -238,15 +178,6 @@ def test_waiting_for_a_computation_is_bounded_and_names_pool_and_key(make_pool: 
         pool.get_or_compute("key", Computation(opened=True), timeout=0.01)
     assert claim.flight.wakers == []
     claim.abandon()
-
-
-def test_closing_the_pool_wakes_all_with_an_error(pool: KVPool) -> None:
-    answers = missed_together(pool, Computation(), pool.close)
-    assert all(isinstance(answer, ClosedError) for answer in answers), answers
-    with pytest.raises(ClosedError):
-        pool.get_or_compute("key", Computation(opened=True))
-    with pytest.raises(ClosedError):
-        pool.try_claim("key")
 
 
 # --- computations that compute --------------------------------------------------------------------------------------
@@ -309,42 +240,6 @@ def test_a_claim_fulfilled_after_a_clear_says_that_nothing_was_kept(pool: KVPool
     assert pool.get("key") is None
 
 
-def test_a_failed_claim_is_heard_by_all(pool: KVPool) -> None:
-    claim = pool.try_claim("key")
-    with counted_waiters() as waiters:
-        waiting = Background(lambda: pool.get_or_compute("key", Computation(opened=True)))
-        waiters.wait_for(1)
-        claim.fail(LookupError("no such state"))
-    with pytest.raises(LookupError, match="no such state"):
-        waiting.result()
-    assert pool.try_claim("key").mine
-
-
-def abandon(claims: list[object]) -> None:
-    claims[0].abandon()  # type: ignore[attr-defined]
-
-
-def leave_the_with(claims: list[object]) -> None:
-    with claims[0]:  # type: ignore[attr-defined]
-        pass
-
-
-def drop(claims: list[object]) -> None:
-    claims.clear()
-    gc.collect()
-
-
-@pytest.mark.parametrize("end", [abandon, leave_the_with, drop])
-def test_a_claim_that_is_let_go_is_taken_over(pool: KVPool, end: Callable[[list[object]], None]) -> None:
-    claims: list[object] = [pool.try_claim("key")]
-    with counted_waiters() as waiters:
-        waiting = Background(lambda: pool.get_or_compute("key", lambda: tokens(6, 3)))
-        waiters.wait_for(1)
-        end(claims)
-        assert_same(waiting.result(), tokens(6, 3))
-    assert len(pool.flights) == 0
-
-
 def test_dropped_claims_are_not_remembered(pool: KVPool) -> None:
     for number in range(20):
         assert pool.try_claim(number).mine
@@ -388,3 +283,20 @@ def test_closing_the_pool_ends_claims(pool: KVPool) -> None:
     assert claim.over
     with pytest.raises(ClosedError):
         claim.fulfil(tokens(1, 2))
+    with pytest.raises(ClosedError):
+        pool.get_or_compute("key", Computation(opened=True))
+    with pytest.raises(ClosedError):
+        pool.try_claim("key")
+
+
+def test_closing_a_manager_wakes_who_waits_in_any_of_its_pools(manager: KVCacheManager) -> None:
+    pools = [*manager.init_pools, manager.recur_pool, manager.wm_pool]
+    claims = [pool.try_claim("key") for pool in pools]
+    with counted_waiters() as waiters:
+        waiting = [Background(partial(pool.get_or_compute, "key", Computation(opened=True))) for pool in pools]
+        waiters.wait_for(len(pools))
+        manager.close()
+    for claim, waiter in zip(claims, waiting, strict=True):
+        assert claim.over
+        with pytest.raises(ClosedError):
+            waiter.result()

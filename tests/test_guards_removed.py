@@ -102,6 +102,36 @@ def test_a_batch_that_let_its_parents_go_would_share_slots_of_somebody_else() ->
     shown_by(child_of_a_parent_that_is_popped_before_the_commit, [1.0, 1.0, 3.0], without_holding_what_is("batch"))
 
 
+def child_whose_batch_is_closed_while_it_is_committed() -> list[float]:
+    pool = GatedPool(3)
+    pool.put("parent", filled(1, 2))
+    batch = pool.gather(["parent"])
+    new = torch.full((1, LAYOUT.num_heads, 1, LAYOUT.head_dim), 3.0)
+    for layer in range(LAYOUT.num_layers):
+        batch.append(layer, new, new)
+    with pool.gated.hold_up("scatter") as gate:
+        commit = Background(lambda: pool.commit(["child"], batch))
+        assert gate.entered.wait(JOIN_SECONDS)
+        batch.close()
+        pool.pop("parent")
+        write_over_every_free_slot(pool, 2)
+    assert commit.result()
+    child = pool.get("child")
+    pool.check_integrity()
+    assert child is not None
+    return child.keys[0, 0, 0, :, 0].tolist()
+
+
+def without_using_the_hold_of_a_batch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "use", lambda self, hold: not hold.released)
+    patch.setattr(Ledger, "stop_using", lambda self, hold: None)
+
+
+def test_a_commit_that_did_not_use_its_batch_would_share_slots_of_somebody_else() -> None:
+    promised = [1.0, 1.0, 3.0]
+    shown_by(child_whose_batch_is_closed_while_it_is_committed, promised, without_using_the_hold_of_a_batch)
+
+
 def a_stale_read_after_a_clear() -> float | None:
     pool = GatedPool(2)
     pool.put("key", filled(1))

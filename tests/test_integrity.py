@@ -71,10 +71,10 @@ def hold_a_foreign_entry(books: Books) -> None:
 
 def free_a_used_slot(books: Books) -> None:
     slots = books.ledger.slots
-    run, ticks = slots._runs.pop()
-    run = run.copy()
-    run[-1] = books.entry("b").tail
-    slots._runs.append((run, ticks))
+    run = slots._runs.pop()
+    wrong = run.slots.copy()
+    wrong[-1] = books.entry("b").tail
+    slots._runs.append(run._replace(slots=wrong))
 
 
 def put(target: str, **changes: Any) -> Callable[[Books], None]:

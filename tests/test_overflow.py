@@ -252,6 +252,14 @@ def test_a_difference_is_not_written_to_nor_kept_as_the_callers_tensor() -> None
         assert torch.equal(before, difference_for(COUNT))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_overflows_beside_one_that_ends_as_long_without(kind: str) -> None:
+    with reference(kind, 8, 1) as model:
+        model.root(0, 1)
+        model.step([0, 0], [1, 2], 1, {0: 7, 1: 6})
+        model.check()
+
+
 # Anything ------------------------------------------------------------------------------------------------------------
 
 

@@ -310,3 +310,12 @@ def test_slots_of_every_dtype_cost_what_the_layout_says(make_pool: MakePool) -> 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         pool = make_pool(2, layout(dtype=dtype), writers=1)
         assert pool.storage.tensor.nbytes == pool.layout.bytes_per_token * (2 * WINDOW + WINDOW + 1)
+
+
+def test_replacing_more_than_the_headroom_at_once_evicts_instead_of_waiting_for_nobody(make_pool: MakePool) -> None:
+    pool = make_pool(64, wait_timeout=60.0)
+    keys = list(range(64))
+    for value in (1, 2):  # first into an empty pool, then over what is there
+        assert pool.put_many(keys, stacked(*[tokens(value, WINDOW) for _ in keys]))
+    assert len(pool) == 64
+    assert_same(pool.get(63), tokens(2, WINDOW))

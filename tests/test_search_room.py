@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, WaitTimeoutError
+from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, WaitTimeoutError, room
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, config, row_of, slots_in_use, store, tokens
 
@@ -272,3 +273,31 @@ def test_slots_of_an_open_batch_come_back_when_it_closes(manager: KVCacheManager
         assert slots_in_use(manager) == 3 + 2
         batch.close()
         assert slots_in_use(manager) == 3
+
+
+def test_a_commit_that_fails_at_its_publication_leaves_no_key_behind(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = rooted(make_manager(recur_slots=20))
+    others = manager.recur_pool.stats().max_entries - 2
+    look_up = room._freed_by
+    with manager.search([0], entries=2, tokens=10) as search, manager.search([1], entries=others, tokens=10):
+        for number, key in enumerate(("replaced", "other")):
+            grow(search, "root", key, number)
+
+        def what_goes(*arguments: Any) -> tuple[int, int]:
+            """What the commit is about to replace goes before it has taken its room, and the room goes to another."""
+            found = look_up(*arguments)
+            monkeypatch.undo()
+            search.release(["replaced"])
+            grow(search, "root", "another", 2)
+            return found
+
+        monkeypatch.setattr(room, "_freed_by", what_goes)
+        with pytest.raises(CapacityError):
+            grow(search, "root", "replaced", 3)
+        assert "replaced" not in search
+        assert len(search) == 2
+        search.release(["another"])
+        grow(search, "root", "replaced", 4)
+        assert_same(_row(search, "replaced"), child_of(tokens(99, 3), 4))

@@ -7,7 +7,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ..arguments import check_env_ids, hash_of
+from ..arguments import check_env_ids, hash_of, sequence_of
 from ..errors import InvalidArgumentError
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
@@ -15,7 +15,7 @@ from ..manager import KVCacheManager
 from ..overflow import Overflow
 from ..search import LookupOrder
 from ..stats import StatsSummary
-from .offload import INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
+from .offload import INLINE_BYTES, INLINE_ENTRIES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
 from .pool import AsyncKVPool
 from .search import AsyncSearch
 
@@ -28,7 +28,7 @@ class AsyncKVCacheManager:
     Args:
         manager: the manager to share; made of `config`, `env_num` and `settings` if left out.
         config, env_num, settings: see `KVCacheManager`.
-        inline_wait_seconds, inline_bytes, max_workers: see `AsyncKVPool`.
+        inline_wait_seconds, inline_bytes, inline_entries, max_workers: see `AsyncKVPool`.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class AsyncKVCacheManager:
         env_num: int = 1,
         inline_wait_seconds: float = INLINE_WAIT_SECONDS,
         inline_bytes: int = INLINE_BYTES,
+        inline_entries: int = INLINE_ENTRIES,
         max_workers: int = MAX_WORKERS,
         **settings: Any,
     ) -> None:
@@ -47,6 +48,7 @@ class AsyncKVCacheManager:
             self.sync.storage,
             inline_wait_seconds=inline_wait_seconds,
             inline_bytes=inline_bytes,
+            inline_entries=inline_entries,
             max_workers=max_workers,
         )
         self.init_pools = tuple(AsyncKVPool(pool, offload=self._offload) for pool in self.sync.init_pools)
@@ -104,7 +106,7 @@ class AsyncKVCacheManager:
             env_id,
             cache_key,
             copied_bytes=self.sync.layout.bytes_per_entry,
-            order=order,
+            order=sequence_of("order", order, "'init', 'recur' and 'wm'"),
             timeout=timeout,
         )
 

@@ -3,33 +3,38 @@
 A cancelled call leaves the pool as if it had been made, or not at all. The worker delivers its result through a cell,
 which worker and task each close once; whoever comes second undoes what was made: a batch, a pin, a search. What cannot
 be undone and takes effect in several steps (clears, version bumps, the end of something) runs to its end once begun.
+What users compute is theirs: it is never cut off, and what it does to a pool is done.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-import torch
 
+from ..cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..flights import Flight, timed_out
+from ..flight_waiting import timed_out, waiting_for
+from ..flights import Flight
 from ..layout import positive_int
-from ..locks import Cancellation, Deadline, cancellation
+from ..locks import Caller, Deadline, NotOnLoopError, caller, lend_place
 from ..storage import check_seconds
+from .cell import Cell
+from .places import Place, call_soon_here
 
 if TYPE_CHECKING:
     from ..storage import KVStorage
 
 __all__ = [
     "INLINE_BYTES",
+    "INLINE_ENTRIES",
     "INLINE_WAIT_SECONDS",
     "MAX_WORKERS",
     "Offload",
@@ -39,6 +44,7 @@ __all__ = [
 
 INLINE_WAIT_SECONDS = 50e-6
 INLINE_BYTES = 256 * 1024
+INLINE_ENTRIES = 64
 MAX_WORKERS = 8
 
 T = TypeVar("T")
@@ -53,38 +59,6 @@ class OffloadStats:
     worker_count: int
 
 
-class _Cell(Generic[T]):
-    """Where a worker leaves its result, and a task picks it up. Each closes it once; the second to come undoes."""
-
-    def __init__(self, undo: Callable[[T], object] | None) -> None:
-        self._undo = undo
-        self._lock = threading.Lock()
-        self._left = False
-        self._delivered = False
-        self._result: T | None = None
-
-    def deliver(self, result: T) -> None:
-        """The worker's side. Undoes the result if the task has left."""
-        with self._lock:
-            left = self._left
-            self._delivered, self._result = not left, result
-        if left and self._undo is not None:
-            self._undo(result)
-
-    def leave(self) -> None:
-        """The task's side, when it was cancelled. Undoes a result that is there already."""
-        with self._lock:
-            self._left = True
-            delivered, result = self._delivered, self._result
-            self._result = None
-        if delivered and self._undo is not None:
-            self._undo(result)  # type: ignore[arg-type]
-
-    def take(self) -> T:
-        """The task's side, when the worker has ended."""
-        return self._result  # type: ignore[return-value]
-
-
 class Offload:
     """Decides where an operation runs, and runs it.
 
@@ -92,13 +66,24 @@ class Offload:
         storage: what the operations work on.
         inline_wait_seconds: how long an operation may wait for a lock on the loop's own thread.
         inline_bytes: the largest copy that is made on the loop's own thread. (On a GPU copies are only issued there.)
-        max_workers: worker threads of each event loop.
+        inline_entries: the most entries that an operation on the loop's own thread looks up, stores or removes.
+        max_workers: worker threads of each event loop for operations, and as many for what users compute.
     """
 
-    def __init__(self, storage: KVStorage, *, inline_wait_seconds: float, inline_bytes: int, max_workers: int) -> None:
+    def __init__(
+        self,
+        storage: KVStorage,
+        *,
+        inline_wait_seconds: float,
+        inline_bytes: int,
+        inline_entries: int,
+        max_workers: int,
+    ) -> None:
         self.storage = storage
         self.inline_wait_seconds = check_seconds("inline_wait_seconds", inline_wait_seconds)
         self.inline_bytes = positive_int("inline_bytes", inline_bytes, minimum=0)
+        self.inline_entries = positive_int("inline_entries", inline_entries, minimum=0)
+        self._on_loop = Caller(steps_on_loop=self.inline_entries)
         self._max_workers = positive_int("max_workers", max_workers)
         # Of each event loop its own: a limiter does not survive being shared. And another for what users compute,
         # which may wait for other computations: those must find a worker for their reads and writes meanwhile.
@@ -118,51 +103,98 @@ class Offload:
         operation: Callable[..., T],
         *args: Any,
         copied_bytes: int = 0,
+        entries: int = 1,
         timeout: float | None = None,
         undo: Callable[[T], object] | None = None,
+        waits_for_device: bool = False,
+        streams: AbstractContextManager[object] | None = None,
         **options: Any,
     ) -> T:
-        """Run `operation(*args, timeout=..., **options)`.
+        """Run `operation(*args, timeout=..., **options)`, perhaps twice: its arguments must bear that.
 
         Args:
             copied_bytes: at most so many bytes are copied by it.
+            entries: about so many entries are looked up, stored or removed by it.
             timeout: seconds it may wait in all.
-            undo: called with a result that nobody will take.
+            undo: called with a result that nobody will take; it must take no lock.
+            waits_for_device: whether it returns only when the device has done its work.
+            streams: the current streams it runs in; those of its caller if left out.
         """
+        # Looked up before any hop: which stream is current belongs to the thread, and other tasks change it.
+        streams = streams or current_streams()
         await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
-        if self._is_small(copied_bytes):
+        # What somebody dropped unclosed is released by the next operation, for which a loop has no time.
+        small = self._is_small(copied_bytes, entries) and not waits_for_device
+        if small and not self.storage.ledger.abandoned:
+            # It ends before its task can be cancelled: the one caller serves all.
+            before = caller.set(self._on_loop)
             try:
-                result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
-            except WaitTimeoutError:
+                with streams:
+                    result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
+            except WaitTimeoutError as error:
                 # Nothing has happened: the same call can be made again, where it may wait.
-                if limit <= self.inline_wait_seconds:
+                if limit <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
                     raise
             else:
                 with self._counter_lock:
                     self._inline_count += 1
                 return result
-        return await self.in_worker(partial(operation, *args, timeout=limit, **options), undo)
+            finally:
+                caller.reset(before)
+        making = partial(operation, *args, timeout=limit, **options)
+        return await self._in_worker(making, undo, streams, seconds=limit)
 
-    async def copy(self, operation: Callable[[], T], copied_bytes: int) -> T:
+    async def copy(
+        self, operation: Callable[[], T], copied_bytes: int, streams: AbstractContextManager[object] | None = None
+    ) -> T:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
-        return operation() if self._is_small(copied_bytes) else await self.in_worker(operation)
+        streams = streams or current_streams()
+        if self._is_small(copied_bytes):
+            with streams:
+                return operation()
+        return await self.in_worker(operation, streams)
 
-    async def compute(self, operation: Callable[[], T]) -> T:
-        """Run a user's function in a worker thread."""
-        return await self._in_worker(operation, None, self._computing_limiter)
+    async def compute(
+        self,
+        operation: Callable[[], Any],
+        deliver: Callable[[Any], T],
+        around: AbstractContextManager[None],
+        deadline: Deadline,
+        streams: AbstractContextManager[object] | None = None,
+    ) -> T:
+        """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
 
-    async def in_worker(self, operation: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-        """Run `operation()` in a worker thread, in the caller's device stream.
+        If its task is cancelled by asyncio, the function runs on to its end, and `deliver` takes no effect any more.
+
+        Raises:
+            WaitTimeoutError: no worker became free in time; the function has not begun.
+        """
+        limiter = self._limiter_here(self._computing_limiter)
+
+        def work() -> T:
+            with around:
+                for_task = caller.get()
+                caller.set(None)
+                made = operation()
+                caller.set(for_task)
+                return deliver(made)
+
+        with lend_place.get()():  # by a computation that came here for another one
+            return await self._in_worker(work, None, streams, seconds=deadline.left(), limiter=limiter)
+
+    async def in_worker(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
+        """Run `operation()` in a worker thread, in the caller's device streams unless `streams` says otherwise.
 
         A task that is cancelled through anyio's scopes waits for the worker, whose waits are bounded. asyncio's own
         `cancel()` does not wait; what the worker then makes is undone.
         """
-        return await self._in_worker(operation, undo, self._limiter)
+        return await self._in_worker(operation, None, streams)
 
-    async def in_worker_whole(self, operation: Callable[[], T]) -> T:
+    async def in_worker_whole(self, operation: Callable[[], T], timeout: float | None = None) -> T:
         """As `in_worker`, for what takes effect in several steps: cut off before it begins, or not at all."""
-        return await self._in_worker(operation, None, self._limiter, revocable=False)
+        seconds = None if timeout is None else check_seconds("timeout", timeout)
+        return await self._in_worker(operation, None, seconds=seconds, revocable=False)
 
     async def to_the_end(self, operation: Callable[[], object]) -> None:
         """Run `operation()`, which can be called twice, in a worker thread to its end, however the task is cancelled.
@@ -170,27 +202,30 @@ class Offload:
         A cancellation of any kind is raised when it is over.
         """
         cancelled: BaseException | None = None
-        finished = False
+        ended = anyio.Event()
+        begun = False
+        call_soon = call_soon_here()
 
         def work() -> None:
-            nonlocal finished
-            operation()
-            finished = True
+            nonlocal begun
+            begun = True
+            try:
+                operation()
+            finally:
+                with suppress(RuntimeError):  # of a loop that has ended
+                    call_soon(ended.set)
 
         with anyio.CancelScope(shield=True):
-            while True:
+            while not ended.is_set():
                 try:
-                    # Queues for nobody's worker: what closes gives room to those who have them.
-                    await self._in_worker(work, None, anyio.CapacityLimiter(1), revocable=False)
-                    break
+                    if begun:
+                        await ended.wait()
+                    else:
+                        # Queues for nobody's worker: what closes gives room to those who have them.
+                        await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
+                        break
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled = error
-                    if finished:
-                        break
-                except Exception as error:
-                    if cancelled is not None:
-                        raise cancelled from error
-                    raise
         if cancelled is not None:
             raise cancelled
 
@@ -198,44 +233,56 @@ class Offload:
         self,
         operation: Callable[[], T],
         undo: Callable[[T], object] | None,
-        limiter: Limiter | anyio.CapacityLimiter,
+        streams: AbstractContextManager[object] | None = None,
         *,
+        seconds: float | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
         revocable: bool = True,
     ) -> T:
+        """Run `operation()` in a worker, once one of `limiter` is free, which is waited for `seconds` at most."""
+        if seconds is None:
+            seconds = self.storage.wait_timeout
+        if limiter is None:
+            limiter = self._limiter_here(self._limiter)
         with self._counter_lock:
             self._worker_count += 1
-        cell: _Cell[T] = _Cell(undo)
-        context = self._caller_stream()
-        request = Cancellation()
+        cell: Cell[T] = Cell(undo)
+        streams = streams or current_streams()
+        task = Caller()
+        place = Place(limiter)
 
         def work() -> None:
-            if request.requested:
+            if not place.begin():
                 return
-            cancellation.set(request if revocable else None)  # in the copy of the context that a worker runs in
-            with context:
-                cell.deliver(operation())
+            caller.set(task if revocable else None)  # in the copy of the context that a worker runs in
+            try:
+                with streams:
+                    cell.deliver(operation())
+            finally:
+                place.end()
 
+        await anyio.lowlevel.checkpoint_if_cancelled()  # the shield below would let it begin all the same
+        await place.take(seconds, self.storage.name)
         try:
-            await anyio.to_thread.run_sync(work, limiter=self._limiter_here(limiter))
+            # A scope of our own: what the worker asks of its loop runs in it, and would turn for ever in one that was
+            # cancelled while it waits for the worker.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
         except BaseException:
-            request.requested = True
+            task.leave()
             cell.leave()
             raise
+        finally:
+            place.leave()
         return cell.take()
 
-    def _is_small(self, copied_bytes: int) -> bool:
-        return copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu"
+    def _is_small(self, copied_bytes: int, entries: int = 1) -> bool:
+        return entries <= self.inline_entries and (
+            copied_bytes <= self.inline_bytes or self.storage.layout.device.type != "cpu"
+        )
 
-    def _caller_stream(self) -> AbstractContextManager[Any]:
-        """The stream is looked up here, in the caller's thread: a worker has a current stream of its own."""
-        if self.storage.layout.device.type == "cpu":
-            return nullcontext()
-        return torch.cuda.stream(self.storage.clock.current())
-
-    def _limiter_here(self, limiter: Limiter | anyio.CapacityLimiter) -> anyio.CapacityLimiter:
+    def _limiter_here(self, limiter: Limiter) -> anyio.CapacityLimiter:
         """A limiter of the current event loop."""
-        if isinstance(limiter, anyio.CapacityLimiter):
-            return limiter
         try:
             return limiter.get()
         except LookupError:
@@ -249,11 +296,10 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
 
     Raises:
         WaitTimeoutError: it was not over in time.
+        RecursiveComputationError: see `waiting_for`.
     """
     over = anyio.Event()
-    loop: Any = anyio.lowlevel.current_token().native_token
-    # asyncio's loop, or trio's token: both may be called from any thread, and from finalisers.
-    call_soon = loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
+    call_soon = call_soon_here()
 
     def wake() -> None:
         with suppress(RuntimeError):  # of a loop that has ended, and its tasks with it
@@ -263,9 +309,11 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
         if not flight.subscribe(wake):
             await anyio.lowlevel.checkpoint()
             return
-        with anyio.move_on_after(deadline.left()):
+        with waiting_for(flight, name), anyio.move_on_after(deadline.left()):
             await over.wait()
             return
     finally:
         flight.unsubscribe(wake)
-    raise timed_out(flight, deadline, name)
+    # Whoever ended it may have been cut off between two wakers, or have ended with its loop.
+    if not flight.over_unheard():
+        raise timed_out(flight, deadline, name)

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from ..arguments import check_keys, hash_of
+from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
+from ..cuda import current_streams
 from ..entry import Scope
-from ..flights import Claim, Flight, FlightState, outcome
+from ..flight_waiting import outcome
+from ..flights import Claim, Flight, FlightState
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
-from ..loading import claim
+from ..loading import claim, heard_by_all
 from ..locks import Deadline
 from ..overflow import Overflow
 from ..pin import Pin
 from ..pool import KVPool
 from ..stats import PoolStats
 from ..storage import check_seconds
-from .offload import INLINE_BYTES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats, wait_in_task
+from .offload import (
+    INLINE_BYTES,
+    INLINE_ENTRIES,
+    INLINE_WAIT_SECONDS,
+    MAX_WORKERS,
+    Offload,
+    OffloadStats,
+    wait_in_task,
+)
+from .places import has_ended_here
 
 __all__ = ["AsyncKVPool"]
+
+T = TypeVar("T")
 
 
 class AsyncKVPool:
@@ -33,10 +48,12 @@ class AsyncKVPool:
 
     Args:
         pool: the pool.
-        offload: where its operations run; made of the other three if left out.
+        offload: where its operations run; made of the others if left out.
         inline_wait_seconds: how long an operation may wait for a lock on the loop's own thread.
         inline_bytes: the largest copy made on the loop's own thread.
-        max_workers: worker threads of each event loop.
+        inline_entries: the most entries that an operation there looks up, stores or removes.
+        max_workers: worker threads of each event loop for operations, and as many for sync computations (those that
+            wait for another computation do not count).
     """
 
     def __init__(
@@ -46,6 +63,7 @@ class AsyncKVPool:
         offload: Offload | None = None,
         inline_wait_seconds: float = INLINE_WAIT_SECONDS,
         inline_bytes: int = INLINE_BYTES,
+        inline_entries: int = INLINE_ENTRIES,
         max_workers: int = MAX_WORKERS,
     ) -> None:
         self.sync = pool
@@ -53,23 +71,48 @@ class AsyncKVPool:
             pool.storage,
             inline_wait_seconds=inline_wait_seconds,
             inline_bytes=inline_bytes,
+            inline_entries=inline_entries,
             max_workers=max_workers,
         )
         self._entry_bytes = pool.layout.bytes_per_entry
+        self._on_cpu = pool.layout.device.type == "cpu"
 
     async def get(
-        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.get`."""
-        return await self._offload.run(self.sync.get, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout)
+        return await self._read(self.sync.get, key, scope=scope, timeout=timeout, to=to, stream=stream)
 
     async def peek(
-        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.peek`."""
+        return await self._read(self.sync.peek, key, scope=scope, timeout=timeout, to=to, stream=stream)
+
+    async def _read(
+        self, operation: Callable[..., T], key: Hashable, *, to: torch.device | str | None, **options: Any
+    ) -> T:
+        # A copy to the host has to wait for the device.
+        leaves_device = to is not None and not self._on_cpu
         return await self._offload.run(
-            self.sync.peek, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout
+            operation, key, copied_bytes=self._entry_bytes, waits_for_device=leaves_device, to=to, **options
         )
+
+    def _comes_from_device(self, kv: object) -> bool:
+        """Whether `kv` has to be copied to the host first, and the device waited for."""
+        return self._on_cpu and isinstance(kv, KeysValues) and kv.keys.device.type != "cpu"
 
     async def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
@@ -90,6 +133,7 @@ class AsyncKVPool:
         priority: float = 0.0,
         scope: Scope | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.put`. `kv` must not be written to until this returns."""
         return await self._offload.run(
@@ -97,10 +141,12 @@ class AsyncKVPool:
             key,
             kv,
             copied_bytes=self._entry_bytes,
+            waits_for_device=self._comes_from_device(kv),
             side=side,
             priority=priority,
             scope=scope,
             timeout=timeout,
+            stream=stream,
         )
 
     async def put_many(
@@ -112,6 +158,7 @@ class AsyncKVPool:
         priorities: Sequence[float] | None = None,
         scope: Scope | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.put_many`. `kv` must not be written to until this returns."""
         keys = check_keys(keys)
@@ -120,10 +167,13 @@ class AsyncKVPool:
             keys,
             kv,
             copied_bytes=len(keys) * self._entry_bytes,
-            sides=sides,
-            priorities=priorities,
+            entries=len(keys),
+            waits_for_device=self._comes_from_device(kv),
+            sides=list_or_none("sides", sides),
+            priorities=list_or_none("priorities", priorities),
             scope=scope,
             timeout=timeout,
+            stream=stream,
         )
 
     async def gather(
@@ -134,6 +184,7 @@ class AsyncKVPool:
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """See `KVPool.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
         keys = check_keys(keys)
@@ -141,11 +192,13 @@ class AsyncKVPool:
             self.sync.gather,
             keys,
             copied_bytes=len(keys) * self._entry_bytes,
-            undo=Batch.close,
+            entries=len(keys),
+            undo=Batch.abandon,
             scope=scope,
             room=room,
             out=out,
             timeout=timeout,
+            stream=stream,
         )
 
     async def commit(
@@ -158,6 +211,7 @@ class AsyncKVPool:
         sides: Sequence[object] | None = None,
         priorities: Sequence[float] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.commit`."""
         keys = check_keys(keys)
@@ -166,30 +220,38 @@ class AsyncKVPool:
             keys,
             batch,
             copied_bytes=len(keys) * self._entry_bytes,
-            rows=rows,
+            entries=len(keys),
+            rows=list_or_none("rows", rows),
             overflow=overflow,
-            sides=sides,
-            priorities=priorities,
+            sides=list_or_none("sides", sides),
+            priorities=list_or_none("priorities", priorities),
             timeout=timeout,
+            stream=stream,
         )
 
     async def pop(
-        self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.pop`."""
-        return await self._offload.run(self.sync.pop, key, copied_bytes=self._entry_bytes, scope=scope, timeout=timeout)
+        return await self._read(self.sync.pop, key, scope=scope, timeout=timeout, to=to, stream=stream)
 
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""
-        return await self._offload.run(self.sync.pin, key, undo=Pin.close, scope=scope, timeout=timeout)
+        return await self._offload.run(self.sync.pin, key, undo=Pin.abandon, scope=scope, timeout=timeout)
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
-        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout), timeout)
 
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
-        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout))
+        await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout), timeout)
 
     # One computation for each missing key ----------------------------------------------------------------------------
 
@@ -206,19 +268,28 @@ class AsyncKVPool:
         """See `KVPool.get_or_compute`; threads, asyncio tasks and trio tasks may wait for the same computation.
 
         Args:
-            compute: an async function, awaited in the calling task; or a function, called in a worker thread.
+            compute: an async function, awaited in the calling task; or a function, called in a worker thread, which
+                runs to its end: a scope that is cancelled waits for it, and its result counts. asyncio's own `cancel()`
+                does not wait, and the result is then dropped.
         """
         pool = self.sync
         hash_of(key)
         deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
-        found = await self.get(key, scope=scope)
+        streams = current_streams()  # those of the caller, whatever other tasks do while this one waits
+        found = await self.get(key, scope=scope, timeout=timeout)
         flown_in = scope or pool.default_scope
         while found is None:
             joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
             if mine:
-                return await self._compute(joined, key, scope, compute)
+                joined.flight.loop_ended = has_ended_here()
+                return await self._compute(joined, key, scope, compute, deadline, streams)
             await wait_in_task(joined.flight, deadline, pool.name)
-            found = await self._outcome(joined.flight)
+            if joined.late and joined.flight.state is FlightState.DONE:
+                found = await self._read(
+                    self.sync.peek, key, scope=scope, to=None, streams=streams, timeout=deadline.left()
+                )
+            else:
+                found = await self._outcome(joined.flight, streams)
         return found
 
     async def _compute(
@@ -227,31 +298,36 @@ class AsyncKVPool:
         key: Hashable,
         scope: Scope | None,
         compute: Callable[[], KeysValues] | Callable[[], Awaitable[KeysValues]],
+        deadline: Deadline,
+        streams: AbstractContextManager[object],
     ) -> KeysValues:
         with joined, joined.computing():
-            try:
+            with heard_by_all(joined):
                 # Another flight may have ended between the caller's lookup and its claim.
-                kv = await self.peek(key, scope=scope)
-                if kv is None:
-                    made: Any = (
-                        compute() if inspect.iscoroutinefunction(compute) else await self._offload.compute(compute)
-                    )
-                    kv = await made if inspect.isawaitable(made) else made
-                    await self.fulfil(joined, kv)
-                else:
-                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes)
-            except Exception as error:
-                if not joined.over:
-                    joined.fail(error)
-                raise
-        result = await self._outcome(joined.flight)
+                joined.flight.settling = True
+                kv = await self._read(self.sync.peek, key, scope=scope, to=None, streams=streams)
+                joined.flight.settling = kv is not None
+                if kv is not None:
+                    await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
+                elif inspect.iscoroutinefunction(compute):
+                    await self._fulfil(joined, await compute(), None, streams)
+            if not joined.over:
+                # That no worker was free in time is not heard by all: others may have more of it.
+                deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
+                computing = partial(_compute_here, joined, compute)
+                begun = await self._offload.compute(computing, deliver, around, deadline, streams)
+                if begun is not None:
+                    with heard_by_all(joined):
+                        await self._fulfil(joined, await begun, None, streams)
+        result = await self._outcome(joined.flight, streams)
         assert result is not None
         return result
 
-    async def _outcome(self, flight: Flight) -> KeysValues | None:
+    async def _outcome(self, flight: Flight, streams: AbstractContextManager[object]) -> KeysValues | None:
         """See `outcome`."""
         copied_bytes = self._entry_bytes if flight.state is FlightState.DONE else 0
-        return await self._offload.copy(partial(outcome, flight, self.sync.storage.clock, self.sync.name), copied_bytes)
+        taking = partial(outcome, flight, self.sync.storage.clock, self.sync.name)
+        return await self._offload.copy(taking, copied_bytes, streams)
 
     def try_claim(
         self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None
@@ -261,7 +337,19 @@ class AsyncKVPool:
 
     async def fulfil(self, claim: Claim, kv: KeysValues, *, timeout: float | None = None) -> bool:
         """See `Claim.fulfil`. If it is cancelled, the claim is still open, or was fulfilled."""
-        return await self._offload.run(claim.fulfil, kv, copied_bytes=self._entry_bytes, timeout=timeout)
+        return await self._fulfil(claim, kv, timeout, None)
+
+    async def _fulfil(
+        self, claim: Claim, kv: KeysValues, timeout: float | None, streams: AbstractContextManager[object] | None
+    ) -> bool:
+        return await self._offload.run(
+            claim.fulfil,
+            kv,
+            copied_bytes=self._entry_bytes,
+            waits_for_device=self._comes_from_device(kv),
+            timeout=timeout,
+            streams=streams,
+        )
 
     # State ---------------------------------------------------------------------------------------------------------
 
@@ -293,6 +381,15 @@ class AsyncKVPool:
         """See `KVPool.repair`."""
         return await self._offload.in_worker_whole(self.sync.repair)
 
+    async def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
+        """See `KVPool.keys`."""
+        return await self._offload.run(self.sync.keys, entries=len(self.sync), scope=scope, timeout=timeout)
+
+    async def __aiter__(self) -> AsyncIterator[Hashable]:
+        """See `KVPool.__iter__`."""
+        for key in await self.keys():
+            yield key
+
     def __len__(self) -> int:
         return len(self.sync)
 
@@ -307,3 +404,20 @@ class AsyncKVPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
+    """Compute in a worker, which ends the flight whatever becomes of the loop."""
+    claim.flight.loop_ended = None
+    return compute()
+
+
+def _fulfil_here(claim: Claim, made: Any) -> Awaitable[KeysValues] | None:
+    """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
+
+    Returns what a function only began to compute, for the loop to await.
+    """
+    if inspect.isawaitable(made):
+        return made
+    claim.fulfil(made)
+    return None

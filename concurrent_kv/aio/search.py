@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
-from ..arguments import check_keys
+from ..arguments import check_env_ids, check_keys, list_or_none
 from ..batch import Batch
-from ..errors import ClosedError, WaitTimeoutError
+from ..errors import ClosedError
 from ..overflow import Overflow
 from ..search import SAME_KEY, SAME_SIDE, LookupOrder, Search
 from .offload import Offload
@@ -27,6 +27,7 @@ class AsyncSearch:
         self._offload = offload
         self._timeout = timeout
         self._search: Search | None = None
+        self._entered = False
 
     @property
     def sync(self) -> Search:
@@ -53,19 +54,22 @@ class AsyncSearch:
         room: int | None = None,
         out: Tensor | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> Batch:
         """See `Search.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
         keys = check_keys(keys)
         return await self._offload.run(
             self.sync.gather,
             keys,
-            env_ids,
+            check_env_ids(env_ids),
             copied_bytes=len(keys) * self._offload.storage.layout.bytes_per_entry,
-            undo=Batch.close,
+            entries=len(keys),
+            undo=Batch.abandon,
             order=order,
             room=room,
             out=out,
             timeout=timeout,
+            stream=stream,
         )
 
     async def commit(
@@ -77,6 +81,7 @@ class AsyncSearch:
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> None:
         """See `Search.commit`."""
         keys = check_keys(keys)
@@ -85,19 +90,23 @@ class AsyncSearch:
             keys,
             batch,
             copied_bytes=len(keys) * self._offload.storage.layout.bytes_per_entry,
-            rows=rows,
+            entries=len(keys),
+            rows=list_or_none("rows", rows),
             overflow=overflow,
-            sides=sides,
+            sides=list_or_none("sides", sides),
             timeout=timeout,
+            stream=stream,
         )
 
     async def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """See `Search.release`."""
-        await self._offload.run(self.sync.release, check_keys(keys), timeout=timeout)
+        keys = check_keys(keys)
+        await self._offload.run(self.sync.release, keys, entries=len(keys), timeout=timeout)
 
     async def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """See `Search.keep`."""
-        return await self._offload.run(self.sync.keep, check_keys(keys, minimum=0), timeout=timeout)
+        keys = check_keys(keys, minimum=0)
+        return await self._offload.run(self.sync.keep, keys, entries=self.sync.held, timeout=timeout)
 
     async def promote(
         self,
@@ -114,9 +123,18 @@ class AsyncSearch:
             self.sync.promote, key, env_id, as_key=as_key, side=side, priority=priority, timeout=timeout
         )
 
-    async def contains(self, key: Hashable) -> bool:
-        """Whether `key` is one of the search's own entries; `in` cannot be awaited. Always in a worker thread."""
-        return await self._offload.in_worker(partial(self.sync.__contains__, key))
+    async def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
+        """See `Search.contains`; `in` cannot be awaited."""
+        return await self._offload.run(self.sync.contains, key, timeout=timeout)
+
+    async def keys(self, *, timeout: float | None = None) -> list[Hashable]:
+        """See `Search.keys`."""
+        return await self._offload.run(self.sync.keys, entries=len(self.sync), timeout=timeout)
+
+    async def __aiter__(self) -> AsyncIterator[Hashable]:
+        """See `Search.__iter__`."""
+        for key in await self.keys():
+            yield key
 
     @property
     def closed(self) -> bool:
@@ -131,18 +149,13 @@ class AsyncSearch:
         await self._offload.to_the_end(partial(self.sync.close, timeout=timeout))
 
     async def __aenter__(self) -> AsyncSearch:
-        if self._search is not None:
+        if self._entered:
             raise ClosedError("this search was entered before: open another with manager.search()")
-        self._search = await self._offload.run(self._open, undo=_close_unused, timeout=self._timeout)
+        self._entered = True
+        self._search = await self._offload.run(self._open, undo=Search.abandon, timeout=self._timeout)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-def _close_unused(search: Search) -> None:
-    """Close a search that nobody will use, perhaps on a loop's thread: what is busy just now, the next call closes."""
-    with suppress(WaitTimeoutError):
-        search.close(timeout=0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
 from concurrent_kv.locks import Deadline, ShardedRWLock
-from concurrent_kv.tensors import Indices, SlotTensor
+from concurrent_kv.tensors import Block, Indices, SlotTensor
 
 from .scheduler import BrokenPromiseError, Scheduler, Task
 
@@ -174,6 +174,7 @@ class ModelTensor(SlotTensor):
         slots: Indices,
         difference: Tensor | None = None,
         runs: int = 0,
+        block: Block | None = None,
     ) -> tuple[Tensor, ...]:
         assert difference is None, "programs commit without corrections"
         taken = slots.tolist()
@@ -183,6 +184,6 @@ class ModelTensor(SlotTensor):
         self._writing.update(taken)
         self.data[:, index] = TORN
         self._scheduler.step("is in the middle of writing its slots")
-        self.data[:, index] = source[:, torch.from_numpy(rows), :, torch.from_numpy(columns)].transpose(0, 1)
+        self.data[:, index] = source[:, torch.tensor(rows), :, torch.tensor(columns)].transpose(0, 1)
         self._writing.difference_update(taken)
         return ()

@@ -22,6 +22,7 @@ Patch = pytest.MonkeyPatch
 def references_released_before_commit_shares_them(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         for hold in [hold for hold in pool.storage.ledger.holds if hold.what in ("batch", "commit")]:
+            hold.users = 0
             pool.storage.ledger.release(hold)
         return writing.write(pool, scope, generation, plan, deadline)
 

@@ -36,11 +36,15 @@ def _always() -> bool:
 
 
 class Task:
-    """An operation under way: where it stands, and what it needs for its next step."""
+    """An operation under way: where it stands, and what it needs for its next step.
 
-    def __init__(self, letter: str, body: Callable[[], object]) -> None:
+    Nobody waits for the end of an `endless` one.
+    """
+
+    def __init__(self, letter: str, body: Callable[[], object], *, endless: bool = False) -> None:
         self.letter = letter
         self.body = body
+        self.endless = endless
         self.what = "starts"
         self.ready: Callable[[], bool] = _always
         self.expires = False
@@ -83,7 +87,14 @@ class Scheduler:
 
     def spawn(self, body: Callable[[], object]) -> None:
         """Add a task; it starts at a step of its own."""
-        task = Task("ABCDEFGH"[len(self._tasks)], body)
+        number = sum(not task.endless for task in self._tasks)
+        self._add(Task("ABCDEFGH"[number], body))
+
+    def spawn_endless(self, letter: str, body: Callable[[], object]) -> None:
+        """Add a task that may go on when all the others have ended: it is then left where it stands."""
+        self._add(Task(letter, body, endless=True))
+
+    def _add(self, task: Task) -> None:
         task.greenlet = greenlet.greenlet(lambda: self._run_task(task))
         self._tasks.append(task)
 
@@ -149,13 +160,13 @@ class Scheduler:
         if len(self.schedule) >= MAX_STEPS:
             raise LivelockError(f"not over after {MAX_STEPS} steps: {self._tasks}")
         waiting = [task for task in self._tasks if not task.done]
+        if all(task.endless for task in waiting):
+            return None
         running_on = current is not None and current.ready()
         options = [task for task in waiting if task is not current and task.ready()]
         if current is not None and running_on:
             options.insert(0, current)
         if not options:
-            if not waiting:
-                return None
             options = [task for task in waiting if task.expires]
             if not options:
                 raise DeadlockError(f"nobody can take a step: {waiting}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .scheduler import BrokenPromiseError, Chooser, Scheduler, Task
 
-__all__ = ["Explored", "Failure", "Run", "explore", "replay", "sample"]
+__all__ = ["Explored", "Failure", "Run", "execute", "explore", "replay", "sample"]
 
 Run = Callable[[Scheduler], None]
 """Sets a program up on a scheduler, runs it, and raises if a promise was broken."""
@@ -94,7 +94,8 @@ class _Replayed:
         return next((task for task in options if task.letter == letter), options[0])
 
 
-def _execute(run: Run, chooser: Chooser) -> Failure | None:
+def execute(run: Run, chooser: Chooser) -> Failure | None:
+    """Run one schedule; the promise that it broke, if it did."""
     scheduler = Scheduler(chooser)
     try:
         run(scheduler)
@@ -119,7 +120,7 @@ def explore(run: Run, *, preemptions: int | None, limit: int = 1_000_000) -> Exp
         if schedules == limit:
             raise BrokenPromiseError(f"more than {limit} schedules")
         order.begin()
-        failure = _execute(run, order)
+        failure = execute(run, order)
         schedules += 1
         if failure is not None:
             return Explored(schedules, _with_fewer_preemptions(run, failure, preemptions))
@@ -135,10 +136,10 @@ def _with_fewer_preemptions(run: Run, failure: Failure, preemptions: int | None)
     return failure
 
 
-def sample(run: Run, *, schedules: int, seed: int) -> Explored:
-    """Look at `schedules` random schedules, the same ones for the same seed."""
+def sample(run: Run, *, schedules: int, seed: int, chooser: Callable[[int], Chooser] = _Random) -> Explored:
+    """Look at `schedules` random schedules, the same ones for the same seed, as `chooser(seed)` chooses."""
     for number in range(schedules):
-        failure = _execute(run, _Random(seed * 1_000_003 + number))
+        failure = execute(run, chooser(seed * 1_000_003 + number))
         if failure is not None:
             return Explored(number + 1, failure)
     return Explored(schedules)
@@ -152,4 +153,4 @@ def replay(run: Run, schedule: str) -> Failure | None:
         scheduler.append(made)
         run(made)
 
-    return _execute(remember, _Replayed(schedule, lambda: scheduler[0]))
+    return execute(remember, _Replayed(schedule, lambda: scheduler[0]))

@@ -12,7 +12,7 @@ from .attachment import Attachment
 from .divergence import Divergence
 from .manager import LightZeroKVCacheManager
 from .model import ATTACHMENT, attached_class, attachment_of
-from .settings import Answer, Mode, mode_of
+from .settings import Answer, Mode, check_manager, mode_of
 
 __all__ = ["attach", "detach"]
 
@@ -43,7 +43,8 @@ def attach(
         arguments: for a manager of its own, as in `KVCacheManager`.
 
     Raises:
-        InvalidTypeError: no such model. InvalidArgumentError: a setting that cannot work, by name.
+        InvalidTypeError: no such model. InvalidArgumentError: a setting that cannot work, by name. The model then is as
+            it was, attached or not.
     """
     if not all(hasattr(world_model, name) for name in ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache")):
         raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}")
@@ -51,24 +52,31 @@ def attach(
     if mode == "off":
         detach(world_model)
         return None
-    ids = None if env_ids is None else tuple(env_ids)
     if answer not in ("off", "on"):
         raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
+    if on_divergence is not None and not callable(on_divergence):
+        raise InvalidTypeError(f"on_divergence must be callable, got {on_divergence!r}")
+    searches = positive_int("searches", searches)
     if isinstance(manager, LightZeroKVCacheManager):
         manager = manager.manager
-    if manager is not None and arguments:
-        raise InvalidArgumentError(f"{next(iter(arguments))} cannot be given beside manager, which has its own")
+    if manager is not None:
+        check_manager(manager, world_model)
+        if arguments or searches != 1:
+            name = next(iter(arguments), "searches")
+            raise InvalidArgumentError(f"{name} cannot be given beside manager, which has its own")
+        before = attachment_of(world_model)
+        if before is not None and before.owns(manager):
+            raise InvalidArgumentError("manager was made for the world model's attachment, and is closed with it")
     attachment = Attachment(
         world_model,
         mode,
         manager=manager,
-        env_ids=ids,
-        searches=positive_int("searches", searches),
+        env_ids=env_ids,
+        searches=searches,
         answer=answer,
         on_divergence=on_divergence,
         arguments=arguments,
     )
-    # From here on nothing can fail: what cannot work leaves the model as it was.
     detach(world_model)
     forget_released(world_model)
     vars(world_model)[ATTACHMENT] = attachment

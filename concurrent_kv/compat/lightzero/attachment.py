@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...manager import KVCacheManager
 from ...overflow import Overflow
 from .divergence import Divergence, ValidationReport
 from .session import SearchSession
-from .settings import Answer, Mode, layout_of, manager_config, overflow_of
+from .settings import Answer, Mode, env_ids_of, layout_of, manager_config, overflow_of
 from .validation import Validation
 
 __all__ = ["Attachment"]
@@ -50,7 +50,7 @@ class Attachment:
         mode: Mode,
         *,
         manager: KVCacheManager | None,
-        env_ids: tuple[int, ...] | None,
+        env_ids: Iterable[int] | None,
         searches: int,
         answer: Answer,
         on_divergence: Callable[[Divergence], None] | None,
@@ -64,17 +64,13 @@ class Attachment:
                 "context_length must be an even number of at least 4 (two tokens a step, and a step beside the new "
                 f"one), got {window}"
             )
-        if manager is not None and manager.layout != self.layout:
-            raise InvalidArgumentError(
-                f"manager must be made for the world model's {self.layout}, got {manager.layout}"
-            )
         # With rotary positions nodes share what they keep of their parents; otherwise a full window is a copy. What
         # validation copies over is one, too.
         self._shares = bool(world_model.config.rotary_emb) and mode == "on"
         self._config = manager_config(world_model, searches)
         self._arguments = arguments
         self._on_divergence = on_divergence
-        self.env_ids = tuple(range(world_model.env_num)) if env_ids is None else env_ids
+        self.env_ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
         self.validation = Validation(answer, on_divergence) if mode == "validate" else None
         self._overflow: tuple[Any, Overflow] | None = None
         self._start(manager)
@@ -173,6 +169,10 @@ class Attachment:
             self.validation.clear_nodes()
             for row in range(len(self.env_ids)):
                 self.validation.clear_roots(row)
+
+    def owns(self, manager: KVCacheManager) -> bool:
+        """Whether a manager was made for this attachment, and is closed with it."""
+        return any(role.owns_manager and role.manager is manager for role in self._all_roles())
 
     def close(self) -> None:
         """End the calling thread's searches; close the managers that were made for this attachment. May block."""

@@ -201,7 +201,8 @@ def _roots(
 def _check_rows(kv: Attachment, rows: int) -> None:
     if rows > len(kv.env_ids):
         raise InvalidArgumentError(
-            f"the world model's env_num must be at least the {rows} environments of this batch, got {len(kv.env_ids)}"
+            f"the world model's env_num must be at least the {rows} environments of this batch, and env_ids as many, "
+            f"got {len(kv.env_ids)}"
         )
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 
-from ...errors import InvalidArgumentError
+from ...arguments import check_env_ids
+from ...errors import InvalidArgumentError, InvalidTypeError
 from ...layout import KVLayout
+from ...manager import KVCacheManager
 from ...overflow import DropAndCorrect, DropOldest
 
-__all__ = ["Answer", "Mode", "layout_of", "manager_config", "mode_of", "overflow_of", "setting"]
+__all__ = [
+    "Answer",
+    "Mode",
+    "check_manager",
+    "env_ids_of",
+    "layout_of",
+    "manager_config",
+    "mode_of",
+    "overflow_of",
+    "setting",
+]
 
 Mode = Literal["off", "validate", "on"]
 Answer = Literal["off", "on"]  # whose answers validation gives
@@ -88,3 +100,38 @@ def overflow_of(world_model: Any, layout: KVLayout) -> DropOldest | DropAndCorre
         ]
     )
     return DropAndCorrect(limit, DROPPED, difference, layout)
+
+
+def env_ids_of(env_ids: Iterable[int] | None, world_model: Any, env_num: int) -> tuple[int, ...]:
+    """The manager's environment of each row of a world model's batches, of a manager with `env_num` of them.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: one that the manager does not have, or one twice.
+    """
+    ids = check_env_ids(range(world_model.env_num) if env_ids is None else env_ids)
+    stated = f"env_ids must be different ints from 0 to {env_num - 1}, the manager's environments, got {ids}"
+    if not all(isinstance(env_id, int) and not isinstance(env_id, bool) for env_id in ids):
+        raise InvalidTypeError(stated)
+    if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(env_num)):
+        raise InvalidArgumentError(stated + ("" if env_ids is not None else ", the world model's env_num"))
+    return ids  # type: ignore[return-value]
+
+
+def check_manager(manager: Any, world_model: Any) -> None:
+    """Whether searches of a world model fit a manager.
+
+    Raises:
+        InvalidTypeError: it is no `KVCacheManager`. InvalidArgumentError: other shapes, or smaller searches.
+        ClosedError: it is closed.
+    """
+    if not isinstance(manager, KVCacheManager):
+        raise InvalidTypeError(f"manager must be a KVCacheManager or a LightZeroKVCacheManager, got {manager!r}")
+    manager.storage.enter()
+    layout, simulations = layout_of(world_model), world_model.num_simulations
+    if manager.layout != layout:
+        raise InvalidArgumentError(f"manager must be made for the world model's {layout}, got {manager.layout}")
+    if manager.config.num_simulations < simulations:
+        raise InvalidArgumentError(
+            f"manager must be made for the world model's num_simulations, {simulations}, or more, "
+            f"got {manager.config.num_simulations}"
+        )

@@ -1,0 +1,45 @@
+"""`Cell`: where a worker leaves its result and a task picks it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["Cell"]
+
+T = TypeVar("T")
+
+
+class Cell(Generic[T]):
+    """Closed once by the worker and once by a task that leaves; whoever comes second undoes what was made.
+
+    Takes no lock, and `undo` must take none: a task may be left by its finaliser, at any point of any thread, the
+    worker's inside `deliver` too.
+    """
+
+    def __init__(self, undo: Callable[[T], object] | None) -> None:
+        self._undo = undo
+        self._closed_by: list[str] = []  # in the order of their coming
+        self._result: T | None = None
+
+    def deliver(self, result: T) -> None:
+        """The worker's side. Undoes the result if the task has left."""
+        self._result = result
+        self._closed_by.append("worker")
+        if self._closed_by[0] == "task":
+            self._drop()
+
+    def leave(self) -> None:
+        """The task's side, when it was cancelled. Undoes a result that is there already."""
+        self._closed_by.append("task")
+        if self._closed_by[0] == "worker":
+            self._drop()
+
+    def take(self) -> T:
+        """The task's side, when the worker has ended."""
+        return self._result  # type: ignore[return-value]
+
+    def _drop(self) -> None:
+        result, self._result = self._result, None
+        if self._undo is not None:
+            self._undo(result)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Stress runs: everything that the package promises under contention, attacked and checked. See `docs/stress.md`."""

@@ -1,0 +1,169 @@
+"""Attack the cache from threads and tasks at once, check every read, and say what did not hold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+
+from concurrent_kv.eviction.registry import POLICIES
+from stress.faults.plan import FAULTS, parse_faults
+from stress.profiles import OPERATIONS, PROFILES, parse_mix
+from stress.results import as_json
+from stress.runner import ProfileResult, run_profile
+from stress.summary import failure_texts, live_watch, outcome, summary
+from stress.workloads import POSITIONS, WORKLOADS
+from stress.world import Settings
+
+__all__ = ["main"]
+
+FAILED, INTERRUPTED = 1, 130  # 130 as a shell reports SIGINT
+DEFAULT = "default: %(default)s"
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, show, write what was asked for. 0 if everything held."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console, errors = Console(), Console(stderr=True)
+    torch.set_num_threads(1)  # the parallelism is that of the actors
+    results: list[ProfileResult] = []
+    interrupted = False
+    try:
+        for settings in _settings(parser, options):
+            result = run_profile(settings, live_watch(console) if options.progress else None)
+            results.append(result)
+            console.print(outcome(result))
+    except KeyboardInterrupt:
+        interrupted = True
+    if results:
+        console.print(summary(results))
+        shown = " ".join(["python -m stress", *map(shlex.quote, sys.argv[1:] if arguments is None else arguments)])
+        document = as_json(results, shown)
+        if options.json is not None:
+            options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        if options.report is not None:
+            from stress.report import write_report  # matplotlib, which nothing else needs
+
+            write_report(document, options.report)
+    for text in failure_texts(results):
+        errors.print(f"FAILED: {text}", style="red", markup=False, highlight=False)
+    if interrupted:
+        errors.print("interrupted")
+        return INTERRUPTED
+    return FAILED if any(result.failures for result in results) else 0
+
+
+def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Settings]:
+    """One for each profile."""
+    names = list(PROFILES) if options.profile == "all" else options.profile.split(",")
+    found = []
+    for name in names:
+        if name not in PROFILES:
+            parser.error(f"argument --profile: {name!r} is none of {', '.join(PROFILES)}, all")
+        profile = PROFILES[name].changed(
+            threads=options.threads,
+            tasks=options.tasks,
+            mix=options.mix,
+            capacity=options.capacity,
+            keys=options.keys,
+        )
+        if not profile.threads and not profile.tasks:
+            parser.error("argument --threads: with no tasks there must be threads")
+        settings = Settings(profile, WORKLOADS[options.workload])
+        changes = {
+            field: getattr(options, field)
+            for field in ("seconds", "backend", "policy", "shards", "seed", "positions", "faults", "bound_seconds")
+        }
+        found.append(replace(settings, **changes))
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = Settings(PROFILES["mixed"], WORKLOADS["cartpole"])
+    parser = argparse.ArgumentParser(
+        prog="python -m stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.epilog = "\n\n".join(
+        f"{title}\n" + "\n".join(f"  {name:10} {about}" for name, about in names.items())
+        for title, names in (
+            ("profiles:", {name: profile.about for name, profile in PROFILES.items()}),
+            ("operations of a mix:", OPERATIONS),
+            ("faults:", FAULTS),
+        )
+    )
+    add = parser.add_argument
+    add("--profile", default="mixed", metavar="NAMES", help=f"one or more, or all ({DEFAULT})")
+    add("--seconds", type=_checked(_seconds), default=default.seconds, help=f"of each profile ({DEFAULT})")
+    add("--threads", type=_checked(_whole(0)), metavar="N", help="the profile's own if left out")
+    add("--tasks", type=_checked(_whole(0)), metavar="N", help="the profile's own if left out")
+    add("--backend", choices=("asyncio", "trio"), default=default.backend, help=f"event loop of the tasks ({DEFAULT})")
+    add("--workload", choices=list(WORKLOADS), default="cartpole", help=f"shapes of the entries ({DEFAULT})")
+    add("--positions", choices=POSITIONS, help="how rows are shortened at the window's end; the workload's if left out")
+    add("--mix", type=_checked(parse_mix), metavar="NAME=WEIGHT,...", help="operations; the profile's if left out")
+    add(
+        "--capacity",
+        type=_checked(_whole(1)),
+        metavar="N",
+        help="entries of the shared pool; the profile's if left out",
+    )
+    add("--keys", type=_checked(_whole(1, 1000)), metavar="N", help="keys of each scope; the profile's if left out")
+    add("--policy", choices=sorted(POLICIES), default=default.policy, help=f"eviction ({DEFAULT})")
+    add("--shards", type=_checked(_whole(1)), default=default.shards, help=f"of the locks ({DEFAULT})")
+    add("--seed", type=_checked(_whole(0)), default=default.seed, help=f"of what the actors choose ({DEFAULT})")
+    add("--faults", type=_checked(parse_faults), default=frozenset(), metavar="NAMES", help="some, all or none")
+    add(
+        "--bound",
+        dest="bound_seconds",
+        type=_checked(_seconds),
+        default=default.bound_seconds,
+        metavar="SECONDS",
+        help=f"what an operation may take before it counts as stuck ({DEFAULT})",
+    )
+    add("--json", type=Path, metavar="FILE", help="write every figure there")
+    add("--report", type=Path, metavar="FILE", help="write a page with plots there")
+    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
+    return parser
+
+
+def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """With the message of a `ValueError` shown as it is."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _whole(least: int, most: float = inf) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text)
+        if not least <= number <= most:
+            raise ValueError(f"must be from {least} to {most:g}, not {number}")
+        return number
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < inf:
+        raise ValueError(f"must be a number of seconds above 0, not {text}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

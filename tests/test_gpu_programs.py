@@ -1,0 +1,53 @@
+"""What `tests/gpu` runs on a GPU, run on a CPU: its own logic is right, and what fails there is the device's order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.machine import LAYOUT, Machine, tokens
+from tests.gpu.programs import PROGRAMS
+from tests.gpu.random_programs import run_random_program
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program_reads_what_it_should(program: str) -> None:
+    machine = Machine()
+    PROGRAMS[program](machine)
+    assert machine.seen
+    assert not machine.wrong()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_program_of_threads_reads_what_it_should(seed: int) -> None:
+    machine = Machine()
+    run_random_program(machine, seed)
+    assert machine.seen
+    assert not machine.wrong()
+
+
+def test_what_was_read_wrongly_is_named() -> None:
+    machine = Machine()
+    machine.see(tokens((1, 2)), (1, 2), "right")
+    machine.see(tokens((1, 3)), (1, 2), "wrong")
+    assert machine.wrong() == ["wrong"]
+
+
+def test_slots_that_nobody_wrote_to_keep_their_bytes() -> None:
+    machine = Machine()
+    pool = machine.pool(2)
+    data = pool.storage.tensor.data
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(1)).to(data.device)
+    data[:, 1:] = noise[:, 1:]
+    source = machine.row((1, 2, 3))
+    pool.put("a", source)
+    (entry,) = (entry for part in pool.default_scope.entries for entry in part.values())
+    own = [slot for slot in pool.storage.ledger.tables_of([entry]).ravel().tolist() if slot]
+    others = [slot for slot in range(1, data.shape[1]) if slot not in own]
+    machine.settle()
+    assert len(own) == 3
+    assert torch.equal(data[:, others].cpu(), noise[:, others].cpu())
+    assert source.packed is not None
+    assert torch.equal(source.packed.cpu(), tokens((1, 2, 3)))
+    assert LAYOUT.max_tokens * 3 == len(own) + len(others)
+    pool.close()

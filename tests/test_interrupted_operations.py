@@ -1,0 +1,197 @@
+"""Every operation cut off at every place of the package's code: afterwards `repair()` finds all that was cut loose."""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import concurrent_kv
+from concurrent_kv import KVCacheManager, KVPool
+from concurrent_kv.flights import FlightState
+from tests.interrupting import Cut, cut_at
+from tests.support import WINDOW, append, assert_same, slots_in_use, stacked, tokens
+
+PACKAGE = {str(path) for path in pathlib.Path(concurrent_kv.__file__).parent.glob("*.py")}
+MOST_PLACES = 5000
+
+
+@pytest.fixture(autouse=True)
+def cheap_collections() -> Iterator[None]:
+    """What is here before a test is no garbage of its own, and need not be looked at by each of its collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def replace(pool: KVPool) -> None:
+    pool.put("key", tokens(7, 3))
+
+
+def insert_many(pool: KVPool) -> None:
+    pool.put_many(["new", "newer"], stacked(tokens(7, 3), tokens(8, 4)))
+
+
+def commit(pool: KVPool) -> None:
+    with pool.gather(["other", "missing"]) as batch:
+        batch.fill(1, tokens(7, 2))
+        append(batch, [8, 9])
+        pool.commit(["child", "key"], batch)
+
+
+def pin_and_pop(pool: KVPool) -> None:
+    with pool.pin("key") as pin:
+        pool.pop("key")
+        pin.get()
+
+
+def clear(pool: KVPool) -> None:
+    pool.clear(pool.scope("elsewhere"))
+    pool.clear()
+
+
+def compute(pool: KVPool) -> None:
+    pool.get_or_compute("new", lambda: tokens(7, 3))
+
+
+def claim(pool: KVPool) -> None:
+    with pool.try_claim("new") as mine:
+        mine.fulfil(tokens(7, 3))
+
+
+def drop(pool: KVPool) -> None:
+    """Handles that nobody closes, and an operation that finds them."""
+    pool.pin("key")
+    pool.gather(["key", "other"])
+    pool.get("other")
+
+
+@pytest.mark.parametrize("work", [replace, insert_many, commit, pin_and_pop, clear, compute, claim, drop])
+def test_a_pool_whose_operation_was_cut_off_anywhere_is_repaired(
+    work: Callable[[KVPool], None], make_manager: Callable[..., KVCacheManager]
+) -> None:
+    manager = make_manager(1, wm_entries=3, shards=2)
+    pool = manager.wm_pool
+    for number in range(1, MOST_PLACES):
+        manager.clear_all()
+        pool.put("key", tokens(1, WINDOW))
+        pool.put("other", tokens(2, 4))
+        cut = cut_at(number, lambda: work(pool), PACKAGE)
+        check_repaired(manager)
+        other = pool.get("other")
+        if other is not None:  # cleared, or evicted
+            assert_same(other, tokens(2, 4))
+        if not cut:
+            break
+    assert number > 100
+
+
+def check_repaired(manager: KVCacheManager) -> None:
+    """Nobody has a handle, and the whole capacity can be had at once."""
+    gc.collect()
+    for pool in manager.storage.pools:  # what is cut loose may not let others take more than there is, until repair
+        assert pool.quota.pending_entries >= 0
+        assert pool.quota.pending_slots >= 0
+    manager.repair()
+    assert manager.check_integrity().handles == 0
+    pool = manager.wm_pool
+    assert len(pool.flights) == 0
+    assert not manager.recur_pool.searches
+    for key in range(3):
+        assert pool.put(("check", key), tokens(key, WINDOW), timeout=0.0)
+    for key in range(3):
+        assert pool.pop(("check", key)) is not None
+    with manager.search([0], timeout=0.0):
+        pass
+
+
+def search(manager: KVCacheManager) -> None:
+    with manager.search([0]) as search:
+        with search.gather(["root"], [0]) as batch:
+            append(batch, [7])
+            search.commit(["child"], batch)
+        search.promote("child", 0, as_key="moved")
+        search.keep(["child"])
+        search.release(["child"])
+
+
+def dropped_search(manager: KVCacheManager) -> None:
+    search = manager.search([0])
+    search.gather(["root"], [0])
+    del search
+    manager.get_init_cache(0, "root")
+
+
+@pytest.mark.parametrize("work", [search, dropped_search])
+def test_a_search_that_was_cut_off_anywhere_is_repaired(
+    work: Callable[[KVCacheManager], None], make_manager: Callable[..., KVCacheManager]
+) -> None:
+    manager = make_manager(1, wm_entries=3, shards=2)
+    for number in range(1, MOST_PLACES):
+        manager.clear_all()
+        manager.set_init_cache(0, "root", tokens(1, 3))
+        cut = cut_at(number, lambda: work(manager), PACKAGE)
+        check_repaired(manager)
+        assert_same(manager.get_init_cache(0, "root"), tokens(1, 3))
+        if not cut:
+            break
+    assert number > 100
+
+
+# Finalisers that are cut off ---------------------------------------------------------------------------------------
+
+
+def test_repair_lets_go_of_what_a_finaliser_that_was_cut_off_held(
+    make_manager: Callable[..., KVCacheManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1, wm_entries=3, shards=2)
+    pool = manager.wm_pool
+    pool.put("key", tokens(1, WINDOW))
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    search = manager.search([0])
+    handles = [pool.pin("key"), pool.gather(["key"]), search.gather(["root"], [0]), search, pool.try_claim("new")]
+    for handle in handles:
+        monkeypatch.setattr(type(handle), "__del__", lambda self: None)
+    del handles, handle, search
+    check_repaired(manager)
+    assert slots_in_use(manager) == 3  # the root's
+
+
+def test_a_key_whose_claim_was_cut_off_is_computed_by_the_next(
+    make_manager: Callable[..., KVCacheManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_manager(1).wm_pool
+    claim = pool.try_claim("new")
+    flight = claim.flight
+    monkeypatch.setattr(type(claim), "__del__", lambda self: None)
+    del claim
+    pool.repair()
+    assert flight.state is FlightState.ABANDONED
+    assert_same(pool.get_or_compute("new", lambda: tokens(7, 3), timeout=0.0), tokens(7, 3))
+
+
+def test_what_is_dropped_is_not_forgotten_when_its_release_is_cut_off(
+    make_manager: Callable[..., KVCacheManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1)
+    search = manager.search([0])
+    state = search._state
+
+    with monkeypatch.context() as patch:
+        end, cuts = type(state).end, iter([Cut()])
+
+        def cut_once(*arguments: Any) -> None:
+            for error in cuts:
+                raise error
+            end(*arguments)
+
+        patch.setattr(type(state), "end", cut_once)
+        del search
+        with pytest.raises(Cut):
+            manager.get_wm_cache("key")
+    manager.get_wm_cache("key")
+    assert state.finished

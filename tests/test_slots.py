@@ -1,0 +1,81 @@
+"""The allocator: slots that are written together stay together, and nothing is lost or handed out twice."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from concurrent_kv.slots import SlotAllocator
+
+
+def held(slots: SlotAllocator, count: int) -> np.ndarray:
+    """`count` slots that an entry names."""
+    taken = slots.allocate(count)
+    assert taken is not None
+    slots.hold(taken.slots[None])
+    return taken.slots
+
+
+def test_slots_that_follow_each_other_are_taken_where_there_are_some() -> None:
+    slots = SlotAllocator(100)
+    small, large = [held(slots, 2) for _ in range(10)], held(slots, 80)
+    for one in small[::2]:
+        slots.drop(one[None], {})
+    slots.drop(large[None], {})
+    taken = slots.allocate(40)
+    assert taken is not None
+    assert taken.consecutive
+    assert np.array_equal(taken.slots, large[:40])
+
+
+def test_neighbours_freed_after_each_other_are_one_run_again() -> None:
+    slots = SlotAllocator(20)
+    entries = [held(slots, 5) for _ in range(4)]
+    for entry in [entries[1], entries[2], entries[0], entries[3]]:
+        slots.drop(entry[None], {})
+    taken = slots.allocate(20)
+    assert taken is not None
+    assert taken.consecutive
+    assert taken.slots.tolist() == list(range(1, 21))
+
+
+def test_slots_in_pieces_are_taken_where_no_run_is_long_enough() -> None:
+    slots = SlotAllocator(20)
+    entries = [held(slots, 5) for _ in range(4)]
+    for entry in [entries[0], entries[2]]:
+        slots.drop(entry[None], {})
+    taken = slots.allocate(10)
+    assert taken is not None
+    assert not taken.consecutive
+    assert sorted(taken.slots.tolist()) == sorted([*entries[0].tolist(), *entries[2].tolist()])
+
+
+def test_a_run_carries_the_uses_of_all_that_were_joined_to_it() -> None:
+    slots = SlotAllocator(10)
+    first, second = held(slots, 5), held(slots, 5)
+    slots.drop(first[None], {(0, 1): 3})
+    slots.drop(second[None], {(0, 1): 4})
+    taken = slots.allocate(10)
+    assert taken is not None
+    assert taken.consecutive
+    assert taken.ticks == {(0, 1): 4}
+
+
+@given(steps=st.lists(st.integers(0, 12), max_size=40))
+def test_whatever_is_taken_and_freed_nothing_is_lost_or_handed_out_twice(steps: list[int]) -> None:
+    slots = SlotAllocator(30)
+    mine: list[np.ndarray] = []
+    for step in steps:
+        taken = slots.allocate(step)
+        if taken is None:
+            slots.drop(mine.pop(step % len(mine))[None], {})
+            continue
+        assert len(taken.slots) == step
+        if step and taken.consecutive:
+            assert np.array_equal(taken.slots, np.arange(step) + taken.slots[0])
+        if step:
+            slots.hold(taken.slots[None])
+            mine.append(taken.slots)
+        used = np.concatenate([*mine, slots.free_slots()])
+        assert sorted(used.tolist()) == list(range(1, 31))
