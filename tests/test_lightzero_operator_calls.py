@@ -20,8 +20,8 @@ from tests.test_operator_calls import launching
 AT_MOST = 12
 CACHE_PATH = ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache", "update_cache_context")
 MORE_VIEWS = ("aten.select.", "aten.squeeze.")
-# How the host reads a tensor: on an accelerator each of these waits for the work that was queued before. `cpu` makes what
-# one of the others then reads.
+# How the host reads a tensor: on an accelerator each of these waits for the work that was queued before. What `cpu`
+# makes, one of them then reads.
 SYNCHRONISING = ("numpy", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__")
 
 
