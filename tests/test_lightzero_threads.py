@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
-from concurrent_kv import CapacityError, SearchEndedError
+from concurrent_kv import CapacityError, InvalidArgumentError, SearchEndedError
 from concurrent_kv.compat.lightzero import Attachment, attach, attachment_of, detach
 from tests.lightzero_support import SHAPES, Walk, make_world_model
 
@@ -205,6 +205,34 @@ def test_a_copied_model_has_entries_of_its_own() -> None:
     assert_equal(walk_alone(other, shape, 1), walk_alone(model, shape, 1))
     for attached in (model, other):
         detach(attached)
+
+
+def test_a_shallow_copy_of_an_attached_model_is_a_released_one_with_the_same_weights() -> None:
+    shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
+    model = make_world_model(shape)
+    released = type(model)
+    attach(model, "on")
+    walk_alone(model, shape, 0)
+    other = copy.copy(model)
+    assert type(other) is released
+    assert attachment_of(other) is None
+    assert next(other.parameters()) is next(model.parameters())
+    assert_equal(walk_alone(other, shape, 1), walk_alone(model, shape, 1))
+    detach(model)
+
+
+def test_attaching_in_a_way_that_cannot_work_leaves_the_model_as_it_was() -> None:
+    shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
+    model, walk = make_world_model(shape), Walk(shape, ENV_NUM)
+    attachment = attach(model, "on")
+    walk.root([model])
+    for settings in ({"mode": "both"}, {"searches": 0}, {"answer": "both"}, {"init_entries": 0}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(settings))):
+            attach(model, **{"mode": "on", **settings})  # type: ignore[arg-type]
+    assert attachment_of(model) is attachment
+    walk.simulate([model])
+    assert model.hit_count == ENV_NUM
+    detach(model)
 
 
 def test_counts_of_threads_add_up() -> None:
