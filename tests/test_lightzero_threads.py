@@ -207,20 +207,6 @@ def test_a_copied_model_has_entries_of_its_own() -> None:
         detach(attached)
 
 
-def test_a_shallow_copy_of_an_attached_model_is_a_released_one_with_the_same_weights() -> None:
-    shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
-    model = make_world_model(shape)
-    released = type(model)
-    attach(model, "on")
-    walk_alone(model, shape, 0)
-    other = copy.copy(model)
-    assert type(other) is released
-    assert attachment_of(other) is None
-    assert next(other.parameters()) is next(model.parameters())
-    assert_equal(walk_alone(other, shape, 1), walk_alone(model, shape, 1))
-    detach(model)
-
-
 def test_attaching_in_a_way_that_cannot_work_leaves_the_model_as_it_was() -> None:
     shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
     model, walk = make_world_model(shape), Walk(shape, ENV_NUM)

@@ -47,7 +47,7 @@ OWNERS = {
     "settle": ("concurrent_kv.overflow.settle",),
     "_protect": ("concurrent_kv.moving._protect",),
 }
-OF_FLIGHTS = {("flights.py", "settle"), ("loading.py", "join")}  # other things of the same names
+OF_OTHERS = {("flights.py", "settle"), ("loading.py", "join"), ("model.py", "share")}  # other things of the same names
 
 
 @cache
@@ -60,7 +60,7 @@ def sites() -> dict[Site, range]:
             of_text = isinstance(call.func, ast.Attribute) and isinstance(
                 call.func.value, (ast.Constant, ast.JoinedStr)
             )
-            if name in CALLS and not of_text and (path.name, name) not in OF_FLIGHTS:
+            if name in CALLS and not of_text and (path.name, name) not in OF_OTHERS:
                 number = sum(site[:3] == (path.name, function, name) for site in found)
                 found[path.name, function, name, number] = range(call.lineno, (call.end_lineno or call.lineno) + 1)
     return found
