@@ -48,7 +48,7 @@ lightzero: $(LIGHTZERO)/stamp
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m benchmarks.benchmark_kv_cache --quick
 
 clean:
-	rm -rf $(VENV) $(LIGHTZERO) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO) .venv-freethreaded build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "concurrent_kv needs Python 3.10 or later: make PYTHON=...")'
@@ -79,3 +79,26 @@ stress-full: $(VENV)/stress.stamp
 	@mkdir -p stress/results
 	@$(BIN)/python -m stress --profile all --faults all --seconds 260 \
 	    --json stress/results/full.json --report stress/results/full.html $(ARGS)
+
+# Any free-threaded interpreter: make test-freethreaded PYTHON=python3.14t. What needs no torch is tested without it; with
+# WHOLE=1 torch is installed too (there has to be a wheel for that interpreter) and all tests run that it can import.
+FREETHREADED := .venv-freethreaded
+WHOLE ?=
+.PHONY: test-freethreaded
+test-freethreaded: $(FREETHREADED)/$(if $(WHOLE),whole,parts).stamp
+	@PYTHON_GIL=0 $(FREETHREADED)/bin/python -m pytest \
+	    $(if $(WHOLE),--continue-on-collection-errors,--noconftest tests/test_without_torch.py) $(ARGS)
+
+$(FREETHREADED)/bin/python:
+	@$(PYTHON) -c 'import sys, sysconfig; sys.exit(not sysconfig.get_config_var("Py_GIL_DISABLED") and "not a free-threaded build: make test-freethreaded PYTHON=python3.14t")'
+	@$(PYTHON) -m venv $(FREETHREADED)
+
+$(FREETHREADED)/parts.stamp: requirements/freethreaded.txt constraints.txt | $(FREETHREADED)/bin/python
+	@echo "installing what the tests without torch need"
+	@$(FREETHREADED)/bin/python -m pip install -qq -c constraints.txt -r requirements/freethreaded.txt
+	@touch $@
+
+$(FREETHREADED)/whole.stamp: $(FREETHREADED)/parts.stamp
+	@echo "installing torch and what all tests need"
+	@$(FREETHREADED)/bin/python -m pip install -qq torch hypothesis trio rich psutil
+	@touch $@

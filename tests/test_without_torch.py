@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from random import Random
@@ -57,6 +58,11 @@ except ImportError as error:
 def test_the_parts_that_need_no_torch_are_imported_without_it() -> None:
     done = subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.startswith("concurrent_kv.KVPool needs torch")
+
+
+def test_nothing_that_is_imported_turns_the_gil_of_a_free_threaded_build_on() -> None:
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    assert has_gil == (not sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 def together(work: Callable[[int], object], threads: int = THREADS) -> None:
