@@ -137,7 +137,7 @@ class FlightTable:
         """
         flight_key = (scope.number, key, generation)
         within = computing_here.get()
-        if any(flight.key[:2] == flight_key[:2] for flight in within):
+        if any(flight.state is FlightState.COMPUTING and flight.key[:2] == flight_key[:2] for flight in within):
             raise _own_key(self.name, key)  # of whatever generation
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)

@@ -278,7 +278,7 @@ def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
         # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
         pool.storage.drain_abandoned(deadline)
         return True
-    if deadline.wait_on(waiter):
+    if deadline.wait_on(waiter) and not deadline.cancelled:
         return True
     with pool.storage.ledger.mutex:
         pool.storage.ledger.forget_waiter(waiter)
