@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
+from .deadline import Deadline
 from .entry import Entry, Scope
 from .index import Index
 from .ledger import wake
-from .locks import Deadline
 from .room import unpublish
 
 __all__ = ["remove", "remove_all", "sweep", "sweep_if", "take_out"]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .arguments import check_keys, check_priorities, check_sides, last_of_each, sequence_of
 from .batch import BATCH_CLOSED, Batch
+from .deadline import Deadline
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .kv import KeysValues, check_fits
 from .layout import positive_int
-from .locks import Deadline
 from .overflow import Overflow
 from .plan import plan_commit, plan_put
 from .reading import gather_entries

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
+from .deadline import Deadline, lend_place
 from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
 from .flights import Flight, FlightState, computing_here
 from .kv import KeysValues
-from .locks import Deadline, lend_place
 from .streams import StreamClock
 from .tensors import plain_torch_state
 

@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+from .deadline import Deadline
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
-from .locks import Deadline
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ class Flight:
                 seen.add(flight)
                 ahead += flight.waits_for
         return False
+
+    def is_under_way(self) -> bool:
+        """Whether it is not over, and its claim alive."""
+        return self.state is FlightState.COMPUTING and self.owner is not None and self.owner() is not None
 
     def is_orphan(self) -> bool:
         """Whether nobody will end it: the loop of the task that computes has ended."""
@@ -137,7 +141,7 @@ class FlightTable:
         """
         flight_key = (scope.number, key, generation)
         within = computing_here.get()
-        if any(flight.state is FlightState.COMPUTING and flight.key[:2] == flight_key[:2] for flight in within):
+        if any(flight.key[:2] == flight_key[:2] for flight in within if flight.is_under_way()):
             raise _own_key(self.name, key)  # of whatever generation
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)
@@ -325,7 +329,9 @@ class _Computing:
         self._flight = flight
 
     def __enter__(self) -> None:
-        self._token = computing_here.set(computing_here.get() | {self._flight})
+        # Without those that are over: an exception may have cut off the end of their `with`.
+        within = frozenset(flight for flight in computing_here.get() if flight.is_under_way())
+        self._token = computing_here.set(within | {self._flight})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .deadline import Deadline
 from .entry import Entry, Hold, Place
-from .locks import Deadline
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
 

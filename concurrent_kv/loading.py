@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .arguments import check_priorities
+from .deadline import Deadline
 from .entry import Generation, Scope
 from .errors import ClosedError, InvalidTypeError
 from .flight_waiting import outcome, wait_in_thread
 from .flights import Claim, FlightState
 from .kv import KeysValues, check_fits
-from .locks import Deadline
 from .plan import plan_put
 from .streams import Ticks
 from .tensors import plain_torch_state

@@ -12,12 +12,12 @@ from .arguments import check_keys, hash_of
 from .batch import Batch
 from .clearing import remove
 from .committing import commit_batch, open_batch, put_rows
+from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import KeyNotFoundError
 from .flights import Claim
 from .kv import KeysValues
 from .loading import claim, get_or_compute
-from .locks import Deadline
 from .overflow import Overflow
 from .pin import Pin
 from .pool_core import PoolCore

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import hash_of, slots_of_capacity
 from .clearing import sweep
+from .deadline import Deadline
 from .entry import Entry, Generation, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .eviction import EvictionPolicy, PolicyFactory, make_policy
@@ -14,7 +15,6 @@ from .flights import FlightTable
 from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .layout import KVLayout, positive_int
-from .locks import Deadline
 from .quota import Quota
 from .stats import Counters, PoolStats
 from .storage import KVStorage, check_seconds

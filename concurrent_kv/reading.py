@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .deadline import Deadline
 from .entry import Entry, Generation, Hold, Place, Scope, sorted_shards
 from .kv import KeysValues
-from .locks import Deadline
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import Indices, plain_torch_state
 

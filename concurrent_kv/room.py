@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .deadline import Deadline
 from .entry import Entry, Place, Scope, sorted_shards
 from .errors import CapacityError, SearchEndedError, WaitTimeoutError
 from .ledger import wake
-from .locks import Deadline
 from .quota import Budget
 from .slots import Slots
 from .streams import Ticks

@@ -15,12 +15,12 @@ from .arguments import check_env_ids, check_keys, check_priorities, hash_of
 from .batch import Batch
 from .clearing import remove_all, take_out
 from .committing import commit_batch, open_batch
+from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
 from .handle import Handle
 from .layout import positive_int
 from .ledger import wake
-from .locks import Deadline
 from .overflow import Overflow, check_overflow
 from .plan import plan_share
 from .pool import KVPool

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
+from .deadline import Deadline
 from .entry import Entry, Hold
-from .locks import Deadline
 from .reading import generations_of, retain
 from .search_state import RootKey, SearchState
 

@@ -6,11 +6,11 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from .clearing import sweep_if
+from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import SearchEndedError
 from .index import Index
 from .ledger import wake
-from .locks import Deadline
 from .room import give_budget_back
 
 if TYPE_CHECKING:

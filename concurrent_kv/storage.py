@@ -13,10 +13,11 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from .cuda import backend_for
+from .deadline import Deadline
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
 from .layout import KVLayout, positive_int
 from .ledger import Ledger, Signal, wake
-from .locks import Deadline, ShardedRWLock
+from .locks import ShardedRWLock
 from .streams import StreamBackend, StreamClock
 from .tensors import SlotTensor, plain_torch_state
 

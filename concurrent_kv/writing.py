@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from .deadline import Deadline
 from .entry import Entry, Generation, Place, Scope, sorted_shards
 from .errors import ClosedError, SearchEndedError
 from .index import find_places, take_away
 from .ledger import wake
-from .locks import Deadline
 from .plan import WritePlan
 from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
 from .streams import NO_TICKS, Ticks, merge

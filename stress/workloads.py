@@ -1,51 +1,16 @@
-"""The shapes of the real workloads, from LightZero's own configurations, by name."""
+"""The workloads of the benchmarks, and what their models do at the window's end, in numbers that can be checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from benchmarks.workloads import TOKENS_PER_STEP, WORKLOADS, Workload
 from concurrent_kv import DropAndCorrect, DropLazily, DropOldest, KVLayout, PositionTable
 from stress.content import FIELDS, MOVES
 
-__all__ = ["POSITIONS", "WORKLOADS", "Workload", "overflow_of"]
+__all__ = ["POSITIONS", "TOKENS_PER_STEP", "WORKLOADS", "Workload", "overflow_of"]
 
-TOKENS_PER_STEP = 2  # one for the action, one for the observation it leads to
 POSITIONS = ("rotary", "absolute", "lazy")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model's shapes and a search's size. `positions`: how a row that outgrows the window is shortened."""
-
-    name: str
-    num_layers: int
-    num_heads: int
-    embed_dim: int
-    context_length: int  # window, in tokens
-    envs: int
-    simulations: int  # of one search, for each environment
-    positions: str
-
-    @property
-    def layout(self) -> KVLayout:
-        return KVLayout(self.num_layers, self.num_heads, self.embed_dim // self.num_heads, self.context_length)
-
-
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("cartpole", 2, 2, 64, 8, 8, 25, "rotary"),
-        Workload("lunarlander", 4, 4, 256, 8, 8, 25, "absolute"),
-        Workload("atari", 2, 8, 768, 8, 8, 50, "absolute"),
-        Workload("atari-stack4", 4, 8, 768, 8, 8, 50, "absolute"),
-        Workload("atari-multitask", 4, 24, 768, 8, 26, 50, "absolute"),
-        Workload("dmc", 2, 8, 768, 4, 8, 50, "absolute"),
-        Workload("jericho", 2, 24, 768, 8, 4, 50, "absolute"),
-        Workload("memory", 4, 4, 256, 162, 8, 50, "absolute"),
-    )
-}
 
 
 def overflow_of(layout: KVLayout, positions: str) -> DropOldest | DropAndCorrect | DropLazily:

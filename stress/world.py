@@ -87,10 +87,10 @@ class World:
         self.search_entries, self.search_tokens = self._size_of_search()
         self.manager = KVCacheManager(
             {
-                "num_layers": workload.num_layers,
-                "num_heads": workload.num_heads,
+                "num_layers": workload.layers,
+                "num_heads": workload.heads,
                 "embed_dim": workload.embed_dim,
-                "context_length": workload.context_length,
+                "context_length": workload.window,
                 "num_simulations": self.simulations,
                 "max_cache_size": max(profile.room * self.search_entries, workload.envs * (self.simulations + 1)),
                 "device": "cpu",

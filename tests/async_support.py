@@ -13,7 +13,8 @@ import pytest
 
 from concurrent_kv import KVLayout, KVPool, KVStorage
 from concurrent_kv.aio.offload import Offload
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.tensors import SlotTensor
 from tests.support import LAYOUT
 from tests.threading_support import JOIN_SECONDS, Background

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import importlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from contextlib import ExitStack, contextmanager
@@ -82,7 +83,7 @@ def running_portal(loop: str) -> Iterator[BlockingPortal]:
 # Who computes --------------------------------------------------------------------------------------------------------
 
 
-class Side:
+class Side(ABC):
     """Who computes "key", and stands at the gate of its computation until that is opened."""
 
     def __init__(self, pool: KVPool, how: str) -> None:
@@ -104,8 +105,9 @@ class Side:
         """Do something on the side of who computes."""
         act()
 
+    @abstractmethod
     def answer(self) -> Answer:
-        raise NotImplementedError
+        """What the computing caller hears."""
 
     def interrupt(self) -> None:
         """An asynchronous exception in the thread that computes, as Ctrl-C is one."""
@@ -114,8 +116,9 @@ class Side:
         assert set_exception(ctypes.c_ulong(self.thread), ctypes.py_object(Killed)) == 1
         self.open()
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Have somebody compute."""
 
     def _compute(self) -> KeysValues:
         self.thread = threading.get_ident()

@@ -24,8 +24,8 @@ from concurrent_kv import (
     clearing,
     room,
 )
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import Deadline
 from tests.async_operations import OPERATIONS, World
 from tests.async_support import LOOPS, run_on, shards_held
 from tests.conftest import MakePool

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError, loading
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.flight_waiting import wait_in_thread
 from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable
-from concurrent_kv.locks import Deadline
 from tests.flight_support import Computation, counted_waiters
 from tests.guards import Removal, shown_by
 from tests.support import LAYOUT, tokens

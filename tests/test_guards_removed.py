@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from concurrent_kv import IntegrityError, WaitTimeoutError, ledger, pin, reading, room, writing
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Hold
 from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.pool_core import PoolCore
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, Gate, GatedPool, filled, value_of
 

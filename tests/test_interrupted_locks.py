@@ -14,7 +14,8 @@ import pytest
 from readerwriterlock import rwlock
 
 from concurrent_kv import KVPool, WaitTimeoutError, locks
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks import ShardedRWLock
 from tests.interrupting import cut_at
 from tests.support import LAYOUT, assert_same, tokens
 from tests.threading_support import JOIN_SECONDS, Background

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from concurrent_kv import IntegrityError, KVPool, clearing
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Hold, Scope
 from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.locks import ShardedRWLock
 from stress.content import BrokenPromiseError
 from stress.histories.campaign import histories_of_both, histories_of_searches, histories_of_tasks, histories_of_threads
 from stress.histories.programs import Shape

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Hold, Scope
 from concurrent_kv.flights import Claim, FlightTable
 from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.pool_core import PoolCore
 from concurrent_kv.storage import KVStorage
 from concurrent_kv.tensors import SlotTensor

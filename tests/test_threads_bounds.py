@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVPool, SearchEndedError, WaitTimeoutError
-from concurrent_kv.locks import Deadline
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.writing import write
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, GatedPool, filled, keys_of, value_of
 

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from concurrent_kv.counting import Numbers
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Hold, Place, Scope
 from concurrent_kv.errors import CapacityError, SearchEndedError, WaitTimeoutError
 from concurrent_kv.eviction.registry import POLICIES, make_policy
 from concurrent_kv.flights import Claim, FlightState, FlightTable
 from concurrent_kv.index import Index
 from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.quota import Quota
 from concurrent_kv.room import give_budget_back, reserve_budget
 from concurrent_kv.search_state import SearchState

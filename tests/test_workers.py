@@ -13,12 +13,14 @@ import anyio.to_thread
 import pytest
 
 from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, ClosedError, InvalidArgumentError, KeysValues, KVPool
-from concurrent_kv.errors import RecursiveComputationError
-from tests.async_support import LOOPS, join_workers, run_on
+from concurrent_kv.errors import RecursiveComputationError, WaitTimeoutError
+from concurrent_kv.flights import Flight
+from tests.async_support import LOOPS, join_workers, run_on, shards_held
 from tests.conftest import MakeManager, MakePool
+from tests.flight_sides import new_loop
 from tests.flight_support import counted_waiters
 from tests.support import WINDOW, assert_same, stacked, tokens
-from tests.threading_support import JOIN_SECONDS, Gate
+from tests.threading_support import JOIN_SECONDS, Background, Gate
 
 ASYNCIO = [loop for loop in LOOPS if loop != "trio"]
 
@@ -124,13 +126,6 @@ def test_a_key_whose_computation_lost_its_loop_is_computed_by_the_next(pool: KVP
     made: list[asyncio.AbstractEventLoop] = []
     kept: list[asyncio.Task[KeysValues]] = []
 
-    def new_loop() -> asyncio.AbstractEventLoop:
-        if loop == "uvloop":
-            import uvloop
-
-            return uvloop.new_event_loop()
-        return asyncio.new_event_loop()
-
     async def never() -> KeysValues:
         await asyncio.Event().wait()
         raise AssertionError
@@ -142,7 +137,7 @@ def test_a_key_whose_computation_lost_its_loop_is_computed_by_the_next(pool: KVP
             await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    made.append(new_loop())
+    made.append(new_loop(loop))
     made[0].run_until_complete(until_it_computes())
     made[0].close()
     with counted_waiters():
@@ -222,3 +217,77 @@ def test_keeping_few_of_many_roots_is_no_work_of_a_loop(make_manager: MakeManage
             assert search.sync.held == 1
 
     run_on("asyncio", main)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_end_that_fails_says_so(pool: KVPool, loop: str) -> None:
+    async def main() -> None:
+        with shards_held(pool), pytest.raises(WaitTimeoutError, match="shard"):
+            await AsyncKVPool(pool).close(timeout=0.01)
+
+    run_on(loop, main)
+
+
+@pytest.mark.parametrize("loop", ASYNCIO)
+def test_an_end_that_fails_after_its_task_was_cancelled_is_the_cause_of_what_the_task_hears(
+    pool: KVPool, loop: str
+) -> None:
+    gate = Gate()
+
+    def fails() -> None:
+        gate.pass_through()
+        raise ZeroDivisionError
+
+    async def main() -> BaseException | None:
+        task = asyncio.ensure_future(AsyncKVPool(pool)._offload.to_the_end(fails))
+        await asyncio.to_thread(gate.entered.wait, JOIN_SECONDS)
+        task.cancel()
+        gate.opened.set()
+        try:
+            await task
+        except asyncio.CancelledError as error:
+            return error.__cause__
+        raise AssertionError
+
+    assert isinstance(run_on(loop, main), ZeroDivisionError)
+    join_workers()
+
+
+@pytest.mark.parametrize("loop", ASYNCIO)
+def test_a_result_copied_after_its_task_was_cancelled_reaches_nobody(pool: KVPool, loop: str) -> None:
+    """The task may write to its tensors as soon as it has heard of the cancellation."""
+    facade = AsyncKVPool(pool, inline_bytes=0)
+    claim = facade.try_claim("key")
+    stored, gate, copy = Gate(), Gate(), claim._copy
+
+    def late(kv: KeysValues) -> object:
+        stored.entered.set()
+        gate.pass_through()
+        return copy(kv)
+
+    claim._copy = late  # type: ignore[assignment]
+
+    async def main() -> None:
+        task = asyncio.ensure_future(facade.fulfil(claim, tokens(1, 2)))
+        await asyncio.to_thread(stored.entered.wait, JOIN_SECONDS)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.opened.set()
+
+    run_on(loop, main)
+    join_workers()
+    assert not claim.over
+    claim.abandon()
+
+
+def test_who_was_not_woken_still_gets_the_result_at_the_end_of_its_time(make_pool: MakePool) -> None:
+    """Whoever ends a flight may be cut off between two wakers."""
+    pool = make_pool(wait_timeout=0.2)
+    claim = pool.try_claim("key")
+    with counted_waiters() as waiters, pytest.MonkeyPatch.context() as patch:
+        waiter = Background(lambda: pool.get_or_compute("key", lambda: tokens(9, 2)))
+        waiters.wait_for(1)
+        patch.setattr(Flight, "wake", lambda self: None)
+        claim.fulfil(tokens(1, 2))
+        assert_same(waiter.result(), tokens(1, 2))

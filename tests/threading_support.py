@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from concurrent_kv import KeysValues, KVLayout, KVPool, KVStorage
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.tensors import SlotTensor
 
 LAYOUT = KVLayout(num_layers=2, num_heads=1, head_dim=4, max_tokens=4)

@@ -20,11 +20,11 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from ..cuda import current_streams
+from ..deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
 from ..errors import WaitTimeoutError
 from ..flight_waiting import timed_out, waiting_for
 from ..flights import Flight
 from ..layout import positive_int
-from ..locks import Caller, Deadline, NotOnLoopError, caller, lend_place
 from ..storage import check_seconds
 from .cell import Cell
 from .places import Place, call_soon_here
@@ -86,7 +86,7 @@ class Offload:
         self._on_loop = Caller(steps_on_loop=self.inline_entries)
         self._max_workers = positive_int("max_workers", max_workers)
         # Of each event loop its own: a limiter does not survive being shared. And another for what users compute,
-        # which may wait for other computations: those must find a worker for their reads and writes meanwhile.
+        # which may wait for what other tasks do: those must find a worker for their reads and writes meanwhile.
         self._limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv operations")
         self._computing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv computations")
         self._counter_lock = threading.Lock()
@@ -151,6 +151,8 @@ class Offload:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
         streams = streams or current_streams()
         if self._is_small(copied_bytes):
+            with self._counter_lock:
+                self._inline_count += 1
             with streams:
                 return operation()
         return await self.in_worker(operation, streams)
@@ -202,15 +204,18 @@ class Offload:
         A cancellation of any kind is raised when it is over.
         """
         cancelled: BaseException | None = None
+        failed: Exception | None = None
         ended = anyio.Event()
         begun = False
         call_soon = call_soon_here()
 
         def work() -> None:
-            nonlocal begun
+            nonlocal begun, failed
             begun = True
             try:
                 operation()
+            except Exception as error:
+                failed = error  # not raised here: a task that was cancelled would not hear it
             finally:
                 with suppress(RuntimeError):  # of a loop that has ended
                     call_soon(ended.set)
@@ -227,7 +232,9 @@ class Offload:
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled = error
         if cancelled is not None:
-            raise cancelled
+            raise cancelled from failed
+        if failed is not None:
+            raise failed
 
     async def _in_worker(
         self,

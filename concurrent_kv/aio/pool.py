@@ -15,13 +15,13 @@ from torch import Tensor
 from ..arguments import check_keys, hash_of, list_or_none
 from ..batch import Batch
 from ..cuda import current_streams
+from ..deadline import Deadline
 from ..entry import Scope
 from ..flight_waiting import outcome
 from ..flights import Claim, Flight, FlightState
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
 from ..loading import claim, heard_by_all
-from ..locks import Deadline
 from ..overflow import Overflow
 from ..pin import Pin
 from ..pool import KVPool

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
-from concurrent_kv.locks import Deadline, ShardedRWLock
+from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.tensors import Block, Indices, SlotTensor
 
 from .scheduler import BrokenPromiseError, Scheduler, Task

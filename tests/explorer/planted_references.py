@@ -9,9 +9,9 @@ import pytest
 
 from concurrent_kv import committing, reading, writing
 from concurrent_kv.clearing import sweep_if
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Generation, Hold, Scope, sorted_shards
 from concurrent_kv.ledger import wake
-from concurrent_kv.locks import Deadline
 from concurrent_kv.plan import WritePlan
 from concurrent_kv.pool_core import PoolCore
 from concurrent_kv.room import unpublish

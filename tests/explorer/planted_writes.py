@@ -11,9 +11,9 @@ import pytest
 
 from concurrent_kv import room, writing
 from concurrent_kv.clearing import sweep_if
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
 from concurrent_kv.ledger import Ledger, wake
-from concurrent_kv.locks import Deadline
 from concurrent_kv.plan import WritePlan
 from concurrent_kv.pool_core import PoolCore
 from concurrent_kv.quota import Quota

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from concurrent_kv import Batch, KVPool, Search
-from concurrent_kv.locks import Deadline
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.pool_core import bump_versions
 from concurrent_kv.search import open_search
 

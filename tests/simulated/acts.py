@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionTable
+from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Hold
 from concurrent_kv.flight_waiting import outcome
-from concurrent_kv.locks import Deadline
 from concurrent_kv.plan import plan_share
 from concurrent_kv.reading import gather_entries
 from concurrent_kv.writing import write
