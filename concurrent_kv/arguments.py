@@ -32,14 +32,14 @@ def hash_of(key: Hashable, name: str = "key") -> int:
         raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
 
 
-def hash_all(keys: Iterable[Hashable], name: str) -> None:
+def hash_all(keys: Sequence[Hashable], name: str) -> None:
     """Run the `__hash__` of every key, or raise an error that names the argument."""
-    key: Hashable = None
     try:
+        set(keys)
+    except TypeError:
         for key in keys:
-            hash(key)
-    except TypeError as error:
-        raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
+            hash_of(key, name)
+        raise  # of a key's own `__eq__`
 
 
 def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:

@@ -20,7 +20,7 @@ from .layout import positive_int
 from .moving import upload
 from .stream_uses import StreamUses
 from .streams import NO_TICKS
-from .tensors import plain_torch_state, writing_to
+from .tensors import Indices, plain_torch_state, writing_to
 
 if TYPE_CHECKING:
     from .storage import KVStorage
@@ -48,7 +48,14 @@ class Batch(Handle):
         data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
         scope, generation: where, and as of when, its rows can be committed.
         entries: what each row was gathered from; None for a miss.
+        tables: their slot tables, `[batch, window]`.
     """
+
+    # Made when they are asked for: not every model does.
+    _parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
+    _hits: tuple[bool, ...] | None = None
+    _side: tuple[object, ...] | None = None
+    _padding: Tensor | None = None
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class Batch(Handle):
         generation: Generation,
         hold: Hold,
         entries: Sequence[Entry | None],
+        tables: Indices,
         lengths: list[int],
         data: Tensor,
         start: int,
@@ -68,6 +76,7 @@ class Batch(Handle):
         self.scope = scope
         self.generation = generation
         self.entries = entries
+        self.tables = tables
         self._storage = storage
         self._hold = hold
         hold.owner = ref(self)
@@ -78,11 +87,6 @@ class Batch(Handle):
         self._ends = [start] * self._layers
         self._gathered = lengths
         self._committed = [False] * len(entries)
-        # Made when they are asked for: not every model does.
-        self._parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
-        self._hits: tuple[bool, ...] | None = None
-        self._side: tuple[object, ...] | None = None
-        self._padding: Tensor | None = None
 
     # What a model reads and writes ---------------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Batch(Handle):
     def lengths(self) -> tuple[int, ...]:
         """Valid tokens of each row, appended ones included; 0 for a miss that was not filled."""
         new = self.end - self._start
-        return tuple([length + new if length else 0 for length in self._gathered])
+        return tuple([length + new if length else 0 for length in self._gathered] if new else self._gathered)
 
     @property
     def padding(self) -> Tensor:
@@ -280,22 +284,23 @@ class Batch(Handle):
 
     # For commits ---------------------------------------------------------------------------------------------------
 
-    def pending_rows(self) -> list[int]:
-        """Rows not committed yet."""
+    def pending_rows(self) -> Sequence[int]:
+        """Rows not committed yet; a range where that is all of them."""
+        if True not in self._committed:
+            return range(len(self._committed))
         return [row for row, committed in enumerate(self._committed) if not committed]
 
     def check_committable(self, rows: Sequence[int]) -> int:
         """New tokens of each row, or an error that says why `rows` cannot be committed."""
         self._check_open()
-        if len(set(self._ends)) > 1:
-            raise InvalidArgumentError(
-                f"batch has layers with different numbers of new tokens: they end at {self._ends}"
-            )
-        new = self.end - self._start
+        ends = self._ends
+        if ends.count(ends[0]) < len(ends):
+            raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")
+        new = ends[0] - self._start
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
         gathered, committed = self._gathered, self._committed
-        if all(gathered) and not any(committed):
+        if 0 not in gathered and True not in committed:
             return new
         for row in rows:
             if not gathered[row]:
@@ -311,7 +316,9 @@ class Batch(Handle):
     def gathered_by(self, rows: Sequence[int]) -> tuple[int, ...]:
         """Tokens that each of `rows` had before the new ones."""
         gathered = self._gathered
-        return tuple([gathered[row] for row in rows])
+        return tuple(
+            gathered if len(rows) == len(gathered) and type(rows) is range else [gathered[row] for row in rows]
+        )
 
     @property
     def hold(self) -> Hold:
@@ -320,9 +327,13 @@ class Batch(Handle):
 
     def end_commit(self, rows: Sequence[int]) -> None:
         """Note commits, and stop using the hold; the batch closes when no row is left."""
-        for row in rows:
-            self._committed[row] = True
-        over = all(self._committed)
+        committed = self._committed
+        if len(rows) == len(committed):
+            self._committed = [True] * len(committed)
+        else:
+            for row in rows:
+                committed[row] = True
+        over = False not in self._committed
         if self._storage.ledger.stop_using(self._hold, release=over) and over:
             self._give_buffer_back()
 

@@ -50,10 +50,12 @@ def open_batch(
             storage.clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    read = gather_entries(storage, entries, data, longest, ready)
-    clock = storage.clock
-    uses = StreamUses(clock, clock.current(), read) if read else None
-    return Batch(storage, scope, generation, hold, entries, lengths, data, longest, owns_buffer=out is None, uses=uses)
+    tables = storage.ledger.tables_of(entries)
+    read = gather_entries(storage, entries, data, longest, ready, tables)
+    uses = StreamUses(storage.clock, storage.clock.current(), read) if read else None
+    return Batch(
+        storage, scope, generation, hold, entries, tables, lengths, data, longest, owns_buffer=out is None, uses=uses
+    )
 
 
 def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
@@ -163,7 +165,7 @@ def commit_batch(
     return stored
 
 
-def _check_rows(batch: Batch, rows: Sequence[int] | None) -> list[int]:
+def _check_rows(batch: Batch, rows: Sequence[int] | None) -> Sequence[int]:
     if rows is None:
         return batch.pending_rows()
     checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]

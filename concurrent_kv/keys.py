@@ -13,6 +13,9 @@ from .errors import InvalidArgumentError
 
 __all__ = ["State", "hash_state", "hash_states"]
 
+# Types whose memory a memoryview casts to bytes.
+CAST = frozenset(np.dtype(name).str for name in ("?", "b", "B", "h", "H", "i", "I", "l", "L", "q", "Q", "f", "d"))
+
 State = npt.NDArray[Any] | np.generic | torch.Tensor
 
 
@@ -54,25 +57,17 @@ def hash_states(states: State) -> list[str]:
         raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
     digest = xxhash.xxh64_hexdigest
     rows = states.shape[0]
-    array = _plain_array(states)
-    if array is not None:
-        return [digest(row) for row in array.reshape(rows, -1)]
-    data = memoryview(_bytes_of(states))
-    size = len(data) // rows
-    return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
-
-
-def _plain_array(states: npt.NDArray[Any] | torch.Tensor) -> Any:
-    """A contiguous array of the states' own memory, or None where there is none."""
     array: Any = states
     if isinstance(states, torch.Tensor):
         try:
             array = (states.detach() if states.requires_grad else states).numpy()
         except (RuntimeError, TypeError):
-            return None  # on an accelerator, of a dtype that arrays lack, lazily conjugated, or not dense
+            array = None  # on an accelerator, of a dtype that arrays lack, lazily conjugated, or not dense
     # Subclasses keep their own idea of their bytes.
-    plain = type(array) is np.ndarray and array.flags.c_contiguous and array.size and array.dtype.kind in "biufc"
-    return array if plain else None
+    plain = type(array) is np.ndarray and array.flags.c_contiguous and array.size and array.dtype.str in CAST
+    data = memoryview(array).cast("B") if plain else memoryview(_bytes_of(states))
+    size = len(data) // rows
+    return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
 
 
 def _bytes_of(state: State) -> bytes | memoryview:

@@ -100,14 +100,9 @@ class Ledger:
         for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
             entry.row, entry.tail, entry.refs = row, tail, 1
 
-    def tables_of(self, entries: Sequence[Entry]) -> npt.NDArray[np.int64]:
-        """Slot tables `[entries, window]` of entries that the caller keeps alive (a copy)."""
-        return self.tables.take([entry.row for entry in entries], axis=0)
-
-    def columns_of(self, entries: Sequence[Entry | None], columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """`columns` of the slot tables of entries that the caller keeps alive, zeros for None (a copy)."""
-        rows = [0 if entry is None else entry.row for entry in entries]
-        return self.tables.take(rows, axis=0).take(columns, axis=1)
+    def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
+        """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""
+        return self.tables.take([0 if entry is None else entry.row for entry in entries], axis=0)
 
     def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
         """Drop one reference of each; returns those that died. Mutex held."""

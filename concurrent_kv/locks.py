@@ -52,24 +52,24 @@ class _Held:
             for shard in self._shards:
                 owner._acquire(shard, self._write, self._deadline, held)
         except BaseException:
-            self._leave()
+            self.__exit__()
             raise
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
     ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
         owner, held = self._owner, self._held
         while held:
             handle = held.pop()
             try:
                 handle.release()
-            except BaseException as error:
+            except BaseException as torn:
                 owner._replace(self._shards[len(held)], handle.c_rw_lock)
-                if not isinstance(error, RuntimeError):  # that is of a lock that somebody was torn out of
-                    self._leave()  # the others
+                if not isinstance(torn, RuntimeError):  # that is of a lock that somebody was torn out of
+                    self.__exit__()  # the others
                     raise
         del owner._holders[id(self)]
         self._inside = False
@@ -88,7 +88,7 @@ class _Held:
         if getattr(self, "_inside", False):
             self.give_up(self._owner)
 
-    CODE: ClassVar[frozenset[CodeType]] = frozenset(each.__code__ for each in (__enter__, __exit__, _leave))
+    CODE: ClassVar[frozenset[CodeType]] = frozenset(each.__code__ for each in (__enter__, __exit__))
 
 
 class _Shut(NamedTuple):

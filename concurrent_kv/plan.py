@@ -15,7 +15,7 @@ from .entry import Entry
 from .errors import InvalidArgumentError
 from .kv import KeysValues
 from .moving import joined_on, upload
-from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable, check_overflow
+from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable
 from .streams import NO_TICKS, Ticks
 from .tensors import Block, Indices, plain_torch_state
 
@@ -124,21 +124,25 @@ def plan_commit(
     priorities: Sequence[float],
 ) -> WritePlan:
     """Store the `new` tokens of a batch's rows, sharing the gathered slots where the bytes stay the same."""
-    check_overflow(overflow, storage.layout)
     window = storage.layout.max_tokens
-    drop = Drop.of(overflow, window)
-    parents = [batch.entries[row] for row in rows]
-    hits = tuple([parent is not None for parent in parents])
-    shape = commit_shape(tuple(rows), batch.gathered_by(rows), hits, new, batch.end, window, drop)
+    drop = storage.drop_of(overflow)
+    if type(rows) is range:  # the whole batch
+        parents, hits = batch.entries, batch.hits
+    else:
+        parents = [batch.entries[row] for row in rows]
+        hits = tuple([parent is not None for parent in parents])
+        rows = tuple(rows)
+    shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start + new, window, drop)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
-    tables = _shared_tables(storage, parents, shape)
+        rows = tuple([rows[i] for i in shape.order])
+    tables = _shared_tables(batch, rows, shape)
     plan = WritePlan(
         keys=keys,
         sides=sides,
         priorities=priorities,
-        corrections=_corrections(parents, shape, overflow),
+        corrections=_corrections(storage, parents, shape, overflow),
         lengths=shape.lengths,
         tables=tables,
         own=shape.own,
@@ -153,21 +157,24 @@ def plan_commit(
     return plan
 
 
-def _shared_tables(storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape) -> Indices:
+def _shared_tables(batch: Batch, rows: Sequence[int], shape: CommitShape) -> Indices:
     """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
     if not shape.sharing:
-        return np.zeros((len(parents), storage.layout.max_tokens), dtype=np.int64)
-    tables = storage.ledger.columns_of(parents, shape.parents)
+        return np.zeros((len(rows), batch.tables.shape[1]), dtype=np.int64)
+    parents = batch.tables if type(rows) is range else batch.tables.take(rows, axis=0)
+    tables = parents.take(shape.parents, axis=1)
     if shape.masked:
         tables *= shape.shared
     return tables
 
 
 def _corrections(
-    parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
+    storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
 ) -> Sequence[PositionTable | None]:
     """The position table by which each new entry has to be corrected on reading."""
     corrections: list[PositionTable | None] = [None] * len(parents)
+    if not storage.corrects_lazily:
+        return corrections
     for i in shape.sharing:
         corrections[i] = None if (parent := parents[i]) is None else parent.correction
     if isinstance(overflow, DropLazily):

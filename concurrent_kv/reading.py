@@ -73,37 +73,63 @@ def count_hits(found: Sequence[Entry | None]) -> None:
 
 
 def gather_entries(
-    storage: KVStorage, entries: Sequence[Entry | None], out: Tensor, end: int, ready: Ticks = NO_TICKS
+    storage: KVStorage,
+    entries: Sequence[Entry | None],
+    out: Tensor,
+    end: int,
+    ready: Ticks = NO_TICKS,
+    tables: Indices | None = None,
 ) -> Ticks:
     """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
 
-    One gather, in the caller's stream, after the writes of everything that it reads and after `ready`, the earlier
-    uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock is held.
+    `tables` are the entries' slot tables, where the caller has them. One gather, in the caller's stream, after the
+    writes of everything that it reads and after `ready`, the earlier uses of `out`. Returns the ticks of the read,
+    which the caller stamps on the entries. No lock is held.
     """
-    present = [entry for entry in entries if entry is not None]
-    table = storage.ledger.columns_of(entries, _columns_of(storage.layout.max_tokens, end, out.shape[3]))
+    if tables is None:
+        tables = storage.ledger.tables_of(entries)
+    table = tables.take(_columns_of(storage.layout.max_tokens, end, out.shape[3]), axis=1)
     clock = storage.clock
+    if clock.backend is None:
+        with plain_torch_state(out):
+            _gather(storage, entries, table, out, end, [])
+        return NO_TICKS
+    present = [entry for entry in entries if entry is not None]
     stream = clock.current()
     ticks = merge(ready, storage.zeroed)
     for entry in present:
         if entry.written is not NO_TICKS:
             ticks = merge(ticks, entry.written)
     clock.order_after(stream, ticks)
-    temporaries: tuple[Tensor, ...] = ()
+    temporaries: list[Tensor] = []
     with plain_torch_state(out):
         try:
-            temporaries = (storage.tensor.gather(table, out),)
-            for correction in {entry.correction for entry in present if entry.correction is not None}:
-                concerned = [
-                    row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction
-                ]
-                temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
+            _gather(storage, entries, table, out, end, temporaries)
         finally:
             read = clock.stamp(stream, (*temporaries, out))
             if read:
                 with storage.ledger.mutex:
                     storage.ledger.stamp_reads(present, read)
     return read
+
+
+def _gather(
+    storage: KVStorage,
+    entries: Sequence[Entry | None],
+    table: Indices,
+    out: Tensor,
+    end: int,
+    temporaries: list[Tensor],
+) -> None:
+    """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
+    temporaries.append(storage.tensor.gather(table, out))
+    if not storage.corrects_lazily:
+        return
+    for correction in {entry.correction for entry in entries if entry is not None}:
+        if correction is None:
+            continue
+        concerned = [row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction]
+        temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
 
 
 @cache

@@ -54,6 +54,9 @@ def reserve(
     """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
     budget = scope.budget
     if budget is not None:
+        ticket = _take_reserved(pool, budget, len(plan.keys), plan.num_slots)
+        if ticket is not None:
+            return ticket
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
     pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.shared_slots())
     freed = _freed_by(pool, scope, plan, located, deadline)
@@ -98,6 +101,22 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
             may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
+
+
+def _take_reserved(pool: PoolCore, budget: Budget, entries: int, slots: int) -> Ticket | None:
+    """Take room from what a search has left of its reservation; None with nothing taken if that is not enough."""
+    with pool.storage.ledger.mutex:
+        pool.check_open()
+        # In the same hold as the taking: what a closed search took would never come back.
+        if budget.ended is not None:
+            raise SearchEndedError(budget.ended)
+        if budget.entries + entries > budget.max_entries or slots > budget.reservation.left:
+            return None
+        taken = pool.storage.ledger.slots.allocate(slots, budget.reservation)
+        if taken is None:
+            return None
+        budget.entries += entries
+        return Ticket(entries, slots, *taken)
 
 
 def _take_from_budget(

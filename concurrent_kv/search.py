@@ -123,8 +123,12 @@ class Search(Handle):
                 state.check_open()
                 state.track(hold)
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.
-                count_hits(found)
-                state.pool.counters.miss_count += found.count(None)
+                counters = state.pool.counters
+                missing = found.count(None)
+                roots = [entry for entry in found if entry is not None and entry.scope is not state.scope]
+                counters.hit_count += len(found) - missing - len(roots)
+                counters.miss_count += missing
+                count_hits(roots)
             return batch
         except BaseException:
             storage.ledger.release(hold)

@@ -30,6 +30,9 @@ def adopted(
 
 
 def _fill(found: list[Entry | None], entries: Sequence[Entry | None]) -> list[Entry]:
+    if not any(found):
+        found[:] = entries
+        return [entry for entry in entries if entry is not None]
     new = []
     for row, entry in enumerate(entries):
         if entry is not None and found[row] is None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .streams import NO_TICKS, Ticks, merge
 
-__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken"]
+__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken", "where"]
 
 Slots = npt.NDArray[np.int64]
 
@@ -28,6 +28,14 @@ RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back 
 MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
 LONGEST_JOINED = 4096  # slots of a run that neighbours are joined to; joining copies it
 ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
+
+
+def where(slots: Slots, consecutive: bool) -> slice | Slots:
+    """What some slots are in an array by slot: a slice where they can be one, which is quicker to use."""
+    if not consecutive:
+        return slots
+    first = int(slots[0])
+    return slice(first, first + len(slots))
 
 
 class Taken(NamedTuple):
@@ -105,7 +113,7 @@ class SlotAllocator:
             reservation.left -= own
             self.reserved_count -= own
             # Only these come back to the reservation when freed; the rest was lent by everyone.
-            self._owner[slots if own == count else slots[:own]] = reservation.number
+            self._owner[where(slots, taken.consecutive) if own == count else slots[:own]] = reservation.number
         return taken
 
     def _take(self, count: int) -> Taken:

@@ -11,13 +11,16 @@ from contextlib import suppress
 from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
+from .commit_shape import Drop
 from .cuda import backend_for
 from .deadline import Deadline
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
 from .layout import KVLayout, positive_int
 from .ledger import Ledger, Signal, wake
 from .locks import ShardedRWLock
+from .overflow import DropLazily, Overflow, check_overflow
 from .streams import StreamBackend, StreamClock
 from .tensors import SlotTensor, plain_torch_state
 
@@ -93,6 +96,9 @@ class KVStorage:
         # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
         self.zeroed = self.clock.stamp(self.clock.current())
         self.closed = False
+        self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
+        self._no_drop = Drop.of(None, layout.max_tokens)
+        self._last_drop: tuple[Callable[[], Overflow | None], Drop] | None = None  # a weak reference: it has tensors
         self.pools: list[PoolCore] = []
         self._pid, self._forks = os.getpid(), _forks
 
@@ -146,6 +152,18 @@ class KVStorage:
         self.clock.order_after(stream, self.zeroed)
         with plain_torch_state():
             return not bool(self.tensor.data[:, 0].any())
+
+    def drop_of(self, overflow: Overflow | None) -> Drop:
+        """What a policy does, as far as it concerns lengths; raises unless it is one for pools of the layout."""
+        if overflow is None:
+            return self._no_drop
+        last = self._last_drop
+        if last is None or last[0]() is not overflow:
+            check_overflow(overflow, self.layout)
+            if isinstance(overflow, DropLazily):
+                self.corrects_lazily = True
+            last = self._last_drop = (ref(overflow), Drop.of(overflow, self.layout.max_tokens))
+        return last[1]
 
     def check_process(self) -> None:
         """Raise `WrongProcessError` in any process but the one that made the storage.

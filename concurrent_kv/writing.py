@@ -13,6 +13,7 @@ from .index import find_places, take_away
 from .ledger import wake
 from .plan import WritePlan
 from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
+from .slots import where
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import plain_torch_state
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .pool_core import PoolCore
+    from .storage import KVStorage
 
 __all__ = ["write"]
 
@@ -51,22 +53,25 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     try:
         written = NO_TICKS
         if plan.source is not None:
-            stream = clock.current()
-            clock.order_after(stream, merge(ticket.ticks, storage.zeroed))
-            temporaries: tuple[Tensor, ...] = (plan.source,)
-            if plan.difference is not None:
-                temporaries += (plan.difference,)
-            try:
-                with plain_torch_state():
-                    block = plan.block if ticket.consecutive else None
-                    temporaries += storage.tensor.scatter(
-                        plan.source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, block
-                    )
-            finally:
-                written = clock.stamp(stream, temporaries)
-                used = merge(used, written)
-            ledger.written_at[ticket.taken] = plan.written_at
-            plan.tables[plan.own] = ticket.taken
+            if clock.backend is None:
+                _copy(storage, plan.source, plan, ticket)
+            else:
+                stream = clock.current()
+                clock.order_after(stream, merge(ticket.ticks, storage.zeroed))
+                temporaries: tuple[Tensor, ...] = (plan.source,)
+                if plan.difference is not None:
+                    temporaries += (plan.difference,)
+                try:
+                    temporaries += _copy(storage, plan.source, plan, ticket)
+                finally:
+                    written = clock.stamp(stream, temporaries)
+                    used = merge(used, written)
+            ledger.written_at[where(ticket.taken, ticket.consecutive)] = plan.written_at
+            if plan.block is None:
+                plan.tables[plan.own] = ticket.taken
+            else:
+                own = ticket.taken.reshape(len(plan.keys), -1)
+                plan.tables[:, -own.shape[1] :] = own
         entries = _new_entries(pool, scope, generation, plan, merge(written, plan.shared_writes))
         while True:
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
@@ -82,13 +87,30 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     return outcome is Outcome.PUBLISHED
 
 
+def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -> tuple[Tensor, ...]:
+    """Copy a plan's tokens into the slots taken for them; returns what has to live until that is done."""
+    block = plan.block if ticket.consecutive else None
+    with plain_torch_state():
+        return storage.tensor.scatter(source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, block)
+
+
 def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
+    rows = zip(plan.keys, plan.lengths, plan.sides, plan.priorities, plan.corrections, strict=True)
     # Policies alone look at fingerprints, and what a search owns is in no policy.
-    fingerprints = [hash((scope.number, key)) for key in plan.keys] if scope.budget is None else [0] * len(plan.keys)
-    rows = zip(plan.keys, plan.lengths, plan.sides, plan.priorities, fingerprints, plan.corrections, strict=True)
+    number = scope.number if scope.budget is None else None
     return [
-        Entry(key, scope, generation, length, side, priority, fingerprint, correction, written)
-        for key, length, side, priority, fingerprint, correction in rows
+        Entry(
+            key,
+            scope,
+            generation,
+            length,
+            side,
+            priority,
+            0 if number is None else hash((number, key)),
+            correction,
+            written,
+        )
+        for key, length, side, priority, correction in rows
     ]
 
 
@@ -149,20 +171,19 @@ def _enter(
 ) -> list[Entry]:
     """Put admitted entries into their places, and close the books of the replaced; returns the dead. Mutex held."""
     budget = scope.budget
+    place = Place.HELD if budget is None else Place.EXEMPT
     for cell, entry, previous in zip(cells, entries, replaced, strict=True):
+        entry.place = place
         if previous is None:
             cell.append(entry)
         else:
             entry.index_key = previous.index_key  # a dict keeps the key object that it has
             cell[0] = entry
-    dead = unpublish(pool, old, counted_out=True)
+    dead = unpublish(pool, old, counted_out=True) if old else []
     if budget is None:
         for entry in entries:
-            entry.place = Place.HELD
             pool.policy.add(entry)
     else:
-        for entry in entries:
-            entry.place = Place.EXEMPT
         budget.entries -= len(old)
         if ticket.lent is not None:
             pool.storage.ledger.slots.charge(budget.reservation, ticket.lent)
