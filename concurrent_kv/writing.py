@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from .deadline import Deadline
@@ -95,23 +96,11 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
 
 
 def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
-    rows = zip(plan.keys, plan.lengths, plan.sides, plan.priorities, plan.corrections, strict=True)
     # Policies alone look at fingerprints, and what a search owns is in no policy.
-    number = scope.number if scope.budget is None else None
-    return [
-        Entry(
-            key,
-            scope,
-            generation,
-            length,
-            side,
-            priority,
-            0 if number is None else hash((number, key)),
-            correction,
-            written,
-        )
-        for key, length, side, priority, correction in rows
-    ]
+    owned = scope.budget is not None
+    fingerprints = repeat(0) if owned else [hash((scope.number, key)) for key in plan.keys]
+    columns = (plan.keys, repeat(scope), repeat(generation), plan.lengths, plan.sides, plan.priorities, fingerprints)
+    return list(map(Entry, *columns, plan.corrections, repeat(written)))
 
 
 # Publication ------------------------------------------------------------
