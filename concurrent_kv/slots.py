@@ -32,7 +32,7 @@ ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower whe
 
 def where(slots: Slots, consecutive: bool) -> slice | Slots:
     """What some slots are in an array by slot: a slice where they can be one, which is quicker to use."""
-    if not consecutive:
+    if not consecutive or not len(slots):
         return slots
     first = int(slots[0])
     return slice(first, first + len(slots))
