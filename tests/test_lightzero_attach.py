@@ -56,6 +56,16 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
         InvalidArgumentError,
         "searches cannot be",
     ),
+    "one search of a manager": (
+        lambda: {"manager": manager(), "searches": 1},
+        InvalidArgumentError,
+        "searches cannot be",
+    ),
+    "settings of a manager": (
+        lambda: {"manager": manager(), "searches": 2, "init_entries": 9, "policy": "lru"},
+        InvalidArgumentError,
+        "searches, init_entries, policy cannot be given beside manager",
+    ),
     "no answer": (lambda: {"answer": "both"}, InvalidArgumentError, "answer must be"),
     "no callback": (lambda: {"on_divergence": 3}, InvalidTypeError, "on_divergence must be callable"),
     "too few slots": (lambda: {"recur_slots": 5}, InvalidArgumentError, "recur_slots must be at least 8"),
