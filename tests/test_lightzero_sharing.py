@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from concurrent_kv.compat.lightzero import Attachment, LightZeroKVCacheManager, 
 from tests.lightzero_support import SHAPES, Walk, assert_same_outputs, make_world_model
 
 ENV_NUM, SECONDS = 2, 60
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = replace(SHAPES["cartpole"], env_num=ENV_NUM)
 LOST = "contexts begin anew"
 
@@ -145,6 +149,57 @@ def test_what_was_stored_before_the_weights_changed_is_gone_when_a_model_is_atta
     assert_same_outputs(walk.root([released, model]))
     assert model.root_hit_cnt == 0
     detach(model)
+
+
+def test_clearing_the_caches_of_a_model_leaves_the_roots_of_other_weights(pools: KVCacheManager) -> None:
+    one = make_world_model(SHAPE)
+    other = copy.deepcopy(one)
+    sharing = copy.copy(one)
+    shift_transformer(other)
+    for model, env_ids in ((one, [0]), (sharing, [1]), (other, [2, 3])):
+        attach(model, "on", manager=pools, env_ids=env_ids)
+    walks = [Walk(SHAPE, 1, 0), Walk(SHAPE, 1, 1), Walk(SHAPE, ENV_NUM, 2)]
+    for walk, model in zip(walks, (one, sharing, other), strict=True):
+        walk.root([model])
+    one.clear_caches()
+    assert [len(pool) for pool in pools.init_pools] == [0, 0, 1, 1]
+    walks[2].act()
+    walks[2].root([other])
+    assert other.root_hit_cnt == ENV_NUM
+    for model in (one, sharing):
+        detach(model)
+    other.clear_caches()
+    assert [len(pool) for pool in pools.init_pools] == [0] * 4
+    detach(other)
+
+
+def test_a_model_in_a_forked_child_can_be_detached_or_attached_anew() -> None:
+    script = """
+import copy, os
+from tests.lightzero_support import Walk, assert_same_outputs, make_world_model
+from tests.test_lightzero_sharing import ENV_NUM, SHAPE
+from concurrent_kv.compat.lightzero import attach, detach
+
+released = make_world_model(SHAPE)
+models = [copy.deepcopy(released) for _ in range(2)]
+for model in models:
+    attach(model, "on")
+    Walk(SHAPE, ENV_NUM).root([model])
+child = os.fork()
+if not child:
+    detach(models[0])
+    attach(models[1], "on")
+walk = Walk(SHAPE, ENV_NUM)
+assert_same_outputs(walk.root([released, *models]))
+assert_same_outputs(walk.simulate([released, *models]))
+if not child:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=SECONDS, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Contexts that are lost -----------------------------------------------------------------------------------------------

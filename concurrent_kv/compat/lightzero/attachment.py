@@ -6,17 +6,17 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, WrongProcessError
 from ...layout import KVLayout
 from ...manager import KVCacheManager
 from ...overflow import Overflow
 from .divergence import Divergence, ValidationReport
 from .session import SearchSession
 from .settings import Answer, Mode, layout_of, manager_config, overflow_of
-from .sharing import SHARERS
+from .sharing import SHARERS, clear_pools
 from .validation import Validation
 
 __all__ = ["Attachment"]
@@ -186,11 +186,14 @@ class Attachment:
             self.validation.clear_roots(row, self.role_name)
 
     def clear(self) -> None:
-        """Clear every pool of every role, and end the calling thread's searches. May block."""
+        """Clear the pools of every role, and end the calling thread's searches. May block.
+
+        In a manager that was given, the roots of models that have other weights stay.
+        """
         for role in self._all_roles():
             role.session.close()
             role.session.keys_values_wm_list = []
-            role.manager.clear_all()
+            clear_pools(role.manager, self)
         if self.validation is not None:
             self.validation.clear_nodes(self.role_name)
             for row in range(len(self.env_ids)):
@@ -221,9 +224,11 @@ class Attachment:
     def close(self) -> None:
         """End the calling thread's searches; close the managers that were made for this attachment. May block."""
         for role in self._all_roles():
-            role.session.close()
-            if role.owns_manager:
-                role.manager.close()
+            # In a forked child there is nothing to give back: all of it is the parent's.
+            with suppress(WrongProcessError):
+                role.session.close()
+                if role.owns_manager:
+                    role.manager.close()
 
     def _all_roles(self) -> list[Role]:
         with self._lock:

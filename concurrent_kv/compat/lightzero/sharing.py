@@ -13,7 +13,7 @@ from ...manager import KVCacheManager
 if TYPE_CHECKING:
     from .attachment import Attachment
 
-__all__ = ["SHARERS", "Sharers", "check_sharing", "clear_unshared_roots", "same_weights"]
+__all__ = ["SHARERS", "Sharers", "check_sharing", "clear_pools", "clear_unshared_roots", "same_weights"]
 
 
 class Sharers:
@@ -73,3 +73,24 @@ def clear_unshared_roots(manager: KVCacheManager, env_ids: Iterable[int], world_
     for env_id in env_ids:
         if env_id not in used:
             manager.init_pools[env_id].clear()
+
+
+def clear_pools(manager: KVCacheManager, attachment: Attachment) -> None:
+    """Clear all that an attached model, and the models that share its weights, may have stored. May block.
+
+    The roots of models of other weights stay: what made this model's entries stale did nothing to theirs.
+    """
+    users = attachment.users()
+    kept: set[int] = set()
+    for other, others in SHARERS.others(manager, None):
+        if other is not attachment and not any(same_weights(one, another) for one in users for another in others):
+            kept.update(other.env_ids)
+    kept.difference_update(attachment.env_ids)
+    if not kept:
+        manager.clear_all()
+        return
+    for env_id, pool in enumerate(manager.init_pools):
+        if env_id not in kept:
+            pool.clear()
+    manager.clear_recur_cache()
+    manager.wm_pool.clear()
