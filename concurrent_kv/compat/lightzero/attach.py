@@ -52,7 +52,8 @@ def attach(
             it was, attached or not.
     """
     if not all(hasattr(world_model, name) for name in ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache")):
-        raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}")
+        inner = ": pass its .world_model" if hasattr(world_model, "world_model") else ""
+        raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}{inner}")
     mode = mode_of(world_model.config, mode)
     if mode == "off":
         detach(world_model)
