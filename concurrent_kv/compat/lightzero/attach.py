@@ -72,7 +72,7 @@ def attach(
         if beside:
             raise InvalidArgumentError(f"{', '.join(beside)} cannot be given beside manager, which has its own")
         before = attachment_of(world_model)
-        if before is not None and before.owns(manager):
+        if before is not None and before.owns(manager) and before.users() == [world_model]:
             raise InvalidArgumentError("manager was made for the world model's attachment, and is closed with it")
     ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
     if manager is not None and not same_weights:
