@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
@@ -56,6 +57,16 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
         InvalidArgumentError,
         "searches cannot be",
     ),
+    "one search of a manager": (
+        lambda: {"manager": manager(), "searches": 1},
+        InvalidArgumentError,
+        "searches cannot be",
+    ),
+    "settings of a manager": (
+        lambda: {"manager": manager(), "searches": 2, "init_entries": 9, "policy": "lru"},
+        InvalidArgumentError,
+        "searches, init_entries, policy cannot be given beside manager",
+    ),
     "no answer": (lambda: {"answer": "both"}, InvalidArgumentError, "answer must be"),
     "no callback": (lambda: {"on_divergence": 3}, InvalidTypeError, "on_divergence must be callable"),
     "too few slots": (lambda: {"recur_slots": 5}, InvalidArgumentError, "recur_slots must be at least 8"),
@@ -73,6 +84,13 @@ def test_what_cannot_work_is_refused_by_name_and_leaves_the_model_attached_as_it
     assert attachment_of(model) is before
     walk.simulate([model])
     assert model.hit_count == ENV_NUM
+
+
+def test_a_model_around_a_world_model_is_refused_with_what_to_pass_instead(model: Any) -> None:
+    around = torch.nn.Module()
+    around.world_model = model
+    with pytest.raises(InvalidTypeError, match=r"got Module: pass its \.world_model"):
+        attach(around, "on")
 
 
 def test_an_attachments_own_manager_is_refused_for_the_next_one_as_it_is_closed(model: Any) -> None:

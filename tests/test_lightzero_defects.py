@@ -187,8 +187,8 @@ def test_21_an_environment_is_not_its_position_in_the_batch() -> None:
         attachment = attachment_of(ours)
         assert attachment is not None
         # Two groups of one environment each use the model: both are position 0 of their batches.
-        attach(first := copy.copy(theirs), "on", manager=attachment.manager, env_ids=[0])
-        attach(second := copy.copy(theirs), "on", manager=attachment.manager, env_ids=[1])
+        attach(first := copy.copy(ours), "on", manager=attachment.manager, env_ids=[0])
+        attach(second := copy.copy(ours), "on", manager=attachment.manager, env_ids=[1])
         mine, other = Walk(ONE, 1, 0), Walk(ONE, 1, 1)
         mine.root([theirs, first])
         root = mine.nodes[0]

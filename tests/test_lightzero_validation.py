@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
-from concurrent_kv import DropAndCorrect, KeysValues
+from concurrent_kv import DropAndCorrect, InvalidTypeError, KeysValues
 from concurrent_kv.compat.lightzero import (
     DEFECTS,
     Attachment,
@@ -234,6 +234,15 @@ def test_the_configuration_chooses_the_mode() -> None:
         if attachment is not None:
             assert attachment.mode == name
             detach(model)
+
+
+@pytest.mark.parametrize("name", ["use_new_cache_manager", "cache_validation_mode"])
+def test_a_key_of_the_configuration_that_is_text_is_refused_by_name(name: str) -> None:
+    keys: dict[str, Any] = {"use_new_cache_manager": True, name: "False"}
+    model = make_world_model(CARTPOLE, **keys)
+    with pytest.raises(InvalidTypeError, match=f"{name} must be True or False, got 'False'"):
+        attach(model)
+    assert attachment_of(model) is None
 
 
 def test_installed_models_attach_themselves_as_their_configuration_says() -> None:

@@ -12,7 +12,8 @@ from .attachment import Attachment
 from .divergence import Divergence
 from .manager import LightZeroKVCacheManager
 from .model import ATTACHMENT, attached_class, attachment_of
-from .settings import Answer, Mode, check_manager, mode_of
+from .settings import Answer, Mode, check_manager, env_ids_of, mode_of
+from .sharing import check_sharing, clear_unshared_roots
 
 __all__ = ["attach", "detach"]
 
@@ -23,7 +24,8 @@ def attach(
     *,
     manager: KVCacheManager | LightZeroKVCacheManager | None = None,
     env_ids: Iterable[int] | None = None,
-    searches: int = 1,
+    same_weights: bool = False,
+    searches: int | None = None,
     answer: Answer = "off",
     on_divergence: Callable[[Divergence], None] | None = None,
     **arguments: Any,
@@ -36,8 +38,11 @@ def attach(
             model's configuration says: `use_new_cache_manager`, and `cache_validation_mode` beside it.
         manager: whose pools to use, made for the model's shapes; one of its own if left out. Models that search in
             several threads at once may share one.
-        env_ids: which of the manager's environments the rows of the model's batches are; 0 and up if left out.
-        searches: threads that search at the same time, for a manager of its own.
+        env_ids: which of the manager's environments the rows of the model's batches are; 0 and up if left out. Their
+            init pools are cleared, but for those that another attached model uses.
+        same_weights: the model has the values of those that use some of the same `env_ids`, in memory of its own. What
+            shares their memory, as a shallow copy does, needs no word.
+        searches: threads that search at the same time, for a manager of its own; one if left out.
         answer: whose answers "validate" gives: "off", LightZero's own cache's, or "on".
         on_divergence: called with each difference that "validate" finds; the attachment's `report` counts them.
         arguments: for a manager of its own, as in `KVCacheManager`.
@@ -47,7 +52,8 @@ def attach(
             it was, attached or not.
     """
     if not all(hasattr(world_model, name) for name in ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache")):
-        raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}")
+        inner = ": pass its .world_model" if hasattr(world_model, "world_model") else ""
+        raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}{inner}")
     mode = mode_of(world_model.config, mode)
     if mode == "off":
         detach(world_model)
@@ -56,29 +62,35 @@ def attach(
         raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
     if on_divergence is not None and not callable(on_divergence):
         raise InvalidTypeError(f"on_divergence must be callable, got {on_divergence!r}")
-    searches = positive_int("searches", searches)
+    if searches is not None:
+        positive_int("searches", searches)
     if isinstance(manager, LightZeroKVCacheManager):
         manager = manager.manager
     if manager is not None:
         check_manager(manager, world_model)
-        if arguments or searches != 1:
-            name = next(iter(arguments), "searches")
-            raise InvalidArgumentError(f"{name} cannot be given beside manager, which has its own")
+        beside = [*(["searches"] if searches is not None else []), *arguments]
+        if beside:
+            raise InvalidArgumentError(f"{', '.join(beside)} cannot be given beside manager, which has its own")
         before = attachment_of(world_model)
-        if before is not None and before.owns(manager):
+        if before is not None and before.owns(manager) and before.users() == [world_model]:
             raise InvalidArgumentError("manager was made for the world model's attachment, and is closed with it")
+    ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
+    if manager is not None and not same_weights:
+        check_sharing(manager, ids, world_model)
     attachment = Attachment(
         world_model,
         mode,
         manager=manager,
-        env_ids=env_ids,
-        searches=searches,
+        env_ids=ids,
+        searches=1 if searches is None else searches,
         answer=answer,
         on_divergence=on_divergence,
         arguments=arguments,
     )
     detach(world_model)
     forget_released(world_model)
+    attachment.share(world_model)
+    clear_unshared_roots(attachment.manager, attachment.env_ids, world_model)
     vars(world_model)[ATTACHMENT] = attachment
     world_model.__class__ = attached_class(type(world_model))
     return attachment

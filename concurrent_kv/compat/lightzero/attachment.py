@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, WrongProcessError
 from ...layout import KVLayout
 from ...manager import KVCacheManager
 from ...overflow import Overflow
 from .divergence import Divergence, ValidationReport
 from .session import SearchSession
-from .settings import Answer, Mode, env_ids_of, layout_of, manager_config, overflow_of
+from .settings import Answer, Mode, layout_of, manager_config, overflow_of
+from .sharing import SHARERS, clear_pools
 from .validation import Validation
 
 __all__ = ["Attachment"]
+
+logger = logging.getLogger("concurrent_kv")
 
 ROOTS_OF_A_SEARCH = 16  # kept of each environment for every search at a time
 TOKENS_OF_A_NODE = 3  # its two new ones and, where its parent was lost, the parent's own state
@@ -52,7 +56,7 @@ class Attachment:
         mode: Mode,
         *,
         manager: KVCacheManager | None,
-        env_ids: Iterable[int] | None,
+        env_ids: tuple[int, ...],
         searches: int,
         answer: Answer,
         on_divergence: Callable[[Divergence], None] | None,
@@ -73,7 +77,7 @@ class Attachment:
         # Searches of several threads store their roots in the same pools: one's must outlast the others'.
         self._arguments = {"init_entries": ROOTS_OF_A_SEARCH * searches, **arguments}
         self._on_divergence = on_divergence
-        self.env_ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
+        self.env_ids = env_ids
         self.validation = Validation(answer, on_divergence) if mode == "validate" else None
         self._overflow: tuple[Any, Overflow] | None = None
         self._start(manager)
@@ -81,6 +85,7 @@ class Attachment:
     def _start(self, manager: KVCacheManager | None) -> None:
         self._lock = threading.Lock()
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._has_warned = False
         self._current = _Current()
         self._roles: dict[str, Role] = {self._current.name: self._make_role(manager)}
 
@@ -91,6 +96,7 @@ class Attachment:
             arguments = {"recur_slots": slots, **self._arguments}
             manager = KVCacheManager(self._config, self._config["env_num"], **arguments)
         tokens = TOKENS_OF_A_NODE if self._shares else self.layout.max_tokens
+        SHARERS.add(manager, self)
         return Role(manager, SearchSession(manager, self.env_ids, tokens), owns_manager=owned)
 
     # Of the calling thread -------------------------------------------------------------------------------------------
@@ -144,6 +150,22 @@ class Attachment:
             for name, number in counts.items():
                 attributes[name] += number
 
+    def note_misses(self) -> None:
+        """Warn, once, that states were searched from whose contexts were not found, and so begin anew."""
+        batch = self.session.batch
+        if batch is None or False not in batch.hits or self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "%s: %d of the %d states searched from are neither nodes of this thread's search nor its roots, so their "
+            "contexts begin anew. Searches that take turns in one thread do this, or go on in another thread, or after "
+            "clear_caches() or attach(): give each a thread, a role, or a copy of the model that is attached by "
+            "itself. (Said once.)",
+            self.manager.name,
+            batch.hits.count(False),
+            len(batch.hits),
+        )
+
     @property
     def report(self) -> ValidationReport | None:
         """What validation compared so far; None in another mode."""
@@ -164,11 +186,14 @@ class Attachment:
             self.validation.clear_roots(row, self.role_name)
 
     def clear(self) -> None:
-        """Clear every pool of every role, and end the calling thread's searches. May block."""
+        """Clear the pools of every role, and end the calling thread's searches. May block.
+
+        In a manager that was given, the roots of models that have other weights stay.
+        """
         for role in self._all_roles():
             role.session.close()
             role.session.keys_values_wm_list = []
-            role.manager.clear_all()
+            clear_pools(role.manager, self)
         if self.validation is not None:
             self.validation.clear_nodes(self.role_name)
             for row in range(len(self.env_ids)):
@@ -178,6 +203,11 @@ class Attachment:
         """Stay open until the last of these is detached."""
         with self._lock:
             self._users.update(world_models)
+
+    def users(self) -> list[Any]:
+        """The world models that are attached by this: one, and its shallow copies."""
+        with self._lock:
+            return list(self._users)
 
     def leave(self, world_model: Any) -> None:
         """One that is detached: `close` if no other world model shares the attachment. May block."""
@@ -194,9 +224,11 @@ class Attachment:
     def close(self) -> None:
         """End the calling thread's searches; close the managers that were made for this attachment. May block."""
         for role in self._all_roles():
-            role.session.close()
-            if role.owns_manager:
-                role.manager.close()
+            # In a forked child there is nothing to give back: all of it is the parent's.
+            with suppress(WrongProcessError):
+                role.session.close()
+                if role.owns_manager:
+                    role.manager.close()
 
     def _all_roles(self) -> list[Role]:
         with self._lock:

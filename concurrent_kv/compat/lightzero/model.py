@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, InvalidTypeError
 from .attachment import Attachment
-from .containers import LightZeroKeysValues
+from .containers import LightZeroKeysValues, from_lightzero, to_lightzero
 from .contexts import (
     commit_nodes,
     generate_contexts,
@@ -36,6 +37,24 @@ OF_A_SEARCH = (
 )
 
 
+# What the released cache is made of: kept while the model is attached, and in mode "on" read by nothing.
+OF_THE_RINGS = (
+    "shared_pool_recur_infer",
+    "shared_pool_init_infer",
+    "shared_pool_wm",
+    "shared_pool_index",
+    "shared_pool_index_init_envs",
+    "shared_pool_index_wm",
+    "shared_pool_size",
+    "shared_pool_size_init",
+    "shared_pool_size_wm",
+)
+
+STORE_INSTEAD = (
+    "store roots with attachment_of(world_model).manager.set_init_cache(env_id, (env_id, key), kv), or detach first"
+)
+
+
 def attachment_of(world_model: Any) -> Attachment | None:
     """The attachment of an attached world model, None of any other."""
     found = getattr(world_model, "__dict__", {}).get(ATTACHMENT)
@@ -55,6 +74,18 @@ def _of_the_search(name: str) -> property:
         delattr(self.__dict__[ATTACHMENT].session, name)
 
     return property(get, put, delete)
+
+
+def _of_the_rings(name: str) -> property:
+    """An attribute of the released cache: to look at only, as nothing would follow from another value."""
+
+    def get(self: Any) -> Any:
+        return self.__dict__[name]
+
+    def put(self: Any, value: Any) -> None:
+        raise InvalidArgumentError(f"{name} is not used while the world model is attached: {STORE_INSTEAD}")
+
+    return property(get, put)
 
 
 _classes: dict[type[Any], type[Any]] = {}
@@ -77,6 +108,20 @@ def _make_class(released: type[Any]) -> type[Any]:
             self.__dict__[ATTACHMENT].share(self, made)
             return made
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+            """A copy with weights of its own, and with a manager of its own."""
+            made = type(self).__new__(type(self))
+            memo[id(self)] = made
+            made.__setstate__(copy.deepcopy(self.__dict__, memo))
+            made.__dict__[ATTACHMENT].share(made)
+            return made
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise InvalidTypeError(
+                "an attached WorldModel cannot be pickled, as a released one cannot: save its state_dict(), load that "
+                "into a new one and attach it"
+            )
+
         def retrieve_or_generate_kvcache(
             self, latent_state: Any, ready_env_num: int, simulation_index: int = 0, start_pos: Any = 0
         ) -> list[int]:
@@ -86,7 +131,9 @@ def _make_class(released: type[Any]) -> type[Any]:
                 positions = start_positions_of_reanalysis(start_pos, ready_env_num)
                 return generate_contexts(self, kv, latent_state, ready_env_num, positions)
             _check_rows(kv, ready_env_num)
-            return node_contexts(self, kv, latent_state, ready_env_num, start_pos)
+            lengths = node_contexts(self, kv, latent_state, ready_env_num, start_pos)
+            kv.note_misses()
+            return lengths
 
         def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> list[int]:
             """Nothing is left to do: contexts are gathered into the model's layout. Validation compares them here."""
@@ -142,18 +189,45 @@ def _make_class(released: type[Any]) -> type[Any]:
             """Clear every pool, and end the calling thread's search."""
             self.__dict__[ATTACHMENT].clear()
 
+        def custom_copy_kv_cache_to_shared_recur(self, src_kv: Any) -> int:
+            """Refused: there is no ring to copy to."""
+            raise InvalidArgumentError(f"an attached world model has no ring of nodes: {STORE_INSTEAD}")
+
+        def custom_copy_kv_cache_to_shared_init_envs(self, src_kv: Any, env_id: int) -> int:
+            """Refused: there is no ring to copy to."""
+            raise InvalidArgumentError(f"an attached world model has no rings of roots: {STORE_INSTEAD}")
+
+        def custom_copy_kv_cache_to_shared_wm(self, src_kv: Any) -> LightZeroKeysValues:
+            """A copy of one row that nothing else writes to."""
+            return to_lightzero(from_lightzero(src_kv), self.__dict__[ATTACHMENT].layout)
+
         @property
         def past_kv_cache_recurrent_infer(self) -> Any:
-            """The nodes of the calling thread's search, by key."""
+            """The nodes of the calling thread's search, by key. Assigning something empty clears them."""
             return recur_view(self.__dict__[ATTACHMENT])
+
+        @past_kv_cache_recurrent_infer.setter
+        def past_kv_cache_recurrent_infer(self, nodes: Any) -> None:
+            if len(nodes):
+                raise InvalidArgumentError(f"past_kv_cache_recurrent_infer can only be emptied: {STORE_INSTEAD}")
+            self.past_kv_cache_recurrent_infer.clear()
 
         @property
         def past_kv_cache_init_infer_envs(self) -> Any:
-            """Each environment's roots, by key."""
+            """Each environment's roots, by key. Assigning empty ones clears them all."""
             return init_views(self.__dict__[ATTACHMENT])
+
+        @past_kv_cache_init_infer_envs.setter
+        def past_kv_cache_init_infer_envs(self, roots: Any) -> None:
+            if any(map(len, roots)):
+                raise InvalidArgumentError(f"past_kv_cache_init_infer_envs can only be emptied: {STORE_INSTEAD}")
+            for view in self.past_kv_cache_init_infer_envs:
+                view.clear()
 
     for name in OF_A_SEARCH:
         setattr(Attached, name, _of_the_search(name))
+    for name in OF_THE_RINGS:
+        setattr(Attached, name, _of_the_rings(name))
     Attached.__name__ = Attached.__qualname__ = released.__name__
     Attached.__module__ = released.__module__
     return Attached

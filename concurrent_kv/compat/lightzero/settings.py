@@ -40,14 +40,24 @@ def mode_of(config: Any, mode: Mode | None = None) -> Mode:
     """`mode`, or where it is None what the configuration says.
 
     `use_new_cache_manager` absent or False is "off"; True is "on", or with `cache_validation_mode` True "validate".
+
+    Raises:
+        InvalidArgumentError: no such mode. InvalidTypeError: a key of the configuration is a str.
     """
     if mode is None:
-        if not setting(config, "use_new_cache_manager", False):
+        if not _flag(config, "use_new_cache_manager"):
             return "off"
-        return "validate" if setting(config, "cache_validation_mode", False) else "on"
+        return "validate" if _flag(config, "cache_validation_mode") else "on"
     if mode not in ("off", "validate", "on"):
         raise InvalidArgumentError(f"mode must be 'off', 'validate' or 'on', got {mode!r}")
     return mode
+
+
+def _flag(config: Any, name: str) -> bool:
+    value = setting(config, name, False)
+    if isinstance(value, str):  # "False" would be true
+        raise InvalidTypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def layout_of(world_model: Any) -> KVLayout:
