@@ -306,6 +306,8 @@ FORGOTTEN = [
     (unpublished_writes_not_told_to_the_next_writer, "cleared before its commit"),
     (uses_of_the_dead_not_told_to_who_outlives_them, "parent read, parent and child popped, reused"),
     (slots_reused_one_release_too_early, "read, then reused"),
+    (reads_not_told_to_the_next_writer, "search read, then closed, reused"),
+    (unpublished_writes_not_told_to_the_next_writer, "search closed|its commit, reused"),
     (only_the_first_of_several_runs_waited_for, "several runs, reused at once"),
     (buffers_handed_on_without_their_uses, "gather, gather again"),
     (zeroing_forgotten_by_readers, "misses on another than the pool's"),
