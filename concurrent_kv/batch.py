@@ -343,6 +343,7 @@ class Batch(Handle):
 
         Raises:
             InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
+            StreamCaptureError: it is being captured into a graph, or a stream that used the batch is.
             ClosedError: the batch is closed.
         """
         self._check_open()
@@ -388,7 +389,8 @@ class Batch(Handle):
     def _give_buffer_back(self) -> None:
         if self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
-            self._storage.tensor.return_buffer(self.data, ready)
+            if ready is not None:
+                self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
         if self._hold.released:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
@@ -67,10 +68,10 @@ class CudaStreams:
     def done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())  # type: ignore[no-untyped-call]
 
-    def synchronize(self, event: torch.cuda.Event, seconds: float) -> bool:
+    def synchronize(self, event: torch.cuda.Event, seconds: float, is_over: Callable[[], bool]) -> bool:
         # Asked again and again, because the event's own synchronize() knows no limit.
         end, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
-        while not self.done(event):
+        while not (is_over() or self.done(event)):
             if time.monotonic() >= end:
                 return False
             time.sleep(pause)
@@ -96,7 +97,7 @@ def settle(device: torch.device, seconds: float = 60.0) -> None:
     backend = backend_for(device)
     if backend is not None:
         event = backend.record(backend.current())
-        if not backend.synchronize(event, seconds):
+        if not backend.synchronize(event, seconds, lambda: False):
             raise WaitTimeoutError(f"{device} has not done its work within {seconds:g} s")
         backend.recycle(event)
 

@@ -16,9 +16,11 @@ Lock order: the clock's own lock is innermost and is never held while a backend 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,8 +82,8 @@ class StreamBackend(Protocol):
     def done(self, event: Any) -> bool:
         """Whether `event` has fired."""
 
-    def synchronize(self, event: Any, seconds: float) -> bool:
-        """Block the calling thread until `event` has fired; False when `seconds` are over."""
+    def synchronize(self, event: Any, seconds: float, is_over: Callable[[], bool]) -> bool:
+        """Block the calling thread until `event` has fired, or until `is_over()`; False when `seconds` are over."""
 
     def recycle(self, event: Any) -> None:
         """Take an event back that has fired."""
@@ -165,10 +167,16 @@ class StreamClock:
         return self._backend.use(stream)
 
     def check(self, stream: object) -> None:
-        """Raise `InvalidTypeError` or `InvalidArgumentError` unless operations can run in `stream`."""
+        """Raise `InvalidTypeError`, `InvalidArgumentError` or `StreamCaptureError` unless `stream` can be used."""
         if self._backend is None:
             raise InvalidArgumentError(f"stream must be left out where the slots are on a CPU, got {stream!r}")
         self._backend.check(stream)
+        self._check_not_capturing(self._backend, stream)
+
+    def check_not_capturing(self, stream: Any) -> None:
+        """Raise `StreamCaptureError` if `stream` is being captured: an event of it would belong to the graph."""
+        if self._backend is not None:
+            self._check_not_capturing(self._backend, stream)
 
     def share(self, tensor: Tensor) -> None:
         """Name a tensor that every stream uses: dropped at any point, its memory outlives their work."""
@@ -247,12 +255,20 @@ class StreamClock:
         backend = self._backend
         if backend is None:
             return True
+        end = time.monotonic() + seconds
         for producer, tick in ticks.items():
             found = self._covering(backend, producer, tick)
-            if found is not None and not backend.synchronize(found[1], seconds):
+            # Another thread may see that the event has fired, and record it again for later work, before this one does.
+            if found is not None and not backend.synchronize(
+                found[1], max(0.0, end - time.monotonic()), partial(self._is_done, producer, tick)
+            ):
                 return False
         self._retire(backend)
         return True
+
+    def _is_done(self, producer: StreamKey, tick: int) -> bool:
+        known = self._known.get(producer)
+        return known is None or known.done >= tick
 
     def everything(self) -> Ticks:
         """A tick of every stream, after all the work that it has by now."""

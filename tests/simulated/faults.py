@@ -50,6 +50,7 @@ LEFT_OUT = [
     left_out("stream_uses.py", "join", "order_after", "gather|gather"),
     left_out("stream_uses.py", "join", "protect", "gather, wait on another and drop"),
     left_out("stream_uses.py", "_ticks", "stamp", "gather, gather again"),
+    left_out("stream_uses.py", "finish", "protect", "closed while its stream is captured"),
     left_out("batch.py", "padding", "use_here", "padding"),
     left_out("batch.py", "padding", "protect", "padding"),
     left_out("batch.py", "append", "use_here", "appended from elsewhere"),

@@ -126,6 +126,11 @@ GPU_PROGRAMS = [
         before=stored(A, B),
     ),
     gpu_program(
+        "closed while its stream is captured",
+        batch_acts.closed_while_its_stream_is_captured,
+        before=stored(A, B),
+    ),
+    gpu_program(
         "gather, gather again and drop",
         several(lambda w: w.gather([A], on=1), lambda w: w.gather([B], on=2, drop=True)),
         before=stored(A, B),
