@@ -254,6 +254,7 @@ class Batch(Handle):
             raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
         if any(end != self._start for end in self._ends):
             raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
+        self._storage.clock.current()  # before anything is copied, which a capture would take into its graph
         kv = check_fits(kv, self._storage.layout, rows=1)
         length = kv.lengths[0]
         if length > self.data.shape[3]:

@@ -11,10 +11,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .errors import InvalidArgumentError, InvalidTypeError, WaitTimeoutError
+from .errors import InvalidArgumentError, InvalidTypeError, StreamCaptureError, WaitTimeoutError
 from .streams import StreamBackend, StreamKey
 
-__all__ = ["CudaStreams", "backend_for", "current_streams", "settle"]
+__all__ = ["CudaStreams", "backend_for", "current_streams", "refuse_capture", "settle"]
 
 MAX_FREE_EVENTS = 256
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
@@ -90,6 +90,15 @@ class CudaStreams:
 def backend_for(device: torch.device) -> StreamBackend | None:
     """The backend of a device; None where work is done when its call returns."""
     return CudaStreams(device) if device.type == "cuda" else None
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise `StreamCaptureError` if the current stream of `device` is being captured into a graph."""
+    backend = backend_for(device)
+    if backend is not None and backend.is_capturing(backend.current()):
+        raise StreamCaptureError(
+            f"the current stream of {device} is being captured: do this before or after the capture"
+        )
 
 
 def settle(device: torch.device, seconds: float = 60.0) -> None:

@@ -275,6 +275,7 @@ class StreamClock:
         backend = self._backend
         if backend is None:
             return NO_TICKS
+        self._retire(backend)  # a stream that others made may be destroyed once its work is done
         with self._lock:
             streams = [known.stream for known in self._known.values()]
         ticks: Ticks = NO_TICKS

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from concurrent_kv import (
+    Batch,
     ClosedError,
+    DropAndCorrect,
     InvalidArgumentError,
     KeysValues,
     KVPool,
     KVStorage,
+    PositionTable,
     StreamCaptureError,
     WaitTimeoutError,
 )
@@ -154,6 +157,17 @@ def test_streams_that_others_made_are_forgotten_when_their_work_is_done(gpu: Sim
     assert gpu.queues.recorded_count == recorded
     assert number_in(gpu, pool.get("a")) == 98
     pool.close()
+
+
+def test_a_stream_that_was_destroyed_when_its_work_was_done_is_not_asked_by_close(gpu: SimGPU) -> None:
+    pool, _ = pool_on(gpu)
+    made_by_others = gpu.queues.add("x", handle=1000)
+    with gpu.use(made_by_others):
+        pool.put("a", row(gpu, 1))
+    run(gpu)
+    made_by_others.destroyed = True
+    pool.close()
+    assert pool.storage.tensor.freed
 
 
 # Which stream --------------------------------------------------------------------------------------------------------
@@ -455,4 +469,42 @@ def test_a_stream_that_is_captured_is_refused_by_name_too(gpu: SimGPU) -> None:
                 refused()
         assert gpu.queues.waited_count == waited
     captured.capturing = False
+    pool.close()
+
+
+def on_host() -> KeysValues:
+    return KeysValues.from_packed(torch.ones(2, 1, 1, 2, 1))
+
+
+Refused = Callable[[SimGPU, KVPool, Batch, KeysValues], object]
+NOTHING_ENQUEUED: dict[str, Refused] = {
+    "put": lambda gpu, pool, batch, kv: pool.put("a", kv),
+    "put from the host": lambda gpu, pool, batch, kv: pool.put("a", on_host()),
+    "get": lambda gpu, pool, batch, kv: pool.get("a"),
+    "gather": lambda gpu, pool, batch, kv: pool.gather(["a", "missing"]),
+    "append": lambda gpu, pool, batch, kv: batch.append(0, kv.keys[0, :, :, :1], kv.values[0, :, :, :1]),
+    "fill from the host": lambda gpu, pool, batch, kv: batch.fill(0, on_host()),
+    "padding": lambda gpu, pool, batch, kv: batch.padding,
+    "get_or_compute": lambda gpu, pool, batch, kv: pool.get_or_compute("new", on_host),
+    "a new pool": lambda gpu, pool, batch, kv: pool_on(gpu),
+    "a correction": lambda gpu, pool, batch, kv: DropAndCorrect(4, 2, torch.zeros(1, 2, 1, 4, 1), pool.layout),
+    "corrections": lambda gpu, pool, batch, kv: PositionTable(pool.layout, lambda distance: torch.zeros(1, 2, 1, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("operation", NOTHING_ENQUEUED)
+def test_what_is_refused_in_a_capture_leaves_nothing_in_its_graph(gpu: SimGPU, operation: str) -> None:
+    pool, _ = pool_on(gpu)
+    pool.put("a", row(gpu, 1))
+    batch, kv = pool.gather(["missing"]), row(gpu, 2)
+    kv = KeysValues(kv.keys.clone(), kv.values.clone())
+    run(gpu)
+    with gpu.use(gpu.stream(1)):
+        gpu.stream(1).capturing = True
+        with pytest.raises(StreamCaptureError, match="captured"):
+            NOTHING_ENQUEUED[operation](gpu, pool, batch, kv)
+        assert not any(gpu.queues.can_run(stream) for stream in gpu.queues.streams)
+        gpu.stream(1).capturing = False
+    batch.close()
+    pool.check_integrity()
     pool.close()
