@@ -217,8 +217,9 @@ class StreamClock:
             found = self._covering(backend, producer, tick)
             if found is None:
                 continue
-            covered, event = found
-            backend.wait(stream, event)
+            covered, events = found
+            for event in events:
+                backend.wait(stream, event)
             if mine.lasting:
                 # After the wait: another thread that sees this enqueues its work behind it. A maximum: threads race.
                 with self._lock:
@@ -259,10 +260,10 @@ class StreamClock:
         for producer, tick in ticks.items():
             found = self._covering(backend, producer, tick)
             # Another thread may see that the event has fired, and record it again for later work, before this one does.
-            if found is not None and not backend.synchronize(
-                found[1], max(0.0, end - time.monotonic()), partial(self._is_done, producer, tick)
-            ):
-                return False
+            over = partial(self._is_done, producer, tick)
+            for event in () if found is None else found[1]:
+                if not backend.synchronize(event, max(0.0, end - time.monotonic()), over):
+                    return False
         self._retire(backend)
         return True
 
@@ -295,12 +296,17 @@ class StreamClock:
                 backend.protect(tensor, stream)
             with self._lock:
                 known = self._known.setdefault(key, _Known(stream, lasting, self._now))
+        elif not known.lasting:
+            known.stream = stream  # the one before may be destroyed
         return key, known
 
-    def _covering(self, backend: StreamBackend, producer: StreamKey, tick: int) -> tuple[int, Any] | None:
-        """An event of `producer` and the tick that it covers, `tick` or later; None if that work is done.
+    def _covering(self, backend: StreamBackend, producer: StreamKey, tick: int) -> tuple[int, list[Any]] | None:
+        """Events of `producer` and the tick that they cover, `tick` or later; None if that work is done.
 
-        The event may have fired and been recycled before the caller gets to wait for it: it then waits longer.
+        One event, where its handle names one stream for good. Otherwise streams of that handle may have gone before it
+        with their work still running, which its own events do not cover: theirs too.
+
+        An event may have fired and been recycled before the caller gets to wait for it: it then waits longer.
         """
         with self._lock:
             known = self._known.get(producer)
@@ -308,15 +314,19 @@ class StreamClock:
                 return None
             for mark in known.marks:
                 if mark.tick >= tick:
-                    return mark.tick, mark.event
+                    return mark.tick, [mark.event, *self._of_others(known, mark.tick)]
             # Read before the record: work ticked in between is waited for, but not claimed.
-            covered, stream = known.tick, known.stream
+            covered, stream, others = known.tick, known.stream, self._of_others(known, known.tick)
         # An event of a captured stream would draw the one that waits for it into the graph.
         self._check_not_capturing(backend, stream)
         mark = _Mark(covered, backend.record(stream), ())
         with self._lock:
             known.marks.append(mark)
-        return covered, mark.event
+        return covered, [mark.event, *others]
+
+    def _of_others(self, known: _Known, tick: int) -> list[Any]:
+        """Events before `tick` that may be of other streams with the same handle. Lock held."""
+        return [] if known.lasting else [mark.event for mark in known.marks if mark.tick < tick]
 
     def _check_not_capturing(self, backend: StreamBackend, stream: Any) -> None:
         if backend.is_capturing(stream):

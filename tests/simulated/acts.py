@@ -213,6 +213,19 @@ def recycled(world: GpuWorld) -> None:
     world.get(B, on=second)
 
 
+def read_by_two_of_one_handle(world: GpuWorld) -> None:
+    """A stream is destroyed while it reads, and another one gets its handle and reads the same slots."""
+    first, second = world.gpu.queues.streams[-2:]
+    world.get(A, on=first)
+    world.get(A, on=second)
+    put_often(B, 20, 2, on=2)(world)
+
+
+def stored_beside_two_of_one_handle(world: GpuWorld) -> None:
+    two_of_one_handle(world)
+    world.store({A: value(A + 1, WHOLE)})
+
+
 def two_of_one_handle(world: GpuWorld) -> None:
     for name in ("x", "y"):
         world.gpu.queues.add(name, HANDLE)

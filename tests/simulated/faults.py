@@ -198,7 +198,7 @@ def an_older_event_taken_for_the_tick(patch: Patch) -> None:
         known = self._known.get(producer)
         if known is None or known.done >= tick or not known.marks:
             return original(self, backend, producer, tick)
-        return known.tick, known.marks[0].event
+        return known.tick, [known.marks[0].event]
 
     patch.setattr(StreamClock, "_covering", covering)
 
@@ -275,6 +275,11 @@ def handles_taken_for_streams(patch: Patch) -> None:
     patch.setattr(SimStreams, "is_lasting", lambda self, stream: True)
 
 
+def streams_of_one_handle_taken_to_come_one_after_another(patch: Patch) -> None:
+    """Rule 6: of two streams that had a handle, only the later one's work is waited for."""
+    patch.setattr(StreamClock, "_of_others", lambda self, known, tick: [])
+
+
 def no_event_for_a_second_stream(patch: Patch) -> None:
     """Rule 7, too far: only streams that are alone need none."""
 
@@ -327,6 +332,7 @@ FORGOTTEN = [
     (wrong_stream_waits, "put|get"),
     (wrong_stream_recorded, "put|get"),
     (handles_taken_for_streams, "handle of a stream used again"),
+    (streams_of_one_handle_taken_to_come_one_after_another, "read by two of one handle, reused"),
     (no_event_for_a_second_stream, "put|get"),
     (copied_straight_from_the_callers_memory, "put from the host"),
 ]

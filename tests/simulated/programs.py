@@ -218,6 +218,13 @@ GPU_PROGRAMS = [
     ),
     gpu_program("checked on another than the pool's", acts.checked_on_another),
     gpu_program("handle of a stream used again", acts.recycled, before=acts.two_of_one_handle),
+    gpu_program(
+        "read by two of one handle, reused",
+        acts.read_by_two_of_one_handle,
+        before=acts.stored_beside_two_of_one_handle,
+        evicting=True,
+        **TINY,
+    ),
     search_program(
         "search read, then closed, reused",
         several(grown, lambda w: w.look_up("search", [X], on=2), lambda w: w.end("search"), reused_by_the_pool),
