@@ -106,7 +106,7 @@ class _Mark:
 class _Known:
     """What the clock knows of one stream; under the clock's lock."""
 
-    __slots__ = ("done", "lasting", "marks", "seen", "stream", "tick")
+    __slots__ = ("done", "lasting", "marks", "recording", "seen", "stream", "tick")
 
     def __init__(self, stream: Any, lasting: bool, now: int) -> None:
         self.stream = stream
@@ -115,6 +115,7 @@ class _Known:
         self.done = now  # work up to this tick is done
         self.seen: dict[StreamKey, int] = {}  # ticks of other streams that its later work comes after
         self.marks: deque[_Mark] = deque()  # what may not be done yet, about in order
+        self.recording = 0  # marks that are about to be added
 
 
 class StreamClock:
@@ -233,17 +234,18 @@ class StreamClock:
             return NO_TICKS
         me, mine = self._meet(backend, stream)
         with self._lock:
+            # It may have been forgotten since it was met, and what nobody knows counts as done.
+            mine = self._known.setdefault(me, mine)
             self._now += 1
             tick = mine.tick = self._now
             alone = mine.lasting and len(self._known) == 1
+            mine.recording += not alone
         if alone:
             # Memory of this very stream is used again only after the stream's own work; other streams' is protected.
             for source in sources:
                 backend.protect(source, stream)
         else:
-            mark = _Mark(tick, backend.record(stream), tuple(sources))
-            with self._lock:
-                mine.marks.append(mark)
+            self._record(backend, mine, stream, tick, tuple(sources))
             self._retire(backend)
         return {me: tick}
 
@@ -315,14 +317,26 @@ class StreamClock:
             for mark in known.marks:
                 if mark.tick >= tick:
                     return mark.tick, [mark.event, *self._of_others(known, mark.tick)]
-            # Read before the record: work ticked in between is waited for, but not claimed.
-            covered, stream, others = known.tick, known.stream, self._of_others(known, known.tick)
+            stream = known.stream
         # An event of a captured stream would draw the one that waits for it into the graph.
         self._check_not_capturing(backend, stream)
-        mark = _Mark(covered, backend.record(stream), ())
         with self._lock:
+            if self._known.get(producer) is not known:
+                return None
+            # Read before the record: work ticked in between is waited for, but not claimed.
+            covered, others = known.tick, self._of_others(known, known.tick)
+            known.recording += 1
+        return covered, [self._record(backend, known, stream, covered), *others]
+
+    def _record(
+        self, backend: StreamBackend, known: _Known, stream: Any, tick: int, kept: tuple[Tensor, ...] = ()
+    ) -> Any:
+        """Mark work up to `tick`, already counted as `recording`, with a new event."""
+        mark = _Mark(tick, backend.record(stream), kept)
+        with self._lock:
+            known.recording -= 1
             known.marks.append(mark)
-        return covered, [mark.event, *others]
+        return mark.event
 
     def _of_others(self, known: _Known, tick: int) -> list[Any]:
         """Events before `tick` that may be of other streams with the same handle. Lock held."""
@@ -350,7 +364,7 @@ class StreamClock:
                         continue  # another thread was faster, and the event may be a new mark's by now
                     known.marks.popleft()
                     known.done = max(known.done, mark.tick)
-                    if not known.lasting and not known.marks and known.done == known.tick:
+                    if not (known.lasting or known.marks or known.recording) and known.done == known.tick:
                         self._forget(key, known)
                 backend.recycle(mark.event)
 

@@ -221,6 +221,19 @@ def read_by_two_of_one_handle(world: GpuWorld) -> None:
     put_often(B, 20, 2, on=2)(world)
 
 
+def put_on_another_s_and_read(world: GpuWorld) -> None:
+    world.put(A, value(5), on=world.gpu.queues.streams[-1])
+    world.get(A, on=2)
+
+
+def work_of_a_stream_that_others_made_is_done(world: GpuWorld) -> None:
+    """Nobody has looked yet: whoever does next forgets the stream."""
+    world.gpu.queues.add("x", HANDLE)
+    world.store({B: value(B + 1)})
+    world.put(C, value(6), on=world.gpu.queues.streams[-1])
+    world.settle()
+
+
 def stored_beside_two_of_one_handle(world: GpuWorld) -> None:
     two_of_one_handle(world)
     world.store({A: value(A + 1, WHOLE)})

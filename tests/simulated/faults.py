@@ -275,6 +275,24 @@ def handles_taken_for_streams(patch: Patch) -> None:
     patch.setattr(SimStreams, "is_lasting", lambda self, stream: True)
 
 
+def streams_forgotten_while_they_are_used(patch: Patch) -> None:
+    """Rule 6: what was met is forgotten before it ticks, and the tick is nobody's."""
+
+    def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
+        backend = self._backend
+        assert backend is not None
+        me, mine = self._meet(backend, stream)
+        with self._lock:
+            self._now += 1
+            tick = mine.tick = self._now
+            mine.recording += 1
+        self._record(backend, mine, stream, tick, tuple(sources))
+        self._retire(backend)
+        return {me: tick}
+
+    patch.setattr(StreamClock, "stamp", stamp)
+
+
 def streams_of_one_handle_taken_to_come_one_after_another(patch: Patch) -> None:
     """Rule 6: of two streams that had a handle, only the later one's work is waited for."""
     patch.setattr(StreamClock, "_of_others", lambda self, known, tick: [])
@@ -332,6 +350,7 @@ FORGOTTEN = [
     (wrong_stream_waits, "put|get"),
     (wrong_stream_recorded, "put|get"),
     (handles_taken_for_streams, "handle of a stream used again"),
+    (streams_forgotten_while_they_are_used, "put, get on another|stream forgotten"),
     (streams_of_one_handle_taken_to_come_one_after_another, "read by two of one handle, reused"),
     (no_event_for_a_second_stream, "put|get"),
     (copied_straight_from_the_callers_memory, "put from the host"),

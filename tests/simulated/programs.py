@@ -219,6 +219,12 @@ GPU_PROGRAMS = [
     gpu_program("checked on another than the pool's", acts.checked_on_another),
     gpu_program("handle of a stream used again", acts.recycled, before=acts.two_of_one_handle),
     gpu_program(
+        "put, get on another|stream forgotten",
+        acts.put_on_another_s_and_read,
+        lambda w: w.get(B, on=1),
+        before=acts.work_of_a_stream_that_others_made_is_done,
+    ),
+    gpu_program(
         "read by two of one handle, reused",
         acts.read_by_two_of_one_handle,
         before=acts.stored_beside_two_of_one_handle,
