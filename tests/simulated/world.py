@@ -95,6 +95,7 @@ class GpuWorld:
         self.before: State = {}
         self.handles: list[Any] = []
         self.evicting = evicting
+        self.closing = False  # or closed
         self._late: list[Callable[[], object]] = []  # looks at what was read, in the order of the reads
         self._clock = count()
         self._busy = 0
@@ -268,6 +269,7 @@ class GpuWorld:
             self.pool.clear()
 
     def close(self) -> None:
+        self.closing = True
         with self.noted(Kind.CLEAR):
             self.pool.close()
 
