@@ -19,6 +19,7 @@ help:
 	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
 	@echo 'make stress attack the cache from threads and tasks           (ARGS="--profile all --faults all", ARGS="--help")'
 	@echo 'make gpu    the tests of streams and the benchmark on a GPU    (GPU_PYTHON=python3 takes its torch as it is)'
+	@echo '           with LightZero there too, its recurrent step old against new'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make clean  remove the environments and what tools left'

@@ -1,6 +1,6 @@
 """Old against new: the released LightZero's cache and ours, in its own world model, in one run and in turns.
 
-    python -m benchmarks.benchmark_kv_cache [--quick] [--json FILE] [--plot FILE]
+    python -m benchmarks.benchmark_kv_cache [--quick] [--device cuda] [--json FILE] [--plot FILE]
 
 Needs LightZero (make lightzero). Each search of the one is followed by the same search of the other; medians over the
 simulated steps of all searches. With two threads, each has a world model and searches trees of its own, the released
@@ -49,15 +49,15 @@ def _ring_bytes(model: Any) -> float:
     return float(sum(cache.numel() * cache.element_size() for cache in caches))
 
 
-def released_side(shape: Shape, seed: int) -> Side:
+def released_side(shape: Shape, seed: int, device: str = "cpu") -> Side:
     """A world model as LightZero released it."""
-    model = make_world_model(shape, seed=1)
-    return Side(model, Trees(shape, seed), lambda: _ring_bytes(model))
+    model = make_world_model(shape, seed=1, device=device)
+    return Side(model, Trees(shape, seed, device), lambda: _ring_bytes(model))
 
 
-def our_sides(shape: Shape, seeds: Sequence[int]) -> tuple[list[Side], KVCacheManager]:
+def our_sides(shape: Shape, seeds: Sequence[int], device: str = "cpu") -> tuple[list[Side], KVCacheManager]:
     """World models, one for each seed, that share one manager."""
-    models = [make_world_model(shape, seed=1) for _ in seeds]
+    models = [make_world_model(shape, seed=1, device=device) for _ in seeds]
     envs = shape.env_num
     config = manager_config(models[0], len(seeds)) | {"env_num": len(seeds) * envs}
     slots = config["max_cache_size"] * config["context_length"]
@@ -70,7 +70,7 @@ def our_sides(shape: Shape, seeds: Sequence[int]) -> tuple[list[Side], KVCacheMa
     sides = []
     for number, (model, seed) in enumerate(zip(models, seeds, strict=True)):
         attach(model, "on", manager=manager, env_ids=range(number * envs, (number + 1) * envs))
-        sides.append(Side(model, Trees(shape, seed), stored))
+        sides.append(Side(model, Trees(shape, seed, device), stored))
     return sides, manager
 
 
@@ -99,12 +99,12 @@ def _together(sides: Sequence[Side], **options: bool) -> list[list[Any]]:
     return states
 
 
-def compare(name: str, envs: int, threads: int, searches: int) -> dict[str, Any]:
-    """Every figure of one workload at one number of environments, on so many threads."""
+def compare(name: str, envs: int, threads: int, searches: int, device: str = "cpu") -> dict[str, Any]:
+    """Every figure of one workload at one number of environments, on so many threads, on a CPU or a GPU."""
     shape = replace(SHAPES[name], env_num=envs)
     seeds = range(3, 3 + threads)
-    old = [released_side(shape, seed) for seed in seeds]
-    new, manager = our_sides(shape, seeds)
+    old = [released_side(shape, seed, device) for seed in seeds]
+    new, manager = our_sides(shape, seeds, device)
     differing = 0
     for number in range(WARMING + searches):
         # In turns, and in turns the first, so that a slow moment of the machine meets both.
@@ -128,7 +128,7 @@ def compare(name: str, envs: int, threads: int, searches: int) -> dict[str, Any]
         "ours": _figures(new),
         "cache_speed_up": _median(old, "cache") / _median(new, "cache"),
         "step_speed_up": _median(old, "step") / _median(new, "step"),
-        "targets": TARGETS.get((name, envs), (None, None)) if threads == 1 else (None, None),
+        "targets": TARGETS.get((name, envs), (None, None)) if threads == 1 and device == "cpu" else (None, None),
     }
 
 
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=120)
     quick = options.quick
     results = [
-        compare(name, envs, threads, options.searches or (2 if quick else 6))
+        compare(name, envs, threads, options.searches or (2 if quick else 6), options.device)
         for name in options.workloads or (["cartpole"] if quick else ["cartpole", "lunarlander", "atari"])
         for envs in options.environments or ([8] if quick else [8, 32])
         for threads in options.threads or ([1] if quick else [1, 2])
@@ -246,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", nargs="+", choices=list(SHAPES))
     parser.add_argument("--environments", nargs="+", type=int, help="default: 8 32")
     parser.add_argument("--threads", nargs="+", type=int, choices=[1, 2], help="default: 1 2")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--searches", type=int, help="searches of each side that count (default: 6)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file (needs matplotlib)")

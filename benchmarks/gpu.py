@@ -1,5 +1,7 @@
 """Gather and commit on a GPU: launches, synchronisations and microseconds, beside a copy for each entry; streams.
 
+Where LightZero is installed, also the recurrent step of its world model, with its own cache and with ours.
+
 `make gpu` runs this after the tests of `tests/gpu`. Figures go to `benchmarks/results/` with `--json`.
 """
 
@@ -24,6 +26,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_cases import PerEntry, Pooled, copy_of, device_micros, issue_micros
+from benchmarks.gpu_lightzero import COLUMNS as STEP_COLUMNS
+from benchmarks.gpu_lightzero import measure_steps, missing
 from benchmarks.workloads import WORKLOADS
 
 __all__ = ["count_calls", "main"]
@@ -130,7 +134,8 @@ def measure_streams(name: str, rows: int, device: torch.device, times: int, thre
     pool = Pooled.pool_for(workload, rows, device, owners=threads)
     cases = [Pooled(workload, rows, device, pool, owner) for owner in range(threads)]
     errors: list[BaseException] = []
-    start = threading.Barrier(threads + 1)
+    started: list[float] = []
+    start = threading.Barrier(threads + 1, action=lambda: started.append(time.perf_counter()))
 
     def run(case: Pooled) -> None:
         try:
@@ -149,10 +154,9 @@ def measure_streams(name: str, rows: int, device: torch.device, times: int, thre
     for worker in workers:
         worker.start()
     start.wait()
-    started = time.perf_counter()
     for worker in workers:
         worker.join()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started[0]
     if errors:
         raise errors[0]
     cases[0].close()
@@ -179,6 +183,20 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def steps_table(results: Sequence[dict[str, Any]]) -> Table:
+    """LightZero's recurrent step."""
+    shown = Table(title="LightZero's recurrent step: the released cache > ours")
+    for column in STEP_COLUMNS:
+        shown.add_column(column, justify="left" if column == "workload" else "right")
+    for result in results:
+        shown.add_row(*(_old_and_new(result[column]) for column in STEP_COLUMNS))
+    return shown
+
+
+def _old_and_new(figure: Any) -> str:
+    return f"{figure['released']:g} > {figure['ours']:g}" if isinstance(figure, dict) else f"{figure}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show."""
     options = _parser().parse_args(arguments)
@@ -197,12 +215,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.workloads
         for threads in (1, 4)
     ]
+    absent = missing(options.workloads, options.searches)
+    steps = [] if absent else list(measure_steps(options.workloads, options.rows, device.type, options.searches))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     console.print(table(results))
     for figures in streams:
         console.print(figures)
+    console.print(absent or steps_table(steps))
     if options.json is not None:
-        report = {"about": _about(device, arguments), "operations": results, "streams": streams}
+        report = {"about": _about(device, arguments), "operations": results, "streams": streams, "steps": steps}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
@@ -224,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 32, 256], help="rows of a batch (default: 8 32 256)")
     parser.add_argument("--times", type=int, default=50, help="repetitions of each measurement (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script out")
+    searches = "searches of LightZero's world model that count, of each side (default: %(default)s; 0: none)"
+    parser.add_argument("--searches", type=int, default=3, help=searches)
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     return parser
 

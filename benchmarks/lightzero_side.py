@@ -31,6 +31,9 @@ TO_HOST = ("cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__",
 class Side:
     """A world model whose searches are timed.
 
+    On a GPU a time is what the device has done by its end. To wait for that around the cache path would slow the rest
+    of its step down, so of a search's steps every other one gives the time of its cache path, and the others theirs.
+
     Attributes:
         cache, step: the cache path of each simulated step, and the whole of it.
         calls, copies: operator calls of one step's cache path that launch work, and tensors that it copies to the host.
@@ -43,6 +46,8 @@ class Side:
         self.bytes_per_node = 0.0
         self._path_ns = 0
         self._counting = False
+        self._on_gpu = trees.device == "cuda"
+        self._timing_path = True
         for name in CACHE_PATH:
             vars(model)[name] = self._timed(getattr(model, name))
 
@@ -53,11 +58,13 @@ class Side:
                     result = method(*arguments, **options)
                 self.calls += sum(not name.removeprefix("aten.").startswith(NO_WORK) for name in operators.names)
                 return result
-            started = time.perf_counter_ns()
+            if not self._timing_path:
+                return method(*arguments, **options)
+            started = self._now()
             try:
                 return method(*arguments, **options)
             finally:
-                self._path_ns += time.perf_counter_ns() - started
+                self._path_ns += self._now() - started
 
         return timed
 
@@ -73,15 +80,25 @@ class Side:
             for number in range(last + 1):
                 step = self.trees.next_step()
                 self._path_ns, self._counting = 0, count and number == last
-                started = time.perf_counter_ns()
+                self._timing_path = not self._on_gpu or number % 2 == 1
+                started = self._now()
                 states = self.model.forward_recurrent_inference(*step)[1]
+                ended = self._now()
                 if keep and not self._counting:
-                    self.step.add(started)
-                    self.cache.micros.append(self._path_ns / 1e3)
+                    if not (self._on_gpu and self._timing_path):
+                        self.step.micros.append((ended - started) / 1e3)
+                    if self._timing_path:
+                        self.cache.micros.append(self._path_ns / 1e3)
                 self.trees.grow(states)
         self._counting = False
         self.bytes_per_node = self.stored_bytes()
         return self.trees.states
+
+    def _now(self) -> int:
+        """Nanoseconds, once the device has done its work so far."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter_ns()
 
     @contextmanager
     def _copies_counted(self) -> Iterator[None]:

@@ -29,8 +29,9 @@ class Trees:
     what a cache sees of a search is only that parents are older nodes, most of them deep enough to fill the window.
     """
 
-    def __init__(self, shape: Shape, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, seed: int = 0, device: str = "cpu") -> None:
         self.shape = shape
+        self.device = device  # of what the world model is given as tensors
         self.rows = shape.env_num
         self.random = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
@@ -49,7 +50,7 @@ class Trees:
 
     def plant(self, latent_state: Tensor) -> None:
         """The roots' states `[rows, 1, embed_dim]`: every tree begins anew."""
-        self.states = [latent_state.numpy()]
+        self.states = [latent_state.cpu().numpy()]
         self._depths = np.zeros((1, self.rows), dtype=np.int64)
         self._open: list[list[tuple[int, int]]] = [[(0, branch) for branch in self._all] for _ in range(self.rows)]
 
@@ -57,7 +58,7 @@ class Trees:
         """An expansion in every tree."""
         chosen = [leaves.pop(self.random.integers(len(leaves))) for leaves in self._open]
         states = np.stack([self.states[node][row] for row, (node, _) in enumerate(chosen)])
-        actions = torch.from_numpy(np.array([self._action(branch) for _, branch in chosen]))
+        actions = torch.from_numpy(np.array([self._action(branch) for _, branch in chosen])).to(self.device)
         depths = np.array([self._depths[node, row] for row, (node, _) in enumerate(chosen)])
         self._depths = np.concatenate([self._depths, depths[None] + 1])
         return Step([(states, actions)], len(self.states) - 1, depths.tolist(), self.timestep)
@@ -65,13 +66,14 @@ class Trees:
     def grow(self, latent_state: Tensor) -> None:
         """The states of the new nodes, `[rows, 1, embed_dim]`."""
         node = len(self.states)
-        self.states.append(latent_state.numpy())
+        self.states.append(latent_state.cpu().numpy())
         for leaves in self._open:
             leaves += [(node, branch) for branch in self._all]
 
     def _observe(self) -> Tensor:
         size = self.shape.observation
-        return torch.randn(self.rows, *(size if isinstance(size, tuple) else (size,)), generator=self.generator)
+        drawn = torch.randn(self.rows, *(size if isinstance(size, tuple) else (size,)), generator=self.generator)
+        return drawn.to(self.device)
 
     @property
     def _branches(self) -> int:

@@ -258,6 +258,7 @@ class Batch(Handle):
             raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
         if any(end != self._start for end in self._ends):
             raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
+        self._storage.clock.current()  # before anything is copied, which a capture would take into its graph
         kv = check_fits(kv, self._storage.layout, rows=1)
         length = kv.lengths[0]
         if length > self.data.shape[3]:
@@ -354,6 +355,7 @@ class Batch(Handle):
 
         Raises:
             InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
+            StreamCaptureError: it is being captured into a graph, or a stream that used the batch is.
             ClosedError: the batch is closed.
         """
         self._check_open()
@@ -399,7 +401,8 @@ class Batch(Handle):
     def _give_buffer_back(self) -> None:
         if self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
-            self._storage.tensor.return_buffer(self.data, ready)
+            if ready is not None:
+                self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
         if self._hold.released:

@@ -39,6 +39,8 @@ def open_batch(
     out: Tensor | None,
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
+    clock = storage.clock
+    stream = clock.current()  # before anything is allocated, which a capture would take into its graph
     lengths = [0 if entry is None else entry.length for entry in entries]
     longest = max(lengths)
     columns = _columns(storage, longest, room)
@@ -47,12 +49,12 @@ def open_batch(
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
-            storage.clock.protect(data)
+            clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
     tables = storage.ledger.tables_of(entries)
     read = gather_entries(storage, entries, data, longest, ready, tables)
-    uses = StreamUses(storage.clock, storage.clock.current(), read) if read else None
+    uses = StreamUses(clock, stream, read) if read else None
     return Batch(
         storage, scope, generation, hold, entries, tables, lengths, data, longest, owns_buffer=out is None, uses=uses
     )
@@ -105,6 +107,7 @@ def put_rows(
     """Store every row of `kv` under the key of the same position; see `KVPool.put_many`."""
     pool = scope.pool
     keys = check_keys(keys)
+    pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     kv = check_fits(kv, pool.layout, rows=len(keys))
     sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
     generation = scope.generation

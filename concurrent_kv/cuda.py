@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from .errors import InvalidArgumentError, InvalidTypeError, WaitTimeoutError
+from .errors import InvalidArgumentError, InvalidTypeError, StreamCaptureError, WaitTimeoutError
 from .streams import StreamBackend, StreamKey
 
-__all__ = ["CudaStreams", "backend_for", "current_streams", "settle"]
+__all__ = ["CudaStreams", "backend_for", "current_streams", "refuse_capture", "settle"]
 
 MAX_FREE_EVENTS = 256
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
@@ -67,10 +68,10 @@ class CudaStreams:
     def done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())  # type: ignore[no-untyped-call]
 
-    def synchronize(self, event: torch.cuda.Event, seconds: float) -> bool:
+    def synchronize(self, event: torch.cuda.Event, seconds: float, is_over: Callable[[], bool]) -> bool:
         # Asked again and again, because the event's own synchronize() knows no limit.
         end, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
-        while not self.done(event):
+        while not (is_over() or self.done(event)):
             if time.monotonic() >= end:
                 return False
             time.sleep(pause)
@@ -91,12 +92,21 @@ def backend_for(device: torch.device) -> StreamBackend | None:
     return CudaStreams(device) if device.type == "cuda" else None
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raise `StreamCaptureError` if the current stream of `device` is being captured into a graph."""
+    backend = backend_for(device)
+    if backend is not None and backend.is_capturing(backend.current()):
+        raise StreamCaptureError(
+            f"the current stream of {device} is being captured: do this before or after the capture"
+        )
+
+
 def settle(device: torch.device, seconds: float = 60.0) -> None:
     """Block until the current stream of `device` has done its work so far, which any stream may then come after."""
     backend = backend_for(device)
     if backend is not None:
         event = backend.record(backend.current())
-        if not backend.synchronize(event, seconds):
+        if not backend.synchronize(event, seconds, lambda: False):
             raise WaitTimeoutError(f"{device} has not done its work within {seconds:g} s")
         backend.recycle(event)
 

@@ -39,8 +39,8 @@ def claim(
 
 def _private_copy(storage: KVStorage, kv: KeysValues) -> tuple[KeysValues, Ticks]:
     """A copy of one row on the storage's device that nobody else has, and the ticks of its making."""
-    row = check_fits(kv, storage.layout, rows=1).row(0)
     stream = storage.clock.current()
+    row = check_fits(kv, storage.layout, rows=1).row(0)
     with plain_torch_state():
         copied = row.copy(storage.layout.device)
     return copied, storage.clock.stamp(stream)
@@ -59,6 +59,7 @@ def _store(
     pool = scope.pool
     deadline = pool.storage.enter(timeout)
     pool.check_open()
+    pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     plan = plan_put(pool.storage, [key], check_fits(kv, pool.layout, rows=1), [0], [side], [priority])
     return write(pool, scope, generation, plan, deadline)
 

@@ -24,6 +24,8 @@ from .stats import NoCounters, StatsSummary
 from .storage import KVStorage
 
 if TYPE_CHECKING:
+    import torch
+
     from .entry import Entry
     from .eviction import PolicyFactory
 
@@ -147,34 +149,55 @@ class KVCacheManager(Handle):
         return self._init_pool_by_env[env_id]
 
     def set_init_cache(
-        self, env_id: int, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+        self,
+        env_id: int,
+        cache_key: Hashable,
+        kv_cache: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """Store a root entry of an environment; see `KVPool.put`. May block."""
-        return self._init_pool(env_id).put(cache_key, kv_cache, side=side, priority=priority)
+        return self._init_pool(env_id).put(cache_key, kv_cache, side=side, priority=priority, stream=stream)
 
-    def get_init_cache(self, env_id: int, cache_key: Hashable) -> KeysValues | None:
+    def get_init_cache(
+        self, env_id: int, cache_key: Hashable, *, stream: torch.Stream | None = None
+    ) -> KeysValues | None:
         """A private copy of a root entry of an environment, or None; see `KVPool.get`. May block."""
-        return self._init_pool(env_id).get(cache_key)
+        return self._init_pool(env_id).get(cache_key, stream=stream)
 
     def set_recur_cache(
-        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+        self,
+        cache_key: Hashable,
+        kv_cache: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """Store an entry in the recurrent pool; see `KVPool.put`. May block."""
-        return self.recur_pool.put(cache_key, kv_cache, side=side, priority=priority)
+        return self.recur_pool.put(cache_key, kv_cache, side=side, priority=priority, stream=stream)
 
-    def get_recur_cache(self, cache_key: Hashable) -> KeysValues | None:
+    def get_recur_cache(self, cache_key: Hashable, *, stream: torch.Stream | None = None) -> KeysValues | None:
         """A private copy of an entry of the recurrent pool, or None; see `KVPool.get`. May block."""
-        return self.recur_pool.get(cache_key)
+        return self.recur_pool.get(cache_key, stream=stream)
 
     def set_wm_cache(
-        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+        self,
+        cache_key: Hashable,
+        kv_cache: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """Store an entry in the world-model pool; see `KVPool.put`. May block."""
-        return self.wm_pool.put(cache_key, kv_cache, side=side, priority=priority)
+        return self.wm_pool.put(cache_key, kv_cache, side=side, priority=priority, stream=stream)
 
-    def get_wm_cache(self, cache_key: Hashable) -> KeysValues | None:
+    def get_wm_cache(self, cache_key: Hashable, *, stream: torch.Stream | None = None) -> KeysValues | None:
         """A private copy of an entry of the world-model pool, or None; see `KVPool.get`. May block."""
-        return self.wm_pool.get(cache_key)
+        return self.wm_pool.get(cache_key, stream=stream)
 
     def hierarchical_get(
         self,
@@ -183,17 +206,18 @@ class KVCacheManager(Handle):
         *,
         order: Sequence[str] = ("init", "recur"),
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """A private copy from the first pool of `order` that has the key: "init" (the environment's), "recur", "wm".
 
-        A hit counts in the pool that had it, a miss in the last one asked. May block.
+        A hit counts in the pool that had it, a miss in the last one asked; `stream` as in `KVPool.get`. May block.
         """
         pools = {"init": self._init_pool(env_id), "recur": self.recur_pool, "wm": self.wm_pool}
         order = sequence_of("order", order, "'init', 'recur' and 'wm'")
         if not order or any(role not in tuple(pools) for role in order):
             raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {order!r}")
         for number, role in enumerate(order, 1):
-            found = pools[role].get(cache_key, timeout=timeout, count_miss=number == len(order))
+            found = pools[role].get(cache_key, timeout=timeout, count_miss=number == len(order), stream=stream)
             if found is not None:
                 return found
         return None

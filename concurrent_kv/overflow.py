@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cuda import settle
+from .cuda import refuse_capture, settle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import KVLayout, positive_int
 
@@ -41,6 +41,7 @@ def _packed_difference(name: str, difference: Tensor, layout: KVLayout) -> Tenso
         )
     if difference.dtype != layout.dtype:
         raise InvalidArgumentError(f"{name} must have the dtype {layout.dtype}, got {difference.dtype}")
+    refuse_capture(layout.device)
     difference = difference.detach().to(layout.device)
     return difference.permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
 
@@ -120,6 +121,7 @@ class PositionTable:
             raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         if not callable(difference_for):
             raise InvalidTypeError(f"difference_for must be a function of a distance, got {difference_for!r}")
+        refuse_capture(layout.device)
         window = layout.max_tokens
         table = torch.zeros(
             (2 * layout.num_layers, window, window, layout.num_heads, layout.head_dim),

@@ -158,6 +158,7 @@ def _correct(
 
 def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
+    storage.clock.current()  # before anything is allocated, which a capture would take into its graph
     with plain_torch_state():
         out = storage.tensor.new_buffer(1, entry.length)
     gather_entries(storage, [entry], out, entry.length)

@@ -91,10 +91,11 @@ class KVStorage:
         self.locks = locks or ShardedRWLock(positive_int("shards", shards), name=name, lock_factory=lock_factory)
         self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
         self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
+        stream = self.clock.current()  # before anything is allocated, which a capture would take into its graph
         self.tensor = tensor or SlotTensor(layout, total)
         self.clock.share(self.tensor.data)
         # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
-        self.zeroed = self.clock.stamp(self.clock.current())
+        self.zeroed = self.clock.stamp(stream)
         self.closed = False
         self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
         self._no_drop = Drop.of(None, layout.max_tokens)

@@ -41,17 +41,26 @@ class StreamUses:
         self._streams[key] = stream
         self._current = key
 
-    def finish(self, buffer: Tensor) -> Ticks:
-        """What the next owner of `buffer` has to come after."""
+    def finish(self, buffer: Tensor) -> Ticks | None:
+        """What the next owner of `buffer` has to come after.
+
+        None while one of its streams is captured: nobody can be ordered after that now; drop the buffer.
+        """
         # A stream that the user ordered by other means is most likely the one the batch is closed in.
         with suppress(StreamCaptureError):
             stream = self._clock.current()
             self._streams.setdefault(self._clock.key(stream), stream)
-        return self._ticks(buffer)
+        try:
+            return self._ticks(buffer)
+        except StreamCaptureError:
+            for stream in self._streams.values():
+                self._clock.protect(buffer, stream)
+            return None
 
     def _ticks(self, *kept: Tensor, besides: StreamKey | None = None) -> Ticks:
         ticks = NO_TICKS
         for key, stream in self._streams.items():
             if key != besides:
+                self._clock.check_not_capturing(stream)
                 ticks = merge(ticks, self._clock.stamp(stream, kept))
         return ticks

@@ -16,9 +16,11 @@ Lock order: the clock's own lock is innermost and is never held while a backend 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,8 +82,8 @@ class StreamBackend(Protocol):
     def done(self, event: Any) -> bool:
         """Whether `event` has fired."""
 
-    def synchronize(self, event: Any, seconds: float) -> bool:
-        """Block the calling thread until `event` has fired; False when `seconds` are over."""
+    def synchronize(self, event: Any, seconds: float, is_over: Callable[[], bool]) -> bool:
+        """Block the calling thread until `event` has fired, or until `is_over()`; False when `seconds` are over."""
 
     def recycle(self, event: Any) -> None:
         """Take an event back that has fired."""
@@ -104,7 +106,7 @@ class _Mark:
 class _Known:
     """What the clock knows of one stream; under the clock's lock."""
 
-    __slots__ = ("done", "lasting", "marks", "seen", "stream", "tick")
+    __slots__ = ("done", "lasting", "marks", "recording", "seen", "stream", "tick")
 
     def __init__(self, stream: Any, lasting: bool, now: int) -> None:
         self.stream = stream
@@ -113,6 +115,7 @@ class _Known:
         self.done = now  # work up to this tick is done
         self.seen: dict[StreamKey, int] = {}  # ticks of other streams that its later work comes after
         self.marks: deque[_Mark] = deque()  # what may not be done yet, about in order
+        self.recording = 0  # marks that are about to be added
 
 
 class StreamClock:
@@ -165,10 +168,16 @@ class StreamClock:
         return self._backend.use(stream)
 
     def check(self, stream: object) -> None:
-        """Raise `InvalidTypeError` or `InvalidArgumentError` unless operations can run in `stream`."""
+        """Raise `InvalidTypeError`, `InvalidArgumentError` or `StreamCaptureError` unless `stream` can be used."""
         if self._backend is None:
             raise InvalidArgumentError(f"stream must be left out where the slots are on a CPU, got {stream!r}")
         self._backend.check(stream)
+        self._check_not_capturing(self._backend, stream)
+
+    def check_not_capturing(self, stream: Any) -> None:
+        """Raise `StreamCaptureError` if `stream` is being captured: an event of it would belong to the graph."""
+        if self._backend is not None:
+            self._check_not_capturing(self._backend, stream)
 
     def share(self, tensor: Tensor) -> None:
         """Name a tensor that every stream uses: dropped at any point, its memory outlives their work."""
@@ -209,8 +218,9 @@ class StreamClock:
             found = self._covering(backend, producer, tick)
             if found is None:
                 continue
-            covered, event = found
-            backend.wait(stream, event)
+            covered, events = found
+            for event in events:
+                backend.wait(stream, event)
             if mine.lasting:
                 # After the wait: another thread that sees this enqueues its work behind it. A maximum: threads race.
                 with self._lock:
@@ -224,17 +234,18 @@ class StreamClock:
             return NO_TICKS
         me, mine = self._meet(backend, stream)
         with self._lock:
+            # It may have been forgotten since it was met, and what nobody knows counts as done.
+            mine = self._known.setdefault(me, mine)
             self._now += 1
             tick = mine.tick = self._now
             alone = mine.lasting and len(self._known) == 1
+            mine.recording += not alone
         if alone:
             # Memory of this very stream is used again only after the stream's own work; other streams' is protected.
             for source in sources:
                 backend.protect(source, stream)
         else:
-            mark = _Mark(tick, backend.record(stream), tuple(sources))
-            with self._lock:
-                mine.marks.append(mark)
+            self._record(backend, mine, stream, tick, tuple(sources))
             self._retire(backend)
         return {me: tick}
 
@@ -247,18 +258,27 @@ class StreamClock:
         backend = self._backend
         if backend is None:
             return True
+        end = time.monotonic() + seconds
         for producer, tick in ticks.items():
             found = self._covering(backend, producer, tick)
-            if found is not None and not backend.synchronize(found[1], seconds):
-                return False
+            # Another thread may see that the event has fired, and record it again for later work, before this one does.
+            over = partial(self._is_done, producer, tick)
+            for event in () if found is None else found[1]:
+                if not backend.synchronize(event, max(0.0, end - time.monotonic()), over):
+                    return False
         self._retire(backend)
         return True
+
+    def _is_done(self, producer: StreamKey, tick: int) -> bool:
+        known = self._known.get(producer)
+        return known is None or known.done >= tick
 
     def everything(self) -> Ticks:
         """A tick of every stream, after all the work that it has by now."""
         backend = self._backend
         if backend is None:
             return NO_TICKS
+        self._retire(backend)  # a stream that others made may be destroyed once its work is done
         with self._lock:
             streams = [known.stream for known in self._known.values()]
         ticks: Ticks = NO_TICKS
@@ -278,12 +298,17 @@ class StreamClock:
                 backend.protect(tensor, stream)
             with self._lock:
                 known = self._known.setdefault(key, _Known(stream, lasting, self._now))
+        elif not known.lasting:
+            known.stream = stream  # the one before may be destroyed
         return key, known
 
-    def _covering(self, backend: StreamBackend, producer: StreamKey, tick: int) -> tuple[int, Any] | None:
-        """An event of `producer` and the tick that it covers, `tick` or later; None if that work is done.
+    def _covering(self, backend: StreamBackend, producer: StreamKey, tick: int) -> tuple[int, list[Any]] | None:
+        """Events of `producer` and the tick that they cover, `tick` or later; None if that work is done.
 
-        The event may have fired and been recycled before the caller gets to wait for it: it then waits longer.
+        One event, where its handle names one stream for good. Otherwise streams of that handle may have gone before it
+        with their work still running, which its own events do not cover: theirs too.
+
+        An event may have fired and been recycled before the caller gets to wait for it: it then waits longer.
         """
         with self._lock:
             known = self._known.get(producer)
@@ -291,15 +316,31 @@ class StreamClock:
                 return None
             for mark in known.marks:
                 if mark.tick >= tick:
-                    return mark.tick, mark.event
-            # Read before the record: work ticked in between is waited for, but not claimed.
-            covered, stream = known.tick, known.stream
+                    return mark.tick, [mark.event, *self._of_others(known, mark.tick)]
+            stream = known.stream
         # An event of a captured stream would draw the one that waits for it into the graph.
         self._check_not_capturing(backend, stream)
-        mark = _Mark(covered, backend.record(stream), ())
         with self._lock:
+            if self._known.get(producer) is not known:
+                return None
+            # Read before the record: work ticked in between is waited for, but not claimed.
+            covered, others = known.tick, self._of_others(known, known.tick)
+            known.recording += 1
+        return covered, [self._record(backend, known, stream, covered), *others]
+
+    def _record(
+        self, backend: StreamBackend, known: _Known, stream: Any, tick: int, kept: tuple[Tensor, ...] = ()
+    ) -> Any:
+        """Mark work up to `tick`, already counted as `recording`, with a new event."""
+        mark = _Mark(tick, backend.record(stream), kept)
+        with self._lock:
+            known.recording -= 1
             known.marks.append(mark)
-        return covered, mark.event
+        return mark.event
+
+    def _of_others(self, known: _Known, tick: int) -> list[Any]:
+        """Events before `tick` that may be of other streams with the same handle. Lock held."""
+        return [] if known.lasting else [mark.event for mark in known.marks if mark.tick < tick]
 
     def _check_not_capturing(self, backend: StreamBackend, stream: Any) -> None:
         if backend.is_capturing(stream):
@@ -323,7 +364,7 @@ class StreamClock:
                         continue  # another thread was faster, and the event may be a new mark's by now
                     known.marks.popleft()
                     known.done = max(known.done, mark.tick)
-                    if not known.lasting and not known.marks and known.done == known.tick:
+                    if not (known.lasting or known.marks or known.recording) and known.done == known.tick:
                         self._forget(key, known)
                 backend.recycle(mark.event)
 

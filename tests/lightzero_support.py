@@ -54,12 +54,15 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def make_world_model(shape: Shape, *, seed: int = 0, zero_heads: bool = False, **changes: Any) -> Any:
-    """A released `WorldModel` in evaluation mode, on the CPU.
+def make_world_model(
+    shape: Shape, *, seed: int = 0, zero_heads: bool = False, device: str | None = None, **changes: Any
+) -> Any:
+    """A released `WorldModel` in evaluation mode.
 
     Args:
         shape: which.
         zero_heads: leave the last layers of the heads at zero, as LightZero begins its training.
+        device: "cpu" or "cuda"; a GPU where there is one if left out.
         changes: settings of the world model's configuration.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -82,7 +85,7 @@ def make_world_model(shape: Shape, *, seed: int = 0, zero_heads: bool = False, *
             continuous_action_space=shape.continuous,
             num_simulations=shape.num_simulations,
             env_num=shape.env_num,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             sigma_type="conditioned",
             fixed_sigma_value=0.5,
             bound_type=None,
@@ -99,6 +102,7 @@ def make_world_model(shape: Shape, *, seed: int = 0, zero_heads: bool = False, *
             world_model_cfg=config,
         )
     world_model = model.world_model.eval()
+    world_model.to(world_model.device)
     if not zero_heads:
         for parameter in world_model.parameters():
             if not parameter.any():

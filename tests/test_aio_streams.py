@@ -140,7 +140,7 @@ def test_a_task_that_waits_for_a_batch_holds_no_loop(gpu: SimGPU, loop: str, mon
     pool.put("a", row(gpu, 5))
     go_on = threading.Event()
 
-    def synchronize(self: SimStreams, event: Any, seconds: float) -> bool:
+    def synchronize(self: SimStreams, event: Any, seconds: float, is_over: object) -> bool:
         assert go_on.wait(30)
         gpu.queues.run_until(lambda: event.place.reached)
         return True
@@ -171,7 +171,7 @@ def test_a_batch_that_is_not_ready_in_time_says_so(gpu: SimGPU, monkeypatch: pyt
     pool = KVPool(layout_on(gpu), 4)
     pool.put("a", row(gpu, 5))
     with pool.gather(["a"]) as batch, monkeypatch.context() as patch:
-        patch.setattr(SimStreams, "synchronize", lambda self, event, seconds: False)
+        patch.setattr(SimStreams, "synchronize", lambda self, event, seconds, is_over: False)
         with pytest.raises(WaitTimeoutError, match=r"within 0\.5 s"):
             batch.synchronize(0.5)
     pool.close()

@@ -121,10 +121,12 @@ def test_a_wait_is_the_streams_and_blocks_nobody(streams: Any) -> None:
 
 
 def test_the_host_asks_until_an_event_has_fired_or_the_time_is_over(streams: Any) -> None:
-    assert streams.synchronize(FakeEvent(fires_after=5), 60.0)
+    assert streams.synchronize(FakeEvent(fires_after=5), 60.0, lambda: False)
     never = FakeEvent(fires_after=1_000_000)
-    assert not streams.synchronize(never, 0.0)
+    assert not streams.synchronize(never, 0.0, lambda: False)
     assert never.asked == 1
+    answers = iter((False, False, True))
+    assert streams.synchronize(never, 60.0, lambda: next(answers))
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_difference_that_no_defect_explains_is_reported_with_its_place(
 
 
 def test_the_configuration_chooses_the_mode() -> None:
-    keys = {
+    keys: dict[str, dict[str, Any]] = {
         "off": {},
         "also off": {"use_new_cache_manager": False, "cache_validation_mode": True},
         "validate": {"use_new_cache_manager": True, "cache_validation_mode": True},

@@ -10,6 +10,7 @@ from tests.explorer.search import execute, sample
 from tests.simulated.lagging import DrawnLag, RandomLag
 from tests.simulated.programs import GPU_PROGRAMS
 from tests.simulated.random_programs import gpu_programs
+from tests.simulated.random_searches import search_programs
 from tests.simulated.world import GpuProgram
 
 
@@ -22,6 +23,15 @@ def test_reads_see_what_they_should_in_every_order_of_streams(program: GpuProgra
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(program=gpu_programs(), choices=st.binary(max_size=300))
 def test_random_programs_read_what_they_should_in_orders_that_hypothesis_draws(
+    program: GpuProgram, choices: bytes
+) -> None:
+    failure = execute(program, DrawnLag(choices))
+    assert failure is None, f"{program.name}\n{failure}"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(program=search_programs(), choices=st.binary(max_size=300))
+def test_random_searches_read_what_they_should_in_orders_that_hypothesis_draws(
     program: GpuProgram, choices: bytes
 ) -> None:
     failure = execute(program, DrawnLag(choices))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from concurrent_kv import (
+    Batch,
     ClosedError,
+    DropAndCorrect,
     InvalidArgumentError,
     KeysValues,
     KVPool,
     KVStorage,
+    PositionTable,
     StreamCaptureError,
     WaitTimeoutError,
 )
@@ -153,6 +157,17 @@ def test_streams_that_others_made_are_forgotten_when_their_work_is_done(gpu: Sim
     assert gpu.queues.recorded_count == recorded
     assert number_in(gpu, pool.get("a")) == 98
     pool.close()
+
+
+def test_a_stream_that_was_destroyed_when_its_work_was_done_is_not_asked_by_close(gpu: SimGPU) -> None:
+    pool, _ = pool_on(gpu)
+    made_by_others = gpu.queues.add("x", handle=1000)
+    with gpu.use(made_by_others):
+        pool.put("a", row(gpu, 1))
+    run(gpu)
+    made_by_others.destroyed = True
+    pool.close()
+    assert pool.storage.tensor.freed
 
 
 # Which stream --------------------------------------------------------------------------------------------------------
@@ -306,7 +321,7 @@ def test_a_close_that_the_device_keeps_waiting_says_so_and_can_be_repeated(
     pool.put("a", row(gpu, 1), stream=gpu.stream(1))  # type: ignore[arg-type]
     waited: list[float] = []
     with monkeypatch.context() as patch:
-        patch.setattr(SimStreams, "synchronize", lambda self, event, seconds: waited.append(seconds))
+        patch.setattr(SimStreams, "synchronize", lambda self, event, seconds, is_over: waited.append(seconds))
         with pytest.raises(WaitTimeoutError, match="close again"):
             pool.close(timeout=0.25)
     assert len(waited) == 1
@@ -316,6 +331,50 @@ def test_a_close_that_the_device_keeps_waiting_says_so_and_can_be_repeated(
         pool.get("a")
     pool.close()
     assert pool.storage.tensor.freed
+    pool.close()
+
+
+def test_a_host_that_waits_is_not_kept_by_work_that_came_later(gpu: SimGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it waits for is done, but another thread saw that first and recorded the same event again."""
+    pool, _ = pool_on(gpu)
+    pool.put("a", row(gpu, 1))
+    batch = pool.gather(["a"], stream=gpu.stream(1))  # type: ignore[arg-type]
+    seen: list[tuple[bool, bool]] = []
+
+    def synchronize(self: SimStreams, event: Any, seconds: float, is_over: Callable[[], bool]) -> bool:
+        run(gpu)
+        for _ in range(8):
+            pool.get("a", stream=gpu.stream(2))  # type: ignore[arg-type]
+        seen.append((event.place.reached, is_over()))
+        return is_over()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimStreams, "synchronize", synchronize)
+        batch.synchronize()
+    assert seen == [(False, True)]
+    batch.close()
+    pool.close()
+
+
+def test_a_close_waits_for_all_streams_together_no_longer_than_it_was_told(
+    gpu: SimGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, _ = pool_on(gpu)
+    for stream in (1, 2):
+        pool.put(stream, row(gpu, stream), stream=gpu.stream(stream))  # type: ignore[arg-type]
+    now = [100.0]
+    given: list[float] = []
+
+    def synchronize(self: SimStreams, event: Any, seconds: float, is_over: object) -> bool:
+        given.append(seconds)
+        now[0] += 2.0
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimStreams, "synchronize", synchronize)
+        patch.setattr("concurrent_kv.streams.time.monotonic", lambda: now[0])
+        pool.storage.clock.synchronize(pool.storage.clock.everything(), 5.0)
+    assert given == [5.0, 3.0, 1.0]
     pool.close()
 
 
@@ -380,4 +439,72 @@ def test_a_batch_is_closed_while_its_own_stream_is_not_captured(gpu: SimGPU) -> 
         batch.close()
         gpu.stream(1).capturing = False
     assert batch.closed
+    pool.close()
+
+
+def test_a_batch_used_in_a_stream_that_is_captured_is_closed_and_its_buffer_dropped(gpu: SimGPU) -> None:
+    pool, _ = pool_on(gpu)
+    pool.put("a", row(gpu, 1))
+    batch = pool.gather(["a"], stream=gpu.stream(1))  # type: ignore[arg-type]
+    address, recorded = batch.data.data_ptr(), gpu.queues.recorded_count
+    gpu.stream(1).capturing = True
+    batch.close()
+    gpu.stream(1).capturing = False
+    assert gpu.queues.recorded_count == recorded
+    with pool.gather(["a"]) as again:
+        assert again.data.data_ptr() != address
+    pool.check_integrity()
+    pool.close()
+
+
+def test_a_stream_that_is_captured_is_refused_by_name_too(gpu: SimGPU) -> None:
+    pool, _ = pool_on(gpu)
+    pool.put("a", row(gpu, 1))
+    captured: Any = gpu.stream(3)
+    captured.capturing = True
+    with pool.gather(["a"]) as batch:
+        waited = gpu.queues.waited_count
+        for refused in (partial(batch.wait, captured), partial(pool.get, "a", stream=captured)):
+            with pytest.raises(StreamCaptureError, match="being captured"):
+                refused()
+        assert gpu.queues.waited_count == waited
+    captured.capturing = False
+    pool.close()
+
+
+def on_host() -> KeysValues:
+    return KeysValues.from_packed(torch.ones(2, 1, 1, 2, 1))
+
+
+Refused = Callable[[SimGPU, KVPool, Batch, KeysValues], object]
+NOTHING_ENQUEUED: dict[str, Refused] = {
+    "put": lambda gpu, pool, batch, kv: pool.put("a", kv),
+    "put from the host": lambda gpu, pool, batch, kv: pool.put("a", on_host()),
+    "get": lambda gpu, pool, batch, kv: pool.get("a"),
+    "gather": lambda gpu, pool, batch, kv: pool.gather(["a", "missing"]),
+    "append": lambda gpu, pool, batch, kv: batch.append(0, kv.keys[0, :, :, :1], kv.values[0, :, :, :1]),
+    "fill from the host": lambda gpu, pool, batch, kv: batch.fill(0, on_host()),
+    "padding": lambda gpu, pool, batch, kv: batch.padding,
+    "get_or_compute": lambda gpu, pool, batch, kv: pool.get_or_compute("new", on_host),
+    "a new pool": lambda gpu, pool, batch, kv: pool_on(gpu),
+    "a correction": lambda gpu, pool, batch, kv: DropAndCorrect(4, 2, torch.zeros(1, 2, 1, 4, 1), pool.layout),
+    "corrections": lambda gpu, pool, batch, kv: PositionTable(pool.layout, lambda distance: torch.zeros(1, 2, 1, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("operation", NOTHING_ENQUEUED)
+def test_what_is_refused_in_a_capture_leaves_nothing_in_its_graph(gpu: SimGPU, operation: str) -> None:
+    pool, _ = pool_on(gpu)
+    pool.put("a", row(gpu, 1))
+    batch, kv = pool.gather(["missing"]), row(gpu, 2)
+    kv = KeysValues(kv.keys.clone(), kv.values.clone())
+    run(gpu)
+    with gpu.use(gpu.stream(1)):
+        gpu.stream(1).capturing = True
+        with pytest.raises(StreamCaptureError, match="captured"):
+            NOTHING_ENQUEUED[operation](gpu, pool, batch, kv)
+        assert not any(gpu.queues.can_run(stream) for stream in gpu.queues.streams)
+        gpu.stream(1).capturing = False
+    batch.close()
+    pool.check_integrity()
     pool.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import check_env_ids, hash_of, sequence_of
 from ..errors import InvalidArgumentError
@@ -18,6 +18,9 @@ from ..stats import StatsSummary
 from .offload import INLINE_BYTES, INLINE_ENTRIES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
 from .pool import AsyncKVPool
 from .search import AsyncSearch
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AsyncKVCacheManager"]
 
@@ -56,14 +59,23 @@ class AsyncKVCacheManager:
         self.wm_pool = AsyncKVPool(self.sync.wm_pool, offload=self._offload)
 
     async def set_init_cache(
-        self, env_id: int, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+        self,
+        env_id: int,
+        cache_key: Hashable,
+        kv_cache: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVCacheManager.set_init_cache`."""
-        return await self._init_pool(env_id).put(cache_key, kv_cache, side=side, priority=priority)
+        return await self._init_pool(env_id).put(cache_key, kv_cache, side=side, priority=priority, stream=stream)
 
-    async def get_init_cache(self, env_id: int, cache_key: Hashable) -> KeysValues | None:
+    async def get_init_cache(
+        self, env_id: int, cache_key: Hashable, *, stream: torch.Stream | None = None
+    ) -> KeysValues | None:
         """See `KVCacheManager.get_init_cache`."""
-        return await self._init_pool(env_id).get(cache_key)
+        return await self._init_pool(env_id).get(cache_key, stream=stream)
 
     def _init_pool(self, env_id: int) -> AsyncKVPool:
         pools = dict(enumerate(self.init_pools))
@@ -73,24 +85,36 @@ class AsyncKVCacheManager:
         return pools[env_id]
 
     async def set_recur_cache(
-        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+        self,
+        cache_key: Hashable,
+        kv_cache: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVCacheManager.set_recur_cache`."""
-        return await self.recur_pool.put(cache_key, kv_cache, side=side, priority=priority)
+        return await self.recur_pool.put(cache_key, kv_cache, side=side, priority=priority, stream=stream)
 
-    async def get_recur_cache(self, cache_key: Hashable) -> KeysValues | None:
+    async def get_recur_cache(self, cache_key: Hashable, *, stream: torch.Stream | None = None) -> KeysValues | None:
         """See `KVCacheManager.get_recur_cache`."""
-        return await self.recur_pool.get(cache_key)
+        return await self.recur_pool.get(cache_key, stream=stream)
 
     async def set_wm_cache(
-        self, cache_key: Hashable, kv_cache: KeysValues, *, side: object = None, priority: float = 0.0
+        self,
+        cache_key: Hashable,
+        kv_cache: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVCacheManager.set_wm_cache`."""
-        return await self.wm_pool.put(cache_key, kv_cache, side=side, priority=priority)
+        return await self.wm_pool.put(cache_key, kv_cache, side=side, priority=priority, stream=stream)
 
-    async def get_wm_cache(self, cache_key: Hashable) -> KeysValues | None:
+    async def get_wm_cache(self, cache_key: Hashable, *, stream: torch.Stream | None = None) -> KeysValues | None:
         """See `KVCacheManager.get_wm_cache`."""
-        return await self.wm_pool.get(cache_key)
+        return await self.wm_pool.get(cache_key, stream=stream)
 
     async def hierarchical_get(
         self,
@@ -99,6 +123,7 @@ class AsyncKVCacheManager:
         *,
         order: Sequence[str] = ("init", "recur"),
         timeout: float | None = None,
+        stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVCacheManager.hierarchical_get`."""
         return await self._offload.run(
@@ -108,6 +133,7 @@ class AsyncKVCacheManager:
             copied_bytes=self.sync.layout.bytes_per_entry,
             order=sequence_of("order", order, "'init', 'recur' and 'wm'"),
             timeout=timeout,
+            stream=stream,
         )
 
     def search(

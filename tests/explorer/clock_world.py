@@ -6,7 +6,7 @@ what the events covered that its stream was made to wait for, and after what was
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +79,7 @@ class _Streams:
         self._scheduler.step("asks for an event")
         return event.covers <= self._over
 
-    def synchronize(self, event: _Event, seconds: float) -> bool:
+    def synchronize(self, event: _Event, seconds: float, is_over: Callable[[], bool]) -> bool:
         raise AssertionError("nobody waits for the device here")
 
     def recycle(self, event: _Event) -> None:

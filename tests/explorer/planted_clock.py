@@ -91,20 +91,20 @@ def tick_not_taken_in_one_piece(patch: Patch) -> None:
 
 
 def rule_2_covered_tick_read_after_the_record(patch: Patch) -> None:
-    def covering(self: StreamClock, backend: Any, producer: Any, tick: int) -> tuple[int, Any] | None:
+    def covering(self: StreamClock, backend: Any, producer: Any, tick: int) -> tuple[int, list[Any]] | None:
         with self._lock:
             known = self._known.get(producer)
             if known is None or known.done >= tick:
                 return None
             for mark in known.marks:
                 if mark.tick >= tick:
-                    return mark.tick, mark.event
+                    return mark.tick, [mark.event]
             stream = known.stream
         event = backend.record(stream)
         with self._lock:
             covered = known.tick
             known.marks.append(_Mark(covered, event, ()))
-        return covered, event
+        return covered, [event]
 
     patch.setattr(StreamClock, "_covering", covering)
 
@@ -112,10 +112,10 @@ def rule_2_covered_tick_read_after_the_record(patch: Patch) -> None:
 def rule_2_an_older_event_taken(patch: Patch) -> None:
     original = StreamClock._covering
 
-    def covering(self: StreamClock, backend: Any, producer: Any, tick: int) -> tuple[int, Any] | None:
+    def covering(self: StreamClock, backend: Any, producer: Any, tick: int) -> tuple[int, list[Any]] | None:
         known = self._known.get(producer)
         if known is not None and known.done < tick and known.marks:
-            return known.tick, known.marks[0].event
+            return known.tick, [known.marks[0].event]
         return original(self, backend, producer, tick)
 
     patch.setattr(StreamClock, "_covering", covering)
@@ -136,7 +136,7 @@ def rule_3_seen_raised_before_the_wait(patch: Patch) -> None:
             if found is not None:
                 with self._lock:
                     mine.seen[producer] = max(found[0], mine.seen.get(producer, 0))
-                backend.wait(stream, found[1])
+                backend.wait(stream, *found[1])
 
     patch.setattr(StreamClock, "order_after", order_after)
 
@@ -151,7 +151,7 @@ def rule_3_all_that_is_ticked_by_now_taken_for_seen(patch: Patch) -> None:
                 continue
             found = self._covering(backend, producer, tick)
             if found is not None:
-                backend.wait(stream, found[1])
+                backend.wait(stream, *found[1])
                 with self._lock:
                     mine.seen[producer] = self._known[producer].tick
 

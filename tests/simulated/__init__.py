@@ -7,6 +7,7 @@ waits allow. Memory is real tensors, full of garbage when it is allocated and wh
     backend.py   the clock's `StreamBackend` over it
     world.py     pools on such a device under the explorer's scheduler, and what their callers saw
     programs.py  what several host threads do at once (acts.py, batch_acts.py); random_programs.py makes more up
+    search_world.py  searches on such a device; random_searches.py makes programs of them up
     faults.py    waits, ticks and protections left out on purpose (sites.py), and the program that notices each
 
 Not modelled: the implicit order of CUDA's legacy default stream, memory that several processes share, graphs (a stream

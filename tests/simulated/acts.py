@@ -213,6 +213,32 @@ def recycled(world: GpuWorld) -> None:
     world.get(B, on=second)
 
 
+def read_by_two_of_one_handle(world: GpuWorld) -> None:
+    """A stream is destroyed while it reads, and another one gets its handle and reads the same slots."""
+    first, second = world.gpu.queues.streams[-2:]
+    world.get(A, on=first)
+    world.get(A, on=second)
+    put_often(B, 20, 2, on=2)(world)
+
+
+def put_on_another_s_and_read(world: GpuWorld) -> None:
+    world.put(A, value(5), on=world.gpu.queues.streams[-1])
+    world.get(A, on=2)
+
+
+def work_of_a_stream_that_others_made_is_done(world: GpuWorld) -> None:
+    """Nobody has looked yet: whoever does next forgets the stream."""
+    world.gpu.queues.add("x", HANDLE)
+    world.store({B: value(B + 1)})
+    world.put(C, value(6), on=world.gpu.queues.streams[-1])
+    world.settle()
+
+
+def stored_beside_two_of_one_handle(world: GpuWorld) -> None:
+    two_of_one_handle(world)
+    world.store({A: value(A + 1, WHOLE)})
+
+
 def two_of_one_handle(world: GpuWorld) -> None:
     for name in ("x", "y"):
         world.gpu.queues.add(name, HANDLE)

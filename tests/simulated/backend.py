@@ -74,12 +74,14 @@ class SimStreams:
         self.step("asks for an event")
         return event.place.reached
 
-    def synchronize(self, event: Event, seconds: float) -> bool:
-        place = event.place
+    def synchronize(self, event: Event, seconds: float, is_over: Callable[[], bool]) -> bool:
+        def may_go_on() -> bool:  # the event's place of then, not of now
+            return event.place.reached or is_over()
+
         if self.step is _no_step:
-            self.gpu.queues.run_until(lambda: place.reached)
+            self.gpu.queues.run_until(may_go_on)
         else:
-            self.step("waits for the device", lambda: place.reached)
+            self.step("waits for the device", may_go_on)
         return True
 
     def recycle(self, event: Event) -> None:

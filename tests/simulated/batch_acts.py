@@ -110,6 +110,22 @@ def appended_from_elsewhere(world: GpuWorld) -> None:
     world.get(B, on=2)
 
 
+def closed_while_its_stream_is_captured(world: GpuWorld) -> None:
+    """A batch's uses cannot be named then, so that its memory goes, but not before another stream has read it."""
+    with world.on(1), world.noted(Kind.READ, [A]) as call:
+        batch = world.pool.gather([A])
+    world.after(1, 2)
+    captured = world.gpu.stream(1)
+    with world.on(2):
+        world.look_at_batch(call, batch)
+        captured.capturing = True
+        batch.close()
+    must(batch.closed, "a capture kept a batch open")
+    del batch
+    captured.capturing = False
+    world.gather([B], on=3)
+
+
 def append(world: GpuWorld, batch: Any, labels: list[int]) -> None:
     new = torch.tensor(labels, dtype=torch.float32).view(-1, 1, 1, 1).to(world.gpu.devices[0])
     batch.append(0, new, -new)

@@ -50,6 +50,7 @@ LEFT_OUT = [
     left_out("stream_uses.py", "join", "order_after", "gather|gather"),
     left_out("stream_uses.py", "join", "protect", "gather, wait on another and drop"),
     left_out("stream_uses.py", "_ticks", "stamp", "gather, gather again"),
+    left_out("stream_uses.py", "finish", "protect", "closed while its stream is captured"),
     left_out("batch.py", "padding", "use_here", "padding"),
     left_out("batch.py", "padding", "protect", "padding"),
     left_out("batch.py", "append", "use_here", "appended from elsewhere"),
@@ -197,7 +198,7 @@ def an_older_event_taken_for_the_tick(patch: Patch) -> None:
         known = self._known.get(producer)
         if known is None or known.done >= tick or not known.marks:
             return original(self, backend, producer, tick)
-        return known.tick, known.marks[0].event
+        return known.tick, [known.marks[0].event]
 
     patch.setattr(StreamClock, "_covering", covering)
 
@@ -274,6 +275,29 @@ def handles_taken_for_streams(patch: Patch) -> None:
     patch.setattr(SimStreams, "is_lasting", lambda self, stream: True)
 
 
+def streams_forgotten_while_they_are_used(patch: Patch) -> None:
+    """Rule 6: what was met is forgotten before it ticks, and the tick is nobody's."""
+
+    def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
+        backend = self._backend
+        assert backend is not None
+        me, mine = self._meet(backend, stream)
+        with self._lock:
+            self._now += 1
+            tick = mine.tick = self._now
+            mine.recording += 1
+        self._record(backend, mine, stream, tick, tuple(sources))
+        self._retire(backend)
+        return {me: tick}
+
+    patch.setattr(StreamClock, "stamp", stamp)
+
+
+def streams_of_one_handle_taken_to_come_one_after_another(patch: Patch) -> None:
+    """Rule 6: of two streams that had a handle, only the later one's work is waited for."""
+    patch.setattr(StreamClock, "_of_others", lambda self, known, tick: [])
+
+
 def no_event_for_a_second_stream(patch: Patch) -> None:
     """Rule 7, too far: only streams that are alone need none."""
 
@@ -306,6 +330,8 @@ FORGOTTEN = [
     (unpublished_writes_not_told_to_the_next_writer, "cleared before its commit"),
     (uses_of_the_dead_not_told_to_who_outlives_them, "parent read, parent and child popped, reused"),
     (slots_reused_one_release_too_early, "read, then reused"),
+    (reads_not_told_to_the_next_writer, "search read, then closed, reused"),
+    (unpublished_writes_not_told_to_the_next_writer, "search closed|its commit, reused"),
     (only_the_first_of_several_runs_waited_for, "several runs, reused at once"),
     (buffers_handed_on_without_their_uses, "gather, gather again"),
     (zeroing_forgotten_by_readers, "misses on another than the pool's"),
@@ -324,6 +350,8 @@ FORGOTTEN = [
     (wrong_stream_waits, "put|get"),
     (wrong_stream_recorded, "put|get"),
     (handles_taken_for_streams, "handle of a stream used again"),
+    (streams_forgotten_while_they_are_used, "put, get on another|stream forgotten"),
+    (streams_of_one_handle_taken_to_come_one_after_another, "read by two of one handle, reused"),
     (no_event_for_a_second_stream, "put|get"),
     (copied_straight_from_the_callers_memory, "put from the host"),
 ]

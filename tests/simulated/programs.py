@@ -10,6 +10,7 @@ from tests.explorer.world import value
 
 from . import acts, batch_acts
 from .acts import WHOLE, put_often, put_whole, several
+from .search_world import OWN_KEYS, GpuSearchWorld
 from .world import WINDOW, GpuProgram, GpuWorld
 
 __all__ = ["GPU_PROGRAMS"]
@@ -18,13 +19,35 @@ TINY = {"entries": 1, "headroom": WINDOW}  # two windows of slots: what is freed
 
 
 def gpu_program(name: str, *tasks: Operation, **options: Any) -> GpuProgram:
-    fields = {key: options.pop(key) for key in ("before", "after") if key in options}
+    fields = {key: options.pop(key) for key in ("before", "after", "make") if key in options}
     return GpuProgram(name, tasks, options, **fields)
 
 
 def stored(*keys: int, tokens: int = 2) -> Operation:
     """Entries that are there, and written, at the beginning, with value `key + 1`."""
     return lambda world: world.store({key: value(key + 1, tokens) for key in keys})
+
+
+X, Y = OWN_KEYS, OWN_KEYS + 1
+TINY_SEARCH = {"entries": 1, "recur_entries": 1, "recur_slots": WINDOW, "headroom": 0}  # and the root fills the pool
+
+
+def grown(world: GpuSearchWorld) -> None:
+    """The search's entry has slots of its own: its parent is nobody's, and filled."""
+    world.grow("search", {X: (Y, 50)}, on=1, model=1, commit=1, fill_on=1)
+
+
+def search_program(name: str, *tasks: Operation, **options: Any) -> GpuProgram:
+    def before(world: GpuSearchWorld) -> None:
+        stored(A, tokens=WHOLE)(world)
+        world.open("search", 1, WINDOW, "error", shared=True)
+
+    return gpu_program(name, *tasks, before=before, make=GpuSearchWorld, **TINY_SEARCH, **options)
+
+
+def reused_by_the_pool(world: GpuSearchWorld) -> None:
+    world.put_in_recur(5, value(60, WHOLE), on=3)
+    world.get_from_recur(5, on=4)
 
 
 GPU_PROGRAMS = [
@@ -100,6 +123,11 @@ GPU_PROGRAMS = [
     gpu_program(
         "gather, ordered by the user, closed on another",
         batch_acts.gathered_on_one_and_closed_on_another,
+        before=stored(A, B),
+    ),
+    gpu_program(
+        "closed while its stream is captured",
+        batch_acts.closed_while_its_stream_is_captured,
         before=stored(A, B),
     ),
     gpu_program(
@@ -190,4 +218,34 @@ GPU_PROGRAMS = [
     ),
     gpu_program("checked on another than the pool's", acts.checked_on_another),
     gpu_program("handle of a stream used again", acts.recycled, before=acts.two_of_one_handle),
+    gpu_program(
+        "put, get on another|stream forgotten",
+        acts.put_on_another_s_and_read,
+        lambda w: w.get(B, on=1),
+        before=acts.work_of_a_stream_that_others_made_is_done,
+    ),
+    gpu_program(
+        "read by two of one handle, reused",
+        acts.read_by_two_of_one_handle,
+        before=acts.stored_beside_two_of_one_handle,
+        evicting=True,
+        **TINY,
+    ),
+    search_program(
+        "search read, then closed, reused",
+        several(grown, lambda w: w.look_up("search", [X], on=2), lambda w: w.end("search"), reused_by_the_pool),
+    ),
+    search_program(
+        "search closed|its commit, reused",
+        lambda w: w.or_closed(lambda: grown(w)),
+        several(lambda w: w.end("search"), reused_by_the_pool),
+    ),
+    search_program(
+        "promoted, read on another",
+        several(
+            lambda w: w.grow("search", {X: (A, 50)}, on=1, model=1, commit=1, fill_on=1),
+            lambda w: w.promote("search", 0, B),
+            lambda w: w.get(B, on=2),
+        ),
+    ),
 ]

@@ -48,6 +48,7 @@ class SimStream:
     """A stream of one device.
 
     Attributes:
+        destroyed: by whoever made it; nothing more can be enqueued.
         handle: what it is called; another stream may have had it before, unless it is `lasting`.
         is_wait: of each item enqueued, not run yet.
     """
@@ -57,6 +58,7 @@ class SimStream:
     handle: int
     lasting: bool = True
     capturing: bool = False
+    destroyed: bool = False
     items: deque[_Work | _Passing] = field(default_factory=deque, repr=False)
 
     @property
@@ -93,6 +95,7 @@ class Queues:
 
     def record(self, stream: SimStream, event: Event) -> None:
         """Move an event behind everything that the stream has by now."""
+        assert not stream.destroyed, f"stream {stream.name} was destroyed"
         self.recorded_count += 1
         event.place = _Place()
         self.pass_by(stream, event.place.reach)

@@ -37,7 +37,7 @@ class Step:
         except KeyNotFoundError:  # nothing to pin
             pass
         except ClosedError:  # by another task
-            assert world.pool.closed
+            assert world.closing
         except WaitTimeoutError:  # others held all the room, and waited for some themselves
             pass
 

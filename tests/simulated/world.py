@@ -51,6 +51,7 @@ class GpuWorld:
         entries, slots, headroom, shards, policy: of the pool.
         evicting: whether the program may evict (see `check_linearizable`).
         home: the stream that the pool is made on.
+        more_slots: of other pools over its storage.
         devices: how many there are.
     """
 
@@ -67,6 +68,7 @@ class GpuWorld:
         policy: str = "fifo",
         evicting: bool = False,
         home: int = 0,
+        more_slots: int = 0,
     ) -> None:
         slots = entries * WINDOW if slots is None else slots
         self.scheduler = scheduler
@@ -77,7 +79,7 @@ class GpuWorld:
         with self.on(home):
             self.storage = KVStorage(
                 layout_on(gpu),
-                slots,
+                slots + more_slots,
                 headroom_slots=headroom,
                 shards=shards,
                 lock_factory=lambda: ModelLock(scheduler),
@@ -93,6 +95,7 @@ class GpuWorld:
         self.before: State = {}
         self.handles: list[Any] = []
         self.evicting = evicting
+        self.closing = False  # or closed
         self._late: list[Callable[[], object]] = []  # looks at what was read, in the order of the reads
         self._clock = count()
         self._busy = 0
@@ -266,6 +269,7 @@ class GpuWorld:
             self.pool.clear()
 
     def close(self) -> None:
+        self.closing = True
         with self.noted(Kind.CLEAR):
             self.pool.close()
 
