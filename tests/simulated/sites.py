@@ -47,7 +47,12 @@ OWNERS = {
     "settle": ("concurrent_kv.overflow.settle",),
     "_protect": ("concurrent_kv.moving._protect",),
 }
-OF_OTHERS = {("flights.py", "settle"), ("loading.py", "join"), ("model.py", "share")}  # other things of the same names
+OF_OTHERS = {
+    ("flights.py", "settle"),
+    ("loading.py", "join"),
+    ("model.py", "share"),
+    ("attach.py", "share"),
+}  # other things of the same names
 
 
 @cache
