@@ -177,9 +177,9 @@ def repair(storage: KVStorage) -> RepairReport:
                 ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
                 hold.released = True
         for pool in storage.pools:
-            for search in [search for search in pool.searches if search.roots_hold.released]:
-                pool.searches.discard(search)
-                search.end_cut_off()
+            for search in list(pool.searches):
+                if search.roots_hold.released or search.ended is not None:
+                    search.end_cut_off()
             for scope in _scopes(pool):
                 _drop_nameless(scope)
         recount = _recount(storage)
