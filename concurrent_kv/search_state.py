@@ -75,6 +75,14 @@ class SearchState:
         self.pool.searches.discard(self)
         self.finished = True
 
+    def _end_holds(self) -> list[Entry]:
+        """Let go of the roots and of what open batches read; returns the dead. Mutex held."""
+        ledger = self.pool.storage.ledger
+        dead = ledger.end(self.roots_hold)
+        for hold in self.batches:
+            dead += ledger.end(hold)
+        return dead
+
     def end(self, reason: str, deadline: Deadline) -> None:
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
         storage = self.pool.storage
@@ -89,9 +97,7 @@ class SearchState:
             if self.finished:
                 return
             self.budget.ended = self.budget.ended or self.scope.ended
-            dead = ledger.end(self.roots_hold)
-            for hold in self.batches:
-                dead += ledger.end(hold)
+            dead = self._end_holds()
             give_budget_back(self.pool, self.budget)
             self.pool.searches.discard(self)
             # Last: what is cut off before this is done by who ends it again, each step once.

@@ -114,6 +114,10 @@ class _Known:
         self.seen: dict[StreamKey, int] = {}  # ticks of other streams that its later work comes after
         self.marks: deque[_Mark] = deque()  # what may not be done yet, about in order
 
+    def event_for(self, tick: int) -> tuple[int, Any] | None:
+        """The first event that covers `tick`, and the tick that it covers."""
+        return next(((mark.tick, mark.event) for mark in self.marks if mark.tick >= tick), None)
+
 
 class StreamClock:
     """Ticks, and what each stream has seen of the others.
@@ -260,11 +264,11 @@ class StreamClock:
         if backend is None:
             return NO_TICKS
         with self._lock:
-            streams = [known.stream for known in self._known.values()]
+            all_known = list(self._known.values())
         ticks: Ticks = NO_TICKS
-        for stream in streams:
-            self._check_not_capturing(backend, stream)
-            ticks = merge(ticks, self.stamp(stream))
+        for known in all_known:
+            self._check_not_capturing(backend, known.stream)
+            ticks = merge(ticks, self.stamp(known.stream))
         return ticks
 
     def _meet(self, backend: StreamBackend, stream: Any) -> tuple[StreamKey, _Known]:
@@ -289,9 +293,9 @@ class StreamClock:
             known = self._known.get(producer)
             if known is None or known.done >= tick:
                 return None
-            for mark in known.marks:
-                if mark.tick >= tick:
-                    return mark.tick, mark.event
+            marked = known.event_for(tick)
+            if marked is not None:
+                return marked
             # Read before the record: work ticked in between is waited for, but not claimed.
             covered, stream = known.tick, known.stream
         # An event of a captured stream would draw the one that waits for it into the graph.
@@ -311,8 +315,8 @@ class StreamClock:
     def _retire(self, backend: StreamBackend) -> None:
         """Drop what was kept for work that is done, and streams that may be other streams by now."""
         with self._lock:
-            busy = [(key, known) for key, known in self._known.items() if known.marks]
-        for key, known in busy:
+            all_known = list(self._known.items())
+        for key, known in all_known:
             while True:
                 with self._lock:
                     mark = known.marks[0] if known.marks else None

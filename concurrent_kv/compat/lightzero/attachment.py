@@ -139,10 +139,8 @@ class Attachment:
 
     def count(self, world_model: Any, **counts: int) -> None:
         """Add to the model's own counters."""
-        attributes = vars(world_model)
         with self._lock:
-            for name, number in counts.items():
-                attributes[name] += number
+            _add(vars(world_model), counts)
 
     @property
     def report(self) -> ValidationReport | None:
@@ -212,3 +210,8 @@ class Attachment:
         made._start(None)
         memo[id(self)] = made
         return made
+
+
+def _add(attributes: dict[str, Any], counts: dict[str, int]) -> None:
+    for name, number in counts.items():
+        attributes[name] += number
