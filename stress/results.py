@@ -28,6 +28,7 @@ def as_json(results: Sequence[ProfileResult], command: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
         "passed": not any(result.failures for result in results),
+        "interrupted": any(result.interrupted for result in results),
         "profiles": {result.settings.profile.name: _profile(result) for result in results},
     }
 

@@ -30,6 +30,7 @@ class Exposure:
         self._thread = threading.get_ident()
         self._is_main = threading.current_thread() is threading.main_thread()
         self._exposed = False
+        self.sent = False  # a SIGINT that has not arrived yet
 
     def interrupt(self) -> bool:
         """Raise `Interrupt` in the thread, at whatever point it is; False if it may not be interrupted just now."""
@@ -38,10 +39,16 @@ class Exposure:
                 return False
             self._exposed = False
             if self._is_main:
+                self.sent = True
                 signal.pthread_kill(self._thread, signal.SIGINT)
             else:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(Interrupt))
             return True
+
+    def arrived(self) -> bool:
+        """Whether one was on its way. In a signal handler: takes no lock."""
+        sent, self.sent = self.sent, False
+        return sent
 
     async def expose(self, work: Coroutine[Any, Any, object]) -> None:
         """Run `work`, which may be interrupted."""
@@ -76,6 +83,10 @@ class Interrupter:
         self._exposures.append(exposure)
         return exposure
 
+    def sent_to_main(self) -> bool:
+        """Whether a SIGINT that has just arrived in the main thread is one of these, and not the user's."""
+        return any(exposure.arrived() for exposure in self._exposures)
+
     def work(self, over: threading.Event) -> None:
         """Until `over`."""
         while not over.wait(self._rng.random() * LONGEST_PAUSE_SECONDS):
@@ -84,14 +95,13 @@ class Interrupter:
 
 
 @contextmanager
-def control_c_interrupts(wanted: bool) -> Iterator[None]:
-    """In the main thread: a SIGINT that the interrupter sends is an `Interrupt`."""
-    if not wanted:
-        yield
-        return
+def control_c_interrupts(interrupter: Interrupter, of_user: Callable[[], None]) -> Iterator[None]:
+    """In the main thread: a SIGINT that `interrupter` sends is an `Interrupt`; any other calls `of_user`."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise Interrupt
+        if interrupter.sent_to_main():
+            raise Interrupt
+        of_user()
 
     before = signal.signal(signal.SIGINT, handler)
     try:
