@@ -20,7 +20,7 @@ from stress.access import TaskAccess, ThreadAccess, drive
 from stress.actors import Actor, Failure, Failures, Run
 from stress.computing import Computations
 from stress.faults.errors import Interrupt
-from stress.faults.interrupts import control_c_interrupts
+from stress.faults.interrupts import SIGNAL, control_c_interrupts
 from stress.faults.plan import Faults
 from stress.gate import Gate
 from stress.measures import Latencies
@@ -122,7 +122,7 @@ class _Runner:
 
     def _control_c(self) -> AbstractContextManager[None]:
         """Where the main thread is an actor: its Ctrl-C are faults, but for those that a person presses."""
-        return control_c_interrupts(self.faults.interrupter, self._interrupt) if self.main else nullcontext()
+        return control_c_interrupts(self._interrupt) if self.main else nullcontext()
 
     def _interrupt(self) -> None:
         """In a signal handler. The conductor ends the run: an exception here may come up in a finaliser, unheard."""
@@ -196,7 +196,7 @@ class _Runner:
         self.gate.open()
         if self.main is not None and not self.main_ended.wait(2 * self.settings.bound_seconds):
             self.failures.add(Failure("stuck", "the main thread does not end", "end", stacks()))
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # frees it from most waits
+            signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)  # frees it from most waits
 
     def _ends_within(self, seconds: float) -> bool:
         """Wait; whether the run is over, or interrupted, before so many seconds are."""

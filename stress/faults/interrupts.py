@@ -17,9 +17,10 @@ from typing import Any
 
 from stress.faults.errors import Interrupt
 
-__all__ = ["Exposure", "Interrupter", "control_c_interrupts"]
+__all__ = ["SIGNAL", "Exposure", "Interrupter", "control_c_interrupts"]
 
 LONGEST_PAUSE_SECONDS = 0.01
+SIGNAL = signal.SIGUSR1  # arrives as SIGINT does, which is left to the person who wants the run to end
 
 
 class Exposure:
@@ -30,7 +31,6 @@ class Exposure:
         self._thread = threading.get_ident()
         self._is_main = threading.current_thread() is threading.main_thread()
         self._exposed = False
-        self.sent = False  # a SIGINT that has not arrived yet
 
     def interrupt(self) -> bool:
         """Raise `Interrupt` in the thread, at whatever point it is; False if it may not be interrupted just now."""
@@ -39,16 +39,10 @@ class Exposure:
                 return False
             self._exposed = False
             if self._is_main:
-                self.sent = True
-                signal.pthread_kill(self._thread, signal.SIGINT)
+                signal.pthread_kill(self._thread, SIGNAL)
             else:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(Interrupt))
             return True
-
-    def arrived(self) -> bool:
-        """Whether one was on its way. In a signal handler: takes no lock."""
-        sent, self.sent = self.sent, False
-        return sent
 
     async def expose(self, work: Coroutine[Any, Any, object]) -> None:
         """Run `work`, which may be interrupted."""
@@ -83,10 +77,6 @@ class Interrupter:
         self._exposures.append(exposure)
         return exposure
 
-    def sent_to_main(self) -> bool:
-        """Whether a SIGINT that has just arrived in the main thread is one of these, and not the user's."""
-        return any(exposure.arrived() for exposure in self._exposures)
-
     def work(self, over: threading.Event) -> None:
         """Until `over`."""
         while not over.wait(self._rng.random() * LONGEST_PAUSE_SECONDS):
@@ -95,16 +85,15 @@ class Interrupter:
 
 
 @contextmanager
-def control_c_interrupts(interrupter: Interrupter, of_user: Callable[[], None]) -> Iterator[None]:
-    """In the main thread: a SIGINT that `interrupter` sends is an `Interrupt`; any other calls `of_user`."""
+def control_c_interrupts(pressed: Callable[[], None]) -> Iterator[None]:
+    """In the main thread: `SIGNAL` raises `Interrupt`, and a person's Ctrl-C calls `pressed`."""
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        if interrupter.sent_to_main():
-            raise Interrupt
-        of_user()
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupt
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = signal.signal(SIGNAL, interrupt), signal.signal(signal.SIGINT, lambda number, frame: pressed())
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(SIGNAL, before[0])
+        signal.signal(signal.SIGINT, before[1])

@@ -77,7 +77,7 @@ class Faults:
         self.counts: Counter[str] = Counter()
         self._world = world
         self._lock = threading.Lock()
-        self.interrupter = Interrupter(world.settings.seed, self.count)
+        self._interrupter = Interrupter(world.settings.seed, self.count)
         self._exposures = threading.local()
         self.doomed = Doomed(world) if "close" in self.enabled else None
         self.tiny = Tiny(world) if self.enabled & {"tiny", "endings"} else None
@@ -117,7 +117,7 @@ class Faults:
         """What has to run in threads of its own until the run is over."""
         found: list[Callable[[], None]] = []
         if "interrupts" in self.enabled:
-            found.append(lambda: self.interrupter.work(over))
+            found.append(lambda: self._interrupter.work(over))
         if "fork" in self.enabled:
             pool, bound = self._world.manager.wm_pool, self._world.settings.bound_seconds
             found.append(lambda: fork_now_and_then(pool, over, self.count, fail, bound))
@@ -160,7 +160,7 @@ class Faults:
     def _exposure(self) -> Exposure:
         exposure: Exposure | None = getattr(self._exposures, "own", None)
         if exposure is None:
-            exposure = self._exposures.own = self.interrupter.exposure()
+            exposure = self._exposures.own = self._interrupter.exposure()
         return exposure
 
     # Computations ------------------------------------------------------------------------------------------------
