@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     profiles = _settings(parser, options)
     if options.report is not None:
-        from stress.report import write_report  # matplotlib, which nothing else needs
+        try:
+            from stress.report import write_report  # matplotlib and jinja2, which nothing else needs
+        except ImportError as error:
+            parser.error(f"argument --report: {error}; it comes with the extra `stress`")
     console, errors = Console(), Console(stderr=True)
     torch.set_num_threads(1)  # the parallelism is that of the actors
     results: list[ProfileResult] = []
