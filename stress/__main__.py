@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf, nan
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             parser.error(f"argument --report: {error}; it comes with the extra `stress`")
     console, errors = Console(), Console(stderr=True)
+    # Of calls that were interrupted between being made and being awaited.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     torch.set_num_threads(1)  # the parallelism is that of the actors
     results: list[ProfileResult] = []
     interrupted = False
