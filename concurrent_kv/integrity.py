@@ -11,6 +11,7 @@ import numpy.typing as npt
 from .entry import Entry, Place, Scope
 from .errors import IntegrityError
 from .ledger import wake
+from .streams import Ticks
 
 if TYPE_CHECKING:
     from .pool_core import PoolCore
@@ -85,19 +86,26 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     deadline = storage.enter_quietly()
     zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
     with storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
-        recount = _recount(storage)
-        alive = recount.alive()
-        counts = _slot_counts(storage, alive)
-        problems = ledger.slots.problems(counts)
-        problems += _entry_problems(storage, recount, alive)
-        for pool, entries in recount.published.items():
-            problems += _pool_problems(pool, entries)
-        if not zero_slot_is_zero:
-            problems.append("slot 0, which serves all padding, is not zero")
-        report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
+        problems, report = _compare(storage)
+    if not zero_slot_is_zero:
+        problems.append("slot 0, which serves all padding, is not zero")
     if problems:
         raise IntegrityError(tuple(problems))
     return report
+
+
+def _compare(storage: KVStorage) -> tuple[list[str], IntegrityReport]:
+    """All locks held."""
+    ledger = storage.ledger
+    recount = _recount(storage)
+    alive = recount.alive()
+    counts = _slot_counts(storage, alive)
+    problems = ledger.slots.problems(counts)
+    problems += _entry_problems(storage, recount, alive)
+    for pool, entries in recount.published.items():
+        problems += _pool_problems(pool, entries)
+    report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
+    return problems, report
 
 
 def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -> list[str]:
@@ -171,38 +179,45 @@ def repair(storage: KVStorage) -> RepairReport:
     deadline = storage.enter_quietly()
     used = storage.clock.everything()
     with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
-        for hold in list(ledger.holds):
-            hold.users = 0
-            if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
-                ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
-                hold.released = True
-        for pool in storage.pools:
-            for search in [search for search in pool.searches if search.roots_hold.released]:
-                pool.searches.discard(search)
-                search.end_cut_off()
-            for scope in _scopes(pool):
-                _drop_nameless(scope)
-        recount = _recount(storage)
-        entries = pending = 0
-        for pool, published in recount.published.items():
-            pending += pool.quota.pending_entries
-            _repair_pool(pool, published)
-        alive = recount.alive()
-        for entry in alive:
-            entries += entry.refs != recount.references(entry)
-            entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
-            if not recount.indexed[entry]:
-                entry.place = Place.NONE
-        ledger.slots.keep_reservations([s.budget.reservation for pool in storage.pools for s in pool.searches])
-        slots = ledger.slots.rebuild(_slot_counts(storage, alive), used)
-        ledger.rebuild_rows({entry.row for entry in alive})
-        ledger.reset_parked()
-        for pool, published in recount.published.items():
-            _settle_places(pool, published)
+        report = _rebuild(storage, used)
         waiters = ledger.take_waiters()
     wake(waiters)
     for pool in storage.pools:
         pool.flights.abandon_orphans()
+    return report
+
+
+def _rebuild(storage: KVStorage, used: Ticks) -> RepairReport:
+    """All locks held."""
+    ledger = storage.ledger
+    for hold in list(ledger.holds):
+        hold.users = 0
+        if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
+            ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
+            hold.released = True
+    for pool in storage.pools:
+        for search in list(pool.searches):
+            if search.roots_hold.released or search.ended is not None:
+                search.end_cut_off()
+        for scope in _scopes(pool):
+            _drop_nameless(scope)
+    recount = _recount(storage)
+    entries = pending = 0
+    for pool, published in recount.published.items():
+        pending += pool.quota.pending_entries
+        _repair_pool(pool, published)
+    alive = recount.alive()
+    for entry in alive:
+        entries += entry.refs != recount.references(entry)
+        entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
+        if not recount.indexed[entry]:
+            entry.place = Place.NONE
+    ledger.slots.keep_reservations([s.budget.reservation for pool in storage.pools for s in pool.searches])
+    slots = ledger.slots.rebuild(_slot_counts(storage, alive), used)
+    ledger.rebuild_rows({entry.row for entry in alive})
+    ledger.reset_parked()
+    for pool, published in recount.published.items():
+        _settle_places(pool, published)
     return RepairReport(slots, entries, pending)
 
 

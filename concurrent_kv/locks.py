@@ -237,14 +237,18 @@ class ShardedRWLock:
     def _open_empty(self) -> None:
         """Open every new lock whose predecessors nobody holds any more."""
         with self._replacing:
-            still_held = {id(handle.c_rw_lock) for held in self._holders.copy().values() for handle in held.copy()}
-            for shard, (barrier, older) in list(self._shut.items()):
-                if not still_held.isdisjoint(map(id, older)):
-                    continue
-                try:
-                    barrier.release()
-                    del self._shut[shard]
-                except BaseException as error:
-                    self._put_new(shard)
-                    if not isinstance(error, RuntimeError):
-                        raise
+            self._open_those_empty()
+
+    def _open_those_empty(self) -> None:
+        """`_replacing` held."""
+        still_held = {id(handle.c_rw_lock) for held in self._holders.copy().values() for handle in held.copy()}
+        for shard, (barrier, older) in list(self._shut.items()):
+            if not still_held.isdisjoint(map(id, older)):
+                continue
+            try:
+                barrier.release()
+                del self._shut[shard]
+            except BaseException as error:
+                self._put_new(shard)
+                if not isinstance(error, RuntimeError):
+                    raise

@@ -20,7 +20,7 @@ from .overflow import Overflow
 from .pool import KVPool
 from .pool_core import bump_versions
 from .search import LookupOrder, Search, open_search
-from .stats import NoCounters, StatsSummary
+from .stats import NoCounters, PoolStats, StatsSummary
 from .storage import KVStorage
 
 if TYPE_CHECKING:
@@ -302,8 +302,12 @@ class KVCacheManager(Handle):
         self.storage.check_process()
         pools = (*self._init_pools, self.recur_pool, self.wm_pool)
         contention = self.storage.locks.contention()
+
+        def stats_now() -> dict[str, PoolStats]:
+            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
+
         with self.storage.ledger.mutex:  # one hold: one moment of all of them
-            stats = {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
+            stats = stats_now()
         return StatsSummary(MappingProxyType(stats), self.stats_enabled)
 
     def reset_stats(self) -> None:

@@ -145,8 +145,7 @@ class PoolCore(Handle):
         scopes = self.scopes() if scopes is None else tuple(scopes)
         # First the new epoch, then the sweep: what is published in between is older than neither.
         with self.storage.ledger.mutex:
-            for scope in scopes:
-                scope.generation = Generation(scope.epoch + 1, scope.version)
+            _begin_epoch(scopes)
             self.counters.clear_count += 1
         for scope in scopes:
             sweep(scope, deadline)
@@ -250,13 +249,24 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
     """
     reason = f"{name}: the weights version was bumped; open a new search"
     with pools[0].storage.ledger.mutex:
-        for pool in pools:
-            for scope in pool.registered_scopes():
-                scope.generation = Generation(scope.epoch, scope.version + 1)
-            for search in pool.searches:
-                search.budget.ended = reason
+        _begin_version(pools, reason)
     for pool in pools:
         pool.end_searches(reason, deadline)
     for pool in pools:
         for scope in pool.scopes():
             sweep(scope, deadline)
+
+
+def _begin_epoch(scopes: Iterable[Scope]) -> None:
+    """Mutex held."""
+    for scope in scopes:
+        scope.generation = Generation(scope.epoch + 1, scope.version)
+
+
+def _begin_version(pools: Sequence[PoolCore], reason: str) -> None:
+    """In every scope; open searches are told that they are over. Mutex held."""
+    for pool in pools:
+        for scope in pool.registered_scopes():
+            scope.generation = Generation(scope.epoch, scope.version + 1)
+        for search in pool.searches:
+            search.budget.ended = reason

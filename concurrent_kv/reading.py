@@ -52,8 +52,9 @@ def retain(
             if entry is not None and entry.generation is not generations[scope]:
                 entry = None
             found.append(entry)
+        hits = [entry for entry in found if entry is not None]
         with ledger.mutex:
-            ledger.extend(hold, [entry for entry in found if entry is not None])
+            ledger.extend(hold, hits)
             if not quiet:
                 count_hits(found)
     return found

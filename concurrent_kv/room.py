@@ -247,10 +247,13 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
 
 
 def give_budget_back(pool: PoolCore, budget: Budget) -> None:
-    """Return what a search reserved. Mutex held."""
-    pool.quota.reserved_entries -= budget.max_entries
-    pool.quota.reserved_slots -= budget.reservation.size
-    pool.storage.ledger.slots.cancel(budget.reservation)
+    """Return what a search reserved; nothing happens the second time. Mutex held."""
+    slots = pool.storage.ledger.slots.cancel(budget.reservation)
+    # No call from the return of that one to the end, so that no asynchronous exception parts what belongs together.
+    quota = pool.quota
+    quota.reserved_slots -= slots
+    quota.reserved_entries -= budget.max_entries
+    budget.max_entries = 0
 
 
 def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:

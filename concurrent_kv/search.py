@@ -378,8 +378,8 @@ def open_search(
     with ledger.mutex:
         closed = pool.closed or pool.storage.closed
         if closed:
-            state.finished = True
             give_budget_back(pool, budget)
+            state.finished = True
         else:
             ledger.holds.add(state.roots_hold)
             pool.searches.add(state)

@@ -47,11 +47,15 @@ class SearchState:
         """The search's own entries, under the scope's shard."""
         return self.scope.entries[0]
 
+    @property
+    def ended(self) -> str | None:
+        """Why it has ended, or is about to be ended by a version bump; None while it is open."""
+        return self.scope.ended or self.budget.ended
+
     def check_open(self) -> None:
-        """Raise `SearchEndedError` if it has ended, or is about to be ended by a version bump."""
-        reason = self.scope.ended or self.budget.ended
-        if reason is not None:
-            raise SearchEndedError(reason)
+        """Raise `SearchEndedError` if it has ended, or is about to be."""
+        if self.ended is not None:
+            raise SearchEndedError(self.ended)
 
     def track(self, hold: Hold) -> None:
         """Remember an open batch, to be closed with the search. Mutex held."""
@@ -60,10 +64,24 @@ class SearchState:
         self.batches.append(hold)
 
     def end_cut_off(self) -> None:
-        """Note the end of a search that nobody has and nobody closed; its books are rebuilt. All locks held."""
-        self.scope.ended = self.scope.ended or "the search was dropped without being closed"
-        self.budget.ended = self.budget.ended or self.scope.ended
+        """Note the end of a search that nobody will end: it was dropped, or its end was cut off. All locks held.
+
+        Its books are rebuilt without it.
+        """
+        self.scope.ended = self.budget.ended = self.ended or "the search was dropped without being closed"
+        for hold in [self.roots_hold, *self.batches]:
+            hold.released = True
+            self.pool.storage.ledger.holds.discard(hold)
+        self.pool.searches.discard(self)
         self.finished = True
+
+    def _end_holds(self) -> list[Entry]:
+        """Let go of the roots and of what open batches read; returns the dead. Mutex held."""
+        ledger = self.pool.storage.ledger
+        dead = ledger.end(self.roots_hold)
+        for hold in self.batches:
+            dead += ledger.end(hold)
+        return dead
 
     def end(self, reason: str, deadline: Deadline) -> None:
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
@@ -78,13 +96,12 @@ class SearchState:
         with ledger.mutex:
             if self.finished:
                 return
-            self.finished = True
             self.budget.ended = self.budget.ended or self.scope.ended
-            dead = ledger.end(self.roots_hold)
-            for hold in self.batches:
-                dead += ledger.end(hold)
-            self.pool.searches.discard(self)
+            dead = self._end_holds()
             give_budget_back(self.pool, self.budget)
+            self.pool.searches.discard(self)
+            # Last: what is cut off before this is done by who ends it again, each step once.
+            self.finished = True
             waiters = ledger.take_waiters()
         wake(waiters)
         del roots, dead

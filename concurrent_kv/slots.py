@@ -244,11 +244,19 @@ class SlotAllocator:
         flat = tables.ravel()
         return int(np.count_nonzero((self.counts[flat] == 1) & (flat > 0)))
 
-    def cancel(self, reservation: Reservation) -> None:
-        """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed."""
-        if self._reservations.pop(reservation.number, None) is not None:
-            self.reserved_count -= reservation.left
-            reservation.size = reservation.left = 0
+    def cancel(self, reservation: Reservation) -> int:
+        """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed.
+
+        Returns its size; 0 the second time.
+        """
+        # No call in here, so that no asynchronous exception parts what belongs together.
+        if reservation.number not in self._reservations:
+            return 0
+        del self._reservations[reservation.number]
+        self.reserved_count -= reservation.left
+        size = reservation.size
+        reservation.size = reservation.left = 0
+        return size
 
     def keep_reservations(self, known: Sequence[Reservation]) -> None:
         """Cancel every reservation that is not among `known`."""

@@ -117,6 +117,13 @@ class _Known:
         self.marks: deque[_Mark] = deque()  # what may not be done yet, about in order
         self.recording = 0  # marks that are about to be added
 
+    def mark_for(self, tick: int) -> _Mark | None:
+        """The first mark that covers `tick`, if there is one."""
+        for mark in self.marks:
+            if mark.tick >= tick:
+                return mark
+        return None
+
 
 class StreamClock:
     """Ticks, and what each stream has seen of the others.
@@ -280,11 +287,11 @@ class StreamClock:
             return NO_TICKS
         self._retire(backend)  # a stream that others made may be destroyed once its work is done
         with self._lock:
-            streams = [known.stream for known in self._known.values()]
+            all_known = list(self._known.values())
         ticks: Ticks = NO_TICKS
-        for stream in streams:
-            self._check_not_capturing(backend, stream)
-            ticks = merge(ticks, self.stamp(stream))
+        for known in all_known:
+            self._check_not_capturing(backend, known.stream)
+            ticks = merge(ticks, self.stamp(known.stream))
         return ticks
 
     def _meet(self, backend: StreamBackend, stream: Any) -> tuple[StreamKey, _Known]:
@@ -314,9 +321,9 @@ class StreamClock:
             known = self._known.get(producer)
             if known is None or known.done >= tick:
                 return None
-            for mark in known.marks:
-                if mark.tick >= tick:
-                    return mark.tick, [mark.event, *self._of_others(known, mark.tick)]
+            mark = known.mark_for(tick)
+            if mark is not None:
+                return mark.tick, [mark.event, *self._of_others(known, mark.tick)]
             stream = known.stream
         # An event of a captured stream would draw the one that waits for it into the graph.
         self._check_not_capturing(backend, stream)
@@ -352,8 +359,8 @@ class StreamClock:
     def _retire(self, backend: StreamBackend) -> None:
         """Drop what was kept for work that is done, and streams that may be other streams by now."""
         with self._lock:
-            busy = [(key, known) for key, known in self._known.items() if known.marks]
-        for key, known in busy:
+            all_known = list(self._known.items())
+        for key, known in all_known:
             while True:
                 with self._lock:
                     mark = known.marks[0] if known.marks else None

@@ -6,9 +6,10 @@ import argparse
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from concurrent_kv.eviction.registry import POLICIES
 from stress.faults.plan import FAULTS, parse_faults
+from stress.operations import MOST_ROWS
 from stress.profiles import OPERATIONS, PROFILES, parse_mix
 from stress.results import as_json
 from stress.runner import ProfileResult, run_profile
@@ -27,6 +29,7 @@ from stress.world import Settings
 __all__ = ["main"]
 
 FAILED, INTERRUPTED = 1, 130  # 130 as a shell reports SIGINT
+MOST_ACTORS, MOST_SHARDS = 1000, 1024
 DEFAULT = "default: %(default)s"
 T = TypeVar("T")
 
@@ -35,15 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, show, write what was asked for. 0 if everything held."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    profiles = _settings(parser, options)
+    if options.report is not None:
+        try:
+            from stress.report import write_report  # matplotlib and jinja2, which nothing else needs
+        except ImportError as error:
+            parser.error(f"argument --report: {error}; it comes with the extra `stress`")
     console, errors = Console(), Console(stderr=True)
+    # Of calls that were interrupted between being made and being awaited.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     torch.set_num_threads(1)  # the parallelism is that of the actors
     results: list[ProfileResult] = []
     interrupted = False
     try:
-        for settings in _settings(parser, options):
+        for settings in profiles:
             result = run_profile(settings, live_watch(console) if options.progress else None)
             results.append(result)
             console.print(outcome(result))
+            if result.interrupted:
+                interrupted = True
+                break
     except KeyboardInterrupt:
         interrupted = True
     if results:
@@ -53,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
         if options.report is not None:
-            from stress.report import write_report  # matplotlib, which nothing else needs
-
             write_report(document, options.report)
     for text in failure_texts(results):
         errors.print(f"FAILED: {text}", style="red", markup=False, highlight=False)
@@ -86,6 +98,10 @@ def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> l
             for field in ("seconds", "backend", "policy", "shards", "seed", "positions", "faults", "bound_seconds")
         }
         found.append(replace(settings, **changes))
+    for option in ("json", "report"):  # looked at now, and not when hours have passed
+        path = getattr(options, option)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"argument --{option}: {path} is no file in a folder that is there")
     return found
 
 
@@ -105,21 +121,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--profile", default="mixed", metavar="NAMES", help=f"one or more, or all ({DEFAULT})")
     add("--seconds", type=_checked(_seconds), default=default.seconds, help=f"of each profile ({DEFAULT})")
-    add("--threads", type=_checked(_whole(0)), metavar="N", help="the profile's own if left out")
-    add("--tasks", type=_checked(_whole(0)), metavar="N", help="the profile's own if left out")
+    add("--threads", type=_checked(_whole(0, MOST_ACTORS)), metavar="N", help="the profile's own if left out")
+    add("--tasks", type=_checked(_whole(0, MOST_ACTORS)), metavar="N", help="the profile's own if left out")
     add("--backend", choices=("asyncio", "trio"), default=default.backend, help=f"event loop of the tasks ({DEFAULT})")
     add("--workload", choices=list(WORKLOADS), default="cartpole", help=f"shapes of the entries ({DEFAULT})")
     add("--positions", choices=POSITIONS, help="how rows are shortened at the window's end; the workload's if left out")
     add("--mix", type=_checked(parse_mix), metavar="NAME=WEIGHT,...", help="operations; the profile's if left out")
     add(
         "--capacity",
-        type=_checked(_whole(1)),
+        type=_checked(_whole(MOST_ROWS)),
         metavar="N",
-        help="entries of the shared pool; the profile's if left out",
+        help=f"entries of the shared pool, {MOST_ROWS} or more; the profile's if left out (--faults tiny: 1 entry)",
     )
     add("--keys", type=_checked(_whole(1, 1000)), metavar="N", help="keys of each scope; the profile's if left out")
     add("--policy", choices=sorted(POLICIES), default=default.policy, help=f"eviction ({DEFAULT})")
-    add("--shards", type=_checked(_whole(1)), default=default.shards, help=f"of the locks ({DEFAULT})")
+    add("--shards", type=_checked(_whole(1, MOST_SHARDS)), default=default.shards, help=f"of the locks ({DEFAULT})")
     add("--seed", type=_checked(_whole(0)), default=default.seed, help=f"of what the actors choose ({DEFAULT})")
     add("--faults", type=_checked(parse_faults), default=frozenset(), metavar="NAMES", help="some, all or none")
     add(
@@ -150,18 +166,22 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 def _whole(least: int, most: float = inf) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        number = int(text)
-        if not least <= number <= most:
-            raise ValueError(f"must be from {least} to {most:g}, not {number}")
+        number = int(text) if text.strip().lstrip("-").isdecimal() else None
+        if number is None or not least <= number <= most:
+            bounds = f"from {least} to {most:g}" if most < inf else f"of at least {least}"
+            raise ValueError(f"must be a whole number {bounds}, not {text!r}")
         return number
 
     return parse
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = nan
     if not 0 < number < inf:
-        raise ValueError(f"must be a number of seconds above 0, not {text}")
+        raise ValueError(f"must be a number of seconds above 0, not {text!r}")
     return number
 
 

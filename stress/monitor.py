@@ -55,17 +55,22 @@ class Monitor:
         self._process = psutil.Process()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
+        # Of its own: it has to see that somebody is stuck also where the statistics cannot be had for that reason.
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._began = self._last = monotonic()
-        self._stats = total_stats(self.run.world.manager)
+        self.stats = total_stats(self.run.world.manager)
         self._stuck: set[str] = set()
 
     def start(self) -> None:
         self._thread.start()
+        self._watchdog.start()
 
-    def stop(self) -> None:
-        """Take the last sample."""
+    def stop(self, seconds: float) -> bool:
+        """Take the last sample; False if that was not possible within so many seconds."""
         self._stopped.set()
-        self._thread.join()
+        self._watchdog.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def elapsed(self) -> float:
@@ -78,8 +83,11 @@ class Monitor:
     def _work(self) -> None:
         while not self._stopped.wait(SAMPLE_SECONDS):
             self._sample()
-            self._look_for_stuck()
         self._sample()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(SAMPLE_SECONDS):
+            self._look_for_stuck()
 
     def _sample(self) -> None:
         now = monotonic()
@@ -97,7 +105,7 @@ class Monitor:
         lag.add(_take(self.lags))
         self.loop_lag.merge(lag)
         stats = total_stats(self.run.world.manager)
-        since, self._stats = stats - self._stats, stats
+        since, self.stats = stats - self.stats, stats
         self.samples.append(
             Sample(
                 seconds=now - self._began,

@@ -18,7 +18,7 @@ from stress.writing import all_writing, check_side, said, write_key, writing
 if TYPE_CHECKING:
     from stress.actors import Actor
 
-__all__ = ["RUN"]
+__all__ = ["MOST_ROWS", "RUN"]
 
 MOST_ROWS = 6
 HIERARCHICAL, PEEKED = 0.1, 0.2  # shares of the reads
@@ -182,7 +182,9 @@ async def pins(actor: Actor) -> None:
         return
     with pin:
         first = world.check_plain(space, key, world.content.read(pin.get()), before)
-        await rng.choice((reads, gathers, writes))(actor)
+        # Where few entries are stored, all may be pinned by actors who wait for room.
+        scarce = 2 * world.settings.profile.capacity < world.settings.profile.actors
+        await rng.choice((reads, gathers) if scarce else (reads, gathers, writes))(actor)
         again = world.content.read(pin.get())
         check_side(again, pin.side)
         if again[0] != first:

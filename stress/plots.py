@@ -54,7 +54,8 @@ def _throughput(axes: Axes, samples: list[dict[str, Any]]) -> None:
     if kinds:
         rates = [[sample["calls_per_second"].get(kind, 0) for sample in samples] for kind in kinds]
         axes.stackplot(_seconds(samples), rates, labels=kinds, alpha=0.8)
-        axes.legend(fontsize=7, ncols=3, loc="upper left")
+        axes.set_ylim(0, 1.35 * max(map(sum, zip(*rates, strict=True))) or 1)  # the legend stands above
+        axes.legend(fontsize=7, ncols=5, loc="upper left")
 
 
 def _latencies(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> None:

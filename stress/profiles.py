@@ -56,6 +56,11 @@ class Profile:
     simulations: int | None
     mix: Mix
 
+    @property
+    def actors(self) -> int:
+        """Threads and tasks together."""
+        return self.threads + self.tasks
+
     def changed(self, **changes: object) -> Profile:
         """With what is not None changed."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]

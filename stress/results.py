@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,9 +24,11 @@ def as_json(results: Sequence[ProfileResult], command: str) -> dict[str, Any]:
     return {
         "command": command,
         "python": platform.python_version(),
+        "gil": getattr(sys, "_is_gil_enabled", lambda: True)(),
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
         "passed": not any(result.failures for result in results),
+        "interrupted": any(result.interrupted for result in results),
         "profiles": {result.settings.profile.name: _profile(result) for result in results},
     }
 

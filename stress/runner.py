@@ -20,7 +20,7 @@ from stress.access import TaskAccess, ThreadAccess, drive
 from stress.actors import Actor, Failure, Failures, Run
 from stress.computing import Computations
 from stress.faults.errors import Interrupt
-from stress.faults.interrupts import control_c_interrupts
+from stress.faults.interrupts import SIGNAL, control_c_interrupts
 from stress.faults.plan import Faults
 from stress.gate import Gate
 from stress.measures import Latencies
@@ -30,6 +30,7 @@ from stress.world import Settings, World
 
 __all__ = ["ProfileResult", "Watch", "run_profile"]
 
+LOOK_SECONDS = 0.1  # how often it is looked whether Ctrl-C was pressed
 LAG_SECONDS = 0.01  # how often the event loop is asked how late it is
 QUIET_SECONDS = 10.0  # between two quiet moments
 GROWTH_BYTES = 64 * 2**20  # that the resident size may grow by, from the second quarter to the last
@@ -40,7 +41,7 @@ Watch = Callable[[Monitor], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """What one run found."""
+    """What one run found; `interrupted` if Ctrl-C ended it before its time."""
 
     settings: Settings
     seconds: float
@@ -58,6 +59,7 @@ class ProfileResult:
     growth_bytes: int
     slots: int
     failures: list[Failure]
+    interrupted: bool
 
 
 class _Runner:
@@ -101,20 +103,44 @@ class _Runner:
         before = threading.enumerate()
         self.monitor.start()
         try:
-            with watch(self.monitor), self._hooks(), control_c_interrupts(self.main is not None):
+            with (
+                watch(self.monitor),
+                self._hooks(),
+                self._control_c(),
+            ):
                 for thread in (*threads, *helpers, conductor):
                     thread.start()
-                if self.main is not None:
-                    self._act(self.main)
-                    self.main_ended.set()
-                conductor.join()
+                self._stay()
         finally:
             self.over.set()
             self.gate.open()
-            self._join([*threads, *helpers])
-            self.monitor.stop()
+            self._join([*threads, *helpers, conductor])
+            if not self.monitor.stop(self.settings.bound_seconds):
+                self.failures.add(Failure("stuck", "the statistics cannot be had", "end", stacks()))
         self._finish(before)
         return self._result()
+
+    def _control_c(self) -> AbstractContextManager[None]:
+        """Where the main thread is an actor: its Ctrl-C are faults, but for those that a person presses."""
+        return control_c_interrupts(self._interrupt) if self.main else nullcontext()
+
+    def _interrupt(self) -> None:
+        """In a signal handler. The conductor ends the run: an exception here may come up in a finaliser, unheard."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _stay(self) -> None:
+        """The main thread's part. Ctrl-C ends the run, and what it found until then counts."""
+        try:
+            if self.main is not None:
+                self._act(self.main)
+            self.main_ended.set()
+            self.over.wait()
+        except KeyboardInterrupt:
+            self.main_ended.set()
+            if not self.over.is_set():  # or else the conductor's, which frees a thread that is stuck
+                self.interrupted = True
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -163,15 +189,22 @@ class _Runner:
         """Quiet moments now and then, until the time is over."""
         end = monotonic() + self.settings.seconds
         while (left := end - monotonic()) > 0:
-            pause = min(left, min(QUIET_SECONDS, self.settings.seconds / 3))
-            if self.over.wait(pause):
+            if self._ends_within(min(left, QUIET_SECONDS, self.settings.seconds / 3)):
                 break
             self._quiet()
         self.over.set()
         self.gate.open()
         if self.main is not None and not self.main_ended.wait(2 * self.settings.bound_seconds):
             self.failures.add(Failure("stuck", "the main thread does not end", "end", stacks()))
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # frees it from most waits
+            signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)  # frees it from most waits
+
+    def _ends_within(self, seconds: float) -> bool:
+        """Wait; whether the run is over, or interrupted, before so many seconds are."""
+        end = monotonic() + seconds
+        while (left := end - monotonic()) > 0:
+            if self.interrupted or self.over.wait(min(left, LOOK_SECONDS)):
+                return True
+        return False
 
     def _quiet(self) -> None:
         if not self.gate.close(2 * self.settings.bound_seconds):
@@ -192,7 +225,7 @@ class _Runner:
         self.quiet_moments += 1
         self.repaired = RepairReport(*(a + b for a, b in zip(self.repaired, problems.repaired, strict=True)))
         for problem in problems:
-            self.failures.add(Failure("books", problem, where))
+            self.failures.add(Failure("books", problem, where, stacks()))
 
     def _join(self, threads: list[threading.Thread]) -> None:
         deadline = monotonic() + 2 * self.settings.bound_seconds
@@ -225,12 +258,13 @@ class _Runner:
             self.failures.add(Failure("left behind", f"threads: {', '.join(left)}", "end"))
 
     growth = 0
+    interrupted = False
     stats: PoolStats
 
     def _result(self) -> ProfileResult:
         actors = [*self.threads, *self.tasks]
         if not hasattr(self, "stats"):
-            self.stats = total_stats(self.world.manager)
+            self.stats = self.monitor.stats  # the last that could be had
         return ProfileResult(
             settings=self.settings,
             seconds=self.monitor.elapsed,
@@ -248,6 +282,7 @@ class _Runner:
             growth_bytes=self.growth,
             slots=self.world.manager.storage.ledger.slots.num_slots,
             failures=self.failures.all(),
+            interrupted=self.interrupted,
         )
 
 

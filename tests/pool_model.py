@@ -181,6 +181,10 @@ class Room:
     records: list[Record]
     own: int
 
+    def slots(self) -> int:
+        """Slots that the new records name, their own and those that they share."""
+        return len({token for record in self.records for token in record.tokens})
+
 
 class NoRoomError(Exception):
     """The model's word for a pool in which nothing can be evicted any more."""
@@ -317,8 +321,8 @@ class PoolModel:
         freed = sum(own_alone[token] == 1 for record in old for token in record.tokens)
         entries, slots = len(room.records) - len(old), max(0, room.own - freed)
         while not (self.fits(entries, slots) and room.own <= self.total_slots - len(self.names())):
-            if not entries and not slots:
-                raise NoRoomError  # a replacement waits for its own room, and evicts nobody
+            if not entries and not slots and room.own <= self.total_slots - self.max_slots:
+                raise NoRoomError  # a replacement that fits into the headroom waits for its own room, and evicts nobody
             evict(self.fits(entries, 0))
         while publishes and (more := self._exceeds(room)) is not None:
             # What was to be replaced, or shared with, has left the index.

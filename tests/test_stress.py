@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from stress.content import BrokenPromiseError, Content, Token
 from stress.faults.plan import FAULTS, parse_faults
 from stress.gate import Gate
 from stress.measures import Latencies
+from stress.monitor import Monitor
 from stress.possible import Barrier, KeyLedger
 from stress.profiles import PROFILES, parse_mix
 from stress.runner import run_profile
@@ -221,7 +223,17 @@ def test_mixes_and_faults_are_read_by_name() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--profile", "nothing"], ["--mix", "reads=x"], ["--seconds", "0"], ["--threads", "0", "--tasks", "0"]],
+    [
+        ["--profile", "nothing"],
+        ["--mix", "reads=x"],
+        ["--seconds", "0"],
+        ["--threads", "0", "--tasks", "0"],
+        ["--threads", "many"],
+        ["--shards", "100000"],
+        ["--capacity", "1"],
+        ["--json", "."],
+        ["--report", "no such folder/run.html"],
+    ],
 )
 def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -281,3 +293,39 @@ def test_a_failed_run_says_so_and_returns_one(
     assert main(["--seconds", "2", "--no-progress", "--report", str(page)]) == 1
     assert "FAILED: mixed" in capsys.readouterr().err
     assert "torn, says the test" in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("faults", ["none", "interrupts"])
+def test_ctrl_c_ends_a_run_and_shows_what_it_found(
+    faults: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(self: Monitor) -> None:
+        sample(self)
+        if len(self.samples) == 2:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    sample = Monitor._sample
+    monkeypatch.setattr(Monitor, "_sample", press)
+    figures = tmp_path / "run.json"
+    arguments = ["--profile", "mixed,envs", "--seconds", "60", "--no-progress", "--faults", faults]
+    assert main([*arguments, "--json", str(figures)]) == 130
+    document = json.loads(figures.read_text("utf-8"))
+    assert document["interrupted"]
+    assert document["passed"]
+    assert list(document["profiles"]) == ["mixed"]
+    assert document["profiles"]["mixed"]["seconds"] < 60
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_mutex_that_nobody_gives_back_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    result_of = Monitor._look_for_stuck
+
+    def take(self: Monitor) -> None:
+        self.run.world.manager.storage.ledger.mutex.acquire(blocking=False)
+        result_of(self)
+
+    monkeypatch.setattr(Monitor, "_look_for_stuck", take)
+    result = run_profile(settings("hot-key", bound_seconds=1.0))
+    stuck = [failure for failure in result.failures if failure.kind == "stuck"]
+    assert stuck
+    assert "with self.mutex" in stuck[0].details or "with ledger.mutex" in stuck[0].details

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from concurrent_kv import AsyncKVCacheManager
 from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Entry, Hold, Scope
 from concurrent_kv.flights import Claim, FlightTable
@@ -26,6 +29,12 @@ from stress.world import Settings
 
 Removal = Callable[[pytest.MonkeyPatch], None]
 CLOSE = PROFILES["hot-key"]  # few keys, many who want them
+COMPUTING = parse_mix("computes=5,pops=5")
+# Every entry is pinned now and then, by tasks that unpin when their loop goes on.
+PINNED = replace(CLOSE, threads=0, tasks=60, keys=4, capacity=6, mix=parse_mix("pins=1,writes=1"))
+LOST = "no room|pending|slots|references|counts"
+STUCK = "was not (free|over) .*within|not everybody stood still|do not end"
+MIXED_UP = "torn|several writes|padding|asked for key|came with the side data|version .* was read|a pin of"
 
 
 def run(profile: Profile, *faults: str, seconds: float = 20.0) -> list[str]:
@@ -103,32 +112,79 @@ def without_looking_whether_it_is_closed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PoolCore, "_enter", lambda self, timeout: Deadline(5.0))
 
 
+def with_one_scope_for_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PoolCore, "scope", lambda self, name: self.default_scope)
+
+
+def with_clears_that_reach_into_searches(patch: pytest.MonkeyPatch) -> None:
+    """What a search has is cleared as everybody's."""
+
+    def all_scopes(self: PoolCore) -> tuple[Scope, ...]:
+        return (*self.registered_scopes(), *(search.scope for search in list(self.searches)))
+
+    patch.setattr(PoolCore, "scopes", all_scopes)
+
+
+def with_a_mutex_that_is_not_given_back(patch: pytest.MonkeyPatch) -> None:
+    release, numbers = Ledger.release, iter(range(1_000_000))
+
+    def release_and_keep(self: Ledger, hold: Hold) -> bool:
+        first = release(self, hold)
+        if next(numbers) == 100:
+            self.mutex.acquire()
+        return first
+
+    patch.setattr(Ledger, "release", release_and_keep)
+
+
+def with_tasks_that_wait_on_the_loop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Deadline, "leave_loop", lambda self, name: None)
+    patch.setattr(runner, "AsyncKVCacheManager", partial(AsyncKVCacheManager, inline_wait_seconds=10.0))
+
+
 def without_repair(patch: pytest.MonkeyPatch) -> None:
     from concurrent_kv import RepairReport
 
     patch.setattr(PoolCore, "repair", lambda self: RepairReport(0, 0, 0))
 
 
-GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...]]] = {
-    "never torn": (without_holding("read", "batch"), CLOSE, ()),
-    "all at once": (without_shard_locks, CLOSE, ()),
-    "nothing older than a clear": (with_clears_that_forget, CLOSE, ()),
-    "nothing aliased": (with_one_buffer_for_all, CLOSE, ()),
-    "a search's roots stay": (without_holding("search"), PROFILES["scopes"], ()),
-    "one computation": (with_everybody_computing, replace(CLOSE, mix=parse_mix("computes=5,pops=5")), ()),
-    "no slot lost on errors": (with_slots_lost_on_errors, CLOSE, ("copies",)),
-    "no handle lost when dropped": (with_handles_lost_when_dropped, PROFILES["scopes"], ("abandon",)),
-    "nobody stuck": (without_replacing_stuck_locks, CLOSE, ("interrupts",)),
-    "what is cut loose comes back": (without_repair, CLOSE, ("interrupts",)),
-    "one process": (without_looking_at_the_process, CLOSE, ("fork",)),
-    "closed stays closed": (without_looking_whether_it_is_closed, CLOSE, ("close",)),
+# What is promised: the guard taken out, the profile and the faults that miss it, and what the failure says.
+GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...], str]] = {
+    "never torn": (without_holding("read", "batch"), CLOSE, (), MIXED_UP),
+    "each its own": (with_one_scope_for_all, CLOSE, (), MIXED_UP),
+    "all at once": (without_shard_locks, CLOSE, (), f"{MIXED_UP}|written together"),
+    "nothing older than a clear": (with_clears_that_forget, CLOSE, (), "version .* was read"),
+    "nothing aliased": (with_one_buffer_for_all, CLOSE, (), MIXED_UP),
+    "a search's roots stay": (without_holding("search"), PROFILES["scopes"], (), MIXED_UP),
+    "a search's own entries are hits": (
+        with_clears_that_reach_into_searches,
+        PROFILES["scopes"],
+        (),
+        "was a miss|has no entry",
+    ),
+    "one computation": (with_everybody_computing, replace(CLOSE, mix=COMPUTING), (), "was computed by .* at once"),
+    "no slot lost on errors": (with_slots_lost_on_errors, CLOSE, ("copies",), LOST),
+    "no handle lost when dropped": (
+        with_handles_lost_when_dropped,
+        PROFILES["scopes"],
+        ("abandon",),
+        f"nobody has one|{LOST}",
+    ),
+    "nobody stuck": (without_replacing_stuck_locks, CLOSE, ("interrupts",), STUCK),
+    "no lock kept": (with_a_mutex_that_is_not_given_back, CLOSE, (), STUCK),
+    "no task holds the loop": (with_tasks_that_wait_on_the_loop, PINNED, (), f"no room|{STUCK}"),
+    "what is cut loose comes back": (without_repair, CLOSE, ("interrupts",), f"nobody has one|{LOST}"),
+    "one process": (without_looking_at_the_process, CLOSE, ("fork",), "a forked child"),
+    "closed stays closed": (without_looking_whether_it_is_closed, CLOSE, ("close",), "is closed and answers"),
 }
 
 
 @pytest.mark.parametrize("promise", GUARDS)
 def test_a_run_without_the_guard_of_a_promise_fails(promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard_off, profile, faults = GUARDS[promise]
+    guard_off, profile, faults, message = GUARDS[promise]
     monkeypatch.setattr(actors, "MOST_FAILURES", 1)
     monkeypatch.setattr(runner, "QUIET_SECONDS", 0.5)
     guard_off(monkeypatch)
-    assert run(profile, *faults), "without its guard the promise should have been broken"
+    failures = run(profile, *faults)
+    assert failures, "without its guard the promise should have been broken"
+    assert any(re.search(message, failure) for failure in failures), failures

@@ -17,9 +17,10 @@ from typing import Any
 
 from stress.faults.errors import Interrupt
 
-__all__ = ["Exposure", "Interrupter", "control_c_interrupts"]
+__all__ = ["SIGNAL", "Exposure", "Interrupter", "control_c_interrupts"]
 
 LONGEST_PAUSE_SECONDS = 0.01
+SIGNAL = signal.SIGUSR1  # arrives as SIGINT does, which is left to the person who wants the run to end
 
 
 class Exposure:
@@ -38,7 +39,7 @@ class Exposure:
                 return False
             self._exposed = False
             if self._is_main:
-                signal.pthread_kill(self._thread, signal.SIGINT)
+                signal.pthread_kill(self._thread, SIGNAL)
             else:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(Interrupt))
             return True
@@ -84,17 +85,15 @@ class Interrupter:
 
 
 @contextmanager
-def control_c_interrupts(wanted: bool) -> Iterator[None]:
-    """In the main thread: a SIGINT that the interrupter sends is an `Interrupt`."""
-    if not wanted:
-        yield
-        return
+def control_c_interrupts(pressed: Callable[[], None]) -> Iterator[None]:
+    """In the main thread: `SIGNAL` raises `Interrupt`, and a person's Ctrl-C calls `pressed`."""
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupt
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = signal.signal(SIGNAL, interrupt), signal.signal(signal.SIGINT, lambda number, frame: pressed())
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(SIGNAL, before[0])
+        signal.signal(signal.SIGINT, before[1])

@@ -145,10 +145,8 @@ class Attachment:
 
     def count(self, world_model: Any, **counts: int) -> None:
         """Add to the model's own counters."""
-        attributes = vars(world_model)
         with self._lock:
-            for name, number in counts.items():
-                attributes[name] += number
+            _add(vars(world_model), counts)
 
     def note_misses(self) -> None:
         """Warn, once, that states were searched from whose contexts were not found, and so begin anew."""
@@ -244,3 +242,8 @@ class Attachment:
         made._start(None)
         memo[id(self)] = made
         return made
+
+
+def _add(attributes: dict[str, Any], counts: dict[str, int]) -> None:
+    for name, number in counts.items():
+        attributes[name] += number
