@@ -118,14 +118,13 @@ class Search(Handle):
                 retain_roots(state, found, keys, env_ids, hold, deadline)
                 retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
+            roots = [entry for entry in found if entry is not None and entry.scope is not state.scope]
+            missing, counters = found.count(None), state.pool.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
                 state.check_open()
                 state.track(hold)
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.
-                counters = state.pool.counters
-                missing = found.count(None)
-                roots = [entry for entry in found if entry is not None and entry.scope is not state.scope]
                 counters.hit_count += len(found) - missing - len(roots)
                 counters.miss_count += missing
                 count_hits(roots)
