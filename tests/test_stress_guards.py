@@ -32,7 +32,7 @@ CLOSE = PROFILES["hot-key"]  # few keys, many who want them
 COMPUTING = parse_mix("computes=5,pops=5")
 # Every entry is pinned now and then, by tasks that unpin when their loop goes on.
 PINNED = replace(CLOSE, threads=0, tasks=60, keys=4, capacity=6, mix=parse_mix("pins=1,writes=1"))
-LOST = "no room|pending|slots|references|counts"
+LOST = "no room|was not over within|pending|slots|references|counts"
 STUCK = "was not (free|over) .*within|not everybody stood still|do not end"
 MIXED_UP = "torn|several writes|padding|asked for key|came with the side data|version .* was read|a pin of"
 
@@ -160,7 +160,7 @@ GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...], str]] = {
         with_clears_that_reach_into_searches,
         PROFILES["scopes"],
         (),
-        "was a miss|has no entry",
+        "was a miss|has no entry|a batch has rows of",
     ),
     "one computation": (with_everybody_computing, replace(CLOSE, mix=COMPUTING), (), "was computed by .* at once"),
     "no slot lost on errors": (with_slots_lost_on_errors, CLOSE, ("copies",), LOST),
