@@ -318,16 +318,22 @@ def test_ctrl_c_ends_a_run_and_shows_what_it_found(
 
 
 def test_a_mutex_that_nobody_gives_back_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    look, taken = Monitor._look_for_stuck, threading.Event()
+    look = Monitor._look_for_stuck
+    mutexes: list[Any] = []
 
     def take(self: Monitor) -> None:
+        mutex = self.run.world.manager.storage.ledger.mutex
         # At the first look, while everybody is at work.
-        if not taken.is_set() and self.run.world.manager.storage.ledger.mutex.acquire(timeout=JOIN_SECONDS):
-            taken.set()
+        if not mutexes and mutex.acquire(timeout=JOIN_SECONDS):
+            mutexes.append(mutex)
         look(self)
 
     monkeypatch.setattr(Monitor, "_look_for_stuck", take)
-    result = run_profile(settings("hot-key", bound_seconds=1.0))
+    try:
+        result = run_profile(settings("hot-key", bound_seconds=1.0))
+    finally:
+        for mutex in mutexes:
+            mutex.release()  # or its waiters would wait for ever
     stuck = [failure for failure in result.failures if failure.kind == "stuck"]
     assert stuck
     assert "with self.mutex" in stuck[0].details or "with ledger.mutex" in stuck[0].details
