@@ -95,4 +95,5 @@ def _tensor_bytes(state: torch.Tensor) -> memoryview:
     plain = state.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain.numel():
         return memoryview(b"")  # its strides may be anything, which a view of its bytes would not take
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape(-1): where there is one element, that keeps a stride which a view of its bytes would not take either.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -163,6 +163,26 @@ def test_hash_states_reads_rows_that_are_not_contiguous() -> None:
     assert hash_states(states) == [hash_state(row, form="hex") for row in states]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.complex64])
+def test_one_element_hashes_the_same_whatever_its_strides(dtype: torch.dtype) -> None:
+    element = torch.tensor([3, 5, 7]).to(dtype)[::2][1:]
+    assert element.stride() == (2,)
+    plain = torch.tensor([7]).to(dtype)
+    assert hash_state(element) == hash_state(plain)
+    assert hash_states(element) == hash_states(plain)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["?", "i1", "u2", "i4", "u8", "f2", "f4", "f8", "c8", "m8[s]", "S3", "V5", ">f4", ">i8"]
+)
+def test_hash_states_reads_the_bytes_of_any_dtype(dtype: str) -> None:
+    kind: np.dtype[Any] = np.dtype(dtype)
+    data = bytes(number % 2 for number in range(6 * kind.itemsize + 1))
+    for offset in (0, 1):  # not aligned with 1
+        states = np.frombuffer(data, kind, count=6, offset=offset).reshape(3, 2)
+        assert hash_states(states) == [legacy_hex(row) for row in states]
+
+
 @pytest.mark.parametrize("states", [[[1.0]], np.float32(1), np.empty((0, 2)), torch.tensor(1.0)])
 def test_hash_states_of_no_rows_is_an_error_that_names_the_argument(states: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"^states must be an array or tensor with at least one row"):
