@@ -114,10 +114,12 @@ class _Runner:
         finally:
             self.over.set()
             self.gate.open()
-            self._join([*threads, *helpers, conductor])
+            ended = self._join([*threads, *helpers, conductor])
             if not self.monitor.stop(self.settings.bound_seconds):
+                ended = False
                 self.failures.add(Failure("stuck", "the statistics cannot be had", "end", stacks()))
-        self._finish(before)
+        if ended:  # or else this thread would hang as the others do
+            self._finish(before)
         return self._result()
 
     def _control_c(self) -> AbstractContextManager[None]:
@@ -227,13 +229,15 @@ class _Runner:
         for problem in problems:
             self.failures.add(Failure("books", problem, where, stacks()))
 
-    def _join(self, threads: list[threading.Thread]) -> None:
+    def _join(self, threads: list[threading.Thread]) -> bool:
+        """Whether all of them have ended within the bound."""
         deadline = monotonic() + 2 * self.settings.bound_seconds
         for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
         stuck = [thread.name for thread in threads if thread.is_alive()]
         if stuck:
             self.failures.add(Failure("stuck", f"threads that do not end: {', '.join(stuck)}", "end", stacks()))
+        return not stuck
 
     def _finish(self, threads_before: list[threading.Thread]) -> None:
         """The last quiet moment, then nothing may be left."""
