@@ -20,7 +20,7 @@ from .layout import positive_int
 from .moving import upload
 from .stream_uses import StreamUses
 from .streams import NO_TICKS
-from .tensors import Indices, plain_torch_state, writing_to
+from .tensors import plain_torch_state, writing_to
 
 if TYPE_CHECKING:
     from .storage import KVStorage
@@ -48,7 +48,7 @@ class Batch(Handle):
         data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
         scope, generation: where, and as of when, its rows can be committed.
         entries: what each row was gathered from; None for a miss.
-        tables: their slot tables, `[batch, window]`.
+        table_rows: the rows of their slot tables in the ledger.
     """
 
     # Made when they are asked for: not every model does.
@@ -64,7 +64,7 @@ class Batch(Handle):
         generation: Generation,
         hold: Hold,
         entries: Sequence[Entry | None],
-        tables: Indices,
+        table_rows: list[int],
         lengths: list[int],
         data: Tensor,
         start: int,
@@ -76,7 +76,7 @@ class Batch(Handle):
         self.scope = scope
         self.generation = generation
         self.entries = entries
-        self.tables = tables
+        self.table_rows = table_rows
         self._storage = storage
         self._hold = hold
         hold.owner = ref(self)

@@ -12,7 +12,7 @@ from .errors import WindowOverflowError
 from .overflow import DropAndCorrect, Overflow, RaiseOnOverflow
 from .tensors import Block, Indices
 
-__all__ = ["CommitShape", "Drop", "commit_shape"]
+__all__ = ["CommitShape", "Drop", "commit_shape", "share_shape"]
 
 REMEMBERED = 256  # shapes; the commits of a search repeat a few
 
@@ -43,7 +43,6 @@ class CommitShape(NamedTuple):
     sharing: list[int]  # entries that share slots with their parents
     parents: Indices  # [window] columns of the parents' tables that become the columns of theirs
     shared: npt.NDArray[np.bool_]  # [entries, window] which of these are shared
-    masked: bool  # whether others than the shared ones are not 0 already
     own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
     written_at: Indices  # [own tokens] position that each one's bytes are for
     rows: Indices  # [own tokens] where they come from in the batch's buffer
@@ -81,9 +80,7 @@ def commit_shape(
     which, at = np.nonzero(own)
     moved = drop.tokens * (over & (not drop.corrects))  # written for a position that the drop has left behind
     shared = ~own & (columns >= first[:, None]) & ~whole[:, None]
-    # Of the parents' columns, those that are not shared are taken from the first, which is 0 in all but full windows.
-    parents = np.where(shared.any(axis=0), np.minimum(columns + new, window - 1), 0)
-    masked = bool((shared != shared.any(axis=0)).any() or max(gathered) == window)
+    parents = np.minimum(columns + new, window - 1)
     from_rows = np.array(rows, dtype=np.int64)[order][which]
     from_columns = at - window + end
     corrected = kept[over].tolist() if drop.corrects else []
@@ -96,7 +93,6 @@ def commit_shape(
         sharing=np.flatnonzero(shared.any(axis=1)).tolist(),
         parents=parents,
         shared=shared,
-        masked=masked,
         own=own,
         written_at=at - first[which] + moved[which],
         rows=from_rows,
@@ -104,6 +100,34 @@ def commit_shape(
         block=block,
         corrected=corrected,
     )
+    return _read_only(shape)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def share_shape(length: int, window: int) -> CommitShape:
+    """The shape of one entry of `length` tokens that shares them all with another."""
+    none = np.empty(0, dtype=np.int64)
+    columns = np.arange(window)
+    shared = (columns >= window - length)[None]
+    return _read_only(
+        CommitShape(
+            order=[0],
+            lengths=[length],
+            over=[False],
+            sharing=[0],
+            parents=columns,
+            shared=shared,
+            own=np.zeros_like(shared),
+            written_at=none,
+            rows=none,
+            columns=none,
+            block=None,
+            corrected=[],
+        )
+    )
+
+
+def _read_only(shape: CommitShape) -> CommitShape:
     for array in (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
         array.setflags(write=False)
     return shape

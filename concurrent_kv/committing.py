@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import check_keys, check_priorities, check_sides, last_of_each, sequence_of
 from .batch import BATCH_CLOSED, Batch
 from .deadline import Deadline
-from .entry import Entry, Generation, Hold, Scope
+from .entry import Entry, Generation, Hold, Scope, rows_of
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .kv import KeysValues, check_fits
 from .layout import positive_int
@@ -52,11 +52,11 @@ def open_batch(
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    tables = storage.ledger.tables_of(entries)
-    read = gather_entries(storage, entries, data, longest, ready, tables)
+    rows = rows_of(entries)
+    read = gather_entries(storage, entries, data, longest, ready, rows, whole=out is None)
     uses = StreamUses(clock, stream, read) if read else None
     return Batch(
-        storage, scope, generation, hold, entries, tables, lengths, data, longest, owns_buffer=out is None, uses=uses
+        storage, scope, generation, hold, entries, rows, lengths, data, longest, owns_buffer=out is None, uses=uses
     )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .pool_core import PoolCore
     from .quota import Budget
 
-__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "sorted_shards"]
+__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "rows_of", "sorted_shards"]
 
 
 class Generation(NamedTuple):
@@ -113,6 +113,11 @@ class Entry:
         self.place = Place.NONE
         self.written = written
         self.ticks = written
+
+
+def rows_of(entries: Sequence[Entry | None]) -> list[int]:
+    """Rows in the ledger's tables of entries that the caller keeps alive; 0, a row of zeros, for None."""
+    return [0 if entry is None else entry.row for entry in entries]
 
 
 _scope_numbers = Numbers.of_process(1)

@@ -10,11 +10,13 @@ import torch
 import xxhash
 
 from .errors import InvalidArgumentError
+from .native import native
 
 __all__ = ["State", "hash_state", "hash_states"]
 
-# Types whose memory a memoryview casts to bytes.
-CAST = frozenset(np.dtype(name).str for name in ("?", "b", "B", "h", "H", "i", "I", "l", "L", "q", "Q", "f", "d"))
+# Types whose memory is read as it is.
+CAST = frozenset("?bBhHiIlLqQefd")
+PLAIN = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int32, torch.int64))
 
 State = npt.NDArray[Any] | np.generic | torch.Tensor
 
@@ -55,19 +57,20 @@ def hash_states(states: State) -> list[str]:
     """
     if not isinstance(states, (torch.Tensor, np.ndarray)) or states.ndim < 1 or not states.shape[0]:
         raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
-    digest = xxhash.xxh64_hexdigest
     rows = states.shape[0]
-    array: Any = states
-    if isinstance(states, torch.Tensor):
-        try:
-            array = (states.detach() if states.requires_grad else states).numpy()
-        except (RuntimeError, TypeError):
-            array = None  # on an accelerator, of a dtype that arrays lack, lazily conjugated, or not dense
-    # Subclasses keep their own idea of their bytes.
-    plain = type(array) is np.ndarray and array.flags.c_contiguous and array.size and array.dtype.str in CAST
-    data = memoryview(array).cast("B") if plain else memoryview(_bytes_of(states))
-    size = len(data) // rows
+    if native is not None:
+        if type(states) is torch.Tensor and states.is_cpu and _is_plain(states) and states.is_contiguous():
+            return native.hash_memory(states.data_ptr(), rows, states.nbytes // rows)  # type: ignore[no-any-return]
+        array = type(states) is np.ndarray and states.dtype.char in CAST and states.flags.c_contiguous
+        return native.hash_rows(states if array else _bytes_of(states), rows)  # type: ignore[no-any-return]
+    data = memoryview(_bytes_of(states)).cast("B")
+    size, digest = len(data) // rows, xxhash.xxh64_hexdigest
     return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is its numbers."""
+    return tensor.layout is torch.strided and tensor.dtype in PLAIN and not tensor.is_neg()
 
 
 def _bytes_of(state: State) -> bytes | memoryview:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .deadline import Deadline
-from .entry import Entry, Hold, Place
+from .entry import Entry, Hold, Place, rows_of
+from .native import native
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
 
@@ -95,14 +96,18 @@ class Ledger:
         first = len(self._free_rows) - len(entries)
         rows_taken = self._free_rows[first:]
         del self._free_rows[first:]
-        self.tables[rows_taken] = tables
-        self.slots.hold(tables)
-        for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
+        if native is None:
+            self.tables[rows_taken] = tables
+            self.slots.hold(tables)
+            tails = tables[:, -1].tolist()
+        else:
+            tails = native.enter(self.tables, rows_taken, self.slots.counts, tables)
+        for entry, row, tail in zip(entries, rows_taken, tails, strict=True):
             entry.row, entry.tail, entry.refs = row, tail, 1
 
     def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""
-        return self.tables.take([0 if entry is None else entry.row for entry in entries], axis=0)
+        return self.tables.take(rows_of(entries), axis=0)
 
     def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
         """Drop one reference of each; returns those that died. Mutex held."""

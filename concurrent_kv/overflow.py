@@ -94,6 +94,7 @@ class DropAndCorrect:
     difference: Tensor = field(repr=False)
     layout: KVLayout
     packed: Tensor = field(init=False, repr=False)  # [2 * layers, tokens, heads, head_dim]
+    _firsts: dict[int, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count)
@@ -104,6 +105,12 @@ class DropAndCorrect:
             )
         settle(packed.device)
         object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "_firsts", {})
+
+    def first(self, tokens: int) -> Tensor:
+        """The differences of the first `tokens` tokens, `[2 * layers, tokens, heads, head_dim]`."""
+        found = self._firsts.get(tokens)
+        return self._firsts.setdefault(tokens, self.packed[:, :tokens]) if found is None else found
 
 
 class PositionTable:

@@ -3,59 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from .commit_shape import CommitShape, Drop, commit_shape
+from .commit_shape import CommitShape, Drop, commit_shape, share_shape
 from .entry import Entry
 from .errors import InvalidArgumentError
 from .kv import KeysValues
 from .moving import joined_on, upload
+from .native import native
 from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable
+from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
-from .tensors import Block, Indices, plain_torch_state
+from .tensors import Indices, plain_torch_state
 
 if TYPE_CHECKING:
     from .batch import Batch
+    from .ledger import Ledger
     from .storage import KVStorage
 
 __all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
 
 
-@dataclass
 class WritePlan:
-    """New entries, and where their tokens come from. Token order is row by row, oldest first."""
+    """New entries, and where their tokens come from. Token order is row by row, oldest first.
 
-    keys: Sequence[Hashable]
-    sides: Sequence[object]
-    priorities: Sequence[float]
-    corrections: Sequence[PositionTable | None]
-    lengths: Sequence[int]  # tokens of each new entry
-    tables: Indices  # [entries, window] shared slots in place, 0 where `own` is True
-    own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
-    written_at: Indices  # [own tokens] position that each own token's bytes are for
-    source: Tensor | None  # contiguous [2 * layers, batch, heads, columns, head_dim]; None: nothing is copied
-    rows: Indices  # [own tokens]
-    columns: Indices  # [own tokens]
-    block: Block | None = None  # the same, if they are a block
-    difference: Tensor | None = None  # [2 * layers, kept, heads, head_dim], added to the first `runs` runs
-    runs: int = 0
-    # Writes of the shared slots, where nothing is copied: what copies comes after the gather, and so after them.
-    shared_writes: Ticks = field(default_factory=lambda: NO_TICKS)
-    foreign_slots: int = 0  # shared slots that come from another pool, and count in this one's quota from now on
+    Attributes:
+        keys, sides, priorities, corrections: one for each entry.
+        shape: their lengths, which tokens get slots of their own, and where in `source` those are.
+        parents: rows in the ledger's tables of the entries that they share slots with, which the caller keeps alive.
+        source: contiguous `[2 * layers, batch, heads, columns, head_dim]`; None: nothing is copied.
+        difference: `[2 * layers, kept, heads, head_dim]`, added to the first `runs` runs of as many tokens.
+        shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
+            after them.
+        foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
+        tables: `[entries, window]`, once they are placed.
+    """
+
+    difference: Tensor | None = None
+    runs = 0
+    shared_writes: Ticks = NO_TICKS
+    foreign_slots = 0
+    tables: Indices
+
+    def __init__(
+        self,
+        keys: Sequence[Hashable],
+        sides: Sequence[object],
+        priorities: Sequence[float],
+        corrections: Sequence[PositionTable | None],
+        shape: CommitShape,
+        parents: list[int],
+        source: Tensor | None,
+    ) -> None:
+        self.keys = keys
+        self.sides = sides
+        self.priorities = priorities
+        self.corrections = corrections
+        self.shape = shape
+        self.parents = parents
+        self.source = source
 
     @property
     def num_slots(self) -> int:
         """Slots it needs."""
-        return len(self.rows)
+        return len(self.shape.rows)
 
-    def shared_slots(self) -> int:
-        """Slots it shares with what is there already."""
-        return int(np.count_nonzero(np.unique(self.tables))) if self.tables.any() else 0
+    def shared_slots(self, tables: Indices) -> int:
+        """Slots it shares with what is there already, of the ledger's `tables`."""
+        return int(np.count_nonzero(np.unique(self._shared(tables)))) if self.shape.sharing else 0
+
+    def place(self, ledger: Ledger, taken: Slots) -> None:
+        """Make the new entries' slot tables of their parents' and of the slots taken for them."""
+        shape = self.shape
+        if native is None:
+            slots = as_array(taken)
+            ledger.written_at[slots] = shape.written_at
+            self.tables = self._shared(ledger.tables)
+            self.tables[shape.own] = slots
+        else:
+            self.tables = np.empty(shape.own.shape, dtype=np.int64)
+            sharing = (ledger.tables, self.parents, shape.parents, shape.shared)
+            native.share(*sharing, shape.own, taken, shape.written_at, ledger.written_at, self.tables)
+
+    def _shared(self, tables: Indices) -> Indices:
+        shape = self.shape
+        return np.where(shape.shared, tables.take(self.parents, axis=0).take(shape.parents, axis=1), 0)
 
 
 def plan_put(
@@ -76,41 +111,16 @@ def plan_put(
         if packed is None or not packed.is_contiguous():
             packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
         source = packed.detach()
-    return WritePlan(
-        keys=keys,
-        sides=sides,
-        priorities=priorities,
-        corrections=[None] * len(keys),
-        lengths=shape.lengths,
-        tables=np.zeros((len(keys), window), dtype=np.int64),
-        own=shape.own,
-        written_at=shape.written_at,
-        source=source,
-        rows=shape.rows,
-        columns=shape.columns,
-        block=shape.block,
-    )
+    return WritePlan(keys, sides, priorities, [None] * len(keys), shape, [0] * len(keys), source)
 
 
 def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, priority: float) -> WritePlan:
     """Store a retained entry once more, in another pool, under `key`: every slot is shared and nothing is copied."""
-    empty = np.empty(0, dtype=np.int64)
-    tables = storage.ledger.tables_of([entry])
-    return WritePlan(
-        keys=[key],
-        sides=[side],
-        priorities=[priority],
-        corrections=[entry.correction],
-        lengths=[entry.length],
-        tables=tables,
-        own=np.zeros(tables.shape, dtype=bool),
-        written_at=empty,
-        source=None,
-        rows=empty,
-        columns=empty,
-        shared_writes=entry.written,
-        foreign_slots=entry.length,
-    )
+    shape = share_shape(entry.length, storage.layout.max_tokens)
+    plan = WritePlan([key], [side], [priority], [entry.correction], shape, [entry.row], None)
+    plan.shared_writes = entry.written
+    plan.foreign_slots = entry.length
+    return plan
 
 
 def plan_commit(
@@ -127,45 +137,21 @@ def plan_commit(
     window = storage.layout.max_tokens
     drop = storage.drop_of(overflow)
     if type(rows) is range:  # the whole batch
-        parents, hits = batch.entries, batch.hits
+        parents, hits, table_rows = batch.entries, batch.hits, batch.table_rows
     else:
-        parents = [batch.entries[row] for row in rows]
+        parents, table_rows = [batch.entries[row] for row in rows], [batch.table_rows[row] for row in rows]
         hits = tuple([parent is not None for parent in parents])
         rows = tuple(rows)
     shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start + new, window, drop)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
-        rows = tuple([rows[i] for i in shape.order])
-    tables = _shared_tables(batch, rows, shape)
-    plan = WritePlan(
-        keys=keys,
-        sides=sides,
-        priorities=priorities,
-        corrections=_corrections(storage, parents, shape, overflow),
-        lengths=shape.lengths,
-        tables=tables,
-        own=shape.own,
-        written_at=shape.written_at,
-        source=batch.data,
-        rows=shape.rows,
-        columns=shape.columns,
-        block=shape.block,
-    )
+        table_rows = [table_rows[i] for i in shape.order]
+    corrections = _corrections(storage, parents, shape, overflow)
+    plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
     if isinstance(overflow, DropAndCorrect) and shape.corrected:
-        plan.difference, plan.runs = _difference(overflow.packed, shape.corrected)
+        plan.difference, plan.runs = _difference(overflow, shape.corrected)
     return plan
-
-
-def _shared_tables(batch: Batch, rows: Sequence[int], shape: CommitShape) -> Indices:
-    """The gathered entries' slot tables moved left by the new tokens; zeros for rows that are stored whole."""
-    if not shape.sharing:
-        return np.zeros((len(rows), batch.tables.shape[1]), dtype=np.int64)
-    parents = batch.tables if type(rows) is range else batch.tables.take(rows, axis=0)
-    tables = parents.take(shape.parents, axis=1)
-    if shape.masked:
-        tables *= shape.shared
-    return tables
 
 
 def _corrections(
@@ -184,9 +170,10 @@ def _corrections(
     return corrections
 
 
-def _difference(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, int]:
-    """What is added to the corrected tokens, and to how many runs of as many tokens; `packed` as in the policy."""
+def _difference(overflow: DropAndCorrect, lengths: Sequence[int]) -> tuple[Tensor, int]:
+    """What is added to the corrected tokens, and to how many runs of as many tokens."""
     if min(lengths) == max(lengths):
-        return packed[:, : lengths[0]], len(lengths)
+        return overflow.first(lengths[0]), len(lengths)
+    packed = overflow.packed
     position = np.concatenate([np.arange(length) for length in lengths])
     return packed.index_select(1, upload(position, packed.device)), 1

@@ -203,6 +203,7 @@ class KVPool(PoolCore):
             scope: where they are looked up.
             room: free columns after the longest row; up to the window if left out.
             out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+                Its columns after the newest tokens become zeros or stay as they are.
             stream: as in `get`. The stream has to come after every earlier use of `out`.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .deadline import Deadline
-from .entry import Entry, Generation, Hold, Place, Scope, sorted_shards
+from .entry import Entry, Generation, Hold, Place, Scope, rows_of, sorted_shards
 from .kv import KeysValues
 from .streams import NO_TICKS, Ticks, merge
-from .tensors import Indices, plain_torch_state
+from .tensors import Indices, in_columns, plain_torch_state
 
 if TYPE_CHECKING:
     from .storage import KVStorage
@@ -79,21 +78,22 @@ def gather_entries(
     out: Tensor,
     end: int,
     ready: Ticks = NO_TICKS,
-    tables: Indices | None = None,
+    rows: list[int] | None = None,
+    *,
+    whole: bool = True,
 ) -> Ticks:
     """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
 
-    `tables` are the entries' slot tables, where the caller has them. One gather, in the caller's stream, after the
-    writes of everything that it reads and after `ready`, the earlier uses of `out`. Returns the ticks of the read,
-    which the caller stamps on the entries. No lock is held.
+    `rows` are the entries' rows in the ledger, where the caller has them; unless `whole`, columns from `end` on may
+    stay as they are. One gather, in the caller's stream, after the writes of everything that it reads and after
+    `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock
+    is held.
     """
-    if tables is None:
-        tables = storage.ledger.tables_of(entries)
-    table = tables.take(_columns_of(storage.layout.max_tokens, end, out.shape[3]), axis=1)
+    if rows is None:
+        rows = rows_of(entries)
     clock = storage.clock
     if clock.backend is None:
-        with plain_torch_state(out):
-            _gather(storage, entries, table, out, end, [])
+        _gather(storage, entries, rows, out, end, [], whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -103,43 +103,37 @@ def gather_entries(
             ticks = merge(ticks, entry.written)
     clock.order_after(stream, ticks)
     temporaries: list[Tensor] = []
-    with plain_torch_state(out):
-        try:
-            _gather(storage, entries, table, out, end, temporaries)
-        finally:
-            read = clock.stamp(stream, (*temporaries, out))
-            if read:
-                with storage.ledger.mutex:
-                    storage.ledger.stamp_reads(present, read)
+    try:
+        _gather(storage, entries, rows, out, end, temporaries, whole)
+    finally:
+        read = clock.stamp(stream, (*temporaries, out))
+        if read:
+            with storage.ledger.mutex:
+                storage.ledger.stamp_reads(present, read)
     return read
 
 
 def _gather(
     storage: KVStorage,
     entries: Sequence[Entry | None],
-    table: Indices,
+    rows: list[int],
     out: Tensor,
     end: int,
     temporaries: list[Tensor],
+    whole: bool,
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
-    temporaries.append(storage.tensor.gather(table, out))
+    tables = storage.ledger.tables
+    temporaries += storage.tensor.gather(tables, rows, end, out, whole=whole)
     if not storage.corrects_lazily:
         return
+    table = in_columns(tables, rows, end, out.shape[3])
     for correction in {entry.correction for entry in entries if entry is not None}:
         if correction is None:
             continue
         concerned = [row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction]
-        temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
-
-
-@cache
-def _columns_of(window: int, end: int, columns: int) -> Indices:
-    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
-
-    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
-    """
-    return np.array([window - end + column if column < end else 0 for column in range(columns)])
+        with plain_torch_state(out):
+            temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
 
 
 def _correct(

@@ -43,7 +43,6 @@ class Ticket:
     slots: int
     taken: Slots
     ticks: Ticks
-    consecutive: bool = False  # each of `taken` is the slot after the last
     lent: Slots | None = None  # of `taken`, beyond what the search had left: what is replaced makes up for them
     spent: bool = False  # published: an exception after that must not give the slots back
 
@@ -58,7 +57,7 @@ def reserve(
         if ticket is not None:
             return ticket
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
-    pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.shared_slots())
+    pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.shared_slots(pool.storage.ledger.tables))
     freed = _freed_by(pool, scope, plan, located, deadline)
     return _take(pool, plan, freed, deadline)
 

@@ -87,6 +87,7 @@ class Search(Handle):
                 round; the search's own if left out. Roots adopted before come before either's init pools.
             room: free columns after the longest row; up to the window if left out.
             out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+                Its columns after the newest tokens become zeros or stay as they are.
             stream: see `KVPool.gather`.
 
         Returns a batch whose `hits` say which rows were found; `fill` the others, then `commit`.

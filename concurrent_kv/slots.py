@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,47 +18,60 @@ import numpy as np
 import numpy.ma
 import numpy.typing as npt
 
+from .native import native
 from .streams import NO_TICKS, Ticks, merge
 
-__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken", "where"]
+__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken", "as_array"]
 
-Slots = npt.NDArray[np.int64]
+SlotArray = npt.NDArray[np.int64]
+Slots = range | SlotArray  # a range where each is the one after the last
 
 RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
 MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
-LONGEST_JOINED = 4096  # slots of a run that neighbours are joined to; joining copies it
 ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
 
 
-def where(slots: Slots, consecutive: bool) -> slice | Slots:
-    """What some slots are in an array by slot: a slice where they can be one, which is quicker to use."""
-    if not consecutive or not len(slots):
-        return slots
-    first = int(slots[0])
-    return slice(first, first + len(slots))
-
-
 class Taken(NamedTuple):
-    """Slots that are free, or were until now."""
+    """Slots that were free until now."""
 
     slots: Slots
     ticks: Ticks  # their next writer has to wait for
-    consecutive: bool = False  # whether each slot is the one after the last
 
 
-def _are_consecutive(slots: Slots) -> bool:
-    last = len(slots) - 1
-    return last >= 0 and bool(slots[last] - slots[0] == last and (slots[1:] > slots[:-1]).all())
+Run = tuple[Slots, Ticks]  # free slots that were freed together
 
 
-def _joined(first: Taken, second: Taken) -> Taken | None:
-    """One run of two that lie side by side and were used by the same streams; None for others, and for long ones."""
-    if not (first.consecutive and second.consecutive) or first.ticks.keys() != second.ticks.keys():
+def as_array(slots: Slots) -> SlotArray:
+    """Some slots as an array."""
+    return np.arange(slots.start, slots.stop, dtype=np.int64) if type(slots) is range else np.asarray(slots)
+
+
+def _as_range(slots: SlotArray) -> range | None:
+    """Some slots in ascending order as a range, where they are one."""
+    first, last = int(slots[0]), int(slots[-1])
+    consecutive = last - first == len(slots) - 1 and (slots[1:] > slots[:-1]).all()
+    return range(first, last + 1) if consecutive else None
+
+
+def _mark(array: npt.NDArray[np.int32], slots: Slots, number: int) -> None:
+    if native is not None:
+        native.mark(array, slots, number)
+    elif isinstance(slots, range):
+        array[slots.start : slots.stop] = number
+    else:
+        array[slots] = number
+
+
+def _joined(first: Run, second: Run) -> Run | None:
+    """One run of two that lie side by side and were used by the same streams; None for others."""
+    (one, ticks), (other, other_ticks) = first, second
+    if type(one) is not range or type(other) is not range or ticks.keys() != other_ticks.keys():
         return None
-    low, high = (first, second) if first.slots[0] < second.slots[0] else (second, first)
-    if low.slots[-1] + 1 != high.slots[0] or len(low.slots) + len(high.slots) > LONGEST_JOINED:
-        return None
-    return Taken(np.concatenate([low.slots, high.slots]), merge(first.ticks, second.ticks), True)
+    if other.start == one.stop:
+        return range(one.start, other.stop), merge(ticks, other_ticks)
+    if one.start == other.stop:
+        return range(other.start, one.stop), merge(ticks, other_ticks)
+    return None
 
 
 @dataclass(eq=False)
@@ -82,7 +95,7 @@ class SlotAllocator:
         self.free_count = num_slots
         self.reserved_count = 0  # of the free ones
         self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
-        self._runs: deque[Taken] = deque([Taken(np.arange(1, num_slots + 1, dtype=np.int64), NO_TICKS, True)])
+        self._runs: deque[Run] = deque([(range(1, num_slots + 1), NO_TICKS)])
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
@@ -104,45 +117,43 @@ class SlotAllocator:
         own = 0 if reservation is None else min(count, reservation.left)
         if count - own > self.available:
             return None
-        taken = self._take(count)
-        slots = taken.slots
+        slots, ticks = self._take(count)
+        if type(slots) is not range and count:
+            slots = _as_range(slots) or slots
         self.free_count -= count
         if own < count:
-            self._owner[slots] = 0
+            _mark(self._owner, slots, 0)
         if reservation is not None and own:
             reservation.left -= own
             self.reserved_count -= own
             # Only these come back to the reservation when freed; the rest was lent by everyone.
-            self._owner[where(slots, taken.consecutive) if own == count else slots[:own]] = reservation.number
-        return taken
+            _mark(self._owner, slots if own == count else slots[:own], reservation.number)
+        return Taken(slots, ticks)
 
-    def _take(self, count: int) -> Taken:
+    def _take(self, count: int) -> Run:
         """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
-        for place, (slots, ticks, consecutive) in enumerate(islice(self._runs, RUNS_LOOKED_AT)):
+        for place, run in enumerate(islice(self._runs, RUNS_LOOKED_AT)):
+            slots, ticks = run
             if len(slots) > count:
-                self._runs[place] = Taken(slots[count:], ticks, consecutive)
-                first = slots[:count]
-                return Taken(first, ticks, consecutive or _are_consecutive(first))
+                self._runs[place] = slots[count:], ticks
+                return slots[:count], ticks
             if len(slots) == count:
-                break
-        else:
-            return self._take_several(count)
-        run = self._runs[place]
-        del self._runs[place]
-        return run
+                del self._runs[place]
+                return run
+        return self._take_several(count)
 
-    def _take_several(self, count: int) -> Taken:
-        taken: list[Slots] = [np.empty(0, dtype=np.int64)]
+    def _take_several(self, count: int) -> Run:
+        taken: list[SlotArray] = [np.empty(0, dtype=np.int64)]
         ticks: Ticks = NO_TICKS
         while count:
-            slots, run_ticks, consecutive = self._runs.popleft()
+            slots, run_ticks = self._runs.popleft()
             if len(slots) > count:
-                self._runs.appendleft(Taken(slots[count:], run_ticks, consecutive))
+                self._runs.appendleft((slots[count:], run_ticks))
                 slots = slots[:count]
-            taken.append(slots)
+            taken.append(as_array(slots))
             ticks = merge(ticks, run_ticks)
             count -= len(slots)
-        return Taken(np.concatenate(taken), ticks)
+        return np.concatenate(taken), ticks
 
     def hold(self, tables: npt.NDArray[np.integer]) -> None:
         """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
@@ -170,18 +181,19 @@ class SlotAllocator:
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free allocated slots that no entry came to name."""
-        self._free(slots, ticks)
+        self._free(as_array(slots), ticks)
 
-    def _free(self, slots: Slots, ticks: Ticks) -> None:
+    def _free(self, slots: SlotArray, ticks: Ticks) -> None:
         if not len(slots):
             return
         slots = np.sort(slots)
         gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
         if len(gaps) < MOST_PIECES:
-            for piece in np.split(slots, gaps) if len(gaps) else (slots,):
-                self._append(Taken(piece, ticks, True))
+            edges = [0, *gaps.tolist(), len(slots)]
+            for first, last in pairwise(edges):
+                self._append((range(int(slots[first]), int(slots[last - 1]) + 1), ticks))
         else:
-            self._append(Taken(slots, ticks))
+            self._append((slots, ticks))
         self.free_count += len(slots)
         if self._reservations:
             owners = self._owner[slots]
@@ -192,7 +204,7 @@ class SlotAllocator:
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
                 self._return_to(number, count)
 
-    def _append(self, run: Taken) -> None:
+    def _append(self, run: Run) -> None:
         joined = _joined(self._runs[-1], run) if self._runs else None
         if joined is None:
             self._runs.append(run)
@@ -227,11 +239,11 @@ class SlotAllocator:
     def charge(self, reservation: Reservation, slots: Slots) -> None:
         """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
         paid = slots[: reservation.left]
-        self._owner[paid] = reservation.number
+        _mark(self._owner, paid, reservation.number)
         reservation.left -= len(paid)
         self.reserved_count -= len(paid)
 
-    def discharge(self, reservation: Reservation, slots: Slots) -> None:
+    def discharge(self, reservation: Reservation, slots: SlotArray) -> None:
         """Give a reservation back what it paid for slots that somebody else pays for now, as far as slots are free."""
         own = slots[self._owner[slots] == reservation.number][: max(0, self.available)]
         self._owner[own] = 0
@@ -268,18 +280,18 @@ class SlotAllocator:
         """Slots that two or more entries name."""
         return int(np.count_nonzero(self.counts > 1))
 
-    def free_slots(self) -> Slots:
+    def free_slots(self) -> SlotArray:
         """Every free slot, in the order of release."""
         if not self._runs:
             return np.empty(0, dtype=np.int64)
-        return np.concatenate([run.slots for run in self._runs])
+        return np.concatenate([as_array(slots) for slots, _ in self._runs])
 
     def rebuild(self, counts: npt.NDArray[np.int32], ticks: Ticks) -> int:
         """Set the use counts as found by a full recount and free the rest; returns the slots that this gave back."""
         before = self.free_count
         free = np.flatnonzero(counts[1:] == 0).astype(np.int64) + 1
         self.counts = counts
-        self._runs = deque([Taken(free, ticks, _are_consecutive(free))] if len(free) else [])
+        self._runs = deque([(_as_range(free) or free, ticks)] if len(free) else [])
         self.free_count = len(free)
         for reservation in self._reservations.values():
             reservation.left = reservation.size - self._taken(reservation, counts)

@@ -92,7 +92,7 @@ class KVStorage:
         self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
         self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
         stream = self.clock.current()  # before anything is allocated, which a capture would take into its graph
-        self.tensor = tensor or SlotTensor(layout, total)
+        self.tensor = tensor or SlotTensor(layout, total, compiled=self.clock.backend is None)
         self.clock.share(self.tensor.data)
         # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
         self.zeroed = self.clock.stamp(stream)

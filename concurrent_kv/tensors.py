@@ -1,30 +1,36 @@
 """`SlotTensor`: the tensor of token slots, and the two copies that move tokens in and out of it.
 
-Each copy is the same few operator calls whatever the batch and the number of layers: indices say everything.
+Each copy is the same few operator calls whatever the batch and the number of layers: indices say everything. In host
+memory it is one call of compiled code instead, where the package was built with it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .errors import ClosedError
 from .layout import KVLayout
 from .moving import upload
+from .native import native
 from .overflow import PositionTable
+from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
 
-__all__ = ["Block", "SlotTensor", "plain_torch_state", "writing_to"]
+__all__ = ["Block", "SlotTensor", "in_columns", "plain_torch_state", "writing_to"]
 
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
 AS_IT_IS = nullcontext()
+LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
 UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
 
 Indices = npt.NDArray[np.int64]
@@ -72,6 +78,20 @@ def _in_units(tokens: Tensor) -> Tensor:
     return flat if flat.shape[2] * flat.element_size() % UNIT.itemsize else flat.view(UNIT)
 
 
+def in_columns(tables: Indices, rows: Sequence[int], end: int, columns: int) -> Indices:
+    """Slots `[rows, columns]` of the slot tables `tables[rows]`, each row's newest token before column `end`."""
+    return tables.take(rows, axis=0).take(_columns_of(tables.shape[1], end, columns), axis=1)
+
+
+@cache
+def _columns_of(window: int, end: int, columns: int) -> Indices:
+    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
+
+    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
+    """
+    return np.array([window - end + column if column < end else 0 for column in range(columns)])
+
+
 class SlotTensor:
     """Slots for tokens, `[2 * layers, slots, heads, head_dim]`: all layers' keys, then all layers' values.
 
@@ -80,17 +100,20 @@ class SlotTensor:
     Args:
         layout: shapes, dtype and device.
         num_slots: usable slots (1 to `num_slots`).
+        compiled: whether compiled code may read and write it; not where streams are simulated.
     """
 
-    def __init__(self, layout: KVLayout, num_slots: int) -> None:
+    def __init__(self, layout: KVLayout, num_slots: int, *, compiled: bool = True) -> None:
         self.layout = layout
         self.num_slots = num_slots
+        self._native: Any = native if compiled and layout.device.type == "cpu" else None
+        shape = (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim)
         with plain_torch_state():
-            self._data: Tensor | None = torch.zeros(
-                (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim),
-                dtype=layout.dtype,
-                device=layout.device,
-            )
+            data = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+            if self._native is not None:
+                self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
+            self._data: Tensor | None = data.zero_()
+        self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
         self._buffers_lock = threading.Lock()
@@ -113,23 +136,40 @@ class SlotTensor:
         """Bytes of the slots, the zero slot included."""
         return (self.num_slots + 1) * self.layout.bytes_per_token
 
-    def gather(self, table: Indices, out: Tensor) -> Tensor:
-        """Copy the tokens of `table` `[batch, columns]` (slot numbers, 0 for padding) into `out`, in one copy.
+    def gather(
+        self, tables: Indices, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Copy the tokens of the slot tables `tables[rows]` into `out`, each row's newest before column `end`.
 
-        `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Returns the index tensor, which has to
-        live until the copy is done.
+        `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Padding becomes zeros; so do the columns
+        from `end` on, which may stay as they are unless `whole`. Returns the indices, which have to live until the copy
+        is done.
         """
-        layout, data = self.layout, self.data
+        layout, data, columns = self.layout, self.data, out.shape[3]
+        if self._copies_itself(out, out.nbytes):
+            filled = columns if whole else end
+            self._native.gather(data.data_ptr(), self._shape, out.data_ptr(), columns, end, filled, tables, rows)
+            if not out.is_inference():
+                increment_version(out)
+            return ()
+        table = in_columns(tables, rows, end, columns)
         index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
-        torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
-        return index
+        with plain_torch_state(out):
+            torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
+        return (index,)
+
+    def _copies_itself(self, other: Tensor, nbytes: int) -> bool:
+        """Whether compiled code does a copy of so many bytes to or from `other`."""
+        if self._native is None or type(other) is not Tensor:
+            return False
+        return nbytes < LARGE_BYTES or torch.get_num_threads() == 1
 
     def scatter(
         self,
         source: Tensor,
         rows: Indices,
         columns: Indices,
-        slots: Indices,
+        slots: Slots,
         difference: Tensor | None = None,
         runs: int = 0,
         block: Block | None = None,
@@ -138,21 +178,34 @@ class SlotTensor:
 
         Args:
             source: contiguous, `[2 * layers, batch, heads, columns, head_dim]`.
-            rows, columns, slots: one number for each token.
+            rows, columns: one number for each token.
+            slots: as many.
             difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
             runs: see `difference`.
-            block: `rows` and `columns` once more, if they are a block and each of `slots` is the one after the last;
+            block: `rows` and `columns` once more, if they are a block and `slots` are a range;
                 a `difference` is then for each of its rows.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
-        if block is not None:
+        if self._copies_itself(source, len(slots) * layout.bytes_per_token) and (
+            difference is None or layout.dtype is torch.float32
+        ):
+            self._scatter_itself(data, source, rows, columns, slots, difference, runs)
+            return ()
+        with plain_torch_state():
+            if block is None:
+                return self._copy_tokens(source, rows, columns, slots, difference, runs)
             # No indices, and no copy on the way.
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
+
+    def _copy_tokens(
+        self, source: Tensor, rows: Indices, columns: Indices, slots: Slots, difference: Tensor | None, runs: int
+    ) -> tuple[Tensor, ...]:
+        layout, data = self.layout, self.data
         flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
-        source_index, slot_index = self._index(flat.ravel()), self._index(slots)
+        source_index, slot_index = self._index(flat.ravel()), self._index(as_array(slots))
         tokens = torch.index_select(self._by_head(source), 1, source_index)
         tokens = tokens.view(data.shape[0], len(slots), layout.num_heads, layout.head_dim)
         if difference is not None:
@@ -161,6 +214,23 @@ class SlotTensor:
             corrected.add_(difference.unsqueeze(1))
         _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
         return source_index, slot_index, tokens
+
+    def _scatter_itself(
+        self,
+        data: Tensor,
+        source: Tensor,
+        rows: Indices,
+        columns: Indices,
+        slots: Slots,
+        difference: Tensor | None,
+        runs: int,
+    ) -> None:
+        added = (0, 0, 1, 0)
+        if difference is not None:
+            kept = difference.shape[1]
+            added = (difference.data_ptr(), difference.stride(0) * difference.element_size(), kept, runs * kept)
+        batch = (source.data_ptr(), source.shape[1], source.shape[3])
+        self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
 
     def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
         data, layout = self.data, self.layout

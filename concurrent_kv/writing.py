@@ -14,9 +14,7 @@ from .index import find_places, take_away
 from .ledger import wake
 from .plan import WritePlan
 from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
-from .slots import where
 from .streams import NO_TICKS, Ticks, merge
-from .tensors import plain_torch_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +65,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
                 finally:
                     written = clock.stamp(stream, temporaries)
                     used = merge(used, written)
-            ledger.written_at[where(ticket.taken, ticket.consecutive)] = plan.written_at
-            if plan.block is None:
-                plan.tables[plan.own] = ticket.taken
-            else:
-                own = ticket.taken.reshape(len(plan.keys), -1)
-                plan.tables[:, -own.shape[1] :] = own
+        plan.place(ledger, ticket.taken)
         entries = _new_entries(pool, scope, generation, plan, merge(written, plan.shared_writes))
         while True:
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
@@ -90,16 +83,24 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
 
 def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -> tuple[Tensor, ...]:
     """Copy a plan's tokens into the slots taken for them; returns what has to live until that is done."""
-    block = plan.block if ticket.consecutive else None
-    with plain_torch_state():
-        return storage.tensor.scatter(source, plan.rows, plan.columns, ticket.taken, plan.difference, plan.runs, block)
+    shape = plan.shape
+    block = shape.block if type(ticket.taken) is range else None
+    return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
 
 
 def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
     # Policies alone look at fingerprints, and what a search owns is in no policy.
     owned = scope.budget is not None
     fingerprints = repeat(0) if owned else [hash((scope.number, key)) for key in plan.keys]
-    columns = (plan.keys, repeat(scope), repeat(generation), plan.lengths, plan.sides, plan.priorities, fingerprints)
+    columns = (
+        plan.keys,
+        repeat(scope),
+        repeat(generation),
+        plan.shape.lengths,
+        plan.sides,
+        plan.priorities,
+        fingerprints,
+    )
     return list(map(Entry, *columns, plan.corrections, repeat(written)))
 
 
