@@ -43,14 +43,16 @@ def open_batch(
     stream = clock.current()  # before anything is allocated, which a capture would take into its graph
     lengths = [0 if entry is None else entry.length for entry in entries]
     longest = max(lengths)
-    columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS
     if out is None:
+        columns = _columns(storage, longest, room)
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     else:
+        if room is not None:
+            _columns(storage, longest, room)
         data = _check_out(storage, out, len(entries), longest + (room or 0))
     rows = rows_of(entries)
     read = gather_entries(storage, entries, data, longest, ready, rows, whole=out is None)
@@ -140,12 +142,13 @@ def commit_batch(
     if scope.pool is not pool:
         raise InvalidArgumentError(f"batch was gathered for {scope.pool.name}, and cannot be committed to {pool.name}")
     keys = check_keys(keys)
-    if batch.closed:
+    if batch.hold.released:
         raise ClosedError(BATCH_CLOSED)
-    committed = _check_rows(batch, rows)
+    committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
-    sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    sides = [None] * len(keys) if sides is None else check_sides(sides, len(keys))
+    priorities = [0.0] * len(keys) if priorities is None else check_priorities(priorities, len(keys))
     ledger = pool.storage.ledger
     # The search that owns the batch may be closed by another thread at any point.
     if not ledger.use(batch.hold):
@@ -159,7 +162,8 @@ def commit_batch(
         else:
             rows = committed
         plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
-        batch.use_here()
+        if pool.storage.clock.backend is not None:
+            batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:
         ledger.stop_using(batch.hold)
@@ -168,9 +172,7 @@ def commit_batch(
     return stored
 
 
-def _check_rows(batch: Batch, rows: Sequence[int] | None) -> Sequence[int]:
-    if rows is None:
-        return batch.pending_rows()
+def _check_rows(batch: Batch, rows: Sequence[int]) -> Sequence[int]:
     checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]
     if any(row >= batch.batch_size for row in checked) or len(set(checked)) != len(checked):
         raise InvalidArgumentError(f"rows must be different numbers from 0 to {batch.batch_size - 1}, got {checked}")

@@ -50,25 +50,30 @@ class NotOnLoopError(WaitTimeoutError):
 
 
 class Deadline:
-    """A point in time that bounds every wait of one operation; past at once when its caller has left."""
+    """A point in time that bounds every wait of one operation; past at once when its caller has left.
 
-    __slots__ = ("_at", "_caller", "_steps", "seconds")
+    Attributes:
+        seconds: how long it was to be.
+        caller: the task that the operation runs for, if it does for one.
+    """
+
+    __slots__ = ("_at", "_steps", "caller", "seconds")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._at = time.monotonic() + seconds
-        self._caller = caller.get()
+        self.caller = caller.get()
         self._steps = 0
 
     @property
     def cancelled(self) -> bool:
         """Whether the caller has left."""
-        return self._caller is not None and self._caller.left
+        return self.caller is not None and self.caller.left
 
     @property
     def on_loop(self) -> bool:
         """Whether an event loop's own thread is at work."""
-        return self._caller is not None and self._caller.steps_on_loop is not None
+        return self.caller is not None and self.caller.steps_on_loop is not None
 
     def left(self) -> float:
         """Seconds left, never below 0."""
@@ -81,15 +86,15 @@ class Deadline:
 
     def wait_on(self, event: Any) -> bool:
         """Wait for an event, or for the caller to leave; False when the time is over. Lends the worker's place."""
-        if self._caller is not None:
-            self._caller.waits_on = event
+        if self.caller is not None:
+            self.caller.waits_on = event
         try:
             with lend_place.get()():
                 # Looked at after the event was named, so that who leaves from here on sets it.
                 return bool(event.wait(self.left()))
         finally:
-            if self._caller is not None:
-                self._caller.waits_on = None
+            if self.caller is not None:
+                self.caller.waits_on = None
 
     def leave_loop(self, name: str) -> None:
         """Raise `NotOnLoopError` on an event loop's own thread; called before work that may be long."""
@@ -99,6 +104,6 @@ class Deadline:
     def step(self, name: str, number: int = 1) -> None:
         """Note steps of work that may need any number of them; on a loop's thread, too many raise `NotOnLoopError`."""
         self._steps += number
-        limit = None if self._caller is None else self._caller.steps_on_loop
+        limit = None if self.caller is None else self.caller.steps_on_loop
         if limit is not None and self._steps > limit:
             self.leave_loop(name)

@@ -216,7 +216,7 @@ class Ledger:
             return []
         self.holds.discard(hold)
         entries, hold.entries = hold.entries, []
-        return self._unhold(hold, entries)
+        return self._unhold(hold, entries) if hold.pinning else self.let_go(entries)
 
     def _unhold(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
         if hold.pinning:
@@ -257,7 +257,8 @@ class Ledger:
             hold.users -= 1
             dead = self.end(hold) if release and first else self._empty(hold) if hold.released else []
             waiters = self.take_waiters() if hold.released else []
-        wake(waiters)
+        if waiters:
+            wake(waiters)
         del dead
         return first
 

@@ -147,7 +147,7 @@ def plan_commit(
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
         table_rows = [table_rows[i] for i in shape.order]
-    corrections = _corrections(storage, parents, shape, overflow)
+    corrections = _corrections(parents, shape, overflow) if storage.corrects_lazily else [None] * len(keys)
     plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
     if isinstance(overflow, DropAndCorrect) and shape.corrected:
         plan.difference, plan.runs = _difference(overflow, shape.corrected)
@@ -155,12 +155,10 @@ def plan_commit(
 
 
 def _corrections(
-    storage: KVStorage, parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
-) -> Sequence[PositionTable | None]:
+    parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
+) -> list[PositionTable | None]:
     """The position table by which each new entry has to be corrected on reading."""
     corrections: list[PositionTable | None] = [None] * len(parents)
-    if not storage.corrects_lazily:
-        return corrections
     for i in shape.sharing:
         corrections[i] = None if (parent := parents[i]) is None else parent.correction
     if isinstance(overflow, DropLazily):

@@ -60,6 +60,7 @@ class Search(Handle):
     ) -> None:
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
+        self._checked_envs: tuple[Hashable, ...] | None = None  # the last tuple that was
         self._state = state
         state.roots_hold.owner = ref(self)
         self._order = order
@@ -111,16 +112,17 @@ class Search(Handle):
         hold = Hold("batch", [])
         found: list[Entry | None] = [None] * len(keys)
         try:
-            if check_order(order or self._order) == "own_first":
+            if (self._order if order is None else check_order(order)) == "own_first":
                 retain_here(state, found, keys, env_ids, (own, adopted), hold, deadline)
-                retain_roots(state, found, keys, env_ids, hold, deadline)
+                if None in found:
+                    retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
                 retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
                 retain_roots(state, found, keys, env_ids, hold, deadline)
                 retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             roots = [entry for entry in found if entry is not None and entry.scope is not state.scope]
-            missing, counters = found.count(None), state.pool.counters
+            missing, counters = batch.entries.count(None), state.pool.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
                 state.check_open()
@@ -128,7 +130,8 @@ class Search(Handle):
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.
                 counters.hit_count += len(found) - missing - len(roots)
                 counters.miss_count += missing
-                count_hits(roots)
+                if roots:
+                    count_hits(roots)
             return batch
         except BaseException:
             storage.ledger.release(hold)
@@ -312,10 +315,14 @@ class Search(Handle):
         state.end("the search was closed", storage.enter_quietly(timeout))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> tuple[Hashable, ...]:
+        if env_ids is self._checked_envs:
+            return self._checked_envs
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
+        if checked is env_ids:  # a tuple: it will be the same
+            self._checked_envs = checked
         return checked
 
     def abandon(self) -> None:

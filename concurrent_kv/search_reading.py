@@ -18,7 +18,7 @@ def own(
     state: SearchState, found: list[Entry | None], keys: Sequence[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """Find rows that have no entry yet among the search's own; returns what was found. The scope's shard held."""
-    return _fill(found, state.own.find(keys))
+    return _fill(found, state.scope.entries[0].find(keys))
 
 
 def adopted(
@@ -32,7 +32,7 @@ def adopted(
 def _fill(found: list[Entry | None], entries: Sequence[Entry | None]) -> list[Entry]:
     if not any(found):
         found[:] = entries
-        return [entry for entry in entries if entry is not None]
+        return list(filter(None, entries))
     new = []
     for row, entry in enumerate(entries):
         if entry is not None and found[row] is None:

@@ -115,7 +115,7 @@ class SlotAllocator:
     def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
         """`count` slots, or None with nothing changed."""
         own = 0 if reservation is None else min(count, reservation.left)
-        if count - own > self.available:
+        if count - own > self.free_count - self.reserved_count:
             return None
         slots, ticks = self._take(count)
         if type(slots) is not range and count:

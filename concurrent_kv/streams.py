@@ -134,7 +134,7 @@ class StreamClock:
     """
 
     def __init__(self, backend: StreamBackend | None, lock_factory: Callable[[], Any] = threading.Lock) -> None:
-        self._backend = backend
+        self.backend = backend
         self._lock = lock_factory()
         self._known: dict[StreamKey, _Known] = {}
         # One count for all streams: what a forgotten stream's ticks were is below those of whoever has its handle next.
@@ -143,11 +143,6 @@ class StreamClock:
 
     # Streams -------------------------------------------------------------------------------------------------------
 
-    @property
-    def backend(self) -> StreamBackend | None:
-        """The device's streams; None on a CPU."""
-        return self._backend
-
     def current(self) -> Any:
         """The calling thread's current stream, looked up now; None on a CPU.
 
@@ -155,7 +150,7 @@ class StreamClock:
             StreamCaptureError: it is being captured into a graph, which would run this operation's copies again without
                 its books.
         """
-        backend = self._backend
+        backend = self.backend
         if backend is None:
             return None
         stream = backend.current()
@@ -171,24 +166,24 @@ class StreamClock:
         if stream is None:
             return _AS_IT_IS
         self.check(stream)
-        assert self._backend is not None
-        return self._backend.use(stream)
+        assert self.backend is not None
+        return self.backend.use(stream)
 
     def check(self, stream: object) -> None:
         """Raise `InvalidTypeError`, `InvalidArgumentError` or `StreamCaptureError` unless `stream` can be used."""
-        if self._backend is None:
+        if self.backend is None:
             raise InvalidArgumentError(f"stream must be left out where the slots are on a CPU, got {stream!r}")
-        self._backend.check(stream)
-        self._check_not_capturing(self._backend, stream)
+        self.backend.check(stream)
+        self._check_not_capturing(self.backend, stream)
 
     def check_not_capturing(self, stream: Any) -> None:
         """Raise `StreamCaptureError` if `stream` is being captured: an event of it would belong to the graph."""
-        if self._backend is not None:
-            self._check_not_capturing(self._backend, stream)
+        if self.backend is not None:
+            self._check_not_capturing(self.backend, stream)
 
     def share(self, tensor: Tensor) -> None:
         """Name a tensor that every stream uses: dropped at any point, its memory outlives their work."""
-        if self._backend is not None:
+        if self.backend is not None:
             self._shared = (*self._shared, tensor)
 
     def drop_shared(self) -> None:
@@ -197,14 +192,14 @@ class StreamClock:
 
     def protect(self, tensor: Tensor, stream: Any = None) -> None:
         """Have a tensor that a stream (the current one if left out) uses outlive its work, whoever drops it."""
-        backend = self._backend
+        backend = self.backend
         if backend is not None:
             backend.protect(tensor, backend.current() if stream is None else stream)
 
     def key(self, stream: Any) -> StreamKey:
         """A stream's identity."""
-        assert self._backend is not None, "a CPU has no streams"
-        return self._backend.key(stream)
+        assert self.backend is not None, "a CPU has no streams"
+        return self.backend.key(stream)
 
     # Order ---------------------------------------------------------------------------------------------------------
 
@@ -214,7 +209,7 @@ class StreamClock:
         Raises:
             StreamCaptureError: a stream that it has to wait for is being captured into a graph.
         """
-        backend = self._backend
+        backend = self.backend
         if backend is None:
             return
         me, mine = self._meet(backend, stream)
@@ -236,7 +231,7 @@ class StreamClock:
 
     def stamp(self, stream: Any, sources: Iterable[Tensor] = ()) -> Ticks:
         """Tick after enqueuing work on `stream`; `sources` live until that work is done. Empty on a CPU."""
-        backend = self._backend
+        backend = self.backend
         if backend is None:
             return NO_TICKS
         me, mine = self._meet(backend, stream)
@@ -262,7 +257,7 @@ class StreamClock:
         Raises:
             StreamCaptureError: one of the streams is being captured into a graph.
         """
-        backend = self._backend
+        backend = self.backend
         if backend is None:
             return True
         end = time.monotonic() + seconds
@@ -282,7 +277,7 @@ class StreamClock:
 
     def everything(self) -> Ticks:
         """A tick of every stream, after all the work that it has by now."""
-        backend = self._backend
+        backend = self.backend
         if backend is None:
             return NO_TICKS
         self._retire(backend)  # a stream that others made may be destroyed once its work is done

@@ -45,7 +45,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     """
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
-    located = scope.locate(plan.keys)
+    located = [(scope, 0)] * len(plan.keys) if len(scope.shards) == 1 else scope.locate(plan.keys)
     ticket = reserve(pool, scope, plan, located, deadline)
     used = ticket.ticks
     entries: list[Entry] = []
@@ -120,8 +120,10 @@ def _publish(
     """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
     ledger = pool.storage.ledger
     dead: list[Entry] = []
-    with pool.storage.locks.write(sorted_shards(located), deadline):
-        deadline.check(pool.name)
+    shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
+    with pool.storage.locks.write(shards, deadline):
+        if deadline.caller is not None:
+            deadline.check(pool.name)
         if scope.ended is not None:
             raise SearchEndedError(scope.ended)
         if pool.closed:
@@ -144,7 +146,8 @@ def _publish(
         finally:
             if not ticket.spent:
                 take_away(added)
-    wake(waiters)
+    if waiters:
+        wake(waiters)
     outcome = Outcome.PUBLISHED if ticket.spent else Outcome.NO_ROOM
     del dead, old, replaced, cells
     return outcome, missing
@@ -206,7 +209,8 @@ def _admit(
             return needed
     else:
         # Less may be replaced than when the room was taken: a key may have been released meanwhile.
-        check_budget(pool, scope.budget, len(old))
+        if scope.budget.entries - len(old) > scope.budget.max_entries:
+            check_budget(pool, scope.budget, len(old))
     ledger.make(entries, plan.tables)
     ticket.spent = True
     return 0, 0

@@ -148,10 +148,9 @@ class Attachment:
         with self._lock:
             _add(vars(world_model), counts)
 
-    def note_misses(self) -> None:
-        """Warn, once, that states were searched from whose contexts were not found, and so begin anew."""
-        batch = self.session.batch
-        if batch is None or False not in batch.hits or self._has_warned:
+    def note_misses(self, missing: int, rows: int) -> None:
+        """Warn, once, that of so many states searched from some contexts were not found, and so begin anew."""
+        if self._has_warned:
             return
         self._has_warned = True
         logger.warning(
@@ -160,8 +159,8 @@ class Attachment:
             "clear_caches() or attach(): give each a thread, a role, or a copy of the model that is attached by "
             "itself. (Said once.)",
             self.manager.name,
-            batch.hits.count(False),
-            len(batch.hits),
+            missing,
+            rows,
         )
 
     @property

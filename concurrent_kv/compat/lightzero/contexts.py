@@ -38,12 +38,13 @@ def node_contexts(world_model: Any, kv: Attachment, latent_state: Any, rows: int
     session = kv.session
     states = latent_state if len(latent_state) == rows else latent_state[:rows]
     batch = session.gather(session.keys_of(states))
-    hits = batch.hits.count(True)
-    if hits < rows:
+    missing = batch.entries.count(None)
+    if missing:
         for row, hit in enumerate(batch.hits):
             if not hit:
                 batch.fill(row, _alone(world_model, kv, torch.from_numpy(states[row]), int(start_pos[row])))
-    kv.count(world_model, hit_count=hits, total_query_count=rows)
+        kv.note_misses(missing, rows)
+    kv.count(world_model, hit_count=rows - missing, total_query_count=rows)
     _run_on(session, rows, batch.start)
     return list(batch.lengths)
 

@@ -131,9 +131,7 @@ def _make_class(released: type[Any]) -> type[Any]:
                 positions = start_positions_of_reanalysis(start_pos, ready_env_num)
                 return generate_contexts(self, kv, latent_state, ready_env_num, positions)
             _check_rows(kv, ready_env_num)
-            lengths = node_contexts(self, kv, latent_state, ready_env_num, start_pos)
-            kv.note_misses()
-            return lengths
+            return node_contexts(self, kv, latent_state, ready_env_num, start_pos)
 
         def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> list[int]:
             """Nothing is left to do: contexts are gathered into the model's layout. Validation compares them here."""

@@ -54,9 +54,11 @@ class SearchSession(threading.local):
 
     def gather(self, keys: Sequence[NodeKey]) -> Batch:
         """The contexts of `keys`, one for each of the first environments, in this thread's buffer of that size."""
-        self.close_batch()
+        if self.batch is not None:
+            self.close_batch()
         self.keys = keys
-        self.batch = self._open().gather(keys, self.env_ids[: len(keys)], out=self.buffer(len(keys)).packed)
+        search = self._open() if self.search is None else self.search
+        self.batch = search.gather(keys, self.env_ids[: len(keys)], out=self.buffer(len(keys)).packed)
         return self.batch
 
     def _open(self) -> Search:
