@@ -36,10 +36,57 @@ static int integers(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t *ou
     return 1;
 }
 
-/* A C contiguous array; `kinds` are the formats of its items that are accepted. Releasing a view of none is harmless. */
+/* View(array, writable=False): an array for many calls, each of which would ask it for its memory and shape anew. */
+typedef struct {
+    PyObject_HEAD
+    Py_buffer buffer;
+} View;
+
+static PyTypeObject *view_type;
+
+static PyObject *view_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"array", "writable", NULL};
+    PyObject *array;
+    int writable = 0;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O|p", names, &array, &writable))
+        return NULL;
+    View *view = (View *)type->tp_alloc(type, 0);
+    if (view == NULL)
+        return NULL;
+    if (PyObject_GetBuffer(array, &view->buffer, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) < 0) {
+        view->buffer.obj = NULL;
+        Py_DECREF(view);
+        return NULL;
+    }
+    return (PyObject *)view;
+}
+
+static void view_dealloc(View *view)
+{
+    PyTypeObject *type = Py_TYPE(view);
+    PyBuffer_Release(&view->buffer);
+    type->tp_free(view);
+    Py_DECREF(type);
+}
+
+static PyType_Slot view_slots[] = {{Py_tp_new, view_new}, {Py_tp_dealloc, view_dealloc}, {0, NULL}};
+
+static PyType_Spec view_spec = {"concurrent_kv._native.View", sizeof(View), 0, Py_TPFLAGS_DEFAULT, view_slots};
+
+/* A C contiguous array, or a View of one; `kinds` are the formats of its items that are accepted. Releasing a view of
+ * none is harmless. */
 static int array_of(PyObject *object, Py_buffer *view, int dimensions, const char *kinds, int flags)
 {
-    if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) < 0) {
+    if (Py_TYPE(object) == view_type) {
+        *view = ((View *)object)->buffer;
+        view->obj = NULL; /* the View releases it */
+        if (flags & PyBUF_WRITABLE && view->readonly) {
+            PyErr_SetString(PyExc_BufferError, "expected a View of an array that can be written to");
+            return 0;
+        }
+    }
+    else if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) < 0) {
         view->obj = NULL;
         return 0;
     }
@@ -544,7 +591,15 @@ static PyMethodDef functions[] = {
     FUNCTION(advise_huge_pages), {NULL, NULL, 0, NULL},
 };
 
+static int add_types(PyObject *module)
+{
+    if (view_type == NULL && (view_type = (PyTypeObject *)PyType_FromSpec(&view_spec)) == NULL)
+        return -1;
+    return PyModule_AddType(module, view_type);
+}
+
 static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, add_types},
 #ifdef Py_GIL_DISABLED
     {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif

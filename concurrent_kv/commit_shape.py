@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import WindowOverflowError
+from .native import native
 from .overflow import DropAndCorrect, Overflow, RaiseOnOverflow
 from .tensors import Block, Indices
 
@@ -49,6 +50,8 @@ class CommitShape(NamedTuple):
     columns: Indices  # [own tokens]
     block: Block | None  # the same as rows and columns, if they are a block
     corrected: list[int]  # tokens of each corrected entry
+    # What compiled code takes for `parents`, `shared`, `own` and `written_at`.
+    views: tuple[Any, ...] = ()
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -130,7 +133,10 @@ def share_shape(length: int, window: int) -> CommitShape:
 def _read_only(shape: CommitShape) -> CommitShape:
     for array in (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
         array.setflags(write=False)
-    return shape
+    if native is None:
+        return shape
+    viewed = (shape.parents, shape.shared, shape.own, shape.written_at)
+    return shape._replace(views=tuple([native.View(array) for array in viewed]))
 
 
 def _block_of(rows: Indices, columns: Indices) -> Block | None:

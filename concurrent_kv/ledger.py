@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .deadline import Deadline
 from .entry import Entry, Hold, Place, rows_of
-from .native import native
+from .native import Viewed, native
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
 
@@ -72,6 +72,7 @@ class Ledger:
         self.window = window
         # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest. Row 0 is zeros.
         self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
+        self.viewed, self.viewed_positions = Viewed(), Viewed()  # the tables, and `written_at`
         # Position each slot's token was written at, in its row; only lazy corrections look at it.
         self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
         self.holds: set[Hold] = set()
@@ -101,7 +102,9 @@ class Ledger:
             self.slots.hold(tables)
             tails = tables[:, -1].tolist()
         else:
-            tails = native.enter(self.tables, rows_taken, self.slots.counts, tables)
+            tails = native.enter(
+                self.viewed.of(self.tables), rows_taken, self.slots.viewed.of(self.slots.counts), tables
+            )
         for entry, row, tail in zip(entries, rows_taken, tails, strict=True):
             entry.row, entry.tail, entry.refs = row, tail, 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["native"]
+__all__ = ["Viewed", "native"]
 
 
 def _load() -> Any:
@@ -20,6 +20,23 @@ def _load() -> Any:
     except ImportError:
         return None
     return _native
+
+
+class Viewed:
+    """An array that compiled code looks into again and again; another one may take its place."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Any] | None = None
+
+    def of(self, array: Any) -> Any:
+        """What to pass to compiled code for `array`."""
+        last = self._last
+        if last is None or last[0] is not array:
+            # In one piece: several threads may be here, with the old array and the new.
+            last = self._last = array, native.View(array, True)
+        return last[1]
 
 
 native = _load()  # typed by `_native.pyi` where it is called

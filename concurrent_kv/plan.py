@@ -85,8 +85,9 @@ class WritePlan:
             self.tables[shape.own] = slots
         else:
             self.tables = np.empty(shape.own.shape, dtype=np.int64)
-            sharing = (ledger.tables, self.parents, shape.parents, shape.shared)
-            native.share(*sharing, shape.own, taken, shape.written_at, ledger.written_at, self.tables)
+            tables, written_at = ledger.viewed.of(ledger.tables), ledger.viewed_positions.of(ledger.written_at)
+            columns, shared, own, positions = shape.views
+            native.share(tables, self.parents, columns, shared, own, taken, positions, written_at, self.tables)
 
     def _shared(self, tables: Indices) -> Indices:
         shape = self.shape

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.ma
 import numpy.typing as npt
 
-from .native import native
+from .native import Viewed, native
 from .streams import NO_TICKS, Ticks, merge
 
 __all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken", "as_array"]
@@ -53,9 +53,9 @@ def _as_range(slots: SlotArray) -> range | None:
     return range(first, last + 1) if consecutive else None
 
 
-def _mark(array: npt.NDArray[np.int32], slots: Slots, number: int) -> None:
+def _mark(array: npt.NDArray[np.int32], viewed: Viewed, slots: Slots, number: int) -> None:
     if native is not None:
-        native.mark(array, slots, number)
+        native.mark(viewed.of(array), slots, number)
     elif isinstance(slots, range):
         array[slots.start : slots.stop] = number
     else:
@@ -97,6 +97,7 @@ class SlotAllocator:
         self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
         self._runs: deque[Run] = deque([(range(1, num_slots + 1), NO_TICKS)])
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
+        self.viewed, self._viewed_owner = Viewed(), Viewed()  # the counts and the owners
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
         # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
@@ -122,12 +123,12 @@ class SlotAllocator:
             slots = _as_range(slots) or slots
         self.free_count -= count
         if own < count:
-            _mark(self._owner, slots, 0)
+            _mark(self._owner, self._viewed_owner, slots, 0)
         if reservation is not None and own:
             reservation.left -= own
             self.reserved_count -= own
             # Only these come back to the reservation when freed; the rest was lent by everyone.
-            _mark(self._owner, slots if own == count else slots[:own], reservation.number)
+            _mark(self._owner, self._viewed_owner, slots if own == count else slots[:own], reservation.number)
         return Taken(slots, ticks)
 
     def _take(self, count: int) -> Run:
@@ -239,7 +240,7 @@ class SlotAllocator:
     def charge(self, reservation: Reservation, slots: Slots) -> None:
         """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
         paid = slots[: reservation.left]
-        _mark(self._owner, paid, reservation.number)
+        _mark(self._owner, self._viewed_owner, paid, reservation.number)
         reservation.left -= len(paid)
         self.reserved_count -= len(paid)
 
