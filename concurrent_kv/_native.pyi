@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-Shape: TypeAlias = tuple[int, int, int, int]
-Slots: TypeAlias = range | NDArray[np.int64]
+_Shape: TypeAlias = tuple[int, int, int, int]
+_Slots: TypeAlias = range | NDArray[np.int64]
 
 # Tokens of the slot tables `tables[rows]`, each row's newest before column `end`, into columns 0 to `filled` of a batch
 # [planes, rows, heads, columns] at the address `batch`. What no table fills becomes slot 0, which is zeros. Lets go of
 # the GIL for a large copy.
 def gather(
     slots: int,
-    shape: Shape,
+    shape: _Shape,
     batch: int,
     columns: int,
     end: int,
@@ -36,7 +36,7 @@ def gather(
 # the GIL for a large copy.
 def scatter(
     slots: int,
-    shape: Shape,
+    shape: _Shape,
     batch: int,
     rows_of_batch: int,
     columns_of_batch: int,
@@ -46,7 +46,7 @@ def scatter(
     corrected: int,
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
-    taken: Slots,
+    taken: _Slots,
     /,
 ) -> None: ...
 
@@ -59,7 +59,7 @@ def share(
     columns: NDArray[np.int64],
     shared: NDArray[np.bool_],
     own: NDArray[np.bool_],
-    taken: Slots,
+    taken: _Slots,
     positions: NDArray[np.int64],
     written_at: NDArray[np.int64],
     out: NDArray[np.int64],
@@ -73,7 +73,7 @@ def enter(
 ) -> list[int]: ...
 
 # `array[slots] = number`.
-def mark(array: NDArray[np.int32], slots: Slots, number: int, /) -> None: ...
+def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
 
 # The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
 def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...
