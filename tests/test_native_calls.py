@@ -21,7 +21,7 @@ PLANES, SLOTS, HEADS, BYTES = 2, 4, 2, 8
 SHAPE = (PLANES, SLOTS, HEADS, BYTES)
 CALLS = 20_000
 WARM_UP = 500
-SLACK_BYTES = CALLS  # the interpreter's own; one object kept by each call would be 16 times as much
+SLACK_BYTES = 8 * CALLS  # the interpreter's own caches; one object kept by each call would be twice as much
 
 Error = type[Exception] | tuple[type[Exception], ...]
 Case = tuple[dict[int, object], Error]
