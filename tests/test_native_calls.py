@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import sys
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,6 +202,15 @@ def test_too_few_or_too_many_arguments_raise_and_write_nothing(name: str) -> Non
         with pytest.raises(TypeError, match="arguments"):
             getattr(native, name)(*wrong)
     assert arguments.written() == before
+
+
+def test_the_types_are_of_the_functions_that_there_are_and_of_their_arguments() -> None:
+    stub = Path(native.__file__).with_name("_native.pyi").read_text("utf-8")
+    typed = {one.name: len(one.args.posonlyargs) for one in ast.parse(stub).body if isinstance(one, ast.FunctionDef)}
+    assert set(typed) == {name for name in dir(native) if not name.startswith("_")} == set(CASES)
+    for name, count in typed.items():
+        with pytest.raises(TypeError, match=f"expected {count} arguments"):
+            getattr(native, name)()
 
 
 @pytest.mark.parametrize(("name", "place"), [("share", 7), ("share", 8), ("enter", 0), ("enter", 2), ("mark", 0)])
