@@ -14,6 +14,11 @@ LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_l
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
 
+# What concurrent_kv/_native is built from, and $(call forget_module,PYTHON), which removes what was built for one
+# interpreter: where a later build fails, the package must run without the module rather than with an old one.
+BUILD := setup.py concurrent_kv/_native.c
+forget_module = rm -f concurrent_kv/_native$$($(1) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+
 help:
 	@echo 'make play   play CartPole with a tree search over the cache   (ARGS="--verify --episodes 4", ARGS="--help")'
 	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
@@ -42,14 +47,15 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Without installing concurrent_kv: its requirements are among LightZero's, and the working tree is what is tested.
-lightzero: $(LIGHTZERO)/stamp
+# The working tree is what is tested, with its compiled module; its requirements are among LightZero's.
+lightzero: $(LIGHTZERO)/module.stamp
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m pytest $(LIGHTZERO_TESTS) $(ARGS)
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m tests.compare_old_new_cache
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m benchmarks.benchmark_kv_cache --quick
 
 clean:
-	rm -rf $(VENV) $(LIGHTZERO) .venv-freethreaded build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO) .venv-freethreaded build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "concurrent_kv needs Python 3.10 or later: make PYTHON=...")'
@@ -57,8 +63,9 @@ $(BIN)/python:
 
 # One extra a stamp: play.stamp, test.stamp, dev.stamp. The interpreter is order-only because its link carries the time
 # stamp of the system's Python, which would make every stamp look old after an upgrade of that.
-$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/%.stamp: pyproject.toml constraints.txt $(BUILD) | $(BIN)/python
 	@echo "installing the packages that make $(MAKECMDGOALS) needs ($*)"
+	@$(call forget_module,$(BIN)/python)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[$*]"
 	@touch $@
 
@@ -69,6 +76,11 @@ $(LIGHTZERO)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt
 	@echo "installing LightZero 0.2.0 and what it needs"
 	@$(LIGHTZERO)/bin/python -m pip install -qq -r requirements/lightzero.txt
 	@$(LIGHTZERO)/bin/python -m pip install -qq --no-deps -r requirements/lightzero-nodeps.txt
+	@touch $@
+
+$(LIGHTZERO)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO)/stamp
+	@$(call forget_module,$(LIGHTZERO)/bin/python)
+	@$(LIGHTZERO)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 
 .PHONY: stress stress-full

@@ -1,0 +1,85 @@
+# The compiled module, where it was built. Arguments are by position. Arrays are C contiguous and of the types below, or
+# ValueError or BufferError is raised; a wrong number or kind of arguments is a TypeError; a row, column or slot that is
+# none is an IndexError. Whatever is raised, nothing was written. Addresses are not checked: the caller keeps the
+# contiguous memory alive for the call, and holds the locks that the counterpart in Python needs.
+#
+# `shape` is that of the slots: (planes, slots, heads, bytes of one head of a token); planes are 2 * layers. Slots are
+# an array, or a range of step 1.
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+_Shape: TypeAlias = tuple[int, int, int, int]
+_Slots: TypeAlias = range | NDArray[np.int64]
+
+# Tokens of the slot tables `tables[rows]`, each row's newest before column `end`, into columns 0 to `filled` of a batch
+# [planes, rows, heads, columns] at the address `batch`. What no table fills becomes slot 0, which is zeros. Lets go of
+# the GIL for a large copy.
+def gather(
+    slots: int,
+    shape: _Shape,
+    batch: int,
+    columns: int,
+    end: int,
+    filled: int,
+    tables: NDArray[np.int64],
+    rows: list[int],
+    /,
+) -> None: ...
+
+# Token `columns[i]` of row `rows[i]` of a batch [planes, rows_of_batch, heads, columns_of_batch] at the address `batch`
+# into slot `taken[i]`, for every i. The first `corrected` of them, in runs of `kept`, are float32 and have the
+# differences [planes, kept, heads] at the address `difference` added, whose planes are `plane_bytes` apart. Lets go of
+# the GIL for a large copy.
+def scatter(
+    slots: int,
+    shape: _Shape,
+    batch: int,
+    rows_of_batch: int,
+    columns_of_batch: int,
+    difference: int,
+    plane_bytes: int,
+    kept: int,
+    corrected: int,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    taken: _Slots,
+    /,
+) -> None: ...
+
+# Slot tables `out` [entries, window] of entries that share slots with those of `tables[rows]`: column c is `columns[c]`
+# of the parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are
+# those of the tokens in `taken`, and go into `written_at[slot]`.
+def share(
+    tables: NDArray[np.int64],
+    rows: list[int],
+    columns: NDArray[np.int64],
+    shared: NDArray[np.bool_],
+    own: NDArray[np.bool_],
+    taken: _Slots,
+    positions: NDArray[np.int64],
+    written_at: NDArray[np.int64],
+    out: NDArray[np.int64],
+    /,
+) -> None: ...
+
+# Slot tables `new` [rows, window] into `tables[rows]`, and one more entry in `counts[slot]` for each of their slots but
+# slot 0. Returns the last slot of each.
+def enter(
+    tables: NDArray[np.int64], rows: list[int], counts: NDArray[np.int32], new: NDArray[np.int64], /
+) -> list[int]: ...
+
+# `array[slots] = number`.
+def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
+
+# The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
+def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...
+
+# As `hash_rows`, of `rows` rows of `row_bytes` bytes at an address.
+def hash_memory(address: int, rows: int, row_bytes: int, /) -> list[str]: ...
+
+# Ask the system for large pages where it has them; it may refuse without a word.
+def advise_huge_pages(address: int, num_bytes: int, /) -> None: ...

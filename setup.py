@@ -1,0 +1,18 @@
+"""The compiled module, which is optional: where it cannot be built, the package is installed without it."""
+
+import sysconfig
+
+from setuptools import Extension, setup
+
+MSVC = sysconfig.get_platform().startswith("win")
+
+setup(
+    ext_modules=[
+        Extension(
+            "concurrent_kv._native",
+            ["concurrent_kv/_native.c"],
+            extra_compile_args=["/std:c11"] if MSVC else ["-O3"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,312 @@
+"""The compiled functions refuse wrong arguments and write nothing then, and keep nothing of what they are passed."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from concurrent_kv.native import native
+from tests.native_support import needs_native
+
+pytestmark = needs_native
+
+PLANES, SLOTS, HEADS, BYTES = 2, 4, 2, 8
+SHAPE = (PLANES, SLOTS, HEADS, BYTES)
+CALLS = 20_000
+WARM_UP = 500
+SLACK_BYTES = 8 * CALLS  # the interpreter's own caches; one object kept by each call would be twice as much
+
+Error = type[Exception] | tuple[type[Exception], ...]
+Case = tuple[dict[int, object], Error]
+WRONG_CONTAINER = (TypeError, SystemError)  # the interpreter's word for a list or tuple that is none
+WRONG = (*WRONG_CONTAINER, ValueError, IndexError, BufferError, OverflowError)
+
+
+class Arguments:
+    """Arguments of a call of each function that succeeds, and the arrays that it writes to."""
+
+    def __init__(self) -> None:
+        self.data = torch.arange(PLANES * SLOTS * HEADS * 2, dtype=torch.float32).view(PLANES, SLOTS, HEADS, 2)
+        self.batch = torch.full((PLANES, 2, HEADS, 3, 2), -1.0)
+        self.difference = torch.ones(PLANES, 1, HEADS, 2)
+        self.tables = np.array([[0, 0, 0], [0, 1, 2], [0, 1, 3]])
+        self.counts = np.zeros(SLOTS, dtype=np.int32)
+        self.written_at = np.zeros(SLOTS, dtype=np.int64)
+        self.out = np.full((2, 3), -1)
+        own = np.array([[False, False, True], [False, False, True]])
+        self.states = np.arange(12, dtype=np.uint8)
+        slots, batch, difference = self.data.data_ptr(), self.batch.data_ptr(), self.difference.data_ptr()
+        index, columns = np.array([0, 1]), np.array([2, 0])
+        self.of: dict[str, list[Any]] = {
+            "gather": [slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]],
+            "scatter": [slots, SHAPE, batch, 2, 3, difference, 16, 1, 1, index, columns, np.array([3, 1])],
+            "share": [
+                self.tables,
+                [1, 2],
+                np.array([1, 2, 2]),
+                ~own & np.array([False, True, True]),
+                own,
+                range(2, 4),
+                np.array([5, 6]),
+                self.written_at,
+                self.out,
+            ],
+            "enter": [self.tables, [1, 2], self.counts, np.array([[0, 2, 3], [0, 0, 1]])],
+            "mark": [self.counts, np.array([1, 3]), 7],
+            "hash_rows": [self.states, 3],
+            "hash_memory": [self.states.ctypes.data, 3, 4],
+            "advise_huge_pages": [slots, 8],
+        }
+
+    def call(self, name: str, changes: dict[int, object] | None = None) -> Any:
+        arguments = [(changes or {}).get(place, argument) for place, argument in enumerate(self.of[name])]
+        return getattr(native, name)(*arguments)
+
+    def written(self) -> tuple[object, ...]:
+        arrays = (self.data, self.batch, self.tables, self.counts, self.written_at, self.out)
+        return tuple([array.tolist() for array in arrays])
+
+
+def strided(array: Any) -> Any:
+    """The same array, but not contiguous."""
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+INDEX, PAIR, TABLE = np.array([0, 1]), np.array([[0, 1]]), np.zeros((2, 3), dtype=np.int64)
+MASK = np.zeros((2, 3), dtype=np.bool_)
+
+CASES: dict[str, list[Case]] = {
+    "gather": [
+        ({7: [1, 3]}, IndexError),
+        ({7: [1, -1]}, IndexError),
+        ({7: [1, 2**70]}, OverflowError),
+        ({7: (1, 2)}, WRONG_CONTAINER),
+        ({7: [1, "2"]}, TypeError),
+        ({6: np.array([[0, 0, 0], [0, 1, 2], [0, 1, SLOTS]])}, IndexError),
+        ({6: np.array([[0, 0, 0], [0, 1, 2], [0, 1, -1]])}, IndexError),
+        ({6: INDEX}, ValueError),
+        ({6: TABLE.astype(np.int32)}, ValueError),
+        ({6: TABLE.astype(">i8")}, ValueError),
+        ({6: strided(TABLE)}, ValueError),
+        ({6: [[0]]}, TypeError),
+        ({5: 4}, IndexError),
+        ({5: -1}, IndexError),
+        ({4: 4}, IndexError),
+        ({4: -1}, IndexError),
+        ({4: 1.0}, TypeError),
+        ({3: -1}, IndexError),
+        ({1: SHAPE[:3]}, TypeError),
+        ({1: list(SHAPE)}, WRONG_CONTAINER),
+        ({1: (2, 4, 2, None)}, TypeError),
+        ({0: None}, TypeError),
+        ({2: "batch"}, TypeError),
+    ],
+    "scatter": [
+        ({11: np.array([3, SLOTS])}, IndexError),
+        ({11: np.array([-1, 3])}, IndexError),
+        ({11: range(3, 5)}, IndexError),
+        ({11: range(-1, 1)}, IndexError),
+        ({11: range(1, 4)}, ValueError),
+        ({11: range(2**70)}, OverflowError),
+        ({11: strided(np.array([3, 1]))}, ValueError),
+        ({11: [3, 1]}, TypeError),
+        ({11: np.array([3, 1], dtype=np.int32)}, ValueError),
+        ({9: np.array([0, 2])}, IndexError),
+        ({9: np.array([0])}, ValueError),
+        ({9: PAIR}, ValueError),
+        ({9: strided(INDEX)}, ValueError),
+        ({10: np.array([0, 3])}, IndexError),
+        ({10: np.array([0, -1])}, IndexError),
+        ({10: np.array([0.0, 1.0])}, ValueError),
+        ({7: 0}, ValueError),
+        ({5: 1.5}, TypeError),
+        ({3: "2"}, TypeError),
+    ],
+    "share": [
+        ({0: INDEX}, ValueError),
+        ({1: [1, 3]}, IndexError),
+        ({1: [1]}, ValueError),
+        ({2: np.array([1, 2, 3])}, IndexError),
+        ({2: np.array([1, 2])}, ValueError),
+        ({3: MASK.astype(np.int8)}, ValueError),
+        ({3: MASK[:1]}, ValueError),
+        ({4: MASK}, ValueError),
+        ({4: strided(MASK)}, ValueError),
+        ({5: range(1, 4)}, ValueError),
+        ({5: range(3, 5)}, IndexError),
+        ({5: np.array([3, SLOTS])}, IndexError),
+        ({6: np.array([5])}, ValueError),
+        ({7: np.zeros(SLOTS, dtype=np.int32)}, ValueError),
+        ({8: np.zeros((3, 3), dtype=np.int64)}, ValueError),
+        ({8: np.broadcast_to(np.zeros(3, dtype=np.int64), (2, 3))}, ValueError),
+        ({8: b"012345"}, BufferError),
+    ],
+    "enter": [
+        ({1: [1, 3]}, IndexError),
+        ({1: [1]}, ValueError),
+        ({1: None}, WRONG_CONTAINER),
+        ({2: np.zeros(SLOTS, dtype=np.int64)}, ValueError),
+        ({2: np.zeros(3, dtype=np.int32)}, IndexError),
+        ({3: np.array([[0, 2, SLOTS], [0, 0, 1]])}, IndexError),
+        ({3: np.array([[0, 2, -1], [0, 0, 1]])}, IndexError),
+        ({3: np.zeros((2, 2), dtype=np.int64)}, ValueError),
+        ({3: strided(TABLE)}, ValueError),
+    ],
+    "mark": [
+        ({1: np.array([1, SLOTS])}, IndexError),
+        ({1: range(2, 5)}, IndexError),
+        ({1: PAIR}, ValueError),
+        ({0: np.zeros(SLOTS, dtype=np.int64)}, ValueError),
+        ({0: np.zeros(2 * SLOTS, dtype=np.int32)[::2]}, ValueError),
+        ({2: 2**70}, OverflowError),
+        ({2: "7"}, TypeError),
+    ],
+    "hash_rows": [
+        ({0: "text"}, TypeError),
+        ({0: np.zeros((4, 4), dtype=np.uint8).T[:, :2]}, ValueError),
+        ({1: 1.0}, TypeError),
+    ],
+    "hash_memory": [({0: None}, TypeError), ({2: 1.0}, TypeError), ({1: 2**70}, OverflowError)],
+    "advise_huge_pages": [({0: None}, TypeError), ({1: "8"}, TypeError)],
+}
+WRONG_CALLS = [
+    pytest.param(name, changes, error, id=f"{name} {number}")
+    for name, cases in CASES.items()
+    for number, (changes, error) in enumerate(cases)
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "error"), WRONG_CALLS)
+def test_wrong_arguments_raise_and_write_nothing(name: str, changes: dict[int, object], error: Error) -> None:
+    arguments = Arguments()
+    before = arguments.written()
+    with pytest.raises(error):
+        arguments.call(name, changes)
+    assert arguments.written() == before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_too_few_or_too_many_arguments_raise_and_write_nothing(name: str) -> None:
+    arguments = Arguments()
+    before = arguments.written()
+    for wrong in ([], arguments.of[name][:-1], [*arguments.of[name], 0]):
+        with pytest.raises(TypeError, match="arguments"):
+            getattr(native, name)(*wrong)
+    assert arguments.written() == before
+
+
+def test_the_types_are_of_the_functions_that_there_are_and_of_their_arguments() -> None:
+    stub = Path(native.__file__).with_name("_native.pyi").read_text("utf-8")
+    typed = {one.name: len(one.args.posonlyargs) for one in ast.parse(stub).body if isinstance(one, ast.FunctionDef)}
+    assert set(typed) == {name for name in dir(native) if not name.startswith("_")} == set(CASES)
+    for name, count in typed.items():
+        with pytest.raises(TypeError, match=f"expected {count} arguments"):
+            getattr(native, name)()
+
+
+@pytest.mark.parametrize(("name", "place"), [("share", 7), ("share", 8), ("enter", 0), ("enter", 2), ("mark", 0)])
+def test_what_is_read_only_is_not_written(name: str, place: int) -> None:
+    arguments = Arguments()
+    before = arguments.written()
+    arguments.of[name][place].setflags(write=False)
+    with pytest.raises((ValueError, BufferError)):
+        arguments.call(name)
+    assert arguments.written() == before
+
+
+def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
+    arguments = Arguments()
+    data, batch = arguments.data.clone(), arguments.batch
+    arguments.call("gather")
+    assert torch.equal(batch[:, 0, :, 1], data[:, 1])
+    assert torch.equal(batch[:, 1, :, 2], data[:, 3])
+    arguments.call("scatter")
+    assert torch.equal(arguments.data[:, 3], batch[:, 0, :, 2] + 1.0)  # the first has the difference
+    assert torch.equal(arguments.data[:, 1], batch[:, 1, :, 0])
+    arguments.call("share")
+    assert arguments.out.tolist() == [[0, 2, 2], [0, 3, 3]]
+    assert arguments.written_at.tolist() == [0, 0, 5, 6]
+    assert arguments.call("enter") == [3, 1]
+    assert arguments.tables.tolist() == [[0, 0, 0], [0, 2, 3], [0, 0, 1]]
+    assert arguments.counts.tolist() == [0, 1, 1, 1]
+    arguments.call("mark")
+    assert arguments.counts.tolist() == [0, 7, 1, 7]
+
+
+def test_no_rows_and_no_slots_are_no_work() -> None:
+    arguments = Arguments()
+    none, before = np.empty(0, dtype=np.int64), arguments.written()
+    arguments.call("gather", {7: []})
+    arguments.call("scatter", {8: 0, 9: none, 10: none, 11: none})
+    arguments.call("scatter", {8: 0, 9: none, 10: none, 11: range(9, 9)})
+    assert arguments.call("enter", {1: [], 3: np.empty((0, 3), dtype=np.int64)}) == []
+    arguments.call("mark", {1: none})
+    assert arguments.call("hash_rows", {0: b"", 1: 0}) == []
+    assert arguments.call("hash_memory", {1: 0}) == []
+    assert arguments.written() == before
+
+
+def shared_by_nobody(arguments: list[Any]) -> list[Any]:
+    """Those that the interpreter does not use itself, as it does small numbers, text and None."""
+    return [one for one in arguments if isinstance(one, (np.ndarray, list, tuple, range))]
+
+
+def growth_of(work: Callable[[], None], watched: list[Any]) -> tuple[int, list[int]]:
+    """Bytes and references to each of `watched` that `CALLS` rounds of `work` leave behind."""
+    for _ in range(WARM_UP):
+        work()
+    gc.collect()
+    counts = [sys.getrefcount(one) for one in watched]
+    tracemalloc.start()
+    try:
+        work()
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(CALLS):
+            work()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    more = [sys.getrefcount(one) for one in watched]
+    return after - before, [now - then for now, then in zip(more, counts, strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_calls_keep_no_memory_and_no_references(name: str) -> None:
+    arguments = Arguments()
+    function, passed = getattr(native, name), arguments.of[name]
+
+    def work() -> None:
+        function(*passed)
+
+    grown, references = growth_of(work, shared_by_nobody(passed))
+    assert grown < SLACK_BYTES
+    assert not any(references)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_calls_that_fail_keep_no_memory_and_no_references(name: str) -> None:
+    arguments = Arguments()
+    function, right = getattr(native, name), arguments.of[name]
+    wrong = [[changes.get(place, one) for place, one in enumerate(right)] for changes, _ in CASES[name]]
+    rounds = iter(range(10**9))
+
+    def work() -> None:
+        try:
+            function(*wrong[next(rounds) % len(wrong)])
+        except WRONG:
+            return
+        raise AssertionError("wrong arguments were taken")
+
+    grown, references = growth_of(work, shared_by_nobody([one for case in wrong for one in case]))
+    assert grown < SLACK_BYTES
+    assert not any(references)
