@@ -190,7 +190,7 @@ GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...], str]] = {
     "closed stays closed": (without_looking_whether_it_is_closed, CLOSE, ("close",), "is closed and answers"),
 }
 
-# Without these, entries that are gone are read: compiled loops refuse that, which may come before the promise's failure.
+# Without these, entries that are gone are read. Compiled loops refuse that, maybe before the promise's own failure.
 REFUSED = ("never torn", "all at once", "a search's roots stay")
 CASES = [(promise, kind) for promise in GUARDS for kind in (LOOPS if promise in REFUSED else LOOPS[-1:])]
 
