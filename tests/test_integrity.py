@@ -13,6 +13,8 @@ from concurrent_kv.slots import as_array
 from tests.conftest import MakePool
 from tests.support import LAYOUT, append, assert_same, bits, child_of, config, packed, store, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 class Books:
     """A manager in mid-use, and the way to its entries."""

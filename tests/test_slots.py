@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from concurrent_kv.slots import SlotAllocator, as_array
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 def held(slots: SlotAllocator, count: int) -> np.ndarray:
