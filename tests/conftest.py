@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pytest
 
 from concurrent_kv import KVCacheManager, KVLayout, KVPool
-from tests.support import LAYOUT, config
+from tests.support import LAYOUT, LOOPS, config, loops_of
 
 
 class MakePool(Protocol):
@@ -59,3 +59,18 @@ def pool(make_pool: MakePool) -> KVPool:
 def manager(make_manager: MakeManager) -> KVCacheManager:
     """Two environments, four simulations."""
     return make_manager()
+
+
+# Of the module's scope, as each test that hypothesis runs many times has to be under one of them throughout.
+@pytest.fixture(scope="module", params=LOOPS)
+def loops(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The tests of a module that uses this run with each kind of loops that the package has."""
+    with loops_of(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def torch_loops() -> Iterator[None]:
+    """Loops of numpy and torch, as on an accelerator, whether or not there are compiled ones."""
+    with loops_of("torch"):
+        yield

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVLayout, KVPool, KVStorage
+from concurrent_kv.native import native
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
 WINDOW = LAYOUT.max_tokens
@@ -26,6 +29,7 @@ CONFIG: dict[str, Any] = {
 }
 UNITS = 128  # numbers of one token, at most
 TOKENS = 16  # token indices, at most
+LOOPS = ("torch",) if native is None else ("torch", "compiled")  # that this build of the package has
 
 
 def layout(**changes: Any) -> KVLayout:
@@ -120,6 +124,18 @@ def store(pool: KVPool, *entries: tuple[Any, KeysValues]) -> None:
     """Put (key, kv) pairs, each by itself, in order."""
     for key, kv in entries:
         assert pool.put(key, kv)
+
+
+# Loops over tokens and slots -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loops_of(kind: str) -> Iterator[None]:
+    """What is made inside uses these of `LOOPS`: those of numpy and torch, or the compiled ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("keys", "ledger", "plan", "slots", "tensors"):
+            patch.setattr(f"concurrent_kv.{module}.native", native if kind == "compiled" else None)
+        yield
 
 
 # Counting ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from concurrent_kv.locks import ShardedRWLock
 from concurrent_kv.pool_core import PoolCore
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, Gate, GatedPool, filled, value_of
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 Removal = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -9,8 +9,11 @@ import pytest
 
 from concurrent_kv import IntegrityError, KVCacheManager, KVPool
 from concurrent_kv.entry import Entry, Hold, Place
+from concurrent_kv.slots import as_array
 from tests.conftest import MakePool
 from tests.support import LAYOUT, append, assert_same, bits, child_of, config, packed, store, tokens
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 class Books:
@@ -71,10 +74,10 @@ def hold_a_foreign_entry(books: Books) -> None:
 
 def free_a_used_slot(books: Books) -> None:
     slots = books.ledger.slots
-    run = slots._runs.pop()
-    wrong = run.slots.copy()
+    free, ticks = slots._runs.pop()
+    wrong = as_array(free).copy()
     wrong[-1] = books.entry("b").tail
-    slots._runs.append(run._replace(slots=wrong))
+    slots._runs.append((wrong, ticks))
 
 
 def put(target: str, **changes: Any) -> Callable[[Books], None]:

@@ -15,6 +15,8 @@ from hypothesis.extra import numpy as hnp
 from concurrent_kv.errors import InvalidArgumentError
 from concurrent_kv.keys import hash_state, hash_states
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 DTYPES = ["float16", "float32", "float64", "int8", "int64", "uint8", "bool", "complex64"]
 
 

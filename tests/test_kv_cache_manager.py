@@ -21,6 +21,8 @@ from concurrent_kv import (
 from tests.conftest import MakeManager
 from tests.support import CONFIG, WINDOW, append, assert_same, config, store, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 # Set and get ---------------------------------------------------------------------------------------------------------
 
 

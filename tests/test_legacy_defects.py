@@ -38,6 +38,8 @@ from tests.support import (
     tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def test_replacing_a_key_replaces_that_key_and_touches_no_other(make_pool: MakePool) -> None:
     """1: a key inserted twice left a stale reverse map, and the live entry was deleted when the ring wrapped."""

@@ -17,7 +17,7 @@ from tests.lightzero_support import SHAPES, Walk, make_world_model
 from tests.support import OperatorCalls
 from tests.test_operator_calls import launching
 
-AT_MOST = 12
+AT_MOST = {"torch": 12, "compiled": 0}
 CACHE_PATH = ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache", "update_cache_context")
 MORE_VIEWS = ("aten.select.", "aten.squeeze.")
 # How the host reads a tensor: on an accelerator each of these waits for the work that was queued before. What `cpu`
@@ -66,10 +66,10 @@ def calls_of(name: str, env_num: int, num_layers: int, mode: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["cartpole", "lunarlander"])
-def test_a_simulated_step_takes_few_calls_the_same_for_any_batch_and_layers(name: str) -> None:
+def test_a_simulated_step_takes_few_calls_the_same_for_any_batch_and_layers(loops: str, name: str) -> None:
     counted = {(env, layers): calls_of(name, env, layers, "on") for env in (8, 32) for layers in (2, 4)}
     assert len({str(names) for names in counted.values()}) == 1, counted
-    assert len(counted[8, 2]) <= AT_MOST, counted[8, 2]
+    assert len(counted[8, 2]) <= AT_MOST[loops], counted[8, 2]
 
 
 @pytest.mark.parametrize(("name", "absolute"), [("cartpole", 0), ("lunarlander", 1)])
@@ -79,6 +79,7 @@ def test_the_released_cache_takes_more_with_every_environment_and_layer(name: st
         assert len(calls_of(name, env, layers, "off")) == 2 * layers * ((3 + absolute) * env + 1)
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("name", ["cartpole", "lunarlander"])
 @pytest.mark.parametrize("env_num", [8, 32])
 def test_a_simulated_step_synchronises_with_the_device_once(

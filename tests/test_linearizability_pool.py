@@ -21,6 +21,7 @@ from stress.content import BrokenPromiseError
 from stress.histories.campaign import histories_of_both, histories_of_searches, histories_of_tasks, histories_of_threads
 from stress.histories.programs import Shape
 from stress.histories.recording import new_pool
+from tests.support import LOOPS, loops_of
 
 ROOMY = Shape(capacity=64)
 TIGHT = Shape(capacity=2)
@@ -35,8 +36,10 @@ def test_histories_of_threads_are_linearizable(shape: Shape, policy: str) -> Non
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_histories_of_many_threads_on_one_shard_are_linearizable(shape: Shape) -> None:
-    assert histories_of_threads(400, shape, processes=4, seed=2, pool=new_pool(shape, shards=1)) == 400 * 16
+@pytest.mark.parametrize("kind", LOOPS)
+def test_histories_of_many_threads_on_one_shard_are_linearizable(shape: Shape, kind: str) -> None:
+    with loops_of(kind):
+        assert histories_of_threads(400, shape, processes=4, seed=2, pool=new_pool(shape, shards=1)) == 400 * 16
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["inline", "workers"])
@@ -106,6 +109,7 @@ def without_the_end_of_clear(patch: pytest.MonkeyPatch) -> None:
         without_the_end_of_clear,
     ],
 )
+@pytest.mark.usefixtures("torch_loops")  # compiled ones may refuse what is gone before a history shows it
 def test_histories_show_that_a_guard_is_gone(guard_off: Removal, monkeypatch: pytest.MonkeyPatch) -> None:
     guard_off(monkeypatch)
     with pytest.raises((BrokenPromiseError, IntegrityError)):

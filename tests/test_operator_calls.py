@@ -1,4 +1,7 @@
-"""Operator calls of a gather and of a commit: the same for any batch and any number of layers, and few."""
+"""Operator calls of a gather and of a commit: the same for any batch and any number of layers, and few.
+
+Compiled loops make none for a copy; a correction on reading, and one of unequal rows, is torch's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from tests.support import WINDOW, OperatorCalls
 
 LIMIT, COUNT = WINDOW - 1, 2
 ROWS, LAYERS = (1, 2, 64), (1, 8)
-AT_MOST, MORE_WITH_A_CORRECTION = 6, 3
+AT_MOST, MORE_WITH_A_CORRECTION = {"torch": 6, "compiled": 0}, 3
+MORE_TO_JOIN = 1  # keys and values that are given apart
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 def launching(names: list[str]) -> list[str]:
@@ -73,39 +79,39 @@ def test_calls_are_the_same_for_rows_of_unequal_lengths_some_of_which_overflow(k
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 5, 3, 6)], ids=["equal", "unequal"])
 @pytest.mark.parametrize("kind", ["rotary", "eager", "lazy"])
-def test_a_gather_and_a_commit_are_at_most_six_calls_each(kind: str, lengths: tuple[int, ...]) -> None:
+def test_a_gather_and_a_commit_are_at_most_six_calls_each(loops: str, kind: str, lengths: tuple[int, ...]) -> None:
     counted = {name: launching(names) for name, names in calls(64, 8, kind, lengths).items()}
-    assert len(counted["gather"]) <= AT_MOST, counted["gather"]
+    assert len(counted["gather"]) <= AT_MOST[loops], counted["gather"]
     due = MORE_WITH_A_CORRECTION if kind == "eager" else 0
-    assert len(counted["commit"]) <= AT_MOST + due, counted["commit"]
+    assert len(counted["commit"]) <= AT_MOST[loops] + due, counted["commit"]
     due = MORE_WITH_A_CORRECTION if kind == "lazy" else 0
-    assert len(counted["gather of children"]) <= AT_MOST + due, counted["gather of children"]
+    assert len(counted["gather of children"]) <= AT_MOST[loops] + due, counted["gather of children"]
 
 
-def test_a_plain_commit_is_at_most_six_calls() -> None:
+def test_a_plain_commit_is_at_most_six_calls(loops: str) -> None:
     counted = launching(calls(64, 8, "plain", (3,))["commit"])
-    assert len(counted) <= AT_MOST, counted
+    assert len(counted) <= AT_MOST[loops], counted
 
 
 @pytest.mark.parametrize("kind", ["plain", "rotary", "eager", "lazy"])
-def test_views_of_tensors_do_not_add_up_either(kind: str) -> None:
+def test_views_of_tensors_do_not_add_up_either(loops: str, kind: str) -> None:
     counted = calls(64, 8, kind, (3,) if kind == "plain" else (1, 5, 3, 6))
-    assert max(len(names) for names in counted.values()) <= 2 * (AT_MOST + MORE_WITH_A_CORRECTION), counted
+    assert max(len(names) for names in counted.values()) <= 2 * (AT_MOST[loops] + MORE_WITH_A_CORRECTION), counted
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_a_put_of_many_rows_is_at_most_six_calls(rows: int) -> None:
+def test_a_put_of_many_rows_is_at_most_six_calls(loops: str, rows: int) -> None:
     with KVPool(KVLayout(8, 2, 3, WINDOW), 64) as pool:
         kv = KeysValues(torch.ones(8, rows, 2, 4, 3), torch.ones(8, rows, 2, 4, 3))
         with OperatorCalls() as put:
             pool.put_many(list(range(rows)), kv)
-    assert len(launching(put.names)) <= AT_MOST, put.names
+    assert len(launching(put.names)) <= max(AT_MOST[loops], MORE_TO_JOIN), put.names
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_a_get_is_at_most_six_calls(layers: int) -> None:
+def test_a_get_is_at_most_six_calls(loops: str, layers: int) -> None:
     with KVPool(KVLayout(layers, 2, 3, WINDOW), 4) as pool:
         pool.put("a", KeysValues.from_packed(torch.ones(2 * layers, 1, 2, 4, 3)))
         with OperatorCalls() as get:
             pool.get("a")
-    assert len(launching(get.names)) <= AT_MOST, get.names
+    assert len(launching(get.names)) <= AT_MOST[loops], get.names

@@ -22,6 +22,8 @@ from concurrent_kv import (
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, packed, row_of, slots_in_use, tokens
 from tests.trimming import KINDS, Reference, difference_for, policy, roomy_manager
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 # LightZero's own: at window - 1 drop two, which leaves window - 3.
 LIMIT, COUNT = WINDOW - 1, 2
 RULES = [(LIMIT, COUNT, 2), (7, 3, 3), (6, 2, 2), (5, 3, 3), (8, 1, 1), (8, 2, 2), (4, 3, 3), (7, 6, 3), (2, 1, 1)]

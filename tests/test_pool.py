@@ -12,6 +12,8 @@ from concurrent_kv import CapacityError, ClosedError, KeyNotFoundError, KVPool, 
 from tests.conftest import MakePool
 from tests.support import WINDOW, assert_same, stacked, store, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 @dataclass(frozen=True)
 class Node:

@@ -24,6 +24,8 @@ from tests.support import (
     tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 # Quotas --------------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +306,7 @@ def test_a_reused_buffer_shows_nothing_of_its_last_use(pool: KVPool) -> None:
     with pool.gather(["short", "missing"], room=7) as batch:
         assert torch.equal(batch.data[:, 0, :, :1], tokens(2, 1).packed[:, 0])  # type: ignore[index]
         assert not batch.data[:, 1, :, :1].any()
+        assert not batch.data[:, :, :, 1:].any()
 
 
 def test_slots_of_every_dtype_cost_what_the_layout_says(make_pool: MakePool) -> None:

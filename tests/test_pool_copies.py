@@ -13,6 +13,8 @@ from concurrent_kv import KeysValues, KVPool
 from tests.conftest import MakePool
 from tests.support import WINDOW, append, assert_same, bits, child_of, layout, packed, stacked, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "plain": nullcontext,

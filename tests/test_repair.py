@@ -24,6 +24,8 @@ from tests.support import (
     tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 class Cut(KeyboardInterrupt):
     """What cuts an operation off: no `except Exception` catches it."""

@@ -19,6 +19,8 @@ from concurrent_kv.search import LookupOrder
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, row_of, slots_in_use, stacked, store, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def grow(search: Search, parent: object, child: object, value: int, env_id: int = 0, count: int = 2) -> None:
     """Commit one child of one parent."""

@@ -16,6 +16,8 @@ from concurrent_kv import (
 )
 from tests.support import WINDOW, append, assert_same, child_of, packed, row_of, slots_in_use, store, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 @pytest.fixture
 def search(manager: KVCacheManager) -> Iterator[Search]:
@@ -118,6 +120,19 @@ def test_out_is_gathered_into_at_its_stable_address(search: Search) -> None:
     assert out.data_ptr() == address
     assert torch.equal(out[:, :1], packed(tokens(8, 8)))
     assert not out[:, 1].any()
+
+
+def test_nothing_that_was_in_out_shows_up_to_the_newest_tokens_nor_in_what_is_committed(search: Search) -> None:
+    out = torch.full((4, 2, 2, WINDOW, 3), float("nan"))
+    batch = search.gather(["one", "three"], [0, 1], out=out)
+    assert_same(row_of(batch, 0), tokens(1, 1))
+    assert_same(row_of(batch, 1), tokens(3, 3))
+    assert not out[:, 0, :, :2].any()
+    append(batch, [5, 6])
+    search.commit(["left", "right"], batch)
+    with search.gather(["left", "right"], [0, 1]) as again:
+        assert_same(row_of(again, 0), child_of(tokens(1, 1), 5))
+        assert_same(row_of(again, 1), child_of(tokens(3, 3), 6))
 
 
 def test_out_may_have_fewer_columns_than_the_window(search: Search) -> None:

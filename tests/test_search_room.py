@@ -11,6 +11,8 @@ from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, Wai
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, config, row_of, slots_in_use, store, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def grow(search: Search, parent: object, child: object, value: int, count: int = 2) -> None:
     batch = search.gather([parent], [0])

@@ -40,6 +40,8 @@ from tests.pool_model import (
     same,
 )
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 WINDOW = LAYOUT.max_tokens
 EXACT = ("fifo", "lru", "priority")
 

@@ -24,6 +24,8 @@ from concurrent_kv import (
 from concurrent_kv.search import LookupOrder
 from tests.pool_model import LAYOUT, OpenBatch, Record, Token, TokenSource, kv_of, last_of_each, run_machine, same
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 WINDOW = LAYOUT.max_tokens
 ENVS = (0, 1)
 CONFIG = {

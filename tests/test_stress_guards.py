@@ -28,6 +28,7 @@ from stress.profiles import PROFILES, Profile, parse_mix
 from stress.runner import run_profile
 from stress.workloads import WORKLOADS
 from stress.world import Settings
+from tests.support import LOOPS, loops_of
 
 Removal = Callable[[pytest.MonkeyPatch], None]
 CLOSE = PROFILES["hot-key"]  # few keys, many who want them
@@ -189,17 +190,24 @@ GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...], str]] = {
     "closed stays closed": (without_looking_whether_it_is_closed, CLOSE, ("close",), "is closed and answers"),
 }
 
+# Without these, entries that are gone are read. Compiled loops refuse that, maybe before the promise's own failure.
+REFUSED = ("never torn", "all at once", "a search's roots stay")
+CASES = [(promise, kind) for promise in GUARDS for kind in (LOOPS if promise in REFUSED else LOOPS[-1:])]
 
-@pytest.mark.parametrize("promise", GUARDS)
-def test_a_run_without_the_guard_of_a_promise_fails(promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize(("promise", "kind"), CASES)
+def test_a_run_without_the_guard_of_a_promise_fails(promise: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     guard_off, profile, faults, message = GUARDS[promise]
+    if kind == "compiled" and promise in REFUSED:
+        message = f"{message}|row must be less than"
     monkeypatch.setattr(actors, "MOST_FAILURES", 1)
     monkeypatch.setattr(runner, "QUIET_SECONDS", 0.5)
     guard_off(monkeypatch)
     failures: list[str] = []
     try:
         for seed in range(RUNS):
-            failures += run(profile, *faults, seed=seed)
+            with loops_of(kind):
+                failures += run(profile, *faults, seed=seed)
             if any(re.search(message, failure) for failure in failures):
                 break
     finally:

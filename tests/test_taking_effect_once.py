@@ -14,6 +14,8 @@ from concurrent_kv.deadline import Deadline
 from tests.conftest import MakeManager
 from tests.support import LAYOUT, append, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 @contextmanager
 def shards_read_elsewhere(manager: KVCacheManager, shards: tuple[int, ...]) -> Iterator[None]:

@@ -35,6 +35,8 @@ from tests.threading_support import (
     version_of,
 )
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 SEEDS = (1, 2)
 ROOM = DropOldest(WINDOW, 2)
 every_policy = pytest.mark.parametrize("policy", ["fifo", "lru", "priority", "clock", "s3fifo"])

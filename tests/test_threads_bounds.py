@@ -13,6 +13,8 @@ from concurrent_kv.deadline import Deadline
 from concurrent_kv.writing import write
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, GatedPool, filled, keys_of, value_of
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 CONFIG = {
     "num_layers": LAYOUT.num_layers,
     "num_heads": LAYOUT.num_heads,

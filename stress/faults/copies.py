@@ -38,9 +38,9 @@ def disturb_copies(tensor: SlotTensor, *, fail: bool, slow: bool, seed: int, cou
             error = rng.choice(errors)
             raise marked(type(error)(*error.args))
 
-    def disturbed_gather(table: Any, out: Tensor) -> Tensor:
+    def disturbed_gather(tables: Any, rows: list[int], end: int, out: Tensor, **options: Any) -> tuple[Tensor, ...]:
         disturbed(lambda: out.fill_(NOT_THERE))
-        return gather(table, out)
+        return gather(tables, rows, end, out, **options)
 
     def disturbed_scatter(source: Tensor, rows: Any, columns: Any, slots: Any, *how: Any, **options: Any) -> Any:
         part = len(slots) // 2

@@ -52,10 +52,10 @@ def _yield_in_copies(pool: KVPool, rng: Random) -> None:
     tensor = pool.storage.tensor
 
     def yielding(copy: Callable[..., Any]) -> Callable[..., Any]:
-        def copy_and_yield(*arguments: Any) -> Any:
+        def copy_and_yield(*arguments: Any, **options: Any) -> Any:
             if rng.random() < YIELDING:
                 time.sleep(0)  # lets another thread run; how long does not matter
-            return copy(*arguments)
+            return copy(*arguments, **options)
 
         return copy_and_yield
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from concurrent_kv import KVLayout, WaitTimeoutError
 from concurrent_kv.deadline import Deadline
 from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.tensors import Block, Indices, SlotTensor
+from concurrent_kv.slots import Slots, as_array
+from concurrent_kv.tensors import Block, Indices, SlotTensor, in_columns
 
 from .scheduler import BrokenPromiseError, Scheduler, Task
 
@@ -156,7 +157,10 @@ class ModelTensor(SlotTensor):
         self._scheduler = scheduler
         self._writing: set[int] = set()
 
-    def gather(self, table: Indices, out: Tensor) -> Tensor:
+    def gather(
+        self, tables: Indices, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+    ) -> tuple[Tensor, ...]:
+        table = in_columns(tables, rows, end, out.shape[3])
         slots = self.data[:, torch.from_numpy(table)]
         self._scheduler.step("is in the middle of reading its slots")
         again = self.data[:, torch.from_numpy(table)]
@@ -165,23 +169,23 @@ class ModelTensor(SlotTensor):
         if bool((again == TORN).any()):
             raise BrokenPromiseError(f"slots {np.unique(table).tolist()} were read while they were written")
         out[:, :, 0, :, 0] = again[:, :, :, 0, 0]
-        return out
+        return ()
 
     def scatter(
         self,
         source: Tensor,
         rows: Indices,
         columns: Indices,
-        slots: Indices,
+        slots: Slots,
         difference: Tensor | None = None,
         runs: int = 0,
         block: Block | None = None,
     ) -> tuple[Tensor, ...]:
         assert difference is None, "programs commit without corrections"
-        taken = slots.tolist()
+        taken = as_array(slots).tolist()
         if not self._writing.isdisjoint(taken):
             raise BrokenPromiseError(f"slots {taken} are written by two tasks at once")
-        index = torch.from_numpy(slots)
+        index = torch.from_numpy(as_array(slots))
         self._writing.update(taken)
         self.data[:, index] = TORN
         self._scheduler.step("is in the middle of writing its slots")

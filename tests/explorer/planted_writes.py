@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,9 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         pending = ticket
         for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
             with pool.storage.locks.write(sorted_shards([at]), deadline):
-                _enter_books(pool, [entry], replace(plan, tables=plan.tables[row : row + 1]), [at], pending)
+                one = copy(plan)
+                one.tables = plan.tables[row : row + 1]
+                _enter_books(pool, [entry], one, [at], pending)
             pending = Ticket(0, 0, ticket.taken, ticket.ticks)
         return Outcome.PUBLISHED, (0, 0)
 
@@ -96,11 +98,11 @@ def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         located = [(scope, scope.part_of(key)) for key in plan.keys]
         ticket = room.reserve(pool, scope, plan, located, deadline)
-        plan.tables[plan.own] = ticket.taken
+        plan.place(pool.storage.ledger, ticket.taken)
         entries = writing._new_entries(pool, scope, generation, plan, {})
         writing._publish(pool, scope, generation, entries, plan, located, ticket, deadline)
         assert plan.source is not None
-        pool.storage.tensor.scatter(plan.source, plan.rows, plan.columns, ticket.taken)
+        pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, ticket.taken)
         return True
 
     patch.setattr("concurrent_kv.committing.write", write)

@@ -51,6 +51,7 @@ OF_OTHERS = {
     ("flights.py", "settle"),
     ("loading.py", "join"),
     ("model.py", "share"),
+    ("plan.py", "share"),
     ("attach.py", "share"),
 }  # other things of the same names
 
