@@ -36,7 +36,7 @@ static int integers(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t *ou
     return 1;
 }
 
-/* View(array, writable=False): an array for many calls, each of which would ask it for its memory and shape anew. */
+/* View(array): an array for many calls, each of which would ask it for its memory and shape anew. */
 typedef struct {
     PyObject_HEAD
     Py_buffer buffer;
@@ -46,15 +46,14 @@ static PyTypeObject *view_type;
 
 static PyObject *view_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"array", "writable", NULL};
+    static char *names[] = {"array", NULL};
     PyObject *array;
-    int writable = 0;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O|p", names, &array, &writable))
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O", names, &array))
         return NULL;
     View *view = (View *)type->tp_alloc(type, 0);
     if (view == NULL)
         return NULL;
-    if (PyObject_GetBuffer(array, &view->buffer, PyBUF_ND | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) < 0) {
+    if (PyObject_GetBuffer(array, &view->buffer, PyBUF_ND | PyBUF_FORMAT) < 0) {
         view->buffer.obj = NULL;
         Py_DECREF(view);
         return NULL;
@@ -118,19 +117,24 @@ static int all_within(const Py_buffer *view, Py_ssize_t bound, const char *what)
     return 1;
 }
 
-/* A list of row numbers as an array of its own, which the caller frees. */
-static int64_t *rows_of(PyObject *list, Py_ssize_t bound)
+/* A list of row numbers, ints, as an array of its own, which the caller frees. Other numbers could change the list. */
+static int64_t *rows_of(PyObject *list, Py_ssize_t bound, Py_ssize_t *count)
 {
-    Py_ssize_t count = PyList_Size(list);
-    if (count < 0)
+    if (!PyList_Check(list)) {
+        PyErr_Format(PyExc_TypeError, "rows must be a list, got %s", Py_TYPE(list)->tp_name);
         return NULL;
-    int64_t *rows = PyMem_Malloc((count + 1) * sizeof(int64_t));
+    }
+    *count = PyList_GET_SIZE(list);
+    int64_t *rows = PyMem_Malloc((*count + 1) * sizeof(int64_t));
     if (rows == NULL) {
         PyErr_NoMemory();
         return NULL;
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        rows[i] = PyLong_AsLongLong(PyList_GET_ITEM(list, i));
+    for (Py_ssize_t i = 0; i < *count; i++) {
+        PyObject *row = PyList_GET_ITEM(list, i);
+        if (!PyLong_Check(row))
+            PyErr_Format(PyExc_TypeError, "rows must be ints, got %s", Py_TYPE(row)->tp_name);
+        rows[i] = PyLong_Check(row) ? PyLong_AsLongLong(row) : -1;
         if ((rows[i] == -1 && PyErr_Occurred()) || !within(rows[i], bound, "row")) {
             PyMem_Free(rows);
             return NULL;
@@ -166,13 +170,23 @@ static int slots_of(PyObject *object, Slots *slots, Py_ssize_t bound)
         PyBuffer_Release(&slots->view);
         return 0;
     }
-    PyObject *first = PyObject_GetAttrString(object, "start");
     slots->count = PyObject_Length(object);
-    slots->first = first == NULL ? -1 : PyLong_AsLongLong(first);
-    Py_XDECREF(first);
-    if (PyErr_Occurred())
+    if (slots->count < 1)
+        return slots->count == 0;
+    PyObject *ends[2] = {PySequence_GetItem(object, 0), PySequence_GetItem(object, slots->count - 1)};
+    int64_t numbers[2] = {-1, -1};
+    for (int i = 0; i < 2; i++) {
+        if (ends[i] != NULL)
+            numbers[i] = PyLong_AsLongLong(ends[i]);
+        Py_XDECREF(ends[i]);
+    }
+    if (PyErr_Occurred() || !within(numbers[0], bound, "slot") || !within(numbers[1], bound, "slot"))
         return 0;
-    return !slots->count || (within(slots->first, bound, "slot") && within(slots->first + slots->count - 1, bound, "slot"));
+    slots->first = numbers[0];
+    if (numbers[1] - numbers[0] == slots->count - 1)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "a range of slots must have step 1");
+    return 0;
 }
 
 /* Copies ---------------------------------------------------------------------------------------------------------- */
@@ -186,13 +200,22 @@ typedef struct {
 /* From the address of the slots, their shape, and the address of the batch. */
 static int memory_of(PyObject *const *arguments, Memory *m)
 {
-    if (!PyTuple_Check(arguments[1]) || !enough(PyTuple_GET_SIZE(arguments[1]), 4))
+    if (!PyTuple_Check(arguments[1])) {
+        PyErr_Format(PyExc_TypeError, "shape must be a tuple, got %s", Py_TYPE(arguments[1])->tp_name);
+        return 0;
+    }
+    if (!enough(PyTuple_GET_SIZE(arguments[1]), 4))
         return 0;
     m->slots = PyLong_AsVoidPtr(arguments[0]);
     m->batch = PyLong_AsVoidPtr(arguments[2]);
     Py_ssize_t shape[4];
     if (PyErr_Occurred() || !integers(((PyTupleObject *)arguments[1])->ob_item, 4, shape))
         return 0;
+    for (int i = 0; i < 4; i++)
+        if (shape[i] < 1) {
+            PyErr_Format(PyExc_ValueError, "shape must be positive, got %zd", shape[i]);
+            return 0;
+        }
     m->planes = shape[0], m->num_slots = shape[1], m->heads = shape[2], m->bytes = shape[3];
     return 1;
 }
@@ -245,10 +268,9 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
     Py_ssize_t end = numbers[1], filled = numbers[2], window = tables.shape[1];
     m.columns = numbers[0];
     PyObject *result = NULL;
-    int64_t *slots = NULL, *rows = rows_of(arguments[7], tables.shape[0]);
+    int64_t *slots = NULL, *rows = rows_of(arguments[7], tables.shape[0], &m.rows);
     if (rows == NULL || !within(filled, m.columns + 1, "filled") || !within(end, window + 1, "end"))
         goto done;
-    m.rows = PyList_GET_SIZE(arguments[7]);
     slots = PyMem_Calloc(m.rows * filled + 1, sizeof(int64_t));
     if (slots == NULL) {
         PyErr_NoMemory();
@@ -373,10 +395,11 @@ static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t 
         got++;
     PyObject *result = NULL;
     int64_t *rows = NULL;
+    Py_ssize_t entries;
     if (got < ARRAYS || !slots_of(arguments[5], &taken, a[WRITTEN_AT].shape[0]) ||
-        (rows = rows_of(arguments[1], a[TABLES].shape[0])) == NULL)
+        (rows = rows_of(arguments[1], a[TABLES].shape[0], &entries)) == NULL)
         goto done;
-    Py_ssize_t entries = PyList_GET_SIZE(arguments[1]), window = a[TABLES].shape[1], tokens = taken.count, next = 0;
+    Py_ssize_t window = a[TABLES].shape[1], tokens = taken.count, next = 0;
     const char *shared = a[SHARED].buf, *own = a[OWN].buf;
     Py_ssize_t cells = entries * window, owned = 0;
     int fits = a[COLUMNS].shape[0] == window && a[POSITIONS].shape[0] == tokens && a[SHARED].len == cells &&
@@ -421,9 +444,11 @@ static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t 
         ++got;
     PyObject *tails = NULL;
     int64_t *rows = NULL;
-    if (got < 3 || !all_within(&a[2], a[1].shape[0], "slot") || (rows = rows_of(arguments[1], a[0].shape[0])) == NULL)
+    Py_ssize_t entries;
+    if (got < 3 || !all_within(&a[2], a[1].shape[0], "slot") ||
+        (rows = rows_of(arguments[1], a[0].shape[0], &entries)) == NULL)
         goto done;
-    Py_ssize_t entries = PyList_GET_SIZE(arguments[1]), window = a[0].shape[1];
+    Py_ssize_t window = a[0].shape[1];
     if (a[2].shape[0] != entries || a[2].shape[1] != window || window < 1) {
         PyErr_SetString(PyExc_ValueError, "new must be [rows, window]");
         goto done;
@@ -461,7 +486,9 @@ static PyObject *mark(PyObject *module, PyObject *const *arguments, Py_ssize_t c
         !array_of(arguments[0], &array, 1, INT32, PyBUF_WRITABLE))
         return NULL;
     PyObject *result = NULL;
-    if (slots_of(arguments[1], &slots, array.shape[0])) {
+    if (number != (int32_t)number)
+        PyErr_Format(PyExc_OverflowError, "number must be an int32, got %zd", number);
+    else if (slots_of(arguments[1], &slots, array.shape[0])) {
         for (Py_ssize_t i = 0; i < slots.count; i++)
             ((int32_t *)array.buf)[slot_of(&slots, i)] = (int32_t)number;
         PyBuffer_Release(&slots.view);
@@ -525,6 +552,10 @@ static uint64_t xxh64(const unsigned char *at, Py_ssize_t bytes)
 
 static PyObject *hashes_of(const unsigned char *at, Py_ssize_t rows, Py_ssize_t bytes)
 {
+    if (rows < 0 || bytes < 0) {
+        PyErr_SetString(PyExc_ValueError, "rows and bytes must not be negative");
+        return NULL;
+    }
     PyObject *hashes = PyList_New(rows);
     for (Py_ssize_t row = 0; hashes != NULL && row < rows; row++) {
         uint64_t hash = xxh64(at + row * bytes, bytes);
@@ -548,7 +579,11 @@ static PyObject *hash_rows(PyObject *module, PyObject *const *arguments, Py_ssiz
     if (!enough(count, 2) || !integers(arguments + 1, 1, &rows) ||
         PyObject_GetBuffer(arguments[0], &view, PyBUF_SIMPLE) < 0)
         return NULL;
-    PyObject *hashes = hashes_of(view.buf, rows, rows ? view.len / rows : 0);
+    PyObject *hashes = NULL;
+    if (rows > 0 && view.len % rows)
+        PyErr_Format(PyExc_ValueError, "%zd bytes are no %zd equal rows", view.len, rows);
+    else
+        hashes = hashes_of(view.buf, rows, rows ? view.len / rows : 0);
     PyBuffer_Release(&view);
     return hashes;
 }

@@ -14,6 +14,13 @@ from typing_extensions import Buffer
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
+_Ints: TypeAlias = NDArray[np.int64] | View
+
+# An array for many calls, each of which would ask it for its memory and shape anew: taken in its place.
+class View:
+    def __init__(
+        self, array: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_], writable: bool = False
+    ) -> None: ...
 
 # Tokens of the slot tables `tables[rows]`, each row's newest before column `end`, into columns 0 to `filled` of a batch
 # [planes, rows, heads, columns] at the address `batch`. What no table fills becomes slot 0, which is zeros. Lets go of
@@ -25,7 +32,7 @@ def gather(
     columns: int,
     end: int,
     filled: int,
-    tables: NDArray[np.int64],
+    tables: _Ints,
     rows: list[int],
     /,
 ) -> None: ...
@@ -44,8 +51,8 @@ def scatter(
     plane_bytes: int,
     kept: int,
     corrected: int,
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
+    rows: _Ints,
+    columns: _Ints,
     taken: _Slots,
     /,
 ) -> None: ...
@@ -54,26 +61,24 @@ def scatter(
 # of the parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are
 # those of the tokens in `taken`, and go into `written_at[slot]`.
 def share(
-    tables: NDArray[np.int64],
+    tables: _Ints,
     rows: list[int],
-    columns: NDArray[np.int64],
-    shared: NDArray[np.bool_],
-    own: NDArray[np.bool_],
+    columns: _Ints,
+    shared: NDArray[np.bool_] | View,
+    own: NDArray[np.bool_] | View,
     taken: _Slots,
-    positions: NDArray[np.int64],
-    written_at: NDArray[np.int64],
-    out: NDArray[np.int64],
+    positions: _Ints,
+    written_at: _Ints,
+    out: _Ints,
     /,
 ) -> None: ...
 
 # Slot tables `new` [rows, window] into `tables[rows]`, and one more entry in `counts[slot]` for each of their slots but
 # slot 0. Returns the last slot of each.
-def enter(
-    tables: NDArray[np.int64], rows: list[int], counts: NDArray[np.int32], new: NDArray[np.int64], /
-) -> list[int]: ...
+def enter(tables: _Ints, rows: list[int], counts: NDArray[np.int32] | View, new: _Ints, /) -> list[int]: ...
 
 # `array[slots] = number`.
-def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
+def mark(array: NDArray[np.int32] | View, slots: _Slots, number: int, /) -> None: ...
 
 # The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
 def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...

@@ -35,7 +35,7 @@ class Viewed:
         last = self._last
         if last is None or last[0] is not array:
             # In one piece: several threads may be here, with the old array and the new.
-            last = self._last = array, native.View(array, True)
+            last = self._last = array, native.View(array)
         return last[1]
 
 

@@ -35,7 +35,7 @@ def rule_1_recorded_before_the_tick_is_taken(patch: Patch) -> None:
     """Another thread's work, enqueued in between and ticked before, would be taken for covered."""
 
     def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
-        backend = self._backend
+        backend = self.backend
         assert backend is not None
         me, mine = self._meet(backend, stream)
         event = backend.record(stream)
@@ -71,7 +71,7 @@ def tick_not_taken_in_one_piece(patch: Patch) -> None:
     """Two threads count at once, and the count goes back."""
 
     def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
-        backend = self._backend
+        backend = self.backend
         assert backend is not None
         me, mine = self._meet(backend, stream)
         with self._lock:
@@ -126,7 +126,7 @@ def rule_2_an_older_event_taken(patch: Patch) -> None:
 
 def rule_3_seen_raised_before_the_wait(patch: Patch) -> None:
     def order_after(self: StreamClock, stream: Any, ticks: Ticks) -> None:
-        backend = self._backend
+        backend = self.backend
         assert backend is not None
         me, mine = self._meet(backend, stream)
         for producer, tick in ticks.items():
@@ -143,7 +143,7 @@ def rule_3_seen_raised_before_the_wait(patch: Patch) -> None:
 
 def rule_3_all_that_is_ticked_by_now_taken_for_seen(patch: Patch) -> None:
     def order_after(self: StreamClock, stream: Any, ticks: Ticks) -> None:
-        backend = self._backend
+        backend = self.backend
         assert backend is not None
         me, mine = self._meet(backend, stream)
         for producer, tick in ticks.items():

@@ -279,7 +279,7 @@ def streams_forgotten_while_they_are_used(patch: Patch) -> None:
     """Rule 6: what was met is forgotten before it ticks, and the tick is nobody's."""
 
     def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
-        backend = self._backend
+        backend = self.backend
         assert backend is not None
         me, mine = self._meet(backend, stream)
         with self._lock:
@@ -302,7 +302,7 @@ def no_event_for_a_second_stream(patch: Patch) -> None:
     """Rule 7, too far: only streams that are alone need none."""
 
     def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
-        me, known = self._meet(self._backend, stream)  # type: ignore[arg-type]
+        me, known = self._meet(self.backend, stream)  # type: ignore[arg-type]
         self._now += 1
         known.tick = known.done = self._now
         return {me: self._now}
