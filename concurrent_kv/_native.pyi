@@ -18,9 +18,7 @@ _Ints: TypeAlias = NDArray[np.int64] | View
 
 # An array for many calls, each of which would ask it for its memory and shape anew: taken in its place.
 class View:
-    def __init__(
-        self, array: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_], writable: bool = False
-    ) -> None: ...
+    def __init__(self, array: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_]) -> None: ...
 
 # Tokens of the slot tables `tables[rows]`, each row's newest before column `end`, into columns 0 to `filled` of a batch
 # [planes, rows, heads, columns] at the address `batch`. What no table fills becomes slot 0, which is zeros. Lets go of

@@ -39,4 +39,4 @@ class Viewed:
         return last[1]
 
 
-native = _load()  # typed by `_native.pyi` where it is called
+native = _load()
