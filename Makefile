@@ -16,7 +16,7 @@ LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_l
 
 # What concurrent_kv/_native is built from, and $(call forget_module,PYTHON), which removes what was built for one
 # interpreter: where a later build fails, the package must run without the module rather than with an old one.
-BUILD := setup.py concurrent_kv/_native.c
+BUILD := setup.py concurrent_kv/_native.c $(wildcard concurrent_kv/csrc/*.h)
 forget_module = rm -f concurrent_kv/_native$$($(1) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 
 help:

@@ -1,6 +1,7 @@
 """The compiled module, which is optional: where it cannot be built, the package is installed without it."""
 
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -11,6 +12,7 @@ setup(
         Extension(
             "concurrent_kv._native",
             ["concurrent_kv/_native.c"],
+            depends=sorted(glob("concurrent_kv/csrc/*.h")),
             extra_compile_args=["/std:c11"] if MSVC else ["-O3"],
             optional=True,
         )

@@ -1,0 +1,131 @@
+/* `share`, `enter` and `mark`: slot tables and what is counted of them. See `plan.py`, `ledger.py` and `slots.py`. */
+
+#ifndef CONCURRENT_KV_TABLES_H
+#define CONCURRENT_KV_TABLES_H
+
+#include "arguments.h"
+
+/* share(tables, rows, columns, shared, own, taken, positions, written_at, out)
+ *
+ * Slot tables `out` of entries that share slots with the entries of `tables[rows]`: column c is `columns[c]` of the
+ * parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are those
+ * of the tokens in `taken`, and go into `written_at[slot]`.
+ */
+static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    enum { TABLES, COLUMNS, SHARED, OWN, POSITIONS, WRITTEN_AT, OUT, ARRAYS };
+    static const int dimensions[ARRAYS] = {2, 1, 2, 2, 1, 1, 2}, at[ARRAYS] = {0, 2, 3, 4, 6, 7, 8};
+    Py_buffer a[ARRAYS];
+    Slots taken = {.view = {.obj = NULL}};
+    if (!enough(count, ARRAYS + 2))
+        return NULL;
+    int got = 0;
+    while (got < ARRAYS && array_of(arguments[at[got]], &a[got], dimensions[got],
+                                    got == SHARED || got == OWN ? "?" : INT64, got >= WRITTEN_AT ? PyBUF_WRITABLE : 0))
+        got++;
+    PyObject *result = NULL;
+    int64_t *rows = NULL;
+    Py_ssize_t entries;
+    if (got < ARRAYS || !slots_of(arguments[5], &taken, a[WRITTEN_AT].shape[0]) ||
+        (rows = rows_of(arguments[1], a[TABLES].shape[0], &entries)) == NULL)
+        goto done;
+    Py_ssize_t window = a[TABLES].shape[1], tokens = taken.count, next = 0;
+    const char *shared = a[SHARED].buf, *own = a[OWN].buf;
+    Py_ssize_t cells = entries * window, owned = 0;
+    int fits = a[COLUMNS].shape[0] == window && a[POSITIONS].shape[0] == tokens && a[SHARED].len == cells &&
+               a[OWN].len == cells && a[OUT].len == cells * 8;
+    for (Py_ssize_t i = 0; fits && i < cells; i++)
+        owned += own[i] != 0;
+    if (!fits || owned != tokens) {
+        PyErr_SetString(PyExc_ValueError, "arrays must be as many entries, columns and tokens");
+        goto done;
+    }
+    if (!all_within(&a[COLUMNS], window, "column"))
+        goto done;
+    const int64_t *tables = a[TABLES].buf, *columns = a[COLUMNS].buf, *positions = a[POSITIONS].buf;
+    int64_t *written_at = a[WRITTEN_AT].buf, *out = a[OUT].buf;
+    for (Py_ssize_t i = 0; i < tokens; i++)
+        written_at[slot_of(&taken, i)] = positions[i];
+    for (Py_ssize_t entry = 0; entry < entries; entry++)
+        for (Py_ssize_t column = 0; column < window; column++, own++, shared++)
+            *out++ = *own ? slot_of(&taken, next++) : *shared ? tables[rows[entry] * window + columns[column]] : 0;
+    result = Py_NewRef(Py_None);
+done:
+    PyMem_Free(rows);
+    PyBuffer_Release(&taken.view);
+    while (got)
+        PyBuffer_Release(&a[--got]);
+    return result;
+}
+
+/* enter(tables, rows, counts, new) -> tails
+ *
+ * Put the slot tables `new` into `tables[rows]` and count one more entry for each of their slots but slot 0; the last
+ * slot of each.
+ */
+static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_buffer a[3];
+    if (!enough(count, 4))
+        return NULL;
+    int got = 0;
+    if (array_of(arguments[0], &a[0], 2, INT64, PyBUF_WRITABLE) && ++got &&
+        array_of(arguments[2], &a[1], 1, INT32, PyBUF_WRITABLE) && ++got && array_of(arguments[3], &a[2], 2, INT64, 0))
+        ++got;
+    PyObject *tails = NULL;
+    int64_t *rows = NULL;
+    Py_ssize_t entries;
+    if (got < 3 || !all_within(&a[2], a[1].shape[0], "slot") ||
+        (rows = rows_of(arguments[1], a[0].shape[0], &entries)) == NULL)
+        goto done;
+    Py_ssize_t window = a[0].shape[1];
+    if (a[2].shape[0] != entries || a[2].shape[1] != window || window < 1) {
+        PyErr_SetString(PyExc_ValueError, "new must be [rows, window]");
+        goto done;
+    }
+    tails = PyList_New(entries);
+    const int64_t *new = a[2].buf;
+    for (Py_ssize_t i = 0; tails != NULL && i < entries; i++) {
+        PyObject *tail = PyLong_FromLongLong(new[(i + 1) * window - 1]);
+        if (tail == NULL)
+            Py_CLEAR(tails);
+        else
+            PyList_SET_ITEM(tails, i, tail);
+    }
+    if (tails == NULL)
+        goto done;
+    int32_t *counts = a[1].buf;
+    for (Py_ssize_t i = 0; i < entries; i++)
+        memcpy((int64_t *)a[0].buf + rows[i] * window, new + i * window, window * sizeof(int64_t));
+    for (Py_ssize_t i = 0; i < entries * window; i++)
+        counts[new[i]] += new[i] != 0;
+done:
+    PyMem_Free(rows);
+    while (got)
+        PyBuffer_Release(&a[--got]);
+    return tails;
+}
+
+/* mark(array, slots, number): `array[slots] = number`, of an int32 array. */
+static PyObject *mark(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_ssize_t number;
+    Py_buffer array;
+    Slots slots;
+    if (!enough(count, 3) || !integers(arguments + 2, 1, &number) ||
+        !array_of(arguments[0], &array, 1, INT32, PyBUF_WRITABLE))
+        return NULL;
+    PyObject *result = NULL;
+    if (number != (int32_t)number)
+        PyErr_Format(PyExc_OverflowError, "number must be an int32, got %zd", number);
+    else if (slots_of(arguments[1], &slots, array.shape[0])) {
+        for (Py_ssize_t i = 0; i < slots.count; i++)
+            ((int32_t *)array.buf)[slot_of(&slots, i)] = (int32_t)number;
+        PyBuffer_Release(&slots.view);
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&array);
+    return result;
+}
+
+#endif
