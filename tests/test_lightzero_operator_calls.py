@@ -79,11 +79,10 @@ def test_the_released_cache_takes_more_with_every_environment_and_layer(name: st
         assert len(calls_of(name, env, layers, "off")) == 2 * layers * ((3 + absolute) * env + 1)
 
 
-@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("name", ["cartpole", "lunarlander"])
 @pytest.mark.parametrize("env_num", [8, 32])
 def test_a_simulated_step_synchronises_with_the_device_once(
-    name: str, env_num: int, monkeypatch: pytest.MonkeyPatch
+    loops: str, name: str, env_num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = replace(SHAPES[name], env_num=env_num, embed_dim=64, num_heads=2)
     model, walk = make_world_model(shape), Walk(shape, env_num)
@@ -114,7 +113,8 @@ def test_a_simulated_step_synchronises_with_the_device_once(
     observed(model, inside)
     walk.simulate([model])
     assert counted["cpu"] <= 1, counted
-    assert counted.total() - counted["cpu"] == 1, counted
+    # The states, for their hashes; compiled loops read them where they are, which they do on a CPU only.
+    assert counted.total() - counted["cpu"] == {"torch": 1, "compiled": 0}[loops], counted
     monkeypatch.undo()
     for method in CACHE_PATH:
         delattr(model, method)

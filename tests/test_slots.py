@@ -42,6 +42,16 @@ def test_neighbours_freed_after_each_other_are_one_run_again() -> None:
     assert taken.slots == range(1, 21)
 
 
+def test_runs_that_turn_out_to_follow_each_other_are_one_range() -> None:
+    slots = SlotAllocator(20)
+    entries = [held(slots, 5) for _ in range(4)]
+    for entry in [entries[0], entries[2], entries[1], entries[3]]:
+        slots.drop(entry[None], {})
+    taken = slots.allocate(20)
+    assert taken is not None
+    assert taken.slots == range(1, 21)
+
+
 def test_slots_in_pieces_are_taken_where_no_run_is_long_enough() -> None:
     slots = SlotAllocator(20)
     entries = [held(slots, 5) for _ in range(4)]
