@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from .errors import InvalidArgumentError
-from .native import native
+from .native import address_of, native
 
 __all__ = ["State", "hash_state", "hash_states"]
 
@@ -59,8 +59,9 @@ def hash_states(states: State) -> list[str]:
         raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
     rows = states.shape[0]
     if native is not None:
-        if type(states) is torch.Tensor and states.is_cpu and _is_plain(states) and states.is_contiguous():
-            return native.hash_memory(states.data_ptr(), rows, states.nbytes // rows)  # type: ignore[no-any-return]
+        address = _address_of(states) if type(states) is torch.Tensor else 0
+        if address:
+            return native.hash_memory(address, rows, states.nbytes // rows)  # type: ignore[no-any-return]
         array = type(states) is np.ndarray and states.dtype.char in CAST and states.flags.c_contiguous
         return native.hash_rows(states if array else _bytes_of(states), rows)  # type: ignore[no-any-return]
     data = memoryview(_bytes_of(states)).cast("B")
@@ -68,9 +69,10 @@ def hash_states(states: State) -> list[str]:
     return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory is its numbers."""
-    return tensor.layout is torch.strided and tensor.dtype in PLAIN and not tensor.is_neg()
+def _address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers lie, row by row; 0 if they do not lie in host memory like that."""
+    plain = tensor.is_cpu and tensor.layout is torch.strided and tensor.dtype in PLAIN
+    return address_of(tensor) if plain and tensor.is_contiguous() else 0
 
 
 def _bytes_of(state: State) -> bytes | memoryview:

@@ -60,7 +60,7 @@ class Search(Handle):
     ) -> None:
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
-        self._checked_envs: tuple[Hashable, ...] | None = None  # the last tuple that was
+        self._checked_envs = env_ids  # the last tuple of them that was checked
         self._state = state
         state.roots_hold.owner = ref(self)
         self._order = order

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from .errors import ClosedError
 from .layout import KVLayout
 from .moving import upload
-from .native import native
+from .native import address_of, native
 from .overflow import PositionTable
 from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
@@ -146,9 +146,10 @@ class SlotTensor:
         is done.
         """
         layout, data, columns = self.layout, self.data, out.shape[3]
-        if self._copies_itself(out, out.nbytes):
+        address = self._compiled_at(out, out.nbytes)
+        if address:
             filled = columns if whole else end
-            self._native.gather(data.data_ptr(), self._shape, out.data_ptr(), columns, end, filled, tables, rows)
+            self._native.gather(data.data_ptr(), self._shape, address, columns, end, filled, tables, rows)
             if not out.is_inference():
                 increment_version(out)
             return ()
@@ -158,11 +159,11 @@ class SlotTensor:
             torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return (index,)
 
-    def _copies_itself(self, other: Tensor, nbytes: int) -> bool:
-        """Whether compiled code does a copy of so many bytes to or from `other`."""
+    def _compiled_at(self, other: Tensor, nbytes: int) -> int:
+        """The address of a batch, if compiled code does a copy of so many bytes to or from it; 0 if torch does."""
         if self._native is None or type(other) is not Tensor:
-            return False
-        return nbytes < LARGE_BYTES or torch.get_num_threads() == 1
+            return 0
+        return address_of(other) if nbytes < LARGE_BYTES or torch.get_num_threads() == 1 else 0
 
     def scatter(
         self,
@@ -188,10 +189,14 @@ class SlotTensor:
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
-        if self._copies_itself(source, len(slots) * layout.bytes_per_token) and (
-            difference is None or layout.dtype is torch.float32
-        ):
-            self._scatter_itself(data, source, rows, columns, slots, difference, runs)
+        address = self._compiled_at(source, len(slots) * layout.bytes_per_token)
+        if address and (difference is None or layout.dtype is torch.float32):
+            added = (0, 0, 1, 0)
+            if difference is not None:
+                kept = difference.shape[1]
+                added = (difference.data_ptr(), difference.stride(0) * difference.element_size(), kept, runs * kept)
+            batch = (address, source.shape[1], source.shape[3])
+            self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
             return ()
         with plain_torch_state():
             if block is None:
@@ -214,23 +219,6 @@ class SlotTensor:
             corrected.add_(difference.unsqueeze(1))
         _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
         return source_index, slot_index, tokens
-
-    def _scatter_itself(
-        self,
-        data: Tensor,
-        source: Tensor,
-        rows: Indices,
-        columns: Indices,
-        slots: Slots,
-        difference: Tensor | None,
-        runs: int,
-    ) -> None:
-        added = (0, 0, 1, 0)
-        if difference is not None:
-            kept = difference.shape[1]
-            added = (difference.data_ptr(), difference.stride(0) * difference.element_size(), kept, runs * kept)
-        batch = (source.data_ptr(), source.shape[1], source.shape[3])
-        self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
 
     def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
         data, layout = self.data, self.layout

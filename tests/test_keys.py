@@ -189,3 +189,8 @@ def test_hash_states_reads_the_bytes_of_any_dtype(dtype: str) -> None:
 def test_hash_states_of_no_rows_is_an_error_that_names_the_argument(states: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"^states must be an array or tensor with at least one row"):
         hash_states(states)
+
+
+def test_tensors_whose_sign_is_a_flag_hash_like_their_numbers() -> None:
+    states = torch.randn(3, 4)
+    assert hash_states(torch._neg_view(states)) == hash_states(-states)

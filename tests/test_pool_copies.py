@@ -254,3 +254,40 @@ def test_an_out_buffer_made_in_any_mode_is_gathered_into(pool: KVPool, mode: str
         with pool.gather(["a"], out=out):
             pass
     assert torch.equal(out[:, :, :, :4], packed(tokens(1, 4)))
+
+
+# Tensors whose numbers are not simply in their memory -----------------------------------------------------------------
+
+
+def test_tensors_whose_sign_is_a_flag_are_stored_with_their_sign(pool: KVPool) -> None:
+    kv = stacked(tokens(1, 3))
+    assert kv.packed is not None
+    pool.put("a", KeysValues.from_packed(torch._neg_view(kv.packed)))
+    assert_same(pool.get("a"), KeysValues.from_packed(-kv.packed))
+
+
+def test_zeros_without_memory_are_stored_as_zeros(pool: KVPool) -> None:
+    zeros = packed(stacked(tokens(1, 3))) * 0
+    pool.put("a", KeysValues.from_packed(torch._efficientzerotensor(zeros.shape)))
+    assert_same(pool.get("a"), KeysValues.from_packed(zeros))
+
+
+def test_a_pool_can_be_read_within_a_transform(pool: KVPool) -> None:
+    pool.put("a", stacked(tokens(1, 3)))
+
+    def scaled(factor: Tensor) -> Tensor:
+        kv = pool.get("a")
+        assert kv is not None
+        return packed(kv).sum() * factor
+
+    assert torch.func.grad(scaled)(torch.tensor(2.0)) == scaled(torch.tensor(1.0))
+
+
+def test_a_gather_is_a_change_of_the_callers_buffer_that_autograd_sees(pool: KVPool) -> None:
+    pool.put("a", stacked(tokens(1, 3)))
+    out = torch.zeros(4, 1, 2, WINDOW, 3)
+    weight = torch.ones((), requires_grad=True)
+    product = (weight * out).sum()
+    pool.gather(["a"], out=out).close()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()  # type: ignore[no-untyped-call]
