@@ -223,7 +223,8 @@ class Batch(Handle):
         tokens = positive_int("tokens", tokens)
         if self._uses is not None:
             self.use_here()
-        self._ends = [self._check_room(end, tokens) for end in self._ends]
+        self._check_room(max(self._ends), tokens)
+        self._ends = [end + tokens for end in self._ends]
 
     def _check_room(self, end: int, tokens: int) -> int:
         if end + tokens > self.data.shape[3]:

@@ -80,12 +80,13 @@ def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tens
     layout = storage.layout
     if not isinstance(out, Tensor):
         raise InvalidTypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    columns = out.shape[3] if out.dim() == 5 else 0
+    shape = out.shape
+    columns = shape[3] if len(shape) == 5 else 0
     expected = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
-    if tuple(out.shape) != expected or columns > layout.max_tokens:
+    if shape != expected or columns > layout.max_tokens:
         raise InvalidArgumentError(
             f"out must have the shape [2 * layers={expected[0]}, batch={batch}, heads={expected[2]}, columns up to "
-            f"{layout.max_tokens}, head_dim={expected[4]}], got {tuple(out.shape)}"
+            f"{layout.max_tokens}, head_dim={expected[4]}], got {tuple(shape)}"
         )
     if columns < needed:
         raise InvalidArgumentError(f"out must have at least {needed} columns, got {columns}")
