@@ -55,7 +55,7 @@ def scatter(
     /,
 ) -> None: ...
 
-# Slot tables `out` [entries, window] of entries that share slots with those of `tables[rows]`: column c is `columns[c]`
+# The slot tables [entries, window] of entries that share slots with those of `tables[rows]`: column c is `columns[c]`
 # of the parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are
 # those of the tokens in `taken`, and go into `written_at[slot]`.
 def share(
@@ -67,13 +67,12 @@ def share(
     taken: _Slots,
     positions: _Ints,
     written_at: _Ints,
-    out: _Ints,
     /,
-) -> None: ...
+) -> bytearray: ...
 
-# Slot tables `new` [rows, window] into `tables[rows]`, and one more entry in `counts[slot]` for each of their slots but
-# slot 0. Returns the last slot of each.
-def enter(tables: _Ints, rows: list[int], counts: NDArray[np.int32] | View, new: _Ints, /) -> list[int]: ...
+# Slot tables `new` [rows, window], an array or what `share` returned, into `tables[rows]`, and one more entry in
+# `counts[slot]` for each of their slots but slot 0. Returns the last slot of each.
+def enter(tables: _Ints, rows: list[int], counts: NDArray[np.int32] | View, new: _Ints | bytearray, /) -> list[int]: ...
 
 # `array[slots] = number`.
 def mark(array: NDArray[np.int32] | View, slots: _Slots, number: int, /) -> None: ...

@@ -87,8 +87,11 @@ class Ledger:
 
     # Entries -----------------------------------------------------------------------------------------------------
 
-    def make(self, entries: Sequence[Entry], tables: npt.NDArray[np.int64]) -> None:
-        """Give new entries their slot tables `[entries, window]` and the reference of the index. Mutex held."""
+    def make(self, entries: Sequence[Entry], tables: npt.NDArray[np.int64] | bytearray) -> None:
+        """Give new entries their slot tables `[entries, window]` and the reference of the index. Mutex held.
+
+        The tables may be the bytes of an array, as compiled code makes them.
+        """
         while len(self._free_rows) < len(entries):
             rows = len(self.tables)
             # Readers may be using the old array without the mutex: it is replaced, never resized in place.
@@ -98,6 +101,7 @@ class Ledger:
         rows_taken = self._free_rows[first:]
         del self._free_rows[first:]
         if native is None:
+            assert not isinstance(tables, bytearray)
             self.tables[rows_taken] = tables
             self.slots.hold(tables)
             tails = tables[:, -1].tolist()

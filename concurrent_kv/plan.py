@@ -39,14 +39,14 @@ class WritePlan:
         shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
             after them.
         foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
-        tables: `[entries, window]`, once they are placed.
+        placed: their slot tables, once there are some: as an array, or as the bytes of one.
     """
 
     difference: Tensor | None = None
     runs = 0
     shared_writes: Ticks = NO_TICKS
     foreign_slots = 0
-    tables: Indices
+    placed: Indices | bytearray
 
     def __init__(
         self,
@@ -67,6 +67,13 @@ class WritePlan:
         self.source = source
 
     @property
+    def tables(self) -> Indices:
+        """The entries' slot tables `[entries, window]`."""
+        if isinstance(self.placed, bytearray):
+            self.placed = np.frombuffer(self.placed, dtype=np.int64).reshape(self.shape.own.shape)
+        return self.placed
+
+    @property
     def num_slots(self) -> int:
         """Slots it needs."""
         return len(self.shape.rows)
@@ -81,13 +88,12 @@ class WritePlan:
         if native is None:
             slots = as_array(taken)
             ledger.written_at[slots] = shape.written_at
-            self.tables = self._shared(ledger.tables)
-            self.tables[shape.own] = slots
+            self.placed = self._shared(ledger.tables)
+            self.placed[shape.own] = slots
         else:
-            self.tables = np.empty(shape.own.shape, dtype=np.int64)
             tables, written_at = ledger.viewed.of(ledger.tables), ledger.viewed_positions.of(ledger.written_at)
             columns, shared, own, positions = shape.views
-            native.share(tables, self.parents, columns, shared, own, taken, positions, written_at, self.tables)
+            self.placed = native.share(tables, self.parents, columns, shared, own, taken, positions, written_at)
 
     def _shared(self, tables: Indices) -> Indices:
         shape = self.shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -133,13 +133,14 @@ class SlotAllocator:
 
     def _take(self, count: int) -> Run:
         """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
-        for place, run in enumerate(islice(self._runs, RUNS_LOOKED_AT)):
-            slots, ticks = run
+        runs = self._runs
+        for place in range(min(len(runs), RUNS_LOOKED_AT)):
+            slots, ticks = run = runs[place]
             if len(slots) > count:
-                self._runs[place] = slots[count:], ticks
+                runs[place] = slots[count:], ticks
                 return slots[:count], ticks
             if len(slots) == count:
-                del self._runs[place]
+                del runs[place]
                 return run
         return self._take_several(count)
 

@@ -211,7 +211,7 @@ def _admit(
         # Less may be replaced than when the room was taken: a key may have been released meanwhile.
         if scope.budget.entries - len(old) > scope.budget.max_entries:
             check_budget(pool, scope.budget, len(old))
-    ledger.make(entries, plan.tables)
+    ledger.make(entries, plan.placed)
     ticket.spent = True
     return 0, 0
 

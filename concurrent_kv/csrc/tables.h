@@ -5,23 +5,23 @@
 
 #include "arguments.h"
 
-/* share(tables, rows, columns, shared, own, taken, positions, written_at, out)
+/* share(tables, rows, columns, shared, own, taken, positions, written_at) -> slot tables [entries, window], in bytes
  *
- * Slot tables `out` of entries that share slots with the entries of `tables[rows]`: column c is `columns[c]` of the
+ * The slot tables of entries that share slots with the entries of `tables[rows]`: column c is `columns[c]` of the
  * parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are those
  * of the tokens in `taken`, and go into `written_at[slot]`.
  */
 static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    enum { TABLES, COLUMNS, SHARED, OWN, POSITIONS, WRITTEN_AT, OUT, ARRAYS };
-    static const int dimensions[ARRAYS] = {2, 1, 2, 2, 1, 1, 2}, at[ARRAYS] = {0, 2, 3, 4, 6, 7, 8};
+    enum { TABLES, COLUMNS, SHARED, OWN, POSITIONS, WRITTEN_AT, ARRAYS };
+    static const int dimensions[ARRAYS] = {2, 1, 2, 2, 1, 1}, at[ARRAYS] = {0, 2, 3, 4, 6, 7};
     Py_buffer a[ARRAYS];
     Slots taken = {.view = {.obj = NULL}};
     if (!enough(count, ARRAYS + 2))
         return NULL;
     int got = 0;
     while (got < ARRAYS && array_of(arguments[at[got]], &a[got], dimensions[got],
-                                    got == SHARED || got == OWN ? "?" : INT64, got >= WRITTEN_AT ? PyBUF_WRITABLE : 0))
+                                    got == SHARED || got == OWN ? "?" : INT64, got == WRITTEN_AT ? PyBUF_WRITABLE : 0))
         got++;
     PyObject *result = NULL;
     int64_t *rows = NULL;
@@ -33,7 +33,7 @@ static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     const char *shared = a[SHARED].buf, *own = a[OWN].buf;
     Py_ssize_t cells = entries * window, owned = 0;
     int fits = a[COLUMNS].shape[0] == window && a[POSITIONS].shape[0] == tokens && a[SHARED].len == cells &&
-               a[OWN].len == cells && a[OUT].len == cells * 8;
+               a[OWN].len == cells;
     for (Py_ssize_t i = 0; fits && i < cells; i++)
         owned += own[i] != 0;
     if (!fits || owned != tokens) {
@@ -43,13 +43,15 @@ static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     if (!all_within(&a[COLUMNS], window, "column"))
         goto done;
     const int64_t *tables = a[TABLES].buf, *columns = a[COLUMNS].buf, *positions = a[POSITIONS].buf;
-    int64_t *written_at = a[WRITTEN_AT].buf, *out = a[OUT].buf;
+    result = PyByteArray_FromStringAndSize(NULL, cells * (Py_ssize_t)sizeof(int64_t));
+    if (result == NULL)
+        goto done;
+    int64_t *written_at = a[WRITTEN_AT].buf, *out = (int64_t *)PyByteArray_AS_STRING(result);
     for (Py_ssize_t i = 0; i < tokens; i++)
         written_at[slot_of(&taken, i)] = positions[i];
     for (Py_ssize_t entry = 0; entry < entries; entry++)
         for (Py_ssize_t column = 0; column < window; column++, own++, shared++)
             *out++ = *own ? slot_of(&taken, next++) : *shared ? tables[rows[entry] * window + columns[column]] : 0;
-    result = Py_NewRef(Py_None);
 done:
     PyMem_Free(rows);
     PyBuffer_Release(&taken.view);
@@ -58,10 +60,17 @@ done:
     return result;
 }
 
+static int new_tables(PyObject *object, Py_buffer *view)
+{
+    if (!PyByteArray_Check(object))
+        return array_of(object, view, 2, INT64, 0);
+    return PyObject_GetBuffer(object, view, PyBUF_SIMPLE) == 0;
+}
+
 /* enter(tables, rows, counts, new) -> tails
  *
- * Put the slot tables `new` into `tables[rows]` and count one more entry for each of their slots but slot 0; the last
- * slot of each.
+ * Put the slot tables `new`, an array or what `share` returned, into `tables[rows]` and count one more entry for each of
+ * their slots but slot 0; the last slot of each.
  */
 static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -70,7 +79,7 @@ static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t 
         return NULL;
     int got = 0;
     if (array_of(arguments[0], &a[0], 2, INT64, PyBUF_WRITABLE) && ++got &&
-        array_of(arguments[2], &a[1], 1, INT32, PyBUF_WRITABLE) && ++got && array_of(arguments[3], &a[2], 2, INT64, 0))
+        array_of(arguments[2], &a[1], 1, INT32, PyBUF_WRITABLE) && ++got && new_tables(arguments[3], &a[2]))
         ++got;
     PyObject *tails = NULL;
     int64_t *rows = NULL;
@@ -79,7 +88,8 @@ static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t 
         (rows = rows_of(arguments[1], a[0].shape[0], &entries)) == NULL)
         goto done;
     Py_ssize_t window = a[0].shape[1];
-    if (a[2].shape[0] != entries || a[2].shape[1] != window || window < 1) {
+    if (a[2].len != entries * window * (Py_ssize_t)sizeof(int64_t) || (a[2].ndim == 2 && a[2].shape[1] != window) ||
+        window < 1) {
         PyErr_SetString(PyExc_ValueError, "new must be [rows, window]");
         goto done;
     }

@@ -86,7 +86,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
             with pool.storage.locks.write(sorted_shards([at]), deadline):
                 one = copy(plan)
-                one.tables = plan.tables[row : row + 1]
+                one.placed = plan.tables[row : row + 1]
                 _enter_books(pool, [entry], one, [at], pending)
             pending = Ticket(0, 0, ticket.taken, ticket.ticks)
         return Outcome.PUBLISHED, (0, 0)
