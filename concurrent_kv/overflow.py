@@ -85,7 +85,8 @@ class DropAndCorrect:
         limit: length after appending at which a row overflows.
         count: tokens dropped.
         difference: `[layers, 2 (K and V), heads, tokens, head_dim]`; `difference[..., i, :]` is added to the token
-            that *becomes* token `i`. At least `limit - count` tokens.
+            that *becomes* token `i`. At least `limit - count` tokens, and as many as any row keeps, which is more where
+            several tokens are appended before a commit.
         layout: the layout of the pool it is for.
     """
 

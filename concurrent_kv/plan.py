@@ -177,6 +177,12 @@ def _corrections(
 
 def _difference(overflow: DropAndCorrect, lengths: Sequence[int]) -> tuple[Tensor, int]:
     """What is added to the corrected tokens, and to how many runs of as many tokens."""
+    longest, covered = max(lengths), overflow.packed.shape[1]
+    if longest > covered:
+        raise InvalidArgumentError(
+            f"overflow.difference must cover the {longest} tokens that a row keeps here, got {covered}; rows keep more "
+            "than limit - count where several tokens are appended before a commit"
+        )
     if min(lengths) == max(lengths):
         return overflow.first(lengths[0]), len(lengths)
     packed = overflow.packed

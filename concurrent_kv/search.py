@@ -315,8 +315,9 @@ class Search(Handle):
         state.end("the search was closed", storage.enter_quietly(timeout))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> tuple[Hashable, ...]:
-        if env_ids is self._checked_envs:
-            return self._checked_envs
+        known = self._checked_envs  # read once: another thread may have another tuple checked
+        if env_ids is known:
+            return known
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]

@@ -121,14 +121,20 @@ class SlotAllocator:
         slots, ticks = self._take(count)
         if type(slots) is not range and count:
             slots = _as_range(slots) or slots
+        try:
+            if own < count:
+                _mark(self._owner, self._viewed_owner, slots, 0)
+            if reservation is not None and own:
+                # Only these come back to the reservation when freed; the rest was lent by everyone.
+                paid = slots if own == count else slots[:own]
+                _mark(self._owner, self._viewed_owner, paid, reservation.number)
+        except BaseException:
+            self._runs.appendleft((slots, ticks))
+            raise
         self.free_count -= count
-        if own < count:
-            _mark(self._owner, self._viewed_owner, slots, 0)
         if reservation is not None and own:
             reservation.left -= own
             self.reserved_count -= own
-            # Only these come back to the reservation when freed; the rest was lent by everyone.
-            _mark(self._owner, self._viewed_owner, slots if own == count else slots[:own], reservation.number)
         return Taken(slots, ticks)
 
     def _take(self, count: int) -> Run:

@@ -189,12 +189,9 @@ class SlotTensor:
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
-        address = self._compiled_at(source, len(slots) * layout.bytes_per_token)
-        if address and (difference is None or layout.dtype is torch.float32):
-            added = (0, 0, 1, 0)
-            if difference is not None:
-                kept = difference.shape[1]
-                added = (difference.data_ptr(), difference.stride(0) * difference.element_size(), kept, runs * kept)
+        address = self._compiled_at(source, len(slots) * layout.bytes_per_token) if self._is_batch(source) else 0
+        added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
+        if address and added is not None:
             batch = (address, source.shape[1], source.shape[3])
             self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
             return ()
@@ -204,6 +201,26 @@ class SlotTensor:
             # No indices, and no copy on the way.
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
+
+    def _is_batch(self, source: Tensor) -> bool:
+        """Whether it is a batch still: its user may have given it other memory since it was gathered."""
+        layout, shape = self.layout, source.shape
+        return (
+            len(shape) == 5
+            and (shape[0], shape[2], shape[4]) == (2 * layout.num_layers, layout.num_heads, layout.head_dim)
+            and source.dtype is layout.dtype
+            and source.is_cpu
+            and source.is_contiguous()
+        )
+
+    def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:
+        """What compiled code takes for differences; None where it must not look at their memory."""
+        kept, heads, head_dim = difference.shape[1:]
+        plain = type(difference) is Tensor and difference.dtype is torch.float32 and difference.is_cpu
+        if not plain or difference.stride()[1:] != (heads * head_dim, head_dim, 1):
+            return None
+        address = address_of(difference)
+        return (address, difference.stride(0) * difference.element_size(), kept, runs * kept) if address else None
 
     def _copy_tokens(
         self, source: Tensor, rows: Indices, columns: Indices, slots: Slots, difference: Tensor | None, runs: int

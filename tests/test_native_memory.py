@@ -1,0 +1,103 @@
+"""What callers can do to the memory that compiled code looks at: each call ends as it does without compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from concurrent_kv import DropAndCorrect, KeysValues, KVLayout, KVPool
+from concurrent_kv import slots as slots_module
+from concurrent_kv.errors import InvalidArgumentError
+from tests.conftest import MakePool
+
+pytestmark = pytest.mark.usefixtures("loops")
+
+ONE_NUMBER = KVLayout(1, 1, 1, 8)
+TWO_NUMBERS = KVLayout(1, 1, 2, 4)
+
+
+def pool_with(pool: KVPool, length: int) -> KVPool:
+    layout = pool.layout
+    pool.put("a", KeysValues.from_packed(torch.zeros(2, 1, 1, length, layout.head_dim)))
+    return pool
+
+
+def committed(pool: KVPool, tokens: int, overflow: DropAndCorrect) -> list[float]:
+    """The numbers of an entry after so many tokens of zeros."""
+    with pool.gather(["a"]) as batch:
+        batch.advance(tokens)
+        batch.data[:, :, :, batch.start :] = 0
+        pool.commit(["b"], batch, overflow=overflow)
+    found = pool.get("b")
+    assert found is not None
+    return [float(number) for number in found.keys.flatten()]
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        (torch._neg_view(torch.ones(1, 2, 1, 3, 2)), -1.0),
+        (torch._efficientzerotensor((1, 2, 1, 3, 2)), 0.0),
+        (torch.nn.Parameter(torch.ones(1, 2, 1, 3, 2)), 1.0),
+        (torch.ones(1, 1, 1, 1, 1).expand(1, 2, 1, 3, 2), 1.0),
+    ],
+    ids=["negative flag", "zeros without memory", "a subclass", "expanded"],
+)
+def test_a_difference_is_added_whatever_its_memory_is_like(
+    make_pool: MakePool, difference: Tensor, expected: float
+) -> None:
+    pool = pool_with(make_pool(8, TWO_NUMBERS), 3)
+    assert committed(pool, 1, DropAndCorrect(4, 1, difference, TWO_NUMBERS)) == [expected] * 6
+
+
+@pytest.mark.parametrize("covered", [1, 2])
+def test_a_difference_for_fewer_tokens_than_a_row_keeps_is_refused(make_pool: MakePool, covered: int) -> None:
+    pool = pool_with(make_pool(8, ONE_NUMBER), 1 + covered)
+    overflow = DropAndCorrect(2 + covered, 2, torch.ones(1, 2, 1, covered, 1), ONE_NUMBER)
+    with pytest.raises(InvalidArgumentError, match=rf"overflow.difference must cover the {1 + covered} tokens"):
+        committed(pool, 2, overflow)
+    assert "b" not in pool
+
+
+def grown(out: Tensor) -> None:
+    out.data = torch.ones(2, 1, 1, 8, 2)
+
+
+def without_heads(out: Tensor) -> None:
+    out.data = torch.ones(2, 1, 8, 64)
+
+
+@pytest.mark.parametrize("change", [grown, without_heads])
+def test_a_buffer_that_got_other_memory_is_not_read_beyond_it(
+    make_pool: MakePool, change: Callable[[Tensor], None]
+) -> None:
+    layout = KVLayout(1, 64, 1, 8)
+    pool = make_pool(4, layout)
+    pool.put("a", KeysValues.from_packed(torch.ones(2, 1, 64, 3, 1)))
+    out = torch.zeros(2, 1, 64, 8, 1)
+    batch = pool.gather(["a"], out=out)
+    batch.advance(1)
+    change(out)
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
+        pool.commit(["b"], batch)
+    batch.close()
+    assert "b" not in pool
+
+
+def test_slots_whose_owner_could_not_be_noted_are_free_again(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_with(make_pool(8, ONE_NUMBER), 3)
+
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots_module, "_mark", no_memory)
+        with pytest.raises(MemoryError):
+            pool.put("b", KeysValues.from_packed(torch.zeros(2, 1, 1, 2, 1)))
+    assert "b" not in pool
+    pool.check_integrity()
