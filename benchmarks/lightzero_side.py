@@ -108,10 +108,11 @@ class Side:
         def counted(method: Callable[..., Any]) -> Callable[..., Any]:
             def count(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
                 result = method(tensor, *arguments, **options)
-                if id(tensor) not in known:
+                if tensor.data_ptr() not in known:
                     self.copies += 1
-                    known[id(tensor)] = tensor
-                known[id(result)] = result  # `.cpu().numpy()` is one copy
+                    known[tensor.data_ptr()] = tensor
+                if isinstance(result, Tensor):
+                    known[result.data_ptr()] = result  # `.cpu().numpy()` is one copy, of any view
                 return result
 
             return count

@@ -15,7 +15,7 @@ from .native import address_of, native
 __all__ = ["State", "hash_state", "hash_states"]
 
 # Types whose memory is read as it is.
-CAST = frozenset("?bBhHiIlLqQefd")
+CAST = frozenset("?bBhHiIlLqQfd")
 PLAIN = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int32, torch.int64))
 
 State = npt.NDArray[Any] | np.generic | torch.Tensor
@@ -62,11 +62,22 @@ def hash_states(states: State) -> list[str]:
         address = _address_of(states) if type(states) is torch.Tensor else 0
         if address:
             return native.hash_memory(address, rows, states.nbytes // rows)  # type: ignore[no-any-return]
-        array = type(states) is np.ndarray and states.dtype.char in CAST and states.flags.c_contiguous
-        return native.hash_rows(states if array else _bytes_of(states), rows)  # type: ignore[no-any-return]
-    data = memoryview(_bytes_of(states)).cast("B")
+        return native.hash_rows(states if _is_castable(states) else _bytes_of(states), rows)  # type: ignore[no-any-return]
+    array: Any = states
+    if isinstance(states, torch.Tensor):
+        try:
+            array = (states.detach() if states.requires_grad else states).numpy()
+        except (RuntimeError, TypeError):
+            array = None  # on an accelerator, of a dtype that arrays lack, lazily conjugated, or not dense
+    castable = _is_castable(array) and array.size and array.dtype.isnative
+    data = memoryview(array).cast("B") if castable else memoryview(_bytes_of(states))
     size, digest = len(data) // rows, xxhash.xxh64_hexdigest
     return [digest(data[row * size : (row + 1) * size]) for row in range(rows)]
+
+
+def _is_castable(array: Any) -> bool:
+    """Whether an array's memory is its bytes in C order. Subclasses keep their own idea of their bytes."""
+    return type(array) is np.ndarray and array.dtype.char in CAST and array.flags.c_contiguous
 
 
 def _address_of(tensor: torch.Tensor) -> int:

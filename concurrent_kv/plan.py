@@ -87,9 +87,13 @@ class WritePlan:
         shape = self.shape
         if native is None:
             slots = as_array(taken)
-            ledger.written_at[slots] = shape.written_at
+            ledger.written_at[slice(taken.start, taken.stop) if isinstance(taken, range) else slots] = shape.written_at
             self.placed = self._shared(ledger.tables)
-            self.placed[shape.own] = slots
+            if shape.block is None:
+                self.placed[shape.own] = slots
+            else:  # every entry has as many of its own
+                own = slots.reshape(len(shape.own), -1)
+                self.placed[:, -own.shape[1] :] = own
         else:
             tables, written_at = ledger.viewed.of(ledger.tables), ledger.viewed_positions.of(ledger.written_at)
             columns, shared, own, positions = shape.views
@@ -97,6 +101,8 @@ class WritePlan:
 
     def _shared(self, tables: Indices) -> Indices:
         shape = self.shape
+        if not shape.sharing:
+            return np.zeros(shape.own.shape, dtype=np.int64)
         return np.where(shape.shared, tables.take(self.parents, axis=0).take(shape.parents, axis=1), 0)
 
 
