@@ -52,11 +52,7 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
         raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
     if len(keys) < minimum:
         raise InvalidArgumentError("keys must name at least one key, got none")
-    try:
-        set(keys)
-    except TypeError:
-        hash_all(keys, "keys")
-        raise
+    hash_all(keys, "keys")
     return keys
 
 

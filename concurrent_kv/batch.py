@@ -50,7 +50,6 @@ class Batch(Handle):
         entries: what each row was gathered from; None for a miss.
         table_rows: the rows of their slot tables in the ledger.
         hold: what keeps them alive.
-        start: the column after the newest gathered token: tokens of the longest row.
     """
 
     # Made when they are asked for: not every model does.
@@ -84,7 +83,7 @@ class Batch(Handle):
         hold.owner = ref(self)
         self._owns_buffer = owns_buffer
         self._uses = uses  # None on a CPU
-        self.start = start
+        self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
         self._gathered = lengths
@@ -101,8 +100,7 @@ class Batch(Handle):
     def hits(self) -> tuple[bool, ...]:
         """Which rows were found."""
         if self._hits is None:
-            entries = self.entries
-            self._hits = tuple([entry is not None for entry in entries]) if None in entries else (True,) * len(entries)
+            self._hits = tuple([entry is not None for entry in self.entries])
         return self._hits
 
     @property
@@ -123,6 +121,11 @@ class Batch(Handle):
         return self.data[self._layers :]
 
     @property
+    def start(self) -> int:
+        """The column after the newest gathered token: tokens of the longest row."""
+        return self._start
+
+    @property
     def end(self) -> int:
         """The column after the newest token in every layer; the next token goes here."""
         return min(self._ends)
@@ -135,7 +138,7 @@ class Batch(Handle):
     @property
     def lengths(self) -> tuple[int, ...]:
         """Valid tokens of each row, appended ones included; 0 for a miss that was not filled."""
-        new = self.end - self.start
+        new = self.end - self._start
         return tuple([length + new if length else 0 for length in self._gathered] if new else self._gathered)
 
     @property
@@ -143,7 +146,7 @@ class Batch(Handle):
         """Columns of left padding of each row, int64 `[batch]` on the batch's device; a model masks them out."""
         self.use_here()
         if self._padding is None:
-            columns = np.array([self.start - length for length in self._gathered], dtype=np.int64)
+            columns = np.array([self._start - length for length in self._gathered], dtype=np.int64)
             with plain_torch_state():
                 self._padding = upload(columns, self.data.device)
         self._storage.clock.protect(self._padding)
@@ -256,7 +259,7 @@ class Batch(Handle):
             raise InvalidArgumentError(f"row must be 0 to {self.batch_size - 1}, got {row}")
         if self._gathered[row]:
             raise InvalidArgumentError(f"row {row} has its tokens already; only rows that missed can be filled")
-        if any(end != self.start for end in self._ends):
+        if any(end != self._start for end in self._ends):
             raise InvalidArgumentError(f"row {row} must be filled before tokens are appended to the batch")
         self._storage.clock.current()  # before anything is copied, which a capture would take into its graph
         kv = check_fits(kv, self._storage.layout, rows=1)
@@ -265,9 +268,9 @@ class Batch(Handle):
             raise WindowOverflowError(f"kv has {length} tokens, the batch {self.data.shape[3]} columns")
         self.use_here(kv.keys, kv.values)
         with plain_torch_state(self.data):
-            if length > self.start:
-                self._move_right(length - self.start)
-            columns = slice(self.start - length, self.start)
+            if length > self._start:
+                self._move_right(length - self._start)
+            columns = slice(self._start - length, self._start)
             source = kv.row(0)
             self.data[: self._layers, row, :, columns] = source.keys[:, 0].detach()
             self.data[self._layers :, row, :, columns] = source.values[:, 0].detach()
@@ -276,12 +279,12 @@ class Batch(Handle):
         self._padding = None
 
     def _move_right(self, columns: int) -> None:
-        start = self.start
+        start = self._start
         if start:
             self.data[:, :, :, columns : columns + start] = self.data[:, :, :, :start].clone()
         self.data[:, :, :, :columns] = 0
-        self.start = start + columns
-        self._ends = [self.start] * self._layers
+        self._start = start + columns
+        self._ends = [self._start] * self._layers
 
     # For commits ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +300,7 @@ class Batch(Handle):
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
             raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")
-        new = ends[0] - self.start
+        new = ends[0] - self._start
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
         gathered, committed = self._gathered, self._committed
@@ -330,7 +333,7 @@ class Batch(Handle):
             for row in rows:
                 committed[row] = True
         over = False not in self._committed
-        if self._storage.ledger.stop_using(self.hold, release=over) and over and self._owns_buffer:
+        if self._storage.ledger.stop_using(self.hold, release=over) and over:
             self._give_buffer_back()
 
     # Streams -------------------------------------------------------------------------------------------------------
@@ -390,13 +393,14 @@ class Batch(Handle):
             self._storage.check_process()
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
-            if self._storage.ledger.release(self.hold) and self._owns_buffer:
+            if self._storage.ledger.release(self.hold):
                 self._give_buffer_back()
 
     def _give_buffer_back(self) -> None:
-        ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
-        if ready is not None:
-            self._storage.tensor.return_buffer(self.data, ready)
+        if self._owns_buffer:
+            ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
+            if ready is not None:
+                self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
         if self.hold.released:
@@ -409,9 +413,7 @@ class Batch(Handle):
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
 
     def __del__(self) -> None:
-        hold = getattr(self, "hold", None)
-        if hold is not None and not hold.released:
-            self.abandon()
+        self.abandon()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

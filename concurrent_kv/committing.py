@@ -43,16 +43,14 @@ def open_batch(
     stream = clock.current()  # before anything is allocated, which a capture would take into its graph
     lengths = [0 if entry is None else entry.length for entry in entries]
     longest = max(lengths)
+    columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS
     if out is None:
-        columns = _columns(storage, longest, room)
         with plain_torch_state():
             data, ready = storage.tensor.take_buffer(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     else:
-        if room is not None:
-            _columns(storage, longest, room)
         data = _check_out(storage, out, len(entries), longest + (room or 0))
     rows = rows_of(entries)
     read = gather_entries(storage, entries, data, longest, ready, rows, whole=out is None)
@@ -148,8 +146,7 @@ def commit_batch(
     committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
-    sides = [None] * len(keys) if sides is None else check_sides(sides, len(keys))
-    priorities = [0.0] * len(keys) if priorities is None else check_priorities(priorities, len(keys))
+    sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
     ledger = pool.storage.ledger
     # The search that owns the batch may be closed by another thread at any point.
     if not ledger.use(batch.hold):
@@ -163,8 +160,7 @@ def commit_batch(
         else:
             rows = committed
         plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
-        if pool.storage.clock.backend is not None:
-            batch.use_here()
+        batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:
         ledger.stop_using(batch.hold)

@@ -72,7 +72,7 @@ class Ledger:
         self.window = window
         # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest. Row 0 is zeros.
         self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
-        self.viewed, self.viewed_positions = Viewed(), Viewed()  # the tables, and `written_at`
+        self.viewed_tables, self.viewed_written_at = Viewed(), Viewed()
         # Position each slot's token was written at, in its row; only lazy corrections look at it.
         self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
         self.holds: set[Hold] = set()
@@ -107,7 +107,7 @@ class Ledger:
             tails = tables[:, -1].tolist()
         else:
             tails = native.enter(
-                self.viewed.of(self.tables), rows_taken, self.slots.viewed.of(self.slots.counts), tables
+                self.viewed_tables.of(self.tables), rows_taken, self.slots.viewed_counts.of(self.slots.counts), tables
             )
         for entry, row, tail in zip(entries, rows_taken, tails, strict=True):
             entry.row, entry.tail, entry.refs = row, tail, 1
@@ -223,7 +223,7 @@ class Ledger:
             return []
         self.holds.discard(hold)
         entries, hold.entries = hold.entries, []
-        return self._unhold(hold, entries) if hold.pinning else self.let_go(entries)
+        return self._unhold(hold, entries)
 
     def _unhold(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
         if hold.pinning:

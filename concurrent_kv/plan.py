@@ -95,7 +95,7 @@ class WritePlan:
                 own = slots.reshape(len(shape.own), -1)
                 self.placed[:, -own.shape[1] :] = own
         else:
-            tables, written_at = ledger.viewed.of(ledger.tables), ledger.viewed_positions.of(ledger.written_at)
+            tables, written_at = ledger.viewed_tables.of(ledger.tables), ledger.viewed_written_at.of(ledger.written_at)
             columns, shared, own, positions = shape.views
             self.placed = native.share(tables, self.parents, columns, shared, own, taken, positions, written_at)
 

@@ -105,8 +105,7 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
 def _take_reserved(pool: PoolCore, budget: Budget, entries: int, slots: int) -> Ticket | None:
     """Take room from what a search has left of its reservation; None with nothing taken if that is not enough."""
     with pool.storage.ledger.mutex:
-        if pool.closed or pool.storage.closed:
-            pool.check_open()
+        pool.check_open()
         # In the same hold as the taking: what a closed search took would never come back.
         if budget.ended is not None:
             raise SearchEndedError(budget.ended)

@@ -114,15 +114,14 @@ class Search(Handle):
         try:
             if (self._order if order is None else check_order(order)) == "own_first":
                 retain_here(state, found, keys, env_ids, (own, adopted), hold, deadline)
-                if None in found:
-                    retain_roots(state, found, keys, env_ids, hold, deadline)
+                retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
                 retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
                 retain_roots(state, found, keys, env_ids, hold, deadline)
                 retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             roots = [entry for entry in found if entry is not None and entry.scope is not state.scope]
-            missing, counters = batch.entries.count(None), state.pool.counters
+            missing, counters = found.count(None), state.pool.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
                 state.check_open()

@@ -18,7 +18,7 @@ def own(
     state: SearchState, found: list[Entry | None], keys: Sequence[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """Find rows that have no entry yet among the search's own; returns what was found. The scope's shard held."""
-    return _fill(found, state.scope.entries[0].find(keys))
+    return _fill(found, state.own.find(keys))
 
 
 def adopted(

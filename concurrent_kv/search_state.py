@@ -54,9 +54,8 @@ class SearchState:
 
     def check_open(self) -> None:
         """Raise `SearchEndedError` if it has ended, or is about to be."""
-        reason = self.scope.ended or self.budget.ended
-        if reason is not None:
-            raise SearchEndedError(reason)
+        if self.ended is not None:
+            raise SearchEndedError(self.ended)
 
     def track(self, hold: Hold) -> None:
         """Remember an open batch, to be closed with the search. Mutex held."""

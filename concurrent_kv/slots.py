@@ -97,7 +97,7 @@ class SlotAllocator:
         self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
         self._runs: deque[Run] = deque([(range(1, num_slots + 1), NO_TICKS)])
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
-        self.viewed, self._viewed_owner = Viewed(), Viewed()  # the counts and the owners
+        self.viewed_counts, self._viewed_owner = Viewed(), Viewed()
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
         # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
@@ -116,7 +116,7 @@ class SlotAllocator:
     def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
         """`count` slots, or None with nothing changed."""
         own = 0 if reservation is None else min(count, reservation.left)
-        if count - own > self.free_count - self.reserved_count:
+        if count - own > self.available:
             return None
         slots, ticks = self._take(count)
         if type(slots) is not range and count:

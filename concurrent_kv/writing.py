@@ -45,7 +45,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     """
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
-    located = [(scope, 0)] * len(plan.keys) if len(scope.shards) == 1 else scope.locate(plan.keys)
+    located = scope.locate(plan.keys)
     ticket = reserve(pool, scope, plan, located, deadline)
     used = ticket.ticks
     entries: list[Entry] = []
@@ -92,15 +92,8 @@ def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: Wri
     # Policies alone look at fingerprints, and what a search owns is in no policy.
     owned = scope.budget is not None
     fingerprints = repeat(0) if owned else [hash((scope.number, key)) for key in plan.keys]
-    columns = (
-        plan.keys,
-        repeat(scope),
-        repeat(generation),
-        plan.shape.lengths,
-        plan.sides,
-        plan.priorities,
-        fingerprints,
-    )
+    lengths, sides, priorities = plan.shape.lengths, plan.sides, plan.priorities
+    columns = (plan.keys, repeat(scope), repeat(generation), lengths, sides, priorities, fingerprints)
     return list(map(Entry, *columns, plan.corrections, repeat(written)))
 
 
@@ -209,8 +202,7 @@ def _admit(
             return needed
     else:
         # Less may be replaced than when the room was taken: a key may have been released meanwhile.
-        if scope.budget.entries - len(old) > scope.budget.max_entries:
-            check_budget(pool, scope.budget, len(old))
+        check_budget(pool, scope.budget, len(old))
     ledger.make(entries, plan.placed)
     ticket.spent = True
     return 0, 0

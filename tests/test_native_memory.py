@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import DropAndCorrect, KeysValues, KVLayout, KVPool
+from concurrent_kv import DropAndCorrect, KeysValues, KVLayout, KVPool, KVStorage
 from concurrent_kv import slots as slots_module
 from concurrent_kv.errors import InvalidArgumentError
+from concurrent_kv.native import native
 from tests.conftest import MakePool
+from tests.native_support import needs_native
+from tests.simulated.backend import SimStreams
+from tests.simulated.fixtures import gpu as gpu
+from tests.simulated.gpu import SimGPU
+from tests.support import LAYOUT, WINDOW, OperatorCalls
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -87,6 +96,20 @@ def test_a_buffer_that_got_other_memory_is_not_read_beyond_it(
     assert "b" not in pool
 
 
+def test_a_buffer_that_got_numbers_of_another_type_is_stored_as_its_numbers(make_pool: MakePool) -> None:
+    layout = KVLayout(1, 2, 3, 8)
+    pool = make_pool(4, layout)
+    pool.put("a", KeysValues.from_packed(torch.ones(2, 1, 2, 3, 3)))
+    out = torch.zeros(2, 1, 2, 8, 3)
+    batch = pool.gather(["a"], out=out)
+    batch.advance(1)
+    out.data = torch.full((2, 1, 2, 8, 3), 2.5, dtype=torch.float64)
+    pool.commit(["b"], batch)
+    found = pool.get("b")
+    assert found is not None
+    assert found.keys[0, 0, 0].tolist() == [[1.0] * 3] * 3 + [[2.5] * 3]
+
+
 def test_slots_whose_owner_could_not_be_noted_are_free_again(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,3 +124,48 @@ def test_slots_whose_owner_could_not_be_noted_are_free_again(
             pool.put("b", KeysValues.from_packed(torch.zeros(2, 1, 1, 2, 1)))
     assert "b" not in pool
     pool.check_integrity()
+
+
+@needs_native
+def test_others_run_while_a_large_copy_is_made() -> None:
+    slots, batch, tables = (
+        np.zeros((2, 3, 1 << 22), np.uint8),
+        np.zeros((2, 2, 1 << 22), np.uint8),
+        np.array([[1], [2]]),
+    )
+    shape, rows = (2, 3, 1, 1 << 22), [0, 1]
+    addresses = slots.ctypes.data, batch.ctypes.data
+    asked, done, over = threading.Event(), threading.Event(), threading.Event()
+
+    def answer() -> None:
+        while asked.wait(30.0) and not over.is_set():
+            asked.clear()
+            done.set()
+
+    other = threading.Thread(target=answer)
+    other.start()
+    interval, seen = sys.getswitchinterval(), False
+    try:
+        sys.setswitchinterval(1000.0)  # nobody runs but where somebody lets go of the interpreter
+        for _ in range(200):
+            done.clear()
+            asked.set()
+            native.gather(addresses[0], shape, addresses[1], 1, 1, 1, tables, rows)
+            seen = done.is_set()
+            if seen:
+                break
+            done.wait(30.0)
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        asked.set()
+        other.join(30.0)
+    assert seen, "nobody else ran during copies of 16 MiB"
+
+
+@needs_native
+def test_compiled_code_does_not_copy_past_the_streams_of_a_device(gpu: SimGPU) -> None:
+    storage = KVStorage(LAYOUT, 8, headroom_slots=WINDOW, backend=SimStreams(gpu, 0))
+    with OperatorCalls() as calls:
+        storage.tensor.gather(storage.ledger.tables, [0], 1, storage.tensor.new_buffer(1, 1))
+    assert "aten.index_select" in [name.rsplit(".", 1)[0] for name in calls.names]

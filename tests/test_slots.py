@@ -52,6 +52,16 @@ def test_runs_that_turn_out_to_follow_each_other_are_one_range() -> None:
     assert taken.slots == range(1, 21)
 
 
+def test_neighbours_that_other_streams_used_are_not_waited_for() -> None:
+    slots = SlotAllocator(10)
+    first, second = held(slots, 5), held(slots, 5)
+    slots.drop(first[None], {(0, 1): 1})
+    slots.drop(second[None], {(0, 2): 7})
+    taken = slots.allocate(5)
+    assert taken is not None
+    assert (taken.slots, dict(taken.ticks)) == (range(1, 6), {(0, 1): 1})
+
+
 def test_slots_in_pieces_are_taken_where_no_run_is_long_enough() -> None:
     slots = SlotAllocator(20)
     entries = [held(slots, 5) for _ in range(4)]
