@@ -27,9 +27,10 @@ try:
     from .kv import KeysValues
     from .layout import KVLayout
     from .manager import KVCacheManager
-    from .overflow import DropAndCorrect, DropLazily, DropOldest, PositionTable, RaiseOnOverflow
+    from .overflow import DropAndCorrect, DropLazily, DropOldest, RaiseOnOverflow
     from .pin import Pin
     from .pool import KVPool
+    from .positions import PositionSteps, PositionTable
     from .search import Search
     from .storage import KVStorage
 except ModuleNotFoundError as error:
@@ -67,6 +68,7 @@ __all__ = [
     "KeysValues",
     "Pin",
     "PoolStats",
+    "PositionSteps",
     "PositionTable",
     "RaiseOnOverflow",
     "RecursiveComputationError",

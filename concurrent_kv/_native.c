@@ -38,7 +38,8 @@ static PyObject *advise_huge_pages(PyObject *module, PyObject *const *arguments,
 static PyMethodDef functions[] = {
     FUNCTION(gather),    FUNCTION(scatter),     FUNCTION(share),
     FUNCTION(enter),     FUNCTION(mark),        FUNCTION(advise_huge_pages),
-    FUNCTION(hash_rows), FUNCTION(hash_memory), {NULL, NULL, 0, NULL},
+    FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
+    {NULL, NULL, 0, NULL},
 };
 
 static int add_types(PyObject *module)

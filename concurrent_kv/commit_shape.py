@@ -50,6 +50,7 @@ class CommitShape(NamedTuple):
     columns: Indices  # [own tokens]
     block: Block | None  # the same as rows and columns, if they are a block
     corrected: list[int]  # tokens of each corrected entry
+    moved: int  # tokens of the longest entry that overflowed; 0: none did
     # What compiled code takes for `parents`, `shared`, `own` and `written_at`.
     views: tuple[Any, ...] = ()
 
@@ -102,6 +103,7 @@ def commit_shape(
         columns=from_columns,
         block=block,
         corrected=corrected,
+        moved=int(kept[over].max(initial=0)),
     )
     return _read_only(shape)
 
@@ -126,6 +128,7 @@ def share_shape(length: int, window: int) -> CommitShape:
             columns=none,
             block=None,
             corrected=[],
+            moved=0,
         )
     )
 

@@ -23,8 +23,8 @@ from .index import Index
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
-    from .overflow import PositionTable
     from .pool_core import PoolCore
+    from .positions import PositionSteps, PositionTable
     from .quota import Budget
 
 __all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "rows_of", "sorted_shards"]
@@ -94,7 +94,7 @@ class Entry:
         side: object = None,
         priority: float = 0.0,
         fingerprint: int = 0,
-        correction: PositionTable | None = None,
+        correction: PositionTable | PositionSteps | None = None,
         written: Ticks = NO_TICKS,
     ) -> None:
         self.key = key

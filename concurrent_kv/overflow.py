@@ -6,44 +6,23 @@ dropped. UniZero drops 2 at a limit of window - 1, leaving window - 3 (LightZero
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from .cuda import refuse_capture, settle
+from .cuda import settle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import KVLayout, positive_int
+from .positions import PositionSteps, PositionTable, packed_difference
 
 __all__ = [
     "DropAndCorrect",
     "DropLazily",
     "DropOldest",
     "Overflow",
-    "PositionTable",
     "RaiseOnOverflow",
     "check_overflow",
 ]
-
-
-def _packed_difference(name: str, difference: Tensor, layout: KVLayout) -> Tensor:
-    """`[layers, 2, heads, tokens, head_dim]` as the storage orders it: `[2 * layers, tokens, heads, head_dim]`."""
-    if not isinstance(layout, KVLayout):
-        raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
-    if not isinstance(difference, Tensor):
-        raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(difference).__name__}")
-    expected = (layout.num_layers, 2, layout.num_heads, layout.head_dim)
-    if difference.dim() != 5 or (*difference.shape[:3], difference.shape[4]) != expected:
-        raise InvalidArgumentError(
-            f"{name} must have the shape [layers={expected[0]}, 2 (K and V), heads={expected[2]}, tokens, "
-            f"head_dim={expected[3]}], got {tuple(difference.shape)}"
-        )
-    if difference.dtype != layout.dtype:
-        raise InvalidArgumentError(f"{name} must have the dtype {layout.dtype}, got {difference.dtype}")
-    refuse_capture(layout.device)
-    difference = difference.detach().to(layout.device)
-    return difference.permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,7 @@ class DropAndCorrect:
 
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count)
-        packed = _packed_difference("difference", self.difference, self.layout)
+        packed = packed_difference("difference", self.difference, self.layout)
         if packed.shape[1] < self.limit - self.count:
             raise InvalidArgumentError(
                 f"difference must cover the {self.limit - self.count} tokens that stay, got {packed.shape[1]}"
@@ -114,57 +93,31 @@ class DropAndCorrect:
         return self._firsts.setdefault(tokens, self.packed[:, :tokens]) if found is None else found
 
 
-class PositionTable:
-    """The model's position differences for every distance a token can have moved, in the storage's order.
-
-    Args:
-        layout: the layout of the pool it is for.
-        difference_for: `difference_for(distance)` gives `[layers, 2 (K and V), heads, window - distance, head_dim]`:
-            what is added to a token that stands at position `i` now and was written at position `i + distance`.
-            Called once for every distance from 1 to window - 1.
-    """
-
-    def __init__(self, layout: KVLayout, difference_for: Callable[[int], Tensor]) -> None:
-        if not isinstance(layout, KVLayout):
-            raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
-        if not callable(difference_for):
-            raise InvalidTypeError(f"difference_for must be a function of a distance, got {difference_for!r}")
-        refuse_capture(layout.device)
-        window = layout.max_tokens
-        table = torch.zeros(
-            (2 * layout.num_layers, window, window, layout.num_heads, layout.head_dim),
-            dtype=layout.dtype,
-            device=layout.device,
-        )
-        for distance in range(1, window):
-            name = f"difference_for({distance})"
-            packed = _packed_difference(name, difference_for(distance), layout)
-            if packed.shape[1] < window - distance:
-                raise InvalidArgumentError(f"{name} must cover {window - distance} tokens, got {packed.shape[1]}")
-            table[:, distance, : window - distance] = packed[:, : window - distance]
-        self.layout = layout
-        self.window = window
-        # [2 * layers, (distance, position, head), head_dim]: one index_select corrects a whole batch.
-        self.rows = table.flatten(1, 3)
-        settle(table.device)
-
-
 @dataclass(frozen=True, eq=False)
 class DropLazily:
     """Drop the oldest `count` tokens at `limit`, and correct the others only when they are read.
 
     For absolute positions, keeping prefixes shared: every slot remembers the position it was written at, and a gather
-    adds the model's difference for the distance moved. Differs from `DropAndCorrect` by rounding.
+    adds what its token is owed for the distance moved.
+
+    Args:
+        limit: length after appending at which a row overflows.
+        count: tokens dropped.
+        table: `PositionSteps` reads bit for bit as `DropAndCorrect` stores, a `PositionTable` differs by rounding. A
+            row whose parent's tokens moved by another table is stored whole.
     """
 
     limit: int
     count: int
-    table: PositionTable = field(repr=False)
+    table: PositionTable | PositionSteps = field(repr=False)
 
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count)
-        if not isinstance(self.table, PositionTable):
-            raise InvalidTypeError(f"table must be a PositionTable, got {type(self.table).__name__}")
+        table = self.table
+        if not isinstance(table, (PositionTable, PositionSteps)):
+            raise InvalidTypeError(f"table must be PositionSteps or a PositionTable, got {type(table).__name__}")
+        if isinstance(table, PositionSteps) and table.count != self.count:
+            raise InvalidArgumentError(f"count must be the table's, {table.count}, got {self.count}")
 
 
 Overflow = RaiseOnOverflow | DropOldest | DropAndCorrect | DropLazily

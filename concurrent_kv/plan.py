@@ -14,7 +14,8 @@ from .errors import InvalidArgumentError
 from .kv import KeysValues
 from .moving import joined_on, upload
 from .native import native
-from .overflow import DropAndCorrect, DropLazily, Overflow, PositionTable
+from .overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
+from .positions import PositionSteps, PositionTable
 from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
 from .tensors import Indices, plain_torch_state
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .storage import KVStorage
 
 __all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
+
+Correction = PositionTable | PositionSteps | None
 
 
 class WritePlan:
@@ -53,7 +56,7 @@ class WritePlan:
         keys: Sequence[Hashable],
         sides: Sequence[object],
         priorities: Sequence[float],
-        corrections: Sequence[PositionTable | None],
+        corrections: Sequence[Correction],
         shape: CommitShape,
         parents: list[int],
         source: Tensor | None,
@@ -155,42 +158,70 @@ def plan_commit(
         parents, table_rows = [batch.entries[row] for row in rows], [batch.table_rows[row] for row in rows]
         hits = tuple([parent is not None for parent in parents])
         rows = tuple(rows)
+    if storage.corrects_lazily:
+        hits = _shareable(parents, hits, overflow)
     shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start + new, window, drop)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
         table_rows = [table_rows[i] for i in shape.order]
-    corrections = _corrections(parents, shape, overflow) if storage.corrects_lazily else [None] * len(keys)
+    corrections: Sequence[Correction] = [None] * len(keys)
+    if storage.corrects_lazily:
+        corrections = _corrections(parents, shape, overflow)
     plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
     if isinstance(overflow, DropAndCorrect) and shape.corrected:
         plan.difference, plan.runs = _difference(overflow, shape.corrected)
     return plan
 
 
+def _shareable(parents: Sequence[Entry | None], hits: tuple[bool, ...], overflow: Overflow | None) -> tuple[bool, ...]:
+    """Which rows may share their parents' tokens: not those that would move by another table than these did.
+
+    What was gathered of them is corrected already, and is stored whole.
+    """
+    if not isinstance(overflow, (DropLazily, DropOldest)):
+        return hits
+    corrections = [None if parent is None else parent.correction for parent in parents]
+    if isinstance(overflow, DropLazily):
+        foreign = {*corrections} - {None, overflow.table}
+    else:
+        foreign = {correction for correction in corrections if isinstance(correction, PositionSteps)}
+    if not foreign:
+        return hits
+    return tuple([hit and correction not in foreign for hit, correction in zip(hits, corrections, strict=True)])
+
+
 def _corrections(
     parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
-) -> list[PositionTable | None]:
-    """The position table by which each new entry has to be corrected on reading."""
-    corrections: list[PositionTable | None] = [None] * len(parents)
+) -> Sequence[Correction]:
+    """What each new entry has to be corrected by on reading."""
+    corrections: list[Correction] = [None] * len(parents)
+    if isinstance(overflow, DropLazily):
+        table = overflow.table
+        if isinstance(table, PositionSteps):
+            _check_covers("overflow.table", shape.moved, table.covered)
+        if False not in shape.over:
+            return [table] * len(parents)
     for i in shape.sharing:
         corrections[i] = None if (parent := parents[i]) is None else parent.correction
     if isinstance(overflow, DropLazily):
-        if any(inherited not in (None, overflow.table) for inherited in corrections):
-            raise InvalidArgumentError("overflow.table differs from the table that the row's parent was committed with")
         return [overflow.table if over else inherited for over, inherited in zip(shape.over, corrections, strict=True)]
     return corrections
 
 
 def _difference(overflow: DropAndCorrect, lengths: Sequence[int]) -> tuple[Tensor, int]:
     """What is added to the corrected tokens, and to how many runs of as many tokens."""
-    longest, covered = max(lengths), overflow.packed.shape[1]
-    if longest > covered:
-        raise InvalidArgumentError(
-            f"overflow.difference must cover the {longest} tokens that a row keeps here, got {covered}; rows keep more "
-            "than limit - count where several tokens are appended before a commit"
-        )
+    packed = overflow.packed
+    _check_covers("overflow.difference", max(lengths), packed.shape[1])
     if min(lengths) == max(lengths):
         return overflow.first(lengths[0]), len(lengths)
-    packed = overflow.packed
     position = np.concatenate([np.arange(length) for length in lengths])
     return packed.index_select(1, upload(position, packed.device)), 1
+
+
+def _check_covers(name: str, tokens: int, covered: int) -> None:
+    if tokens > covered:
+        raise InvalidArgumentError(
+            f"{name} must cover the {tokens} tokens that a row keeps here, got {covered}; rows keep more than "
+            "limit - count where several tokens are appended before a commit"
+        )

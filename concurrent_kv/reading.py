@@ -12,8 +12,9 @@ from torch import Tensor
 from .deadline import Deadline
 from .entry import Entry, Generation, Hold, Place, Scope, rows_of, sorted_shards
 from .kv import KeysValues
+from .positions import PositionSteps, PositionTable
 from .streams import NO_TICKS, Ticks, merge
-from .tensors import Indices, in_columns, plain_torch_state
+from .tensors import in_columns, plain_torch_state
 
 if TYPE_CHECKING:
     from .storage import KVStorage
@@ -123,32 +124,43 @@ def _gather(
     whole: bool,
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
-    tables = storage.ledger.tables
-    temporaries += storage.tensor.gather(tables, rows, end, out, whole=whole)
-    if not storage.corrects_lazily:
-        return
-    table = in_columns(tables, rows, end, out.shape[3])
-    for correction in {entry.correction for entry in entries if entry is not None}:
-        if correction is None:
-            continue
+    ledger, tensor = storage.ledger, storage.tensor
+    corrections = [None if entry is None else entry.correction for entry in entries] if storage.corrects_lazily else []
+    owed = {correction for correction in corrections if correction is not None}
+    steps = next(iter(owed)) if len(owed) == 1 else None
+    if isinstance(steps, PositionSteps):
+        moved = [correction is steps for correction in corrections]
+        if tensor.gather_stepwise(ledger.tables, rows, end, out, ledger.written_at, moved, steps, whole=whole):
+            return
+    temporaries += tensor.gather(ledger.tables, rows, end, out, whole=whole)
+    for correction in owed:
         concerned = [row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction]
         with plain_torch_state(out):
-            temporaries += (correction.rows, *_correct(storage, table, out, end, concerned, correction))
+            temporaries += (correction.rows, *_correct(storage, rows, out, end, concerned, correction))
 
 
 def _correct(
-    storage: KVStorage, table: Indices, out: Tensor, end: int, rows: Sequence[int], correction: object
+    storage: KVStorage,
+    rows: list[int],
+    out: Tensor,
+    end: int,
+    concerned: Sequence[int],
+    correction: PositionTable | PositionSteps,
 ) -> tuple[Tensor, ...]:
-    """Add what tokens that moved since they were written are owed; rows that moved nothing get zeros added."""
+    """Add what tokens that moved since they were written are owed; what moved nothing gets zeros added."""
+    table = in_columns(storage.ledger.tables, rows, end, out.shape[3])
     lengths = np.count_nonzero(table, axis=1)
     positions = np.arange(table.shape[1], dtype=np.int64)[None, :] - (end - lengths)[:, None]
-    concerned = np.zeros(len(table), dtype=bool)
-    concerned[list(rows)] = True
-    valid = (table > 0) & concerned[:, None]
+    moves = np.zeros(len(table), dtype=bool)
+    moves[list(concerned)] = True
+    valid = (table > 0) & moves[:, None]
     moved = np.where(valid, storage.ledger.written_at[table] - positions, 0)
     if not moved.any():
         return ()
-    return storage.tensor.correct(out, moved, np.where(valid, positions, 0), correction)  # type: ignore[arg-type]
+    positions = np.where(valid, positions, 0)
+    if isinstance(correction, PositionSteps):
+        return storage.tensor.correct_stepwise(out, moved, positions, correction)
+    return storage.tensor.correct(out, moved, positions, correction)
 
 
 def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:

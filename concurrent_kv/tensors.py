@@ -22,7 +22,7 @@ from .errors import ClosedError
 from .layout import KVLayout
 from .moving import upload
 from .native import address_of, native
-from .overflow import PositionTable
+from .positions import PositionSteps, PositionTable
 from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
 
@@ -159,6 +159,38 @@ class SlotTensor:
             torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return (index,)
 
+    def gather_stepwise(
+        self,
+        tables: Indices,
+        rows: list[int],
+        end: int,
+        out: Tensor,
+        written_at: Indices,
+        moved: list[bool],
+        steps: PositionSteps,
+        *,
+        whole: bool = True,
+    ) -> bool:
+        """As `gather`, and add what the tokens of rows that `moved` are owed; False where compiled code cannot.
+
+        Args:
+            written_at: position in its row at which each slot's token was written.
+            moved: one for each row.
+            steps: what is owed for each drop.
+        """
+        address = self._compiled_at(out, 0) if out.dtype is torch.float32 else 0
+        difference = address_of(steps.rows) if address else 0
+        if not difference:
+            return False
+        columns, data = out.shape[3], self.data
+        filled = columns if whole else end
+        batch = (address, columns, end, filled)
+        owed = (difference, steps.layout.max_tokens, steps.count)
+        self._native.gather_stepwise(data.data_ptr(), self._shape, *batch, tables, rows, written_at, moved, *owed)
+        if not out.is_inference():
+            increment_version(out)
+        return True
+
     def _compiled_at(self, other: Tensor, nbytes: int) -> int:
         """The address of a batch, if compiled code does a copy of so many bytes to or from it; 0 if torch does."""
         if self._native is None or type(other) is not Tensor:
@@ -265,6 +297,24 @@ class SlotTensor:
         difference = torch.index_select(table.rows, 1, index)
         self._by_head(out).add_(difference)
         return index, difference
+
+    def correct_stepwise(
+        self, out: Tensor, moved: Indices, positions: Indices, steps: PositionSteps
+    ) -> tuple[Tensor, ...]:
+        """As `correct`, one drop after the other; a token that has outlived fewer gets -0.0 added, which changes none.
+
+        Returns what has to live until it is done.
+        """
+        heads, used = self.layout.num_heads, []
+        left, at = moved // steps.count, positions + moved - steps.count
+        while (left > 0).any():
+            position = np.where(left > 0, at, steps.layout.max_tokens)
+            index = self._index((position[:, None, :] * heads + self._heads[None, :, None]).ravel())
+            difference = torch.index_select(steps.rows, 1, index)
+            self._by_head(out).add_(difference)
+            used += [index, difference]
+            left, at = left - 1, at - steps.count
+        return tuple(used)
 
     def _by_head(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as `[2 * layers, rows, head_dim]`: one row for each head of each token."""

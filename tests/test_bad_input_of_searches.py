@@ -21,6 +21,7 @@ from concurrent_kv import (
     KVLayout,
     KVPool,
     KVStorage,
+    PositionSteps,
     PositionTable,
     RaiseOnOverflow,
     SearchEndedError,
@@ -233,6 +234,10 @@ UNMADE: list[Unmade] = [
     ("difference=too short", lambda: DropAndCorrect(7, 2, DIFFERENCE[:, :, :, :4], LAYOUT), Value, "difference"),
     ("difference layout", lambda: DropAndCorrect(7, 2, DIFFERENCE, None), Type, "layout"),  # type: ignore[arg-type]
     ("table=none", lambda: DropLazily(7, 2, None), Type, "table"),  # type: ignore[arg-type]
+    ("count of steps", lambda: DropLazily(7, 3, PositionSteps(LAYOUT, 2, DIFFERENCE)), Value, "count"),
+    ("steps layout", lambda: PositionSteps(None, 2, DIFFERENCE), Type, "layout"),  # type: ignore[arg-type]
+    ("steps of nothing", lambda: PositionSteps(LAYOUT, 0, DIFFERENCE), Value, "count"),
+    ("steps too short", lambda: PositionSteps(LAYOUT, 2, DIFFERENCE[:, :, :, :0]), Value, "difference"),
     ("table layout", lambda: PositionTable(None, lambda distance: DIFFERENCE), Type, "layout"),  # type: ignore[arg-type]
     ("table of a number", lambda: PositionTable(LAYOUT, 5), Type, "difference_for"),  # type: ignore[arg-type]
     ("table of nothing", lambda: PositionTable(LAYOUT, lambda distance: None), Type, "difference_for(1)"),  # type: ignore[arg-type,return-value]

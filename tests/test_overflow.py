@@ -15,12 +15,13 @@ from concurrent_kv import (
     DropOldest,
     KeysValues,
     KVCacheManager,
+    PositionSteps,
     PositionTable,
     RaiseOnOverflow,
     WindowOverflowError,
 )
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, packed, row_of, slots_in_use, tokens
-from tests.trimming import KINDS, Reference, difference_for, policy, roomy_manager
+from tests.trimming import KINDS, Reference, as_stored, difference_for, policy, roomy_manager, trimmed
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -231,16 +232,94 @@ def test_a_drop_that_leaves_a_row_at_its_limit_is_an_error_and_stores_nothing(ki
         assert len(model.search) == 0
 
 
-def test_a_parent_that_was_moved_by_one_table_cannot_be_moved_by_another() -> None:
+def test_a_parent_that_was_moved_by_one_table_is_stored_whole_when_moved_by_another() -> None:
     with reference("lazy") as model:
         model.root(0, 5)
         model.step([0], [1], 2, {})
         batch = model.search.gather([1], [0])
         append(batch, [2])
         other = DropLazily(LIMIT, COUNT, PositionTable(LAYOUT, difference_for))
-        with pytest.raises(ValueError, match=r"overflow.table differs"):
-            model.search.commit([2], batch, overflow=other)
+        before = slots_in_use(model.manager)
+        whole = trimmed(batch.data[:, 0, :, : batch.end].clone(), LIMIT, COUNT, corrected=True)
+        model.search.commit([2], batch, overflow=other)
+        assert slots_in_use(model.manager) - before == whole.shape[2]
+        with model.search.gather([2], [0]) as again:
+            model.same(again.data[:, 0, :, : again.start], whole)
+        model.manager.check_integrity()
+
+
+@pytest.mark.parametrize("other", ["rotary", "eager", "lazy"])
+def test_a_row_owed_steps_is_stored_whole_where_another_policy_drops_from_it(other: str) -> None:
+    with reference("stepwise") as model:
+        model.root(0, 5)
+        model.step([0], [1], 2, {})
+        batch = model.search.gather([1], [0])
+        append(batch, [2])
+        whole = trimmed(batch.data[:, 0, :, : batch.end].clone(), LIMIT, 3, corrected=False)
+        if other != "rotary":
+            whole = whole + as_stored(difference_for(3))[:, :, : whole.shape[2]]
+        before = slots_in_use(model.manager)
+        model.search.commit([2], batch, overflow=policy(other, LIMIT, 3))
+        assert slots_in_use(model.manager) - before == whole.shape[2]
+        with model.search.gather([2], [0]) as again:
+            if other == "lazy":
+                torch.testing.assert_close(again.data[:, 0, :, : again.start], whole, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(again.data[:, 0, :, : again.start], whole)
+        model.manager.check_integrity()
+
+
+@pytest.mark.parametrize("overflow", [None, RaiseOnOverflow(WINDOW)])
+def test_a_row_owed_steps_shares_its_tokens_where_nothing_drops(overflow: RaiseOnOverflow | None) -> None:
+    with reference("stepwise") as model:
+        model.root(0, 5)
+        model.step([0], [1], 2, {})
+        batch = model.search.gather([1], [0])
+        append(batch, [2], 1)
+        whole = batch.data[:, 0, :, : batch.end].clone()
+        before = slots_in_use(model.manager)
+        model.search.commit([2], batch, overflow=overflow)
+        assert slots_in_use(model.manager) - before == 1
+        with model.search.gather([2, 1], [0, 0]) as again:
+            assert torch.equal(again.data[:, 0, :, : again.start], whole)
+        model.manager.check_integrity()
+
+
+def test_steps_and_tables_go_through_one_batch() -> None:
+    with reference("stepwise") as model:
+        other = policy("lazy", LIMIT, COUNT)
+        model.root(0, 5)
+        model.step([0], [1], 2, {})
+        batch = model.search.gather([0], [0])
+        append(batch, [2])
+        model.search.commit(["lazy"], batch, overflow=other)
+        with model.search.gather(["lazy", 1, 0], [0] * 3) as both, model.search.gather(["lazy"], [0]) as one:
+            assert torch.equal(both.data[:, 0, :, : both.start], one.data[:, 0, :, : one.start])
+            model.same(both.data[:, 1, :, : both.start], model.rows[1])
+            model.same(both.data[:, 2, :, : both.start], model.rows[0])
+        model.manager.check_integrity()
+
+
+def test_steps_that_cover_too_few_tokens_are_refused_and_nothing_is_stored() -> None:
+    with reference("stepwise") as model:
+        model.root(0, 5)
+        short = PositionSteps(LAYOUT, COUNT, difference_for(COUNT)[:, :, :, :4])
+        batch = model.search.gather([0], [0])
+        append(batch, [2])
+        with pytest.raises(ValueError, match=r"overflow.table must cover the 5 tokens that a row keeps here, got 4"):
+            model.search.commit(["child"], batch, overflow=DropLazily(LIMIT, COUNT, short))
+        assert len(model.search) == 0
         model.check()
+
+
+def test_negative_zeros_that_moved_nothing_stay_as_they_are() -> None:
+    with reference("stepwise") as model:
+        zeros = torch.full((2 * LAYOUT.num_layers, LAYOUT.num_heads, 1, LAYOUT.head_dim), -0.0)
+        model.root(0, 5)
+        model.step([0], [1], 2, {})
+        model.manager.set_init_cache(0, "zeros", KeysValues.from_packed(zeros[:, None]))
+        with model.search.gather(["zeros", 1], [0, 0]) as batch:
+            assert torch.equal(batch.data[:, 0, :, batch.start - 1 : batch.start].signbit(), zeros.signbit())
 
 
 def test_a_difference_is_not_written_to_nor_kept_as_the_callers_tensor() -> None:

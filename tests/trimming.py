@@ -15,6 +15,7 @@ from concurrent_kv import (
     DropOldest,
     KeysValues,
     KVCacheManager,
+    PositionSteps,
     PositionTable,
     Search,
 )
@@ -22,7 +23,7 @@ from concurrent_kv.overflow import Overflow
 from tests.support import LAYOUT, WINDOW, config, slots_in_use
 
 LAYERS, HEADS, HEAD_DIM = LAYOUT.num_layers, LAYOUT.num_heads, LAYOUT.head_dim
-KINDS = ("rotary", "eager", "lazy")
+KINDS = ("rotary", "eager", "lazy", "stepwise")
 
 # What an absolute position adds to K and V, as the model would compute it: [2 (K and V), layers, heads, window, dim].
 EMBEDDING = torch.randn(2, LAYERS, HEADS, WINDOW, HEAD_DIM, generator=torch.Generator().manual_seed(7))
@@ -45,6 +46,8 @@ def policy(kind: str, limit: int, count: int) -> Overflow:
         return DropOldest(limit, count)
     if kind == "eager":
         return DropAndCorrect(limit, count, difference_for(count), LAYOUT)
+    if kind == "stepwise":
+        return DropLazily(limit, count, PositionSteps(LAYOUT, count, difference_for(count)))
     return DropLazily(limit, count, PositionTable(LAYOUT, difference_for))
 
 

@@ -5,6 +5,20 @@
 
 #include "arguments.h"
 
+/* A second version of a function and of what is inlined into it, for processors with wider registers, chosen when the
+ * module is loaded. Additions are the same in both. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+#if defined(__GNUC__)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
 /* Handing the GIL over costs more than a shorter copy. */
 #define LEAST_BYTES_WITHOUT_GIL 262144
 
@@ -47,26 +61,161 @@ static inline char *in_batch(const Memory *m, Py_ssize_t plane, int64_t row, Py_
     return m->batch + (((plane * m->rows + row) * m->heads + head) * m->columns + column) * m->bytes;
 }
 
-/* `bytes` is a constant where the function is inlined with one, which makes the copy a few instructions. */
-static inline void copy_row(const Memory *m, Py_ssize_t plane, Py_ssize_t row, const int64_t *slots, Py_ssize_t filled,
-                            Py_ssize_t bytes)
+/* What is owed to tokens that moved: differences [planes, positions + 1, heads] of float32, added for one drop after the
+ * other, `count` positions apart. For every token gathered, `drops` that it has outlived, and where it was `at` after the
+ * first of them. */
+typedef struct {
+    const char *start;
+    Py_ssize_t positions, count;
+    int32_t *drops, *at;
+} Steps;
+
+static inline void add(float *restrict to, const float *restrict one, const float *restrict other, Py_ssize_t count)
 {
+    for (Py_ssize_t i = 0; i < count; i++)
+        to[i] = one[i] + other[i];
+}
+
+/* In one pass for a few drops. Sums are of float32 each, as if every one had been stored. */
+ALWAYS_INLINE void add_steps(float *restrict to, const float *restrict from, const float *restrict owed, Py_ssize_t back,
+                             Py_ssize_t drops, Py_ssize_t count)
+{
+    if (drops == 1)
+        add(to, from, owed, count);
+    else if (drops == 2)
+        for (Py_ssize_t i = 0; i < count; i++)
+            to[i] = (from[i] + owed[i]) + owed[i - back];
+    else
+        for (Py_ssize_t i = 0; i < count; i++)
+            to[i] = ((from[i] + owed[i]) + owed[i - back]) + owed[i - 2 * back];
+    for (Py_ssize_t drop = 3; drop < drops; drop++)
+        for (Py_ssize_t i = 0; i < count; i++)
+            to[i] += owed[i - drop * back];
+}
+
+/* `bytes` is a constant where the function is inlined with one, which makes the copy a few instructions. */
+ALWAYS_INLINE void copy_row(const Memory *m, Py_ssize_t plane, Py_ssize_t row, const int64_t *slots, Py_ssize_t filled,
+                            const Steps *steps, Py_ssize_t bytes)
+{
+    const int32_t *drops = steps == NULL ? NULL : steps->drops + row * filled;
+    const int32_t *at = steps == NULL ? NULL : steps->at + row * filled;
     for (Py_ssize_t head = 0; head < m->heads; head++) {
         char *to = in_batch(m, plane, row, head, 0);
-        for (Py_ssize_t column = 0; column < filled; column++, to += bytes)
-            memcpy(to, in_slots(m, plane, slots[column]) + head * bytes, bytes);
+        for (Py_ssize_t column = 0; column < filled; column++, to += bytes) {
+            const char *from = in_slots(m, plane, slots[column]) + head * bytes;
+            if (drops == NULL || drops[column] == 0)
+                memcpy(to, from, bytes);
+            else {
+                Py_ssize_t owed = (plane * (steps->positions + 1) + at[column]) * m->heads + head;
+                add_steps((float *)to, (const float *)from, (const float *)(steps->start + owed * bytes),
+                          steps->count * m->heads * bytes / 4, drops[column], bytes / 4);
+            }
+        }
     }
 }
 
-static void copy_rows(const Memory *m, const int64_t *slots, Py_ssize_t filled)
+WIDE static void copy_rows(const Memory *m, const int64_t *slots, Py_ssize_t filled, const Steps *steps)
 {
     for (Py_ssize_t plane = 0; plane < m->planes; plane++)
-        for (Py_ssize_t row = 0; row < m->rows; row++)
+        for (Py_ssize_t row = 0; row < m->rows; row++) {
+            const int64_t *of_row = slots + row * filled;
             switch (m->bytes) {
-            case 128: copy_row(m, plane, row, slots + row * filled, filled, 128); break;
-            case 256: copy_row(m, plane, row, slots + row * filled, filled, 256); break;
-            default: copy_row(m, plane, row, slots + row * filled, filled, m->bytes);
+            case 128: copy_row(m, plane, row, of_row, filled, steps, 128); break;
+            case 256: copy_row(m, plane, row, of_row, filled, steps, 256); break;
+            default: copy_row(m, plane, row, of_row, filled, steps, m->bytes);
             }
+        }
+}
+
+/* The slots [rows, filled] of the slot tables `tables[rows]`, each row's newest before column `end`; 0 elsewhere. */
+static int64_t *slots_of_rows(const Memory *m, const Py_buffer *tables, const int64_t *rows, Py_ssize_t end,
+                              Py_ssize_t filled)
+{
+    Py_ssize_t window = tables->shape[1];
+    int64_t *slots = PyMem_Calloc(m->rows * filled + 1, sizeof(int64_t));
+    if (slots == NULL)
+        return (int64_t *)PyErr_NoMemory();
+    for (Py_ssize_t row = 0; row < m->rows; row++) {
+        const int64_t *table = (const int64_t *)tables->buf + (rows[row] + 1) * window - end;
+        for (Py_ssize_t column = 0; column < end && column < filled; column++) {
+            if (!within(table[column], m->num_slots, "slot")) {
+                PyMem_Free(slots);
+                return NULL;
+            }
+            slots[row * filled + column] = table[column];
+        }
+    }
+    return slots;
+}
+
+/* What every token of rows that moved has outlived. A token's position counts from its row's first. */
+static int find_steps(Steps *steps, PyObject *moved, const Py_buffer *written_at, const int64_t *slots, Py_ssize_t rows,
+                      Py_ssize_t filled)
+{
+    if (!PyList_Check(moved) || PyList_GET_SIZE(moved) != rows || steps->count < 1) {
+        PyErr_SetString(PyExc_ValueError, "moved must be a list of one for each row, and drop at least 1");
+        return 0;
+    }
+    steps->drops = PyMem_Calloc(rows * filled + 1, sizeof(int32_t));
+    steps->at = PyMem_Calloc(rows * filled + 1, sizeof(int32_t));
+    if (steps->drops == NULL || steps->at == NULL)
+        return PyErr_NoMemory() != NULL;
+    for (Py_ssize_t row = 0, i = 0; row < rows; row++) {
+        Py_ssize_t position = 0;
+        for (Py_ssize_t column = 0; column < filled; column++, i++) {
+            if (slots[i] == 0 || PyList_GET_ITEM(moved, row) != Py_True)
+                continue;
+            if (!within(slots[i], written_at->shape[0], "slot"))
+                return 0;
+            int64_t written = ((const int64_t *)written_at->buf)[slots[i]];
+            if (!within(written, steps->positions, "position"))
+                return 0;
+            if (written - position >= steps->count) {
+                steps->drops[i] = (int32_t)((written - position) / steps->count);
+                steps->at[i] = (int32_t)(written - steps->count);
+            }
+            position++;
+        }
+    }
+    return 1;
+}
+
+static PyObject *gather_tokens(PyObject *const *arguments, PyObject *written_at, PyObject *moved, Steps *steps)
+{
+    Memory m;
+    Py_ssize_t numbers[3];
+    Py_buffer tables, written = {.obj = NULL};
+    if (!memory_of(arguments, &m) || !integers(arguments + 3, 3, numbers) ||
+        !array_of(arguments[6], &tables, 2, INT64, 0))
+        return NULL;
+    Py_ssize_t end = numbers[1], filled = numbers[2];
+    m.columns = numbers[0];
+    PyObject *result = NULL;
+    int64_t *slots = NULL, *rows = rows_of(arguments[7], tables.shape[0], &m.rows);
+    if (rows == NULL || !within(filled, m.columns + 1, "filled") || !within(end, tables.shape[1] + 1, "end") ||
+        (slots = slots_of_rows(&m, &tables, rows, end, filled)) == NULL)
+        goto done;
+    if (steps != NULL && m.bytes % sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "shape must be of float32");
+        goto done;
+    }
+    if (steps != NULL && (!array_of(written_at, &written, 1, INT64, 0) ||
+                          !find_steps(steps, moved, &written, slots, m.rows, filled)))
+        goto done;
+    if (m.planes * m.rows * m.heads * filled * m.bytes < LEAST_BYTES_WITHOUT_GIL)
+        copy_rows(&m, slots, filled, steps);
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        copy_rows(&m, slots, filled, steps);
+        Py_END_ALLOW_THREADS
+    }
+    result = Py_NewRef(Py_None);
+done:
+    PyMem_Free(slots);
+    PyMem_Free(rows);
+    PyBuffer_Release(&written);
+    PyBuffer_Release(&tables);
+    return result;
 }
 
 /* gather(slots, shape, batch, columns, end, filled, tables, rows)
@@ -76,43 +225,23 @@ static void copy_rows(const Memory *m, const int64_t *slots, Py_ssize_t filled)
  */
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    Memory m;
-    Py_ssize_t numbers[3];
-    Py_buffer tables;
-    if (!enough(count, 8) || !memory_of(arguments, &m) || !integers(arguments + 3, 3, numbers) ||
-        !array_of(arguments[6], &tables, 2, INT64, 0))
+    return enough(count, 8) ? gather_tokens(arguments, NULL, NULL, NULL) : NULL;
+}
+
+/* gather_stepwise(slots, shape, batch, columns, end, filled, tables, rows, written_at, moved, difference, positions, drop)
+ *
+ * As `gather`; tokens of rows that `moved` have added what they are owed for every `drop` positions since they were
+ * written.
+ */
+static PyObject *gather_stepwise(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_ssize_t numbers[2];
+    if (!enough(count, 13) || !integers(arguments + 11, 2, numbers))
         return NULL;
-    Py_ssize_t end = numbers[1], filled = numbers[2], window = tables.shape[1];
-    m.columns = numbers[0];
-    PyObject *result = NULL;
-    int64_t *slots = NULL, *rows = rows_of(arguments[7], tables.shape[0], &m.rows);
-    if (rows == NULL || !within(filled, m.columns + 1, "filled") || !within(end, window + 1, "end"))
-        goto done;
-    slots = PyMem_Calloc(m.rows * filled + 1, sizeof(int64_t));
-    if (slots == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    for (Py_ssize_t row = 0; row < m.rows; row++) {
-        const int64_t *table = (const int64_t *)tables.buf + (rows[row] + 1) * window - end;
-        for (Py_ssize_t column = 0; column < end && column < filled; column++) {
-            if (!within(table[column], m.num_slots, "slot"))
-                goto done;
-            slots[row * filled + column] = table[column];
-        }
-    }
-    if (m.planes * m.rows * m.heads * filled * m.bytes < LEAST_BYTES_WITHOUT_GIL)
-        copy_rows(&m, slots, filled);
-    else {
-        Py_BEGIN_ALLOW_THREADS
-        copy_rows(&m, slots, filled);
-        Py_END_ALLOW_THREADS
-    }
-    result = Py_NewRef(Py_None);
-done:
-    PyMem_Free(slots);
-    PyMem_Free(rows);
-    PyBuffer_Release(&tables);
+    Steps steps = {PyLong_AsVoidPtr(arguments[10]), numbers[0], numbers[1], NULL, NULL};
+    PyObject *result = PyErr_Occurred() ? NULL : gather_tokens(arguments, arguments[8], arguments[9], &steps);
+    PyMem_Free(steps.drops);
+    PyMem_Free(steps.at);
     return result;
 }
 
@@ -121,12 +250,6 @@ typedef struct {
     const char *start;
     Py_ssize_t plane_bytes, kept, corrected;
 } Differences;
-
-static inline void add(float *restrict to, const float *restrict one, const float *restrict other, Py_ssize_t count)
-{
-    for (Py_ssize_t i = 0; i < count; i++)
-        to[i] = one[i] + other[i];
-}
 
 static void write_tokens(const Memory *m, const int64_t *rows, const int64_t *columns, const Slots *slots,
                          const Differences *d)

@@ -15,7 +15,7 @@ from ...manager import KVCacheManager
 from ...overflow import Overflow
 from .divergence import Divergence, ValidationReport
 from .session import SearchSession
-from .settings import Answer, Mode, layout_of, manager_config, overflow_of
+from .settings import Answer, Mode, layout_of, manager_config, overflow_of, shares_parents
 from .sharing import SHARERS, clear_pools
 from .validation import Validation
 
@@ -70,9 +70,8 @@ class Attachment:
                 "context_length must be an even number of at least 4 (two tokens a step, and a step beside the new "
                 f"one), got {window}"
             )
-        # With rotary positions nodes share what they keep of their parents; otherwise a full window is a copy. What
-        # validation copies over is one, too.
-        self._shares = bool(world_model.config.rotary_emb) and mode == "on"
+        # What validation copies over is stored whole.
+        self._shares = shares_parents(world_model, self.layout) and mode == "on"
         self._config = manager_config(world_model, searches)
         # Searches of several threads store their roots in the same pools: one's must outlast the others'.
         self._arguments = {"init_entries": ROOTS_OF_A_SEARCH * searches, **arguments}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kv import KeysValues
-from ...overflow import DropAndCorrect, DropOldest, Overflow
+from ...overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
+from ...positions import PositionSteps
 from .containers import LightZeroKeysValues
 from .session import NodeKey, SearchSession
 
@@ -162,14 +163,19 @@ def store_roots(world_model: Any, kv: Attachment, latent_state: Tensor) -> None:
 
 def _within_window(packed: Tensor, size: int, overflow: Overflow) -> Tensor:
     """The tokens of every row that stay, corrected where positions are absolute."""
-    assert isinstance(overflow, DropOldest | DropAndCorrect)
+    assert isinstance(overflow, DropOldest | DropAndCorrect | DropLazily)
     if size < overflow.limit:
         return packed[:, :, :, :size]
     kept = packed[:, :, :, overflow.count : size]
-    if isinstance(overflow, DropAndCorrect):
-        # [2 * layers, tokens, heads, head_dim] to [2 * layers, 1, heads, tokens, head_dim]
-        kept = kept + overflow.packed[:, : kept.shape[3]].transpose(1, 2).unsqueeze(1)
-    return kept
+    if isinstance(overflow, DropOldest):
+        return kept
+    if isinstance(overflow, DropLazily):
+        assert isinstance(overflow.table, PositionSteps)
+        difference = overflow.table.packed
+    else:
+        difference = overflow.packed
+    # [2 * layers, tokens, heads, head_dim] to [2 * layers, 1, heads, tokens, head_dim]
+    return kept + difference[:, : kept.shape[3]].transpose(1, 2).unsqueeze(1)
 
 
 def start_positions_of_reanalysis(start_pos: Any, rows: int) -> list[int]:

@@ -11,7 +11,9 @@ from ...arguments import check_env_ids
 from ...errors import InvalidArgumentError, InvalidTypeError
 from ...layout import KVLayout
 from ...manager import KVCacheManager
-from ...overflow import DropAndCorrect, DropOldest
+from ...native import native
+from ...overflow import DropAndCorrect, DropLazily, DropOldest
+from ...positions import PositionSteps
 
 __all__ = [
     "Answer",
@@ -23,11 +25,13 @@ __all__ = [
     "mode_of",
     "overflow_of",
     "setting",
+    "shares_parents",
 ]
 
 Mode = Literal["off", "validate", "on"]
 Answer = Literal["off", "on"]  # whose answers validation gives
 
+LONGEST_CORRECTED_ON_READING = 16  # tokens of the window; a token is owed one difference for each two it moved
 DROPPED = 2  # tokens that LightZero drops when the window is full: the oldest step's observation and action
 
 
@@ -94,7 +98,19 @@ def manager_config(world_model: Any, searches: int) -> dict[str, Any]:
     }
 
 
-def overflow_of(world_model: Any, layout: KVLayout) -> DropOldest | DropAndCorrect:
+def shares_parents(world_model: Any, layout: KVLayout) -> bool:
+    """Whether nodes share what they keep of their parents when the window is full.
+
+    With rotary positions nothing changes. With absolute ones it is corrected: by compiled code whenever it is read,
+    which takes less than to store it anew; for long windows, on a GPU or without that code, once for each node.
+    """
+    if world_model.config.rotary_emb:
+        return True
+    compiled = native is not None and layout.device.type == "cpu" and layout.dtype is torch.float32
+    return compiled and layout.max_tokens <= LONGEST_CORRECTED_ON_READING
+
+
+def overflow_of(world_model: Any, layout: KVLayout) -> DropOldest | DropAndCorrect | DropLazily:
     """What `update_cache_context` does with a full window: two tokens go when one column is left.
 
     With absolute positions the difference is the model's own, `pos_emb_diff_k` and `pos_emb_diff_v`.
@@ -109,6 +125,8 @@ def overflow_of(world_model: Any, layout: KVLayout) -> DropOldest | DropAndCorre
             for layer in range(layout.num_layers)
         ]
     )
+    if shares_parents(world_model, layout):
+        return DropLazily(limit, DROPPED, PositionSteps(layout, DROPPED, difference))
     return DropAndCorrect(limit, DROPPED, difference, layout)
 
 
