@@ -35,6 +35,26 @@ def gather(
     /,
 ) -> None: ...
 
+# As `gather`, of float32. Tokens of rows that `moved` have added, in the order of the drops, what they are owed for
+# every `drop` positions between that in `written_at[slot]` and where they stand in their row: the differences
+# [planes, positions + 1, heads] at an address, of the position that a token came to.
+def gather_stepwise(
+    slots: int,
+    shape: _Shape,
+    batch: int,
+    columns: int,
+    end: int,
+    filled: int,
+    tables: _Ints,
+    rows: list[int],
+    written_at: _Ints,
+    moved: list[bool],
+    difference: int,
+    positions: int,
+    drop: int,
+    /,
+) -> None: ...
+
 # Token `columns[i]` of row `rows[i]` of a batch [planes, rows_of_batch, heads, columns_of_batch] at the address `batch`
 # into slot `taken[i]`, for every i. The first `corrected` of them, in runs of `kept`, are float32 and have the
 # differences [planes, kept, heads] at the address `difference` added, whose planes are `plane_bytes` apart. Lets go of

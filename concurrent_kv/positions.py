@@ -90,7 +90,8 @@ class PositionSteps:
         self.layout = layout
         self.covered = covered
         # -0.0 changes no number, as 0.0 does: one more token of it, which stands for no step at all.
-        table = torch.full_like(packed[:, :1], -0.0).repeat(1, layout.max_tokens + 1, 1, 1)
+        shape = (packed.shape[0], layout.max_tokens + 1, *packed.shape[2:])
+        table = torch.full(shape, -0.0, dtype=layout.dtype, device=layout.device)
         table[:, :covered] = packed
         self.packed = table[:, :covered]  # [2 * layers, tokens, heads, head_dim]
         self.rows = table.flatten(1, 2)  # [2 * layers, (position, head), head_dim]

@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concurrent_kv import KVLayout
+from concurrent_kv import KVLayout, PositionSteps
 from concurrent_kv.keys import hash_states
 from concurrent_kv.native import native
 from concurrent_kv.tensors import Indices, SlotTensor
@@ -182,6 +182,38 @@ def test_copies_large_enough_to_let_go_of_the_gil_are_the_same_bytes_either_way(
         tensor.gather(tables, list(range(16)), 20, out)
         assert same_bits(out, source)
     assert same_bits(compiled.data, plain.data)
+
+
+@needs_native
+@pytest.mark.parametrize("head_dim", [5, 32, 64, 96])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: int) -> None:
+    layout = KVLayout(num_layers=2, num_heads=3, head_dim=head_dim, max_tokens=9)
+    window = layout.max_tokens
+    compiled, plain = both(layout, 60, 1)
+    numbers = random_numbers(1, tuple(plain.data.shape), layout.dtype)
+    numbers[:, 0] = 0
+    for tensor in (compiled, plain):
+        tensor.data.copy_(numbers)
+    difference = random_numbers(2, (2, 2, 3, window - count, head_dim), layout.dtype)
+    steps = PositionSteps(layout, count, difference)
+    random = np.random.default_rng(count)
+    tables = random.permutation(60)[: 6 * window].reshape(6, window) + 1
+    moved = [True, False, True, True, True, False]
+    written_at = np.zeros(61, dtype=np.int64)
+    for row, length in enumerate([9, 9, 8, 4, 1, 5]):
+        tables[row, : window - length] = 0
+        at = np.arange(length)
+        written_at[tables[row, window - length :]] = random.integers(at, window) if moved[row] else window - 1
+    out, expected = compiled.new_buffer(6, window), plain.new_buffer(6, window)
+    rows = list(range(6))
+    assert compiled.gather_stepwise(tables, rows, window, out, written_at, moved, steps)
+    assert not plain.gather_stepwise(tables, rows, window, expected, written_at, moved, steps)
+    plain.gather(tables, rows, window, expected)
+    positions = np.maximum(np.arange(window) - (tables == 0).sum(axis=1)[:, None], 0)
+    owed = np.where((tables > 0) & np.array(moved)[:, None], written_at[tables] - positions, 0)
+    plain.correct_stepwise(expected, owed, positions, steps)
+    assert same_bits(out, expected)
 
 
 # Without it ----------------------------------------------------------------------------------------------------------

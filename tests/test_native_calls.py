@@ -43,10 +43,17 @@ class Arguments:
         self.written_at = np.zeros(SLOTS, dtype=np.int64)
         own = np.array([[False, False, True], [False, False, True]])
         self.states = np.arange(12, dtype=np.uint8)
+        self.owed = torch.ones(PLANES, 3 + 1, HEADS, 2)
         slots, batch, difference = self.data.data_ptr(), self.batch.data_ptr(), self.difference.data_ptr()
         index, columns = np.array([0, 1]), np.array([2, 0])
         self.of: dict[str, list[Any]] = {
             "gather": [slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]],
+            "gather_stepwise": [
+                *(slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]),
+                np.array([0, 2, 2, 1]),
+                [True, False],
+                *(self.owed.data_ptr(), 3, 1),
+            ],
             "scatter": [slots, SHAPE, batch, 2, 3, difference, 16, 1, 1, index, columns, np.array([3, 1])],
             "share": [
                 self.tables,
@@ -107,6 +114,22 @@ CASES: dict[str, list[Case]] = {
         ({1: (2, 4, 2, None)}, TypeError),
         ({0: None}, TypeError),
         ({2: "batch"}, TypeError),
+    ],
+    "gather_stepwise": [
+        ({7: [1, 3]}, IndexError),
+        ({6: np.array([[0, 0, 0], [0, 1, SLOTS], [0, 1, 3]])}, IndexError),
+        ({8: np.array([0, 2, 3, 1])}, IndexError),
+        ({8: np.array([0, -1, 2, 1])}, IndexError),
+        ({8: np.array([0, 2])}, IndexError),
+        ({8: np.zeros(SLOTS, dtype=np.int32)}, ValueError),
+        ({8: PAIR}, ValueError),
+        ({9: [True]}, ValueError),
+        ({9: (True, False)}, ValueError),
+        ({10: "difference"}, TypeError),
+        ({11: 2}, IndexError),
+        ({11: 1.0}, TypeError),
+        ({12: 0}, ValueError),
+        ({1: (2, 4, 2, 6)}, ValueError),
     ],
     "scatter": [
         ({11: np.array([3, SLOTS])}, IndexError),

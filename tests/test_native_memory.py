@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import DropAndCorrect, KeysValues, KVLayout, KVPool, KVStorage
+from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVLayout, KVPool, KVStorage, PositionSteps
 from concurrent_kv import slots as slots_module
 from concurrent_kv.errors import InvalidArgumentError
 from concurrent_kv.native import native
@@ -34,7 +34,7 @@ def pool_with(pool: KVPool, length: int) -> KVPool:
     return pool
 
 
-def committed(pool: KVPool, tokens: int, overflow: DropAndCorrect) -> list[float]:
+def committed(pool: KVPool, tokens: int, overflow: DropAndCorrect | DropLazily) -> list[float]:
     """The numbers of an entry after so many tokens of zeros."""
     with pool.gather(["a"]) as batch:
         batch.advance(tokens)
@@ -60,6 +60,8 @@ def test_a_difference_is_added_whatever_its_memory_is_like(
 ) -> None:
     pool = pool_with(make_pool(8, TWO_NUMBERS), 3)
     assert committed(pool, 1, DropAndCorrect(4, 1, difference, TWO_NUMBERS)) == [expected] * 6
+    steps = PositionSteps(TWO_NUMBERS, 1, difference)
+    assert committed(pool, 1, DropLazily(4, 1, steps)) == [expected] * 6
 
 
 @pytest.mark.parametrize("covered", [1, 2])

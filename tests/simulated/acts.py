@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionTable
+from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionSteps, PositionTable
 from concurrent_kv.deadline import Deadline
 from concurrent_kv.entry import Hold
 from concurrent_kv.flight_waiting import outcome
@@ -95,6 +95,10 @@ def correcting(world: GpuWorld) -> DropAndCorrect:
 def correcting_lazily(world: GpuWorld) -> DropLazily:
     table = PositionTable(world.pool.layout, lambda distance: _difference(world, distance))
     return DropLazily(WINDOW, 2, table)
+
+
+def correcting_stepwise(world: GpuWorld) -> DropLazily:
+    return DropLazily(WINDOW, 2, PositionSteps(world.pool.layout, 2, _difference(world)))
 
 
 # Publication and flights ---------------------------------------------------------------------------------------------

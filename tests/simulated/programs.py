@@ -210,6 +210,9 @@ GPU_PROGRAMS = [
     gpu_program(
         "corrected lazily", acts.overflowing(acts.correcting_lazily), before=stored(A, tokens=3), slots=3 * WINDOW
     ),
+    gpu_program(
+        "corrected stepwise", acts.overflowing(acts.correcting_stepwise), before=stored(A, tokens=3), slots=3 * WINDOW
+    ),
     gpu_program("closed while it works", acts.closed_while_it_works),
     gpu_program("close|get|put", GpuWorld.close, lambda w: w.or_closed(lambda: w.get(A, on=1)), before=stored(A)),
     gpu_program("dropped while it works", acts.dropped_while_it_works),

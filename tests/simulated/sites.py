@@ -44,7 +44,7 @@ OWNERS = {
     "join": ("concurrent_kv.stream_uses.StreamUses.join",),
     "finish": ("concurrent_kv.stream_uses.StreamUses.finish",),
     "use_here": ("concurrent_kv.batch.Batch.use_here",),
-    "settle": ("concurrent_kv.overflow.settle",),
+    "settle": ("concurrent_kv.overflow.settle", "concurrent_kv.positions.settle"),
     "_protect": ("concurrent_kv.moving._protect",),
 }
 OF_OTHERS = {
