@@ -15,6 +15,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv import ClosedError, InvalidArgumentError, InvalidTypeError, KVCacheManager
 from concurrent_kv.compat.lightzero import Attachment, attach, attachment_of, detach
+from concurrent_kv.native import native
 from tests.lightzero_support import SHAPES, Walk, make_world_model
 
 ENV_NUM = 2
@@ -166,3 +167,26 @@ def test_a_search_that_began_before_the_model_was_attached_goes_on_with_the_stat
     if attachment.report is not None:
         assert set(attachment.report.defects) == {"miss raises"}
         assert attachment.report.unexplained == 0
+
+
+# Room -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(native is None, reason="needs the compiled module, which corrects what is read")
+@pytest.mark.parametrize("rotary_emb", [False, True])
+def test_nodes_of_full_windows_fit_three_slots_each(rotary_emb: bool) -> None:
+    shape = replace(SHAPE, rotary_emb=rotary_emb)
+    nodes = ENV_NUM * (shape.num_simulations + 1)
+    made = make_world_model(shape)
+    attachment = attach(made, "on", recur_slots=3 * nodes, wait_timeout=1.0)
+    assert isinstance(attachment, Attachment)
+    walk = Walk(shape, ENV_NUM)
+    for _ in range(5):  # the window of 8 is full at the fourth
+        walk.root([made])
+        for _ in range(shape.num_simulations):
+            walk.simulate([made])
+    stats = attachment.manager.recur_pool.stats()
+    assert stats.entries == ENV_NUM * shape.num_simulations
+    assert stats.slots_in_use <= 3 * stats.entries
+    attachment.manager.check_integrity()
+    detach(made)

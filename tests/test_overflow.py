@@ -285,7 +285,8 @@ def test_a_row_owed_steps_shares_its_tokens_where_nothing_drops(overflow: RaiseO
         model.manager.check_integrity()
 
 
-def test_steps_and_tables_go_through_one_batch() -> None:
+@pytest.mark.parametrize("order", [("lazy", 1, 0), (1, "lazy", 0)])
+def test_steps_and_tables_go_through_one_batch_in_either_order(order: tuple[object, ...]) -> None:
     with reference("stepwise") as model:
         other = policy("lazy", LIMIT, COUNT)
         model.root(0, 5)
@@ -293,10 +294,10 @@ def test_steps_and_tables_go_through_one_batch() -> None:
         batch = model.search.gather([0], [0])
         append(batch, [2])
         model.search.commit(["lazy"], batch, overflow=other)
-        with model.search.gather(["lazy", 1, 0], [0] * 3) as both, model.search.gather(["lazy"], [0]) as one:
-            assert torch.equal(both.data[:, 0, :, : both.start], one.data[:, 0, :, : one.start])
-            model.same(both.data[:, 1, :, : both.start], model.rows[1])
-            model.same(both.data[:, 2, :, : both.start], model.rows[0])
+        with model.search.gather(order, [0] * 3) as both, model.search.gather(["lazy"], [0]) as one:
+            model.rows["lazy"] = one.data[:, 0, :, : one.start]
+            for row, key in enumerate(order):
+                model.same(both.data[:, row, :, : both.start], model.rows[key])
         model.manager.check_integrity()
 
 

@@ -31,7 +31,7 @@ __all__ = [
 Mode = Literal["off", "validate", "on"]
 Answer = Literal["off", "on"]  # whose answers validation gives
 
-LONGEST_CORRECTED_ON_READING = 16  # tokens of the window; a token is owed one difference for each two it moved
+LONGEST_CORRECTED_ON_READING = 48  # tokens of the window: the longest measured; longer ones add more and save less
 DROPPED = 2  # tokens that LightZero drops when the window is full: the oldest step's observation and action
 
 
