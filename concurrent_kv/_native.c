@@ -1,4 +1,4 @@
-/* The loops over tokens and slots, in host memory: each does in one call what `numpy` and `torch` do in several.
+/* The loops over tokens, slots and entries: each does in one call what `numpy`, `torch` or Python do in several.
  *
  * Optional. Every function has a counterpart in Python that leaves the same bytes; `native.py` says which is used. Who
  * calls it holds the locks that the counterpart needs, and keeps alive the contiguous tensors whose addresses it passes.
@@ -13,6 +13,7 @@
 
 #include "csrc/arguments.h"
 #include "csrc/copies.h"
+#include "csrc/entries.h"
 #include "csrc/hashes.h"
 #include "csrc/tables.h"
 
@@ -39,6 +40,9 @@ static PyMethodDef functions[] = {
     FUNCTION(gather),    FUNCTION(scatter),     FUNCTION(share),
     FUNCTION(enter),     FUNCTION(mark),        FUNCTION(advise_huge_pages),
     FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
+    FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
+    FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
+    FUNCTION(places),    FUNCTION(occupy),
     {NULL, NULL, 0, NULL},
 };
 

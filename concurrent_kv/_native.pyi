@@ -6,12 +6,16 @@
 # `shape` is that of the slots: (planes, slots, heads, bytes of one head of a token); planes are 2 * layers. Slots are
 # an array, or a range of step 1.
 
-from typing import TypeAlias
+from collections.abc import Hashable
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from .entry import Entry
+
+_E = TypeVar("_E")
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
 _Ints: TypeAlias = NDArray[np.int64] | View
@@ -35,8 +39,8 @@ def gather(
     /,
 ) -> None: ...
 
-# As `gather`, of float32. Tokens of rows that `moved` have added, in the order of the drops, what they are owed for
-# every `drop` positions between that in `written_at[slot]` and where they stand in their row: the differences
+# As `gather`, of float32. Tokens of rows whose item of `owed` is `owing` have added, in the drops' order, what they are
+# owed for every `drop` positions between that in `written_at[slot]` and where they stand in their row: the differences
 # [planes, positions + 1, heads] at an address, of the position that a token came to.
 def gather_stepwise(
     slots: int,
@@ -48,7 +52,8 @@ def gather_stepwise(
     tables: _Ints,
     rows: list[int],
     written_at: _Ints,
-    moved: list[bool],
+    owed: list[object],
+    owing: object,
     difference: int,
     positions: int,
     drop: int,
@@ -91,8 +96,15 @@ def share(
 ) -> bytearray: ...
 
 # Slot tables `new` [rows, window], an array or what `share` returned, into `tables[rows]`, and one more entry in
-# `counts[slot]` for each of their slots but slot 0. Returns the last slot of each.
-def enter(tables: _Ints, rows: list[int], counts: NDArray[np.int32] | View, new: _Ints | bytearray, /) -> list[int]: ...
+# `counts[slot]` for each of their slots but slot 0; their rows, their last slots and one reference to the entries.
+def enter(
+    tables: _Ints,
+    rows: list[int],
+    counts: NDArray[np.int32] | View,
+    new: _Ints | bytearray,
+    entries: list[Entry],
+    /,
+) -> None: ...
 
 # `array[slots] = number`.
 def mark(array: NDArray[np.int32] | View, slots: _Slots, number: int, /) -> None: ...
@@ -102,6 +114,45 @@ def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...
 
 # As `hash_rows`, of `rows` rows of `row_bytes` bytes at an address.
 def hash_memory(address: int, rows: int, row_bytes: int, /) -> list[str]: ...
+
+# The class of entries, whose slots the functions below read and write where they lie, and the place of new ones.
+# Entries are of that class and of no other, with all slots filled, or TypeError or AttributeError is raised.
+def bind(entry: type[object], place: object, /) -> None: ...
+
+# `Entry(key, scope, generation, length, side, priority, fingerprint, correction, written)` of each.
+def new_entries(
+    keys: list[Hashable],
+    scope: object,
+    generation: object,
+    lengths: list[int],
+    sides: list[object],
+    priorities: list[float],
+    fingerprints: list[int],
+    corrections: list[Any],
+    written: object,
+    /,
+) -> list[Entry]: ...
+
+# Rows, lengths and corrections of entries; 0, 0 and None of None.
+def describe(entries: list[Entry | None], /) -> tuple[list[int], list[int], list[Any]]: ...
+
+# One more reference of each entry, which join `held`.
+def retain(entries: list[Entry], held: list[Entry], /) -> None: ...
+
+# One reference less of each entry; those that have none left.
+def let_go(entries: list[Entry], /) -> list[Entry]: ...
+
+# The item of each key's cell, a list of one or of none; None where there is none. Runs `__hash__` and `__eq__`.
+def find(cells: dict[Hashable, list[_E]], keys: list[Hashable], /) -> list[_E | None]: ...
+
+# The cell of each key in its dict, new and empty where there was none; what each holds, or None; what is held; and the
+# dict of each new one. Where a key's `__hash__` or `__eq__` raises, no cell is new.
+def places(
+    dicts: list[dict[Hashable, list[_E]]], keys: list[Hashable], /
+) -> tuple[list[list[_E]], list[_E | None], list[_E], list[dict[Hashable, list[_E]]]]: ...
+
+# Entries into their cells, at `place`; what a cell held gives way, and its key stays.
+def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | None], place: object, /) -> None: ...
 
 # Ask the system for large pages where it has them; it may refuse without a word.
 def advise_huge_pages(address: int, num_bytes: int, /) -> None: ...

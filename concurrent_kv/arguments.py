@@ -68,7 +68,7 @@ def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
     return checked
 
 
-def sequence_of(name: str, items: object, what: str) -> Sequence[Any]:
+def sequence_of(name: str, items: object, what: str) -> list[Any]:
     """`items` as a list, or an error that names the argument."""
     try:
         return list(items)  # type: ignore[call-overload, no-any-return]
@@ -81,24 +81,24 @@ def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None
     return None if items is None else sequence_of(name, items, "one item for each key")
 
 
-def check_sides(sides: Sequence[object] | None, rows: int) -> Sequence[object]:
+def check_sides(sides: Sequence[object] | None, rows: int) -> list[object]:
     """One piece of side data for each row."""
     if sides is None:
         return [None] * rows
-    sides = sequence_of("sides", sides, "one item for each key")
-    if len(sides) != rows:
-        raise InvalidArgumentError(f"sides must have one item for each of {rows} keys, got {len(sides)}")
-    return sides
+    checked = sequence_of("sides", sides, "one item for each key")
+    if len(checked) != rows:
+        raise InvalidArgumentError(f"sides must have one item for each of {rows} keys, got {len(checked)}")
+    return checked
 
 
-def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[float]:
+def check_priorities(priorities: Sequence[float] | None, rows: int) -> list[float]:
     """One number for each row; NaN has no place in an order."""
     if priorities is None:
         return [0.0] * rows
-    priorities = sequence_of("priorities", priorities, "numbers")
-    if len(priorities) != rows:
-        raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(priorities)}")
-    for priority in priorities:
+    checked = sequence_of("priorities", priorities, "numbers")
+    if len(checked) != rows:
+        raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(checked)}")
+    for priority in checked:
         if isinstance(priority, bool) or not isinstance(priority, Real):
             raise InvalidTypeError(f"priority must be a number, got {priority!r}")
         try:
@@ -107,7 +107,7 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> Sequence[
             raise InvalidArgumentError("priority must be a number that fits into a float") from error
         if math.isnan(number):
             raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")
-    return priorities
+    return checked
 
 
 def last_of_each(keys: Sequence[Hashable]) -> Sequence[int]:

@@ -12,6 +12,7 @@ import anyio.to_thread
 import numpy as np
 from torch import Tensor
 
+from .entries import Described
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
 from .handle import Handle
@@ -49,6 +50,7 @@ class Batch(Handle):
         scope, generation: where, and as of when, its rows can be committed.
         entries: what each row was gathered from; None for a miss.
         table_rows: the rows of their slot tables in the ledger.
+        corrections: what the entries are corrected by on reading.
         hold: what keeps them alive.
     """
 
@@ -65,8 +67,7 @@ class Batch(Handle):
         generation: Generation,
         hold: Hold,
         entries: Sequence[Entry | None],
-        table_rows: list[int],
-        lengths: list[int],
+        described: Described,
         data: Tensor,
         start: int,
         *,
@@ -77,7 +78,6 @@ class Batch(Handle):
         self.scope = scope
         self.generation = generation
         self.entries = entries
-        self.table_rows = table_rows
         self._storage = storage
         self.hold = hold
         hold.owner = ref(self)
@@ -86,7 +86,7 @@ class Batch(Handle):
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
-        self._gathered = lengths
+        self.table_rows, self._gathered, self.corrections = described
         self._committed = [False] * len(entries)
 
     # What a model reads and writes ---------------------------------------------------------------------------------
@@ -100,7 +100,9 @@ class Batch(Handle):
     def hits(self) -> tuple[bool, ...]:
         """Which rows were found."""
         if self._hits is None:
-            self._hits = tuple([entry is not None for entry in self.entries])
+            entries = self.entries
+            all_hit = None not in entries
+            self._hits = (True,) * len(entries) if all_hit else tuple([entry is not None for entry in entries])
         return self._hits
 
     @property

@@ -10,7 +10,8 @@ from torch import Tensor
 from .arguments import check_keys, check_priorities, check_sides, last_of_each, sequence_of
 from .batch import BATCH_CLOSED, Batch
 from .deadline import Deadline
-from .entry import Entry, Generation, Hold, Scope, rows_of
+from .entries import describe
+from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .kv import KeysValues, check_fits
 from .layout import positive_int
@@ -34,15 +35,15 @@ def open_batch(
     scope: Scope,
     generation: Generation,
     hold: Hold,
-    entries: Sequence[Entry | None],
+    entries: list[Entry | None],
     room: int | None,
     out: Tensor | None,
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
     clock = storage.clock
     stream = clock.current()  # before anything is allocated, which a capture would take into its graph
-    lengths = [0 if entry is None else entry.length for entry in entries]
-    longest = max(lengths)
+    described = describe(entries)
+    longest = max(described.lengths)
     columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS
     if out is None:
@@ -52,12 +53,10 @@ def open_batch(
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    rows = rows_of(entries)
-    read = gather_entries(storage, entries, data, longest, ready, rows, whole=out is None)
+    read = gather_entries(storage, entries, data, longest, ready, described, whole=out is None)
     uses = StreamUses(clock, stream, read) if read else None
-    return Batch(
-        storage, scope, generation, hold, entries, rows, lengths, data, longest, owns_buffer=out is None, uses=uses
-    )
+    own = out is None
+    return Batch(storage, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
 
 
 def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
@@ -146,20 +145,18 @@ def commit_batch(
     committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
-    sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    items, ranks = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
     ledger = pool.storage.ledger
     # The search that owns the batch may be closed by another thread at any point.
     if not ledger.use(batch.hold):
         raise ClosedError(BATCH_CLOSED)
     try:
         new = batch.check_committable(committed)
-        last = last_of_each(keys)
+        last, going = last_of_each(keys), committed
         if len(last) < len(keys):
-            keys, rows = [keys[i] for i in last], [committed[i] for i in last]
-            sides, priorities = [sides[i] for i in last], [priorities[i] for i in last]
-        else:
-            rows = committed
-        plan = plan_commit(pool.storage, batch, new, keys, rows, overflow, sides, priorities)
+            keys, going = [keys[i] for i in last], [committed[i] for i in last]
+            items, ranks = [items[i] for i in last], [ranks[i] for i in last]
+        plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
         batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
 from .counting import Numbers
-from .index import Index
+from .index import Cells, Index
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
     from .pool_core import PoolCore
-    from .positions import PositionSteps, PositionTable
+    from .positions import Correction
     from .quota import Budget
 
-__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "rows_of", "sorted_shards"]
+__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "sorted_shards"]
 
 
 class Generation(NamedTuple):
@@ -94,7 +94,7 @@ class Entry:
         side: object = None,
         priority: float = 0.0,
         fingerprint: int = 0,
-        correction: PositionTable | PositionSteps | None = None,
+        correction: Correction = None,
         written: Ticks = NO_TICKS,
     ) -> None:
         self.key = key
@@ -113,11 +113,6 @@ class Entry:
         self.place = Place.NONE
         self.written = written
         self.ticks = written
-
-
-def rows_of(entries: Sequence[Entry | None]) -> list[int]:
-    """Rows in the ledger's tables of entries that the caller keeps alive; 0, a row of zeros, for None."""
-    return [0 if entry is None else entry.row for entry in entries]
 
 
 _scope_numbers = Numbers.of_process(1)
@@ -170,6 +165,13 @@ class Scope:
         if count == 1:
             return [(self, 0)] * len(keys)
         return [(self, hash(key) % count) for key in keys]
+
+    def cells_of(self, located: Sequence[tuple[Scope, int]]) -> list[Cells[Entry]]:
+        """The part of the index that each key belongs to, for `find_places`."""
+        entries = self.entries
+        if len(entries) == 1:
+            return [entries[0].cells] * len(located)
+        return [entries[part].cells for _, part in located]
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"

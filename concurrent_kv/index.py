@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeAlias, TypeVar
 
-__all__ = ["Index", "find_places", "take_away"]
+from .native import native
+
+__all__ = ["Cells", "Index", "find_places", "take_away"]
 
 E = TypeVar("E")
+Cells: TypeAlias = "dict[Hashable, list[E]]"  # a list of one, or of none while it is being written
 
 
 class Index(Generic[E]):
@@ -17,84 +20,89 @@ class Index(Generic[E]):
     undone without a look at any key; what is put into them then can no longer fail. Cost does not grow with the size.
     """
 
-    __slots__ = ("_cells",)
+    __slots__ = ("cells",)
 
     def __init__(self) -> None:
-        self._cells: dict[Hashable, list[E]] = {}
+        self.cells: Cells[E] = {}
 
     def get(self, key: Hashable) -> E | None:
         """The entry of `key`, or None."""
-        cell = self._cells.get(key)
+        cell = self.cells.get(key)
         return cell[0] if cell else None
 
-    def find(self, keys: Iterable[Hashable]) -> list[E | None]:
+    def find(self, keys: list[Hashable]) -> list[E | None]:
         """The entry of each key, or None."""
-        get = self._cells.get
+        if native is not None:
+            return native.find(self.cells, keys)  # type: ignore[no-any-return]
+        get = self.cells.get
         return [cell[0] if (cell := get(key)) else None for key in keys]
 
     def place_of(self, key: Hashable) -> list[E]:
         """The place of `key`, a list of its one entry; empty where it is new."""
-        cell = self._cells.get(key)
+        cell = self.cells.get(key)
         if cell is None:
-            cell = self._cells[key] = []
+            cell = self.cells[key] = []
         return cell
-
-    def undo_last(self) -> None:
-        """Take the newest place away, without a look at its key."""
-        self._cells.popitem()
 
     def clear(self) -> None:
         """Take every entry away, without a look at any key."""
-        self._cells.clear()
+        self.cells.clear()
 
     def pop(self, key: Hashable, default: E | None = None) -> E | None:
         """Take the entry of `key` away and return it."""
-        cell = self._cells.pop(key, None)
+        cell = self.cells.pop(key, None)
         return cell[0] if cell else default
 
     def values(self) -> Iterator[E]:
         """Every entry."""
-        return (cell[0] for cell in self._cells.values() if cell)
+        return (cell[0] for cell in self.cells.values() if cell)
 
     def items(self) -> Iterator[tuple[Hashable, E]]:
         """Every key as the index has it, with its entry."""
-        return ((key, cell[0]) for key, cell in self._cells.items() if cell)
+        return ((key, cell[0]) for key, cell in self.cells.items() if cell)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._cells
+        return key in self.cells
 
     def __getitem__(self, key: Hashable) -> E:
-        return self._cells[key][0]
+        return self.cells[key][0]
 
     def __setitem__(self, key: Hashable, entry: E) -> None:
         self.place_of(key)[:] = [entry]
 
     def __delitem__(self, key: Hashable) -> None:
-        del self._cells[key]
+        del self.cells[key]
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(self.cells)
 
 
-def find_places(indices: Sequence[Index[E]], keys: Sequence[Hashable]) -> tuple[list[list[E]], list[Index[E]]]:
-    """The place of each key in its index, and the indices in which places are new; nothing, if a key raises."""
+def find_places(
+    cells_of: list[Cells[E]], keys: list[Hashable]
+) -> tuple[list[list[E]], list[E | None], list[E], list[Cells[E]]]:
+    """The place of each key in its part of an index, made where it is new; nothing, if a key raises.
+
+    Returns the places, what each holds or None, what is held, and the parts in which places are new.
+    """
+    if native is not None:
+        return native.places(cells_of, keys)  # type: ignore[no-any-return]
     places: list[list[E]] = []
-    added: list[Index[E]] = []
+    added: list[Cells[E]] = []
     try:
-        for index, key in zip(indices, keys, strict=True):
-            cells = index._cells
+        for cells, key in zip(cells_of, keys, strict=True):
             cell = cells.get(key)
             if cell is None:
                 cell = cells[key] = []
-                added.append(index)
+                added.append(cells)
             places.append(cell)
     except BaseException:
         take_away(added)
         raise
-    return places, added
+    held = [cell[0] if cell else None for cell in places]
+    return places, held, [entry for entry in held if entry is not None], added
 
 
-def take_away(added: Sequence[Index[E]]) -> None:
-    """Undo `find_places`: take new places away, the newest first."""
-    for index in reversed(added):
-        index.undo_last()
+def take_away(added: list[Cells[E]]) -> None:
+    """Undo `find_places`: take new places away, the newest first, without a look at any key."""
+    for cells in reversed(added):
+        cells.popitem()

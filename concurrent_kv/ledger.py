@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .deadline import Deadline
-from .entry import Entry, Hold, Place, rows_of
+from .entries import let_go, retain, rows_of
+from .entry import Entry, Hold, Place
 from .native import Viewed, native
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
@@ -87,7 +88,7 @@ class Ledger:
 
     # Entries -----------------------------------------------------------------------------------------------------
 
-    def make(self, entries: Sequence[Entry], tables: npt.NDArray[np.int64] | bytearray) -> None:
+    def make(self, entries: list[Entry], tables: npt.NDArray[np.int64] | bytearray) -> None:
         """Give new entries their slot tables `[entries, window]` and the reference of the index. Mutex held.
 
         The tables may be the bytes of an array, as compiled code makes them.
@@ -104,25 +105,19 @@ class Ledger:
             assert not isinstance(tables, bytearray)
             self.tables[rows_taken] = tables
             self.slots.hold(tables)
-            tails = tables[:, -1].tolist()
+            for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
+                entry.row, entry.tail, entry.refs = row, tail, 1
         else:
-            tails = native.enter(
-                self.viewed_tables.of(self.tables), rows_taken, self.slots.viewed_counts.of(self.slots.counts), tables
-            )
-        for entry, row, tail in zip(entries, rows_taken, tails, strict=True):
-            entry.row, entry.tail, entry.refs = row, tail, 1
+            counts = self.slots.viewed_counts.of(self.slots.counts)
+            native.enter(self.viewed_tables.of(self.tables), rows_taken, counts, tables, entries)
 
     def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""
         return self.tables.take(rows_of(entries), axis=0)
 
-    def let_go(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Drop one reference of each; returns those that died. Mutex held."""
-        dead = []
-        for entry in entries:
-            entry.refs -= 1
-            if not entry.refs:
-                dead.append(entry)
+    def let_go(self, entries: list[Entry]) -> list[Entry]:
+        """Drop one reference of each, and free what the dead had; returns those that died. Mutex held."""
+        dead = let_go(entries)
         if dead:
             rows = [entry.row for entry in dead]
             tables = self.tables[rows]
@@ -193,17 +188,15 @@ class Ledger:
 
     # Holds -------------------------------------------------------------------------------------------------------
 
-    def extend(self, hold: Hold, entries: Sequence[Entry]) -> None:
+    def extend(self, hold: Hold, entries: list[Entry]) -> None:
         """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
         self.holds.add(hold)
-        for entry in entries:
-            entry.refs += 1
         if hold.pinning:
             for entry in entries:
                 entry.pins += 1
-        hold.entries += entries
+        retain(entries, hold.entries)
 
-    def drop_from(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
+    def drop_from(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
         staying = Counter(hold.entries)
         staying.subtract(entries)
@@ -225,7 +218,7 @@ class Ledger:
         entries, hold.entries = hold.entries, []
         return self._unhold(hold, entries)
 
-    def _unhold(self, hold: Hold, entries: Sequence[Entry]) -> list[Entry]:
+    def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         if hold.pinning:
             for entry in entries:
                 entry.pins -= 1

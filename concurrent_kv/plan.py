@@ -15,7 +15,7 @@ from .kv import KeysValues
 from .moving import joined_on, upload
 from .native import native
 from .overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
-from .positions import PositionSteps, PositionTable
+from .positions import Correction, PositionSteps
 from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
 from .tensors import Indices, plain_torch_state
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from .storage import KVStorage
 
 __all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
-
-Correction = PositionTable | PositionSteps | None
 
 
 class WritePlan:
@@ -53,10 +51,10 @@ class WritePlan:
 
     def __init__(
         self,
-        keys: Sequence[Hashable],
-        sides: Sequence[object],
-        priorities: Sequence[float],
-        corrections: Sequence[Correction],
+        keys: list[Hashable],
+        sides: list[object],
+        priorities: list[float],
+        corrections: list[Correction],
         shape: CommitShape,
         parents: list[int],
         source: Tensor | None,
@@ -114,8 +112,8 @@ def plan_put(
     keys: list[Hashable],
     kv: KeysValues,
     rows: Sequence[int],
-    sides: Sequence[object],
-    priorities: Sequence[float],
+    sides: list[object],
+    priorities: list[float],
 ) -> WritePlan:
     """Store rows of `kv` whole."""
     window = storage.layout.max_tokens
@@ -143,69 +141,68 @@ def plan_commit(
     storage: KVStorage,
     batch: Batch,
     new: int,
-    keys: Sequence[Hashable],
+    keys: list[Hashable],
     rows: Sequence[int],
     overflow: Overflow | None,
-    sides: Sequence[object],
-    priorities: Sequence[float],
+    sides: list[object],
+    priorities: list[float],
 ) -> WritePlan:
     """Store the `new` tokens of a batch's rows, sharing the gathered slots where the bytes stay the same."""
     window = storage.layout.max_tokens
     drop = storage.drop_of(overflow)
     if type(rows) is range:  # the whole batch
-        parents, hits, table_rows = batch.entries, batch.hits, batch.table_rows
+        hits, table_rows, inherited = batch.hits, batch.table_rows, batch.corrections
     else:
-        parents, table_rows = [batch.entries[row] for row in rows], [batch.table_rows[row] for row in rows]
-        hits = tuple([parent is not None for parent in parents])
         rows = tuple(rows)
+        hits = tuple([batch.hits[row] for row in rows])
+        table_rows, inherited = [batch.table_rows[row] for row in rows], [batch.corrections[row] for row in rows]
     if storage.corrects_lazily:
-        hits = _shareable(parents, hits, overflow)
+        hits = _shareable(inherited, hits, overflow)
     shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start + new, window, drop)
     if shape.corrected and len(shape.corrected) < len(rows):
-        keys, parents = [keys[i] for i in shape.order], [parents[i] for i in shape.order]
+        keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
-        table_rows = [table_rows[i] for i in shape.order]
-    corrections: Sequence[Correction] = [None] * len(keys)
+        inherited = [inherited[i] for i in shape.order]
+    corrections: list[Correction] = [None] * len(keys)
     if storage.corrects_lazily:
-        corrections = _corrections(parents, shape, overflow)
+        corrections = _corrections(inherited, shape, overflow)
     plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
     if isinstance(overflow, DropAndCorrect) and shape.corrected:
         plan.difference, plan.runs = _difference(overflow, shape.corrected)
     return plan
 
 
-def _shareable(parents: Sequence[Entry | None], hits: tuple[bool, ...], overflow: Overflow | None) -> tuple[bool, ...]:
+def _shareable(inherited: list[Correction], hits: tuple[bool, ...], overflow: Overflow | None) -> tuple[bool, ...]:
     """Which rows may share their parents' tokens: not those that would move by another table than these did.
 
     What was gathered of them is corrected already, and is stored whole.
     """
-    if not isinstance(overflow, (DropLazily, DropOldest)):
-        return hits
-    corrections = [None if parent is None else parent.correction for parent in parents]
     if isinstance(overflow, DropLazily):
-        foreign = {*corrections} - {None, overflow.table}
+        foreign = {*inherited} - {None, overflow.table}
+    elif isinstance(overflow, DropOldest):
+        foreign = {correction for correction in {*inherited} if isinstance(correction, PositionSteps)}
     else:
-        foreign = {correction for correction in corrections if isinstance(correction, PositionSteps)}
+        return hits
     if not foreign:
         return hits
-    return tuple([hit and correction not in foreign for hit, correction in zip(hits, corrections, strict=True)])
+    return tuple([hit and correction not in foreign for hit, correction in zip(hits, inherited, strict=True)])
 
 
-def _corrections(
-    parents: Sequence[Entry | None], shape: CommitShape, overflow: Overflow | None
-) -> Sequence[Correction]:
-    """What each new entry has to be corrected by on reading."""
-    corrections: list[Correction] = [None] * len(parents)
+def _corrections(inherited: list[Correction], shape: CommitShape, overflow: Overflow | None) -> list[Correction]:
+    """What each new entry has to be corrected by on reading; `inherited` is what its parent is corrected by."""
+    corrections: list[Correction] = [None] * len(inherited)
     if isinstance(overflow, DropLazily):
         table = overflow.table
         if isinstance(table, PositionSteps):
             _check_covers("overflow.table", shape.moved, table.covered)
         if False not in shape.over:
-            return [table] * len(parents)
+            return [table] * len(inherited)
     for i in shape.sharing:
-        corrections[i] = None if (parent := parents[i]) is None else parent.correction
+        corrections[i] = inherited[i]
     if isinstance(overflow, DropLazily):
-        return [overflow.table if over else inherited for over, inherited in zip(shape.over, corrections, strict=True)]
+        return [
+            overflow.table if over else correction for over, correction in zip(shape.over, corrections, strict=True)
+        ]
     return corrections
 
 

@@ -11,7 +11,7 @@ from .cuda import refuse_capture, settle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import KVLayout, positive_int
 
-__all__ = ["PositionSteps", "PositionTable", "packed_difference"]
+__all__ = ["Correction", "PositionSteps", "PositionTable", "packed_difference"]
 
 
 def packed_difference(name: str, difference: Tensor, layout: KVLayout) -> Tensor:
@@ -96,3 +96,6 @@ class PositionSteps:
         self.packed = table[:, :covered]  # [2 * layers, tokens, heads, head_dim]
         self.rows = table.flatten(1, 2)  # [2 * layers, (position, head), head_dim]
         settle(table.device)
+
+
+Correction = PositionTable | PositionSteps | None  # what an entry is owed on reading

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .deadline import Deadline
-from .entry import Entry, Generation, Hold, Place, Scope, rows_of, sorted_shards
+from .entries import Described, describe
+from .entry import Entry, Generation, Hold, Place, Scope, sorted_shards
 from .kv import KeysValues
-from .positions import PositionSteps, PositionTable
+from .positions import Correction, PositionSteps, PositionTable
 from .streams import NO_TICKS, Ticks, merge
 from .tensors import in_columns, plain_torch_state
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
 
 Wanted = Sequence[tuple[Scope, Hashable]]
+
+NOTHING: frozenset[Correction] = frozenset([None])
 
 
 def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
@@ -75,26 +78,26 @@ def count_hits(found: Sequence[Entry | None]) -> None:
 
 def gather_entries(
     storage: KVStorage,
-    entries: Sequence[Entry | None],
+    entries: list[Entry | None],
     out: Tensor,
     end: int,
     ready: Ticks = NO_TICKS,
-    rows: list[int] | None = None,
+    described: Described | None = None,
     *,
     whole: bool = True,
 ) -> Ticks:
     """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
 
-    `rows` are the entries' rows in the ledger, where the caller has them; unless `whole`, columns from `end` on may
+    `described` is what `describe(entries)` gave, where the caller has it; unless `whole`, columns from `end` on may
     stay as they are. One gather, in the caller's stream, after the writes of everything that it reads and after
     `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock
     is held.
     """
-    if rows is None:
-        rows = rows_of(entries)
+    if described is None:
+        described = describe(entries)
     clock = storage.clock
     if clock.backend is None:
-        _gather(storage, entries, rows, out, end, [], whole)
+        _gather(storage, described, out, end, [], whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -105,7 +108,7 @@ def gather_entries(
     clock.order_after(stream, ticks)
     temporaries: list[Tensor] = []
     try:
-        _gather(storage, entries, rows, out, end, temporaries, whole)
+        _gather(storage, described, out, end, temporaries, whole)
     finally:
         read = clock.stamp(stream, (*temporaries, out))
         if read:
@@ -116,8 +119,7 @@ def gather_entries(
 
 def _gather(
     storage: KVStorage,
-    entries: Sequence[Entry | None],
-    rows: list[int],
+    described: Described,
     out: Tensor,
     end: int,
     temporaries: list[Tensor],
@@ -125,16 +127,18 @@ def _gather(
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
     ledger, tensor = storage.ledger, storage.tensor
-    corrections = [None if entry is None else entry.correction for entry in entries] if storage.corrects_lazily else []
-    owed = {correction for correction in corrections if correction is not None}
-    steps = next(iter(owed)) if len(owed) == 1 else None
-    if isinstance(steps, PositionSteps):
-        moved = [correction is steps for correction in corrections]
-        if tensor.gather_stepwise(ledger.tables, rows, end, out, ledger.written_at, moved, steps, whole=whole):
+    rows, _, corrections = described
+    owed = {*corrections} - NOTHING
+    if len(owed) == 1:
+        (steps,) = owed
+        if isinstance(steps, PositionSteps) and tensor.gather_stepwise(
+            ledger.tables, rows, end, out, ledger.written_at, corrections, steps, whole=whole
+        ):
             return
     temporaries += tensor.gather(ledger.tables, rows, end, out, whole=whole)
     for correction in owed:
-        concerned = [row for row, entry in enumerate(entries) if entry is not None and entry.correction is correction]
+        assert correction is not None
+        concerned = [row for row, other in enumerate(corrections) if other is correction]
         with plain_torch_state(out):
             temporaries += (correction.rows, *_correct(storage, rows, out, end, concerned, correction))
 

@@ -339,7 +339,7 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
-def unpublish(pool: PoolCore, entries: Sequence[Entry], *, counted_out: bool = False) -> list[Entry]:
+def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
     """Books of entries that left the index: policy, the index's reference, and the quota unless that was done before.
 
     Returns the dead. Mutex held.

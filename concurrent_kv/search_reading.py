@@ -11,18 +11,18 @@ from .search_state import RootKey, SearchState
 
 __all__ = ["adopted", "own", "retain_here", "retain_roots"]
 
-Lookup = Callable[[SearchState, list[Entry | None], Sequence[Hashable], Sequence[Hashable]], list[Entry]]
+Lookup = Callable[[SearchState, list[Entry | None], list[Hashable], Sequence[Hashable]], list[Entry]]
 
 
 def own(
-    state: SearchState, found: list[Entry | None], keys: Sequence[Hashable], env_ids: Sequence[Hashable]
+    state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """Find rows that have no entry yet among the search's own; returns what was found. The scope's shard held."""
     return _fill(found, state.own.find(keys))
 
 
 def adopted(
-    state: SearchState, found: list[Entry | None], keys: Sequence[Hashable], env_ids: Sequence[Hashable]
+    state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """As `own`, among the adopted roots."""
     get = state.roots.get
@@ -44,7 +44,7 @@ def _fill(found: list[Entry | None], entries: Sequence[Entry | None]) -> list[En
 def retain_here(
     state: SearchState,
     found: list[Entry | None],
-    keys: Sequence[Hashable],
+    keys: list[Hashable],
     env_ids: Sequence[Hashable],
     lookups: Sequence[Lookup],
     hold: Hold,
@@ -68,7 +68,7 @@ def retain_here(
 def retain_roots(
     state: SearchState,
     found: list[Entry | None],
-    keys: Sequence[Hashable],
+    keys: list[Hashable],
     env_ids: Sequence[Hashable],
     hold: Hold,
     deadline: Deadline,

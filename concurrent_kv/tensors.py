@@ -22,7 +22,7 @@ from .errors import ClosedError
 from .layout import KVLayout
 from .moving import upload
 from .native import address_of, native
-from .positions import PositionSteps, PositionTable
+from .positions import Correction, PositionSteps, PositionTable
 from .slots import Slots, as_array
 from .streams import NO_TICKS, Ticks
 
@@ -166,16 +166,16 @@ class SlotTensor:
         end: int,
         out: Tensor,
         written_at: Indices,
-        moved: list[bool],
+        owed: Sequence[Correction],
         steps: PositionSteps,
         *,
         whole: bool = True,
     ) -> bool:
-        """As `gather`, and add what the tokens of rows that `moved` are owed; False where compiled code cannot.
+        """As `gather`, and add what the tokens are owed of rows that are owed `steps`; False if compiled code cannot.
 
         Args:
             written_at: position in its row at which each slot's token was written.
-            moved: one for each row.
+            owed: what each row is owed.
             steps: what is owed for each drop.
         """
         address = self._compiled_at(out, 0) if out.dtype is torch.float32 else 0
@@ -185,8 +185,9 @@ class SlotTensor:
         columns, data = out.shape[3], self.data
         filled = columns if whole else end
         batch = (address, columns, end, filled)
-        owed = (difference, steps.layout.max_tokens, steps.count)
-        self._native.gather_stepwise(data.data_ptr(), self._shape, *batch, tables, rows, written_at, moved, *owed)
+        table = (difference, steps.layout.max_tokens, steps.count)
+        of_rows = (tables, rows, written_at, owed, steps)
+        self._native.gather_stepwise(data.data_ptr(), self._shape, *batch, *of_rows, *table)
         if not out.is_inference():
             increment_version(out)
         return True

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 from .deadline import Deadline
+from .entries import new_entries, occupy
 from .entry import Entry, Generation, Place, Scope, sorted_shards
 from .errors import ClosedError, SearchEndedError
 from .index import find_places, take_away
@@ -91,10 +91,9 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
 def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
     # Policies alone look at fingerprints, and what a search owns is in no policy.
     owned = scope.budget is not None
-    fingerprints = repeat(0) if owned else [hash((scope.number, key)) for key in plan.keys]
-    lengths, sides, priorities = plan.shape.lengths, plan.sides, plan.priorities
-    columns = (plan.keys, repeat(scope), repeat(generation), lengths, sides, priorities, fingerprints)
-    return list(map(Entry, *columns, plan.corrections, repeat(written)))
+    fingerprints = [0] * len(plan.keys) if owned else [hash((scope.number, key)) for key in plan.keys]
+    of_each = (plan.shape.lengths, plan.sides, plan.priorities, fingerprints, plan.corrections)
+    return new_entries(plan.keys, scope, generation, *of_each, written)
 
 
 # Publication ------------------------------------------------------------
@@ -104,7 +103,7 @@ def _publish(
     pool: PoolCore,
     scope: Scope,
     generation: Generation,
-    entries: Sequence[Entry],
+    entries: list[Entry],
     plan: WritePlan,
     located: Sequence[tuple[Scope, int]],
     ticket: Ticket,
@@ -126,9 +125,7 @@ def _publish(
             with ledger.mutex:
                 pool.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
-        cells, added = find_places([scope.entries[part] for _, part in located], plan.keys)
-        replaced = [cell[0] if cell else None for cell in cells]
-        old = [entry for entry in replaced if entry is not None]
+        cells, replaced, old, added = find_places(scope.cells_of(located), plan.keys)
         try:
             with ledger.mutex:
                 missing = _admit(pool, scope, entries, plan, old, ticket)
@@ -149,22 +146,15 @@ def _publish(
 def _enter(
     pool: PoolCore,
     scope: Scope,
-    entries: Sequence[Entry],
-    cells: Sequence[list[Entry]],
-    replaced: Sequence[Entry | None],
-    old: Sequence[Entry],
+    entries: list[Entry],
+    cells: list[list[Entry]],
+    replaced: list[Entry | None],
+    old: list[Entry],
     ticket: Ticket,
 ) -> list[Entry]:
     """Put admitted entries into their places, and close the books of the replaced; returns the dead. Mutex held."""
     budget = scope.budget
-    place = Place.HELD if budget is None else Place.EXEMPT
-    for cell, entry, previous in zip(cells, entries, replaced, strict=True):
-        entry.place = place
-        if previous is None:
-            cell.append(entry)
-        else:
-            entry.index_key = previous.index_key  # a dict keeps the key object that it has
-            cell[0] = entry
+    occupy(cells, entries, replaced, Place.HELD if budget is None else Place.EXEMPT)
     dead = unpublish(pool, old, counted_out=True) if old else []
     if budget is None:
         for entry in entries:
@@ -179,7 +169,7 @@ def _enter(
 
 
 def _admit(
-    pool: PoolCore, scope: Scope, entries: Sequence[Entry], plan: WritePlan, old: Sequence[Entry], ticket: Ticket
+    pool: PoolCore, scope: Scope, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
 ) -> tuple[int, int]:
     """Count the new entries in and the old ones out, and name the slots: the ticket is spent then. Mutex held.
 
@@ -208,7 +198,7 @@ def _admit(
     return 0, 0
 
 
-def _count_out(pool: PoolCore, plan: WritePlan, old: Sequence[Entry]) -> None:
+def _count_out(pool: PoolCore, plan: WritePlan, old: list[Entry]) -> None:
     if old:
         pool.quota.add(pool.storage.ledger.tables_of(old))
     pool.quota.remove(plan.tables)

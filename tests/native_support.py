@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import keys, ledger, plan, slots, tensors
+from concurrent_kv import entries, index, keys, ledger, plan, slots, tensors
 from concurrent_kv.native import native
 from tests.support import bits
 
@@ -15,7 +15,7 @@ needs_native = pytest.mark.skipif(native is None, reason="the compiled module wa
 
 def without_native(patch: pytest.MonkeyPatch) -> None:
     """Have every module use the counterparts in Python."""
-    for module in (keys, ledger, plan, slots, tensors):
+    for module in (entries, index, keys, ledger, plan, slots, tensors):
         assert hasattr(module, "native")
         patch.setattr(module, "native", None)
 

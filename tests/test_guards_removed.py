@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,7 +69,7 @@ def without_holding_what_is(what: str) -> Removal:
     def guard_off(patch: pytest.MonkeyPatch) -> None:
         extend = Ledger.extend
 
-        def register_only(self: Ledger, hold: Hold, entries: Sequence[Entry]) -> None:
+        def register_only(self: Ledger, hold: Hold, entries: list[Entry]) -> None:
             extend(self, hold, [] if hold.what == what else entries)
 
         patch.setattr(Ledger, "extend", register_only)

@@ -75,7 +75,7 @@ def without_shard_locks(patch: pytest.MonkeyPatch) -> None:
 def without_retaining_what_is_read(patch: pytest.MonkeyPatch) -> None:
     extend = Ledger.extend
 
-    def register_only(self: Ledger, hold: Hold, entries: Sequence[Entry]) -> None:
+    def register_only(self: Ledger, hold: Hold, entries: list[Entry]) -> None:
         extend(self, hold, [] if hold.what in ("read", "batch") else entries)
 
     patch.setattr(Ledger, "extend", register_only)

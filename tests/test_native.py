@@ -207,8 +207,9 @@ def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: i
         written_at[tables[row, window - length :]] = random.integers(at, window) if moved[row] else window - 1
     out, expected = compiled.new_buffer(6, window), plain.new_buffer(6, window)
     rows = list(range(6))
-    assert compiled.gather_stepwise(tables, rows, window, out, written_at, moved, steps)
-    assert not plain.gather_stepwise(tables, rows, window, expected, written_at, moved, steps)
+    owed_by = [steps if has_moved else None for has_moved in moved]
+    assert compiled.gather_stepwise(tables, rows, window, out, written_at, owed_by, steps)
+    assert not plain.gather_stepwise(tables, rows, window, expected, written_at, owed_by, steps)
     plain.gather(tables, rows, window, expected)
     positions = np.maximum(np.arange(window) - (tables == 0).sum(axis=1)[:, None], 0)
     owed = np.where((tables > 0) & np.array(moved)[:, None], written_at[tables] - positions, 0)

@@ -14,11 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from concurrent_kv.entry import Entry, Generation, Place
+from concurrent_kv.index import Cells
 from concurrent_kv.native import native
+from concurrent_kv.streams import Ticks
 from tests.native_support import needs_native
 
 pytestmark = needs_native
 
+SCOPE: Any = ["a scope"]
+GENERATION = Generation(0, 0)
+TICKS: Ticks = {}
 PLANES, SLOTS, HEADS, BYTES = 2, 4, 2, 8
 SHAPE = (PLANES, SLOTS, HEADS, BYTES)
 CALLS = 20_000
@@ -28,7 +34,7 @@ SLACK_BYTES = 8 * CALLS  # the interpreter's own caches; one object kept by each
 Error = type[Exception] | tuple[type[Exception], ...]
 Case = tuple[dict[int, object], Error]
 WRONG_CONTAINER = (TypeError, SystemError)  # the interpreter's word for a list or tuple that is none
-WRONG = (*WRONG_CONTAINER, ValueError, IndexError, BufferError, OverflowError)
+WRONG = (*WRONG_CONTAINER, ValueError, IndexError, BufferError, OverflowError, AttributeError, KeyError)
 
 
 class Arguments:
@@ -44,6 +50,11 @@ class Arguments:
         own = np.array([[False, False, True], [False, False, True]])
         self.states = np.arange(12, dtype=np.uint8)
         self.owed = torch.ones(PLANES, 3 + 1, HEADS, 2)
+        self.first, self.second, self.third = [made(key) for key in ("first", "second", "third")]
+        self.steps, self.held = object(), list[Entry]()
+        self.full: list[Entry] = [self.third]
+        self.empty: list[Entry] = []
+        self.cells: Cells[Entry] = {"third": self.full, "empty": self.empty}
         slots, batch, difference = self.data.data_ptr(), self.batch.data_ptr(), self.difference.data_ptr()
         index, columns = np.array([0, 1]), np.array([2, 0])
         self.of: dict[str, list[Any]] = {
@@ -51,7 +62,8 @@ class Arguments:
             "gather_stepwise": [
                 *(slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]),
                 np.array([0, 2, 2, 1]),
-                [True, False],
+                [self.steps, None],
+                self.steps,
                 *(self.owed.data_ptr(), 3, 1),
             ],
             "scatter": [slots, SHAPE, batch, 2, 3, difference, 16, 1, 1, index, columns, np.array([3, 1])],
@@ -65,7 +77,20 @@ class Arguments:
                 np.array([5, 6]),
                 self.written_at,
             ],
-            "enter": [self.tables, [1, 2], self.counts, np.array([[0, 2, 3], [0, 0, 1]])],
+            "enter": [
+                *(self.tables, [1, 2], self.counts, np.array([[0, 2, 3], [0, 0, 1]])),
+                [self.first, self.second],
+            ],
+            "bind": [Entry, Place.NONE],
+            "new_entries": [
+                *(["a", "b"], SCOPE, GENERATION, [2, 3], ["one", "two"], [0.5, 1.5], [5, 6], [None, self.steps], TICKS),
+            ],
+            "describe": [[self.first, None, self.second]],
+            "retain": [[self.first, self.second, self.first], self.held],
+            "let_go": [[self.first, self.second, self.first]],
+            "find": [self.cells, ["third", "empty", "none"]],
+            "places": [[self.cells, self.cells], ["third", "new"]],
+            "occupy": [[self.full, self.empty], [self.first, self.second], [self.third, None], Place.HELD],
             "mark": [self.counts, np.array([1, 3]), 7],
             "hash_rows": [self.states, 3],
             "hash_memory": [self.states.ctypes.data, 3, 4],
@@ -78,7 +103,49 @@ class Arguments:
 
     def written(self) -> tuple[object, ...]:
         arrays = (self.data, self.batch, self.tables, self.counts, self.written_at)
-        return tuple([array.tolist() for array in arrays])
+        entries = [
+            [getattr(entry, slot) for slot in Entry.__slots__] for entry in (self.first, self.second, self.third)
+        ]
+        cells = {key: list(cell) for key, cell in self.cells.items()}
+        return *[array.tolist() for array in arrays], entries, list(self.held), cells
+
+    def renew(self) -> None:
+        """Undo what is not the same a second time."""
+        self.first.refs, self.second.refs = 2, 1
+        self.held.clear()
+        self.cells.pop("new", None)
+        self.full[:], self.empty[:] = [self.third], []
+
+
+def made(key: str) -> Entry:
+    """An entry of 2 tokens."""
+    entry = Entry(key, SCOPE, GENERATION, 2, side=f"side of {key}", written=TICKS)
+    entry.row, entry.refs = 5, 2
+    entry.index_key = f"index key of {key}"
+    return entry
+
+
+class Unequal:
+    """A key that hashes like another and cannot be compared with it."""
+
+    def __init__(self, like: object) -> None:
+        self._hash = hash(like)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyError("incomparable")
+
+
+def refused(places: list[int], wrong: object, error: Error) -> list[Case]:
+    """The same wrong argument in each of these places."""
+    return [({place: wrong}, error) for place in places]
+
+
+def unfilled() -> Entry:
+    """An entry without anything in its slots."""
+    return object.__new__(Entry)
 
 
 def strided(array: Any) -> Any:
@@ -123,12 +190,12 @@ CASES: dict[str, list[Case]] = {
         ({8: np.array([0, 2])}, IndexError),
         ({8: np.zeros(SLOTS, dtype=np.int32)}, ValueError),
         ({8: PAIR}, ValueError),
-        ({9: [True]}, ValueError),
-        ({9: (True, False)}, ValueError),
-        ({10: "difference"}, TypeError),
-        ({11: 2}, IndexError),
-        ({11: 1.0}, TypeError),
-        ({12: 0}, ValueError),
+        ({9: [None]}, ValueError),
+        ({9: (None, None)}, ValueError),
+        ({11: "difference"}, TypeError),
+        ({12: 2}, IndexError),
+        ({12: 1.0}, TypeError),
+        ({13: 0}, ValueError),
         ({1: (2, 4, 2, 6)}, ValueError),
     ],
     "scatter": [
@@ -180,6 +247,65 @@ CASES: dict[str, list[Case]] = {
         ({3: bytearray(np.array([0, 2, SLOTS, 0, 0, 1]).tobytes())}, IndexError),
         ({3: np.zeros((2, 2), dtype=np.int64)}, ValueError),
         ({3: strided(TABLE)}, ValueError),
+        ({4: [made("one")]}, ValueError),
+        ({4: [made("one"), None]}, TypeError),
+        ({4: [made("one"), unfilled()]}, AttributeError),
+        ({4: (made("one"), made("two"))}, TypeError),
+    ],
+    "bind": [
+        ({0: made("one")}, TypeError),
+        ({0: object}, AttributeError),
+        ({0: type("Sub", (Entry,), {})}, TypeError),
+        ({0: type("Plain", (), dict.fromkeys(Entry.__slots__, 0))}, TypeError),
+    ],
+    "new_entries": [
+        *refused([0, 3, 4, 5, 6, 7], ["one"], ValueError),
+        *refused([0, 3, 4, 5, 6, 7], ("one", "two"), TypeError),
+        ({3: None}, TypeError),
+    ],
+    "describe": [
+        ({0: [made("one"), "two"]}, TypeError),
+        ({0: [None, unfilled()]}, AttributeError),
+        ({0: (made("one"),)}, TypeError),
+        ({0: None}, TypeError),
+    ],
+    "retain": [
+        ({0: [made("one"), None]}, TypeError),
+        ({0: [made("one"), unfilled()]}, AttributeError),
+        ({0: (made("one"),)}, TypeError),
+        ({1: ()}, TypeError),
+    ],
+    "let_go": [
+        ({0: [made("one"), None]}, TypeError),
+        ({0: [made("one"), unfilled()]}, AttributeError),
+        ({0: (made("one"),)}, TypeError),
+    ],
+    "find": [
+        ({0: []}, TypeError),
+        ({1: ("third",)}, TypeError),
+        ({1: ["third", []]}, TypeError),
+        ({1: ["third", Unequal("third")]}, KeyError),
+    ],
+    "places": [
+        ({0: [{}]}, ValueError),
+        ({0: ({}, {})}, TypeError),
+        ({1: ("one", "two")}, TypeError),
+        ({1: ["new", []]}, TypeError),
+        ({1: ["new", Unequal("third")]}, KeyError),
+        ({0: [{}, []]}, TypeError),
+        ({0: [{}, {"new": ()}]}, TypeError),
+    ],
+    "occupy": [
+        ({0: [[]]}, ValueError),
+        ({0: ([], [])}, TypeError),
+        ({0: [[made("one")], ()]}, TypeError),
+        ({0: [[], []]}, ValueError),
+        ({0: [[made("one")], [made("two")]]}, ValueError),
+        ({1: [made("one")]}, ValueError),
+        ({1: [made("one"), None]}, TypeError),
+        ({1: [made("one"), unfilled()]}, AttributeError),
+        ({2: [None, "two"]}, TypeError),
+        ({2: [made("one")]}, ValueError),
     ],
     "mark": [
         ({1: np.array([1, SLOTS])}, IndexError),
@@ -281,11 +407,42 @@ def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
     assert torch.equal(arguments.data[:, 1], batch[:, 1, :, 0])
     assert np.frombuffer(arguments.call("share"), dtype=np.int64).tolist() == [0, 2, 2, 0, 3, 3]
     assert arguments.written_at.tolist() == [0, 0, 5, 6]
-    assert arguments.call("enter") == [3, 1]
+    arguments.call("enter")
+    assert [(entry.row, entry.tail, entry.refs) for entry in (arguments.first, arguments.second)] == [
+        (1, 3, 1),
+        (2, 1, 1),
+    ]
     assert arguments.tables.tolist() == [[0, 0, 0], [0, 2, 3], [0, 0, 1]]
     assert arguments.counts.tolist() == [0, 1, 1, 1]
     arguments.call("mark")
     assert arguments.counts.tolist() == [0, 7, 1, 7]
+
+
+def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
+    arguments = Arguments()
+    for entry, key, length, rank in zip(arguments.call("new_entries"), "ab", (2, 3), (0.5, 1.5), strict=True):
+        correction = None if key == "a" else arguments.steps
+        side, mark = ("one", 5) if key == "a" else ("two", 6)
+        expected = Entry(key, SCOPE, GENERATION, length, side, rank, mark, correction, TICKS)  # type: ignore[arg-type]
+        assert [getattr(entry, slot) for slot in Entry.__slots__] == [getattr(expected, s) for s in Entry.__slots__]
+        assert gc.is_tracked(entry)
+    assert arguments.call("describe") == ([5, 0, 5], [2, 0, 2], [None, None, None])
+    arguments.call("retain")
+    assert (arguments.first.refs, arguments.second.refs) == (4, 3)
+    assert arguments.held == [arguments.first, arguments.second, arguments.first]
+    arguments.first.refs, arguments.second.refs = 2, 2
+    assert arguments.call("let_go") == [arguments.first]
+    assert (arguments.first.refs, arguments.second.refs) == (0, 1)
+    assert arguments.call("find") == [arguments.third, None, None]
+    (full, new), held, old, added = arguments.call("places")
+    assert full is arguments.full
+    assert new is arguments.cells["new"]
+    assert (new, held, old) == ([], [arguments.third, None], [arguments.third])
+    assert added[0] is arguments.cells
+    arguments.call("occupy")
+    assert (arguments.full, arguments.empty) == ([arguments.first], [arguments.second])
+    assert (arguments.first.index_key, arguments.second.index_key) == ("index key of third", "index key of second")
+    assert (arguments.first.place, arguments.third.place) == (Place.HELD, Place.NONE)
 
 
 def test_no_rows_and_no_slots_are_no_work() -> None:
@@ -294,7 +451,7 @@ def test_no_rows_and_no_slots_are_no_work() -> None:
     arguments.call("gather", {7: []})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: none})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: range(9, 9)})
-    assert arguments.call("enter", {1: [], 3: np.empty((0, 3), dtype=np.int64)}) == []
+    arguments.call("enter", {1: [], 3: np.empty((0, 3), dtype=np.int64), 4: []})
     arguments.call("mark", {1: none})
     assert arguments.call("hash_rows", {0: b"", 1: 0}) == []
     assert arguments.call("hash_memory", {1: 0}) == []
@@ -302,8 +459,9 @@ def test_no_rows_and_no_slots_are_no_work() -> None:
 
 
 def shared_by_nobody(arguments: list[Any]) -> list[Any]:
-    """Those that the interpreter does not use itself, as it does small numbers, text and None."""
-    return [one for one in arguments if isinstance(one, (np.ndarray, list, tuple, range))]
+    """Those that the interpreter does not use itself, as it does small numbers, text and None, and what is in lists."""
+    several = [*arguments, *(item for one in arguments if isinstance(one, list) for item in one)]
+    return [one for one in several if isinstance(one, (np.ndarray, list, tuple, range, dict, Entry, Unequal))]
 
 
 def growth_of(work: Callable[[], None], watched: list[Any]) -> tuple[int, list[int]]:
@@ -333,6 +491,7 @@ def test_calls_keep_no_memory_and_no_references(name: str) -> None:
 
     def work() -> None:
         function(*passed)
+        arguments.renew()
 
     grown, references = growth_of(work, shared_by_nobody(passed))
     assert grown < SLACK_BYTES

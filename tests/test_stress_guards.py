@@ -61,7 +61,7 @@ def without_holding(*what: str) -> Removal:
     def guard_off(patch: pytest.MonkeyPatch) -> None:
         extend = Ledger.extend
 
-        def register_only(self: Ledger, hold: Hold, entries: Sequence[Entry]) -> None:
+        def register_only(self: Ledger, hold: Hold, entries: list[Entry]) -> None:
             extend(self, hold, [] if hold.what in what else entries)
 
         patch.setattr(Ledger, "extend", register_only)

@@ -148,12 +148,12 @@ static int64_t *slots_of_rows(const Memory *m, const Py_buffer *tables, const in
     return slots;
 }
 
-/* What every token of rows that moved has outlived. A token's position counts from its row's first. */
-static int find_steps(Steps *steps, PyObject *moved, const Py_buffer *written_at, const int64_t *slots, Py_ssize_t rows,
+/* What every token of rows that are owed it has outlived. A token's position counts from its row's first. */
+static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Py_buffer *written_at, const int64_t *slots, Py_ssize_t rows,
                       Py_ssize_t filled)
 {
-    if (!PyList_Check(moved) || PyList_GET_SIZE(moved) != rows || steps->count < 1) {
-        PyErr_SetString(PyExc_ValueError, "moved must be a list of one for each row, and drop at least 1");
+    if (!PyList_Check(owed) || PyList_GET_SIZE(owed) != rows || steps->count < 1) {
+        PyErr_SetString(PyExc_ValueError, "owed must be a list of one for each row, and drop at least 1");
         return 0;
     }
     steps->drops = PyMem_Calloc(rows * filled + 1, sizeof(int32_t));
@@ -163,7 +163,7 @@ static int find_steps(Steps *steps, PyObject *moved, const Py_buffer *written_at
     for (Py_ssize_t row = 0, i = 0; row < rows; row++) {
         Py_ssize_t position = 0;
         for (Py_ssize_t column = 0; column < filled; column++, i++) {
-            if (slots[i] == 0 || PyList_GET_ITEM(moved, row) != Py_True)
+            if (slots[i] == 0 || PyList_GET_ITEM(owed, row) != owing)
                 continue;
             if (!within(slots[i], written_at->shape[0], "slot"))
                 return 0;
@@ -180,7 +180,7 @@ static int find_steps(Steps *steps, PyObject *moved, const Py_buffer *written_at
     return 1;
 }
 
-static PyObject *gather_tokens(PyObject *const *arguments, PyObject *written_at, PyObject *moved, Steps *steps)
+static PyObject *gather_tokens(PyObject *const *arguments, Steps *steps)
 {
     Memory m;
     Py_ssize_t numbers[3];
@@ -199,8 +199,8 @@ static PyObject *gather_tokens(PyObject *const *arguments, PyObject *written_at,
         PyErr_SetString(PyExc_ValueError, "shape must be of float32");
         goto done;
     }
-    if (steps != NULL && (!array_of(written_at, &written, 1, INT64, 0) ||
-                          !find_steps(steps, moved, &written, slots, m.rows, filled)))
+    if (steps != NULL && (!array_of(arguments[8], &written, 1, INT64, 0) ||
+                          !find_steps(steps, arguments[9], arguments[10], &written, slots, m.rows, filled)))
         goto done;
     if (m.planes * m.rows * m.heads * filled * m.bytes < LEAST_BYTES_WITHOUT_GIL)
         copy_rows(&m, slots, filled, steps);
@@ -225,21 +225,22 @@ done:
  */
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    return enough(count, 8) ? gather_tokens(arguments, NULL, NULL, NULL) : NULL;
+    return enough(count, 8) ? gather_tokens(arguments, NULL) : NULL;
 }
 
-/* gather_stepwise(slots, shape, batch, columns, end, filled, tables, rows, written_at, moved, difference, positions, drop)
+/* gather_stepwise(slots, shape, batch, columns, end, filled, tables, rows, written_at, owed, owing, difference, positions,
+ *                 drop)
  *
- * As `gather`; tokens of rows that `moved` have added what they are owed for every `drop` positions since they were
- * written.
+ * As `gather`; tokens of rows whose item of the list `owed` is `owing` have added what they are owed for every `drop`
+ * positions since they were written.
  */
 static PyObject *gather_stepwise(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     Py_ssize_t numbers[2];
-    if (!enough(count, 13) || !integers(arguments + 11, 2, numbers))
+    if (!enough(count, 14) || !integers(arguments + 12, 2, numbers))
         return NULL;
-    Steps steps = {PyLong_AsVoidPtr(arguments[10]), numbers[0], numbers[1], NULL, NULL};
-    PyObject *result = PyErr_Occurred() ? NULL : gather_tokens(arguments, arguments[8], arguments[9], &steps);
+    Steps steps = {PyLong_AsVoidPtr(arguments[11]), numbers[0], numbers[1], NULL, NULL};
+    PyObject *result = PyErr_Occurred() ? NULL : gather_tokens(arguments, &steps);
     PyMem_Free(steps.drops);
     PyMem_Free(steps.at);
     return result;

@@ -4,6 +4,7 @@
 #define CONCURRENT_KV_TABLES_H
 
 #include "arguments.h"
+#include "entries.h"
 
 /* share(tables, rows, columns, shared, own, taken, positions, written_at) -> slot tables [entries, window], in bytes
  *
@@ -67,25 +68,25 @@ static int new_tables(PyObject *object, Py_buffer *view)
     return PyObject_GetBuffer(object, view, PyBUF_SIMPLE) == 0;
 }
 
-/* enter(tables, rows, counts, new) -> tails
+/* enter(tables, rows, counts, new, entries)
  *
  * Put the slot tables `new`, an array or what `share` returned, into `tables[rows]` and count one more entry for each of
- * their slots but slot 0; the last slot of each.
+ * their slots but slot 0; the entries get their rows, their last slots and one reference.
  */
 static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     Py_buffer a[3];
-    if (!enough(count, 4))
+    if (!enough(count, 5))
         return NULL;
     int got = 0;
     if (array_of(arguments[0], &a[0], 2, INT64, PyBUF_WRITABLE) && ++got &&
         array_of(arguments[2], &a[1], 1, INT32, PyBUF_WRITABLE) && ++got && new_tables(arguments[3], &a[2]))
         ++got;
-    PyObject *tails = NULL;
+    PyObject *tails = NULL, *one = NULL;
     int64_t *rows = NULL;
     Py_ssize_t entries;
     if (got < 3 || !all_within(&a[2], a[1].shape[0], "slot") ||
-        (rows = rows_of(arguments[1], a[0].shape[0], &entries)) == NULL)
+        (rows = rows_of(arguments[1], a[0].shape[0], &entries)) == NULL || !are_entries(arguments[4], entries, 0))
         goto done;
     Py_ssize_t window = a[0].shape[1];
     if (a[2].len != entries * window * (Py_ssize_t)sizeof(int64_t) || (a[2].ndim == 2 && a[2].shape[1] != window) ||
@@ -93,6 +94,7 @@ static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t 
         PyErr_SetString(PyExc_ValueError, "new must be [rows, window]");
         goto done;
     }
+    one = PyLong_FromLong(1);
     tails = PyList_New(entries);
     const int64_t *new = a[2].buf;
     for (Py_ssize_t i = 0; tails != NULL && i < entries; i++) {
@@ -105,15 +107,23 @@ static PyObject *enter(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     if (tails == NULL)
         goto done;
     int32_t *counts = a[1].buf;
-    for (Py_ssize_t i = 0; i < entries; i++)
+    for (Py_ssize_t i = 0; i < entries; i++) {
+        PyObject *entry = PyList_GET_ITEM(arguments[4], i);
         memcpy((int64_t *)a[0].buf + rows[i] * window, new + i * window, window * sizeof(int64_t));
+        put(entry, ROW, Py_NewRef(PyList_GET_ITEM(arguments[1], i)));
+        put(entry, TAIL, Py_NewRef(PyList_GET_ITEM(tails, i)));
+        put(entry, REFS, Py_NewRef(one));
+    }
     for (Py_ssize_t i = 0; i < entries * window; i++)
         counts[new[i]] += new[i] != 0;
-done:
+done:;
+    PyObject *result = tails == NULL ? NULL : Py_NewRef(Py_None);
+    Py_XDECREF(one);
+    Py_XDECREF(tails);
     PyMem_Free(rows);
     while (got)
         PyBuffer_Release(&a[--got]);
-    return tails;
+    return result;
 }
 
 /* mark(array, slots, number): `array[slots] = number`, of an int32 array. */

@@ -31,7 +31,7 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
         pool: PoolCore,
         scope: Scope,
         generation: Generation,
-        entries: Sequence[Entry],
+        entries: list[Entry],
         plan: WritePlan,
         located: Sequence[tuple[Scope, int]],
         ticket: Ticket,
@@ -48,7 +48,7 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
 
 def _enter_books(
     pool: PoolCore,
-    entries: Sequence[Entry],
+    entries: list[Entry],
     plan: WritePlan,
     located: Sequence[tuple[Scope, int]],
     ticket: Ticket,
@@ -76,7 +76,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         pool: PoolCore,
         scope: Scope,
         generation: Generation,
-        entries: Sequence[Entry],
+        entries: list[Entry],
         plan: WritePlan,
         located: Sequence[tuple[Scope, int]],
         ticket: Ticket,

@@ -1,0 +1,327 @@
+/* Loops over entries: their lookup, their making, their references. Their counterparts are in `entries.py` and `index.py`.
+ *
+ * Entries are Python objects whose slots lie at offsets that `bind` looked up. What a slot held before is let go of only
+ * where something else keeps it alive: callers hold locks, under which no finaliser may run.
+ */
+
+#ifndef CONCURRENT_KV_ENTRIES_H
+#define CONCURRENT_KV_ENTRIES_H
+
+#include <Python.h>
+#include <structmember.h>
+
+#include "arguments.h"
+
+enum {
+    KEY, INDEX_KEY, SCOPE, GENERATION, LENGTH, SIDE, PRIORITY, FINGERPRINT, CORRECTION, ROW, TAIL, REFS, PINS, PLACE,
+    WRITTEN, TICKS, SLOTS_OF_ENTRY
+};
+
+static const char *const slot_names[SLOTS_OF_ENTRY] = {
+    "key", "index_key", "scope", "generation", "length", "side", "priority", "fingerprint", "correction", "row", "tail",
+    "refs", "pins", "place", "written", "ticks",
+};
+
+static PyTypeObject *entry_type; /* None's type until `bind` */
+static Py_ssize_t slot_at[SLOTS_OF_ENTRY];
+static PyObject *no_place;
+
+static inline PyObject **slot(PyObject *entry, int which)
+{
+    return (PyObject **)((char *)entry + slot_at[which]);
+}
+
+static inline void put(PyObject *entry, int which, PyObject *value)
+{
+    PyObject *before = *slot(entry, which);
+    *slot(entry, which) = value;
+    Py_XDECREF(before);
+}
+
+/* bind(class, place): the class of entries, and the place of new ones. */
+static PyObject *bind(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 2))
+        return NULL;
+    if (!PyType_Check(arguments[0])) {
+        PyErr_Format(PyExc_TypeError, "expected a class, got %s", Py_TYPE(arguments[0])->tp_name);
+        return NULL;
+    }
+    PyTypeObject *type = (PyTypeObject *)arguments[0];
+    Py_ssize_t at[SLOTS_OF_ENTRY];
+    for (int i = 0; i < SLOTS_OF_ENTRY; i++) {
+        PyObject *found = PyObject_GetAttrString(arguments[0], slot_names[i]);
+        if (found == NULL)
+            return NULL;
+        int is_slot = Py_IS_TYPE(found, &PyMemberDescr_Type) && ((PyDescrObject *)found)->d_type == type &&
+                      ((PyMemberDescrObject *)found)->d_member->type == T_OBJECT_EX;
+        at[i] = is_slot ? ((PyMemberDescrObject *)found)->d_member->offset : 0;
+        Py_DECREF(found);
+        if (!is_slot) {
+            PyErr_Format(PyExc_TypeError, "%s must be a slot of %s", slot_names[i], type->tp_name);
+            return NULL;
+        }
+    }
+    memcpy(slot_at, at, sizeof at);
+    Py_XSETREF(no_place, Py_NewRef(arguments[1]));
+    Py_INCREF(type);
+    Py_XSETREF(entry_type, type);
+    Py_RETURN_NONE;
+}
+
+static int is_list(PyObject *object, const char *what, Py_ssize_t count)
+{
+    if (!PyList_Check(object))
+        PyErr_Format(PyExc_TypeError, "%s must be a list, got %s", what, Py_TYPE(object)->tp_name);
+    else if (count >= 0 && PyList_GET_SIZE(object) != count)
+        PyErr_Format(PyExc_ValueError, "%s must be %zd, got %zd", what, count, PyList_GET_SIZE(object));
+    else
+        return 1;
+    return 0;
+}
+
+/* Whether something is an entry, with all its slots filled. */
+static int is_entry(PyObject *object)
+{
+    if (entry_type == NULL || !Py_IS_TYPE(object, entry_type)) {
+        PyErr_Format(PyExc_TypeError, "expected an entry, got %s", Py_TYPE(object)->tp_name);
+        return 0;
+    }
+    for (int i = 0; i < SLOTS_OF_ENTRY; i++)
+        if (*slot(object, i) == NULL) {
+            PyErr_Format(PyExc_AttributeError, "%s of an entry is not set", slot_names[i]);
+            return 0;
+        }
+    return 1;
+}
+
+static int are_entries(PyObject *list, Py_ssize_t count, int or_none)
+{
+    if (!is_list(list, "entries", count))
+        return 0;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+        PyObject *entry = PyList_GET_ITEM(list, i);
+        if (!(or_none && entry == Py_None) && !is_entry(entry))
+            return 0;
+    }
+    return 1;
+}
+
+/* new_entries(keys, scope, generation, lengths, sides, priorities, fingerprints, corrections, written) -> entries */
+static PyObject *new_entries(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    static const int of_each[] = {KEY, -1, -1, LENGTH, SIDE, PRIORITY, FINGERPRINT, CORRECTION, -1};
+    if (!enough(count, 9))
+        return NULL;
+    if (entry_type == NULL) {
+        PyErr_SetString(PyExc_TypeError, "bind a class first");
+        return NULL;
+    }
+    Py_ssize_t entries = PyList_Check(arguments[0]) ? PyList_GET_SIZE(arguments[0]) : -1;
+    for (int i = 0; i < 9; i++)
+        if (of_each[i] >= 0 && !is_list(arguments[i], slot_names[of_each[i]], entries))
+            return NULL;
+    PyObject *zero = PyLong_FromLong(0), *no_row = PyLong_FromLong(-1), *made = PyList_New(entries);
+    for (Py_ssize_t i = 0; made != NULL && i < entries; i++) {
+        PyObject *entry = entry_type->tp_alloc(entry_type, 0);
+        if (entry == NULL) {
+            Py_CLEAR(made);
+            break;
+        }
+        for (int column = 0; column < 9; column++)
+            if (of_each[column] >= 0)
+                *slot(entry, of_each[column]) = Py_NewRef(PyList_GET_ITEM(arguments[column], i));
+        *slot(entry, INDEX_KEY) = Py_NewRef(*slot(entry, KEY));
+        *slot(entry, SCOPE) = Py_NewRef(arguments[1]);
+        *slot(entry, GENERATION) = Py_NewRef(arguments[2]);
+        *slot(entry, WRITTEN) = Py_NewRef(arguments[8]);
+        *slot(entry, TICKS) = Py_NewRef(arguments[8]);
+        *slot(entry, ROW) = Py_NewRef(no_row);
+        *slot(entry, TAIL) = Py_NewRef(zero);
+        *slot(entry, REFS) = Py_NewRef(zero);
+        *slot(entry, PINS) = Py_NewRef(zero);
+        *slot(entry, PLACE) = Py_NewRef(no_place);
+        PyList_SET_ITEM(made, i, entry);
+    }
+    Py_DECREF(zero);
+    Py_DECREF(no_row);
+    return made;
+}
+
+/* describe(entries) -> (rows in the tables, lengths, corrections); 0, 0 and None for None. */
+static PyObject *describe(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 1) || !are_entries(arguments[0], -1, 1))
+        return NULL;
+    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]);
+    PyObject *zero = PyLong_FromLong(0);
+    PyObject *rows = PyList_New(entries), *lengths = PyList_New(entries), *corrections = PyList_New(entries);
+    PyObject *described = rows && lengths && corrections ? PyTuple_Pack(3, rows, lengths, corrections) : NULL;
+    for (Py_ssize_t i = 0; described != NULL && i < entries; i++) {
+        PyObject *entry = PyList_GET_ITEM(arguments[0], i);
+        int none = entry == Py_None;
+        PyList_SET_ITEM(rows, i, Py_NewRef(none ? zero : *slot(entry, ROW)));
+        PyList_SET_ITEM(lengths, i, Py_NewRef(none ? zero : *slot(entry, LENGTH)));
+        PyList_SET_ITEM(corrections, i, Py_NewRef(none ? Py_None : *slot(entry, CORRECTION)));
+    }
+    Py_DECREF(zero);
+    Py_XDECREF(rows);
+    Py_XDECREF(lengths);
+    Py_XDECREF(corrections);
+    return described;
+}
+
+/* The references that an entry has, and `change` more. */
+static int add_reference(PyObject *entry, long change)
+{
+    long refs = PyLong_AsLong(*slot(entry, REFS));
+    if (refs == -1 && PyErr_Occurred())
+        return -1;
+    PyObject *changed = PyLong_FromLong(refs + change);
+    if (changed == NULL)
+        return -1;
+    put(entry, REFS, changed);
+    return refs + change != 0;
+}
+
+/* retain(entries, held): one more reference of each, which join the list `held`. */
+static PyObject *retain(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 2) || !are_entries(arguments[0], -1, 0) || !is_list(arguments[1], "held", -1))
+        return NULL;
+    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]), end = PyList_GET_SIZE(arguments[1]);
+    for (Py_ssize_t i = 0; i < entries; i++)
+        if (add_reference(PyList_GET_ITEM(arguments[0], i), 1) < 0)
+            return NULL;
+    return PyList_SetSlice(arguments[1], end, end, arguments[0]) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* let_go(entries) -> those that have no reference any more, once one of each is gone. */
+static PyObject *let_go(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 1) || !are_entries(arguments[0], -1, 0))
+        return NULL;
+    PyObject *dead = PyList_New(0);
+    for (Py_ssize_t i = 0; dead != NULL && i < PyList_GET_SIZE(arguments[0]); i++) {
+        PyObject *entry = PyList_GET_ITEM(arguments[0], i);
+        int alive = add_reference(entry, -1);
+        if (alive < 0 || (!alive && PyList_Append(dead, entry) < 0))
+            Py_CLEAR(dead);
+    }
+    return dead;
+}
+
+/* find(cells, keys) -> the item of each key's cell, or None. Runs the keys' `__hash__` and `__eq__`. */
+static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 2) || !is_list(arguments[1], "keys", -1))
+        return NULL;
+    if (!PyDict_Check(arguments[0])) {
+        PyErr_Format(PyExc_TypeError, "cells must be a dict, got %s", Py_TYPE(arguments[0])->tp_name);
+        return NULL;
+    }
+    PyObject *found = PyList_New(0);
+    for (Py_ssize_t i = 0; found != NULL && i < PyList_GET_SIZE(arguments[1]); i++) {
+        PyObject *key = Py_NewRef(PyList_GET_ITEM(arguments[1], i));
+        PyObject *cell = PyDict_GetItemWithError(arguments[0], key);
+        PyObject *item = cell != NULL && PyList_Check(cell) && PyList_GET_SIZE(cell) ? PyList_GET_ITEM(cell, 0) : Py_None;
+        if ((cell == NULL && PyErr_Occurred()) || PyList_Append(found, item) < 0)
+            Py_CLEAR(found);
+        Py_DECREF(key);
+    }
+    return found;
+}
+
+/* Take away what is new in each of these dicts, the newest first, and keep the exception that is set. */
+static void take_away(PyObject *added)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    for (Py_ssize_t i = PyList_GET_SIZE(added) - 1; i >= 0; i--) {
+        PyObject *taken = PyObject_CallMethod(PyList_GET_ITEM(added, i), "popitem", NULL);
+        if (taken == NULL)
+            PyErr_Clear();
+        Py_XDECREF(taken);
+    }
+    PyErr_Restore(type, value, trace);
+}
+
+/* The place of one key; 0 with an exception set. */
+static int add_place(PyObject *cells, PyObject *key, PyObject *lists[4])
+{
+    PyObject *new = PyList_New(0);
+    PyObject *cell = new == NULL ? NULL : PyDict_SetDefault(cells, key, new);
+    int added = cell != NULL && cell == new;
+    if (added && PyList_Append(lists[3], cells) < 0) {
+        Py_XDECREF(PyObject_CallMethod(cells, "popitem", NULL));
+        cell = NULL;
+    }
+    if (cell != NULL && !PyList_Check(cell)) {
+        PyErr_Format(PyExc_TypeError, "a cell must be a list, got %s", Py_TYPE(cell)->tp_name);
+        cell = NULL;
+    }
+    int done = 0;
+    if (cell != NULL) {
+        PyObject *item = PyList_GET_SIZE(cell) ? PyList_GET_ITEM(cell, 0) : Py_None;
+        done = PyList_Append(lists[0], cell) == 0 && PyList_Append(lists[1], item) == 0 &&
+               (item == Py_None || PyList_Append(lists[2], item) == 0);
+    }
+    Py_XDECREF(new);
+    return done;
+}
+
+/* places(dicts, keys) -> (the cell of each key in its dict, what each holds or None, those held, dicts with new cells)
+ *
+ * Adds empty cells, or where a key raises none. Runs the keys' `__hash__` and `__eq__`.
+ */
+static PyObject *places(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 2) || !is_list(arguments[0], "dicts", -1) ||
+        !is_list(arguments[1], "keys", PyList_GET_SIZE(arguments[0])))
+        return NULL;
+    PyObject *lists[4] = {PyList_New(0), PyList_New(0), PyList_New(0), PyList_New(0)};
+    PyObject *result = NULL;
+    int done = lists[0] && lists[1] && lists[2] && lists[3];
+    for (Py_ssize_t i = 0; done && i < PyList_GET_SIZE(arguments[0]) && i < PyList_GET_SIZE(arguments[1]); i++) {
+        PyObject *cells = Py_NewRef(PyList_GET_ITEM(arguments[0], i)), *key = Py_NewRef(PyList_GET_ITEM(arguments[1], i));
+        if (!PyDict_Check(cells))
+            PyErr_Format(PyExc_TypeError, "dicts must be of dicts, got %s", Py_TYPE(cells)->tp_name);
+        done = PyDict_Check(cells) && add_place(cells, key, lists);
+        Py_DECREF(cells);
+        Py_DECREF(key);
+    }
+    if (done)
+        result = PyTuple_Pack(4, lists[0], lists[1], lists[2], lists[3]);
+    if (result == NULL && lists[3] != NULL)
+        take_away(lists[3]);
+    for (int i = 0; i < 4; i++)
+        Py_XDECREF(lists[i]);
+    return result;
+}
+
+/* occupy(cells, entries, held, place): each entry into its cell, at `place`; where the cell held one, in its stead and
+ * with its key.
+ */
+static PyObject *occupy(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 4) || !is_list(arguments[0], "cells", -1))
+        return NULL;
+    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]);
+    if (!are_entries(arguments[1], entries, 0) || !are_entries(arguments[2], entries, 1))
+        return NULL;
+    for (Py_ssize_t i = 0; i < entries; i++)
+        if (!is_list(PyList_GET_ITEM(arguments[0], i), "a cell", PyList_GET_ITEM(arguments[2], i) != Py_None))
+            return NULL;
+    for (Py_ssize_t i = 0; i < entries; i++) {
+        PyObject *cell = PyList_GET_ITEM(arguments[0], i), *entry = PyList_GET_ITEM(arguments[1], i);
+        PyObject *held = PyList_GET_ITEM(arguments[2], i);
+        put(entry, PLACE, Py_NewRef(arguments[3]));
+        if (held != Py_None)
+            put(entry, INDEX_KEY, Py_NewRef(*slot(held, INDEX_KEY)));
+        if (held == Py_None ? PyList_Append(cell, entry) : PyList_SetItem(cell, 0, Py_NewRef(entry)))
+            return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+#endif
