@@ -51,6 +51,7 @@ class Batch(Handle):
         entries: what each row was gathered from; None for a miss.
         table_rows: the rows of their slot tables in the ledger.
         corrections: what the entries are corrected by on reading.
+        others: those of the entries that are of other scopes.
         hold: what keeps them alive.
     """
 
@@ -86,7 +87,7 @@ class Batch(Handle):
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
-        self.table_rows, self._gathered, self.corrections = described
+        self.table_rows, self._gathered, self.corrections, self.others = described
         self._committed = [False] * len(entries)
 
     # What a model reads and writes ---------------------------------------------------------------------------------
@@ -228,8 +229,10 @@ class Batch(Handle):
         tokens = positive_int("tokens", tokens)
         if self._uses is not None:
             self.use_here()
-        self._check_room(max(self._ends), tokens)
-        self._ends = [end + tokens for end in self._ends]
+        ends = self._ends
+        self._check_room(max(ends), tokens)
+        are_equal = ends.count(ends[0]) == len(ends)
+        self._ends = [ends[0] + tokens] * len(ends) if are_equal else [end + tokens for end in ends]
 
     def _check_room(self, end: int, tokens: int) -> int:
         if end + tokens > self.data.shape[3]:

@@ -42,7 +42,7 @@ def open_batch(
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
     clock = storage.clock
     stream = clock.current()  # before anything is allocated, which a capture would take into its graph
-    described = describe(entries)
+    described = describe(entries, scope)
     longest = max(described.lengths)
     columns = _columns(storage, longest, room)
     ready: Ticks = NO_TICKS

@@ -47,14 +47,20 @@ class Described(NamedTuple):
     rows: list[int]  # in the ledger's tables
     lengths: list[int]
     corrections: list[Correction]
+    others: list[Entry]  # those of other scopes than the reader's
 
 
-def describe(entries: list[Entry | None]) -> Described:
-    """What reading entries takes that the caller keeps alive."""
+def describe(entries: list[Entry | None], scope: Scope | None = None) -> Described:
+    """What reading entries takes, in `scope`, that the caller keeps alive."""
     if native is not None:
-        return Described(*native.describe(entries))
-    lengths = [0 if entry is None else entry.length for entry in entries]
-    return Described(rows_of(entries), lengths, [None if entry is None else entry.correction for entry in entries])
+        return Described._make(native.describe(entries, scope))
+    present = [entry for entry in entries if entry is not None]
+    return Described(
+        rows=rows_of(entries),
+        lengths=[0 if entry is None else entry.length for entry in entries],
+        corrections=[None if entry is None else entry.correction for entry in entries],
+        others=[entry for entry in present if entry.scope is not scope],
+    )
 
 
 def rows_of(entries: Sequence[Entry | None]) -> list[int]:

@@ -127,7 +127,7 @@ def _gather(
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
     ledger, tensor = storage.ledger, storage.tensor
-    rows, _, corrections = described
+    rows, corrections = described.rows, described.corrections
     owed = {*corrections} - NOTHING
     if len(owed) == 1:
         (steps,) = owed

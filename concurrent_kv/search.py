@@ -34,6 +34,8 @@ __all__ = ["LookupOrder", "Search"]
 
 LookupOrder = Literal["own_first", "init_first"]
 
+OWN_FIRST = (own, adopted)
+
 
 class _Same(Enum):
     """Stands for "as it is in the search", where None is a value like any other."""
@@ -113,15 +115,15 @@ class Search(Handle):
         found: list[Entry | None] = [None] * len(keys)
         try:
             if (self._order if order is None else check_order(order)) == "own_first":
-                retain_here(state, found, keys, env_ids, (own, adopted), hold, deadline)
-                retain_roots(state, found, keys, env_ids, hold, deadline)
+                retain_here(state, found, keys, env_ids, OWN_FIRST, hold, deadline)
+                if None in found:
+                    retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
                 retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
                 retain_roots(state, found, keys, env_ids, hold, deadline)
                 retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
-            roots = [entry for entry in found if entry is not None and entry.scope is not state.scope]
-            missing, counters = found.count(None), state.pool.counters
+            roots, missing, counters = batch.others, found.count(None), state.pool.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with storage.ledger.mutex:
                 state.check_open()

@@ -54,8 +54,9 @@ class SearchState:
 
     def check_open(self) -> None:
         """Raise `SearchEndedError` if it has ended, or is about to be."""
-        if self.ended is not None:
-            raise SearchEndedError(self.ended)
+        ended = self.scope.ended or self.budget.ended
+        if ended is not None:
+            raise SearchEndedError(ended)
 
     def track(self, hold: Hold) -> None:
         """Remember an open batch, to be closed with the search. Mutex held."""

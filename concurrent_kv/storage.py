@@ -112,7 +112,8 @@ class KVStorage:
             ClosedError: the storage is closed.
             WrongProcessError: this process is not the one that made the storage.
         """
-        self.check_process()
+        if self._forks != _forks:
+            self.check_process()
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))

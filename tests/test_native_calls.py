@@ -85,7 +85,7 @@ class Arguments:
             "new_entries": [
                 *(["a", "b"], SCOPE, GENERATION, [2, 3], ["one", "two"], [0.5, 1.5], [5, 6], [None, self.steps], TICKS),
             ],
-            "describe": [[self.first, None, self.second]],
+            "describe": [[self.first, None, self.second], SCOPE],
             "retain": [[self.first, self.second, self.first], self.held],
             "let_go": [[self.first, self.second, self.first]],
             "find": [self.cells, ["third", "empty", "none"]],
@@ -426,7 +426,8 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
         expected = Entry(key, SCOPE, GENERATION, length, side, rank, mark, correction, TICKS)  # type: ignore[arg-type]
         assert [getattr(entry, slot) for slot in Entry.__slots__] == [getattr(expected, s) for s in Entry.__slots__]
         assert gc.is_tracked(entry)
-    assert arguments.call("describe") == ([5, 0, 5], [2, 0, 2], [None, None, None])
+    assert arguments.call("describe") == ([5, 0, 5], [2, 0, 2], [None, None, None], [])
+    assert arguments.call("describe", {1: None})[3] == [arguments.first, arguments.second]
     arguments.call("retain")
     assert (arguments.first.refs, arguments.second.refs) == (4, 3)
     assert arguments.held == [arguments.first, arguments.second, arguments.first]

@@ -148,26 +148,31 @@ static PyObject *new_entries(PyObject *module, PyObject *const *arguments, Py_ss
     return made;
 }
 
-/* describe(entries) -> (rows in the tables, lengths, corrections); 0, 0 and None for None. */
+/* describe(entries, scope) -> (rows in the tables, lengths, corrections, those of other scopes); 0, 0 and None for None. */
 static PyObject *describe(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    if (!enough(count, 1) || !are_entries(arguments[0], -1, 1))
+    if (!enough(count, 2) || !are_entries(arguments[0], -1, 1))
         return NULL;
     Py_ssize_t entries = PyList_GET_SIZE(arguments[0]);
     PyObject *zero = PyLong_FromLong(0);
     PyObject *rows = PyList_New(entries), *lengths = PyList_New(entries), *corrections = PyList_New(entries);
-    PyObject *described = rows && lengths && corrections ? PyTuple_Pack(3, rows, lengths, corrections) : NULL;
+    PyObject *others = PyList_New(0);
+    int made = rows && lengths && corrections && others;
+    PyObject *described = made ? PyTuple_Pack(4, rows, lengths, corrections, others) : NULL;
     for (Py_ssize_t i = 0; described != NULL && i < entries; i++) {
         PyObject *entry = PyList_GET_ITEM(arguments[0], i);
         int none = entry == Py_None;
         PyList_SET_ITEM(rows, i, Py_NewRef(none ? zero : *slot(entry, ROW)));
         PyList_SET_ITEM(lengths, i, Py_NewRef(none ? zero : *slot(entry, LENGTH)));
         PyList_SET_ITEM(corrections, i, Py_NewRef(none ? Py_None : *slot(entry, CORRECTION)));
+        if (!none && *slot(entry, SCOPE) != arguments[1] && PyList_Append(others, entry) < 0)
+            Py_CLEAR(described);
     }
     Py_DECREF(zero);
     Py_XDECREF(rows);
     Py_XDECREF(lengths);
     Py_XDECREF(corrections);
+    Py_XDECREF(others);
     return described;
 }
 
