@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import entries, index, keys, ledger, plan, slots, tensors
 from concurrent_kv.native import native
-from tests.support import bits
+from tests.support import NATIVE_USERS, bits
 
 needs_native = pytest.mark.skipif(native is None, reason="the compiled module was not built, or is switched off")
 
 
 def without_native(patch: pytest.MonkeyPatch) -> None:
     """Have every module use the counterparts in Python."""
-    for module in (entries, index, keys, ledger, plan, slots, tensors):
-        assert hasattr(module, "native")
-        patch.setattr(module, "native", None)
+    for module in NATIVE_USERS:
+        patch.setattr(f"concurrent_kv.{module}.native", None)
 
 
 def random_numbers(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,8 @@ CONFIG: dict[str, Any] = {
 }
 UNITS = 128  # numbers of one token, at most
 TOKENS = 16  # token indices, at most
+# The modules that choose between compiled loops and others at each call.
+NATIVE_USERS = ("entries", "index", "keys", "ledger", "plan", "slots", "tensors")
 LOOPS = ("torch",) if native is None else ("torch", "compiled")  # that this build of the package has
 
 
@@ -133,7 +135,7 @@ def store(pool: KVPool, *entries: tuple[Any, KeysValues]) -> None:
 def loops_of(kind: str) -> Iterator[None]:
     """What is made inside uses these of `LOOPS`: those of numpy and torch, or the compiled ones."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("keys", "ledger", "plan", "slots", "tensors"):
+        for module in NATIVE_USERS:
             patch.setattr(f"concurrent_kv.{module}.native", native if kind == "compiled" else None)
         yield
 

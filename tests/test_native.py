@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from concurrent_kv.keys import hash_states
 from concurrent_kv.native import native
 from concurrent_kv.tensors import Indices, SlotTensor
 from tests.native_support import needs_native, random_bits, random_numbers, same_bits, without_native
+from tests.support import NATIVE_USERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -207,7 +209,8 @@ def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: i
         written_at[tables[row, window - length :]] = random.integers(at, window) if moved[row] else window - 1
     out, expected = compiled.new_buffer(6, window), plain.new_buffer(6, window)
     rows = list(range(6))
-    owed_by = [steps if has_moved else None for has_moved in moved]
+    others = iter([None, PositionSteps(layout, count, difference)])  # whom nothing is owed here
+    owed_by = [steps if has_moved else next(others) for has_moved in moved]
     assert compiled.gather_stepwise(tables, rows, window, out, written_at, owed_by, steps)
     assert not plain.gather_stepwise(tables, rows, window, expected, written_at, owed_by, steps)
     plain.gather(tables, rows, window, expected)
@@ -215,6 +218,15 @@ def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: i
     owed = np.where((tables > 0) & np.array(moved)[:, None], written_at[tables] - positions, 0)
     plain.correct_stepwise(expected, owed, positions, steps)
     assert same_bits(out, expected)
+
+
+def test_all_modules_that_choose_compiled_loops_are_known_to_the_tests_that_choose_others() -> None:
+    files = (ROOT / "concurrent_kv").glob("*.py")
+    users = {
+        file.stem for file in files if re.search(r"^from .native import .*\bnative$", file.read_text(), re.MULTILINE)
+    }
+    # One makes views for compiled code beside what others use.
+    assert users - {"commit_shape"} == set(NATIVE_USERS)
 
 
 # Without it ----------------------------------------------------------------------------------------------------------

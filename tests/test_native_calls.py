@@ -24,7 +24,7 @@ pytestmark = needs_native
 
 SCOPE: Any = ["a scope"]
 GENERATION = Generation(0, 0)
-TICKS: Ticks = {}
+TICKS: Ticks = {7: 3}
 PLANES, SLOTS, HEADS, BYTES = 2, 4, 2, 8
 SHAPE = (PLANES, SLOTS, HEADS, BYTES)
 CALLS = 20_000
@@ -51,6 +51,7 @@ class Arguments:
         self.states = np.arange(12, dtype=np.uint8)
         self.owed = torch.ones(PLANES, 3 + 1, HEADS, 2)
         self.first, self.second, self.third = [made(key) for key in ("first", "second", "third")]
+        self.index_keys = self.first.index_key, self.second.index_key
         self.steps, self.held = object(), list[Entry]()
         self.full: list[Entry] = [self.third]
         self.empty: list[Entry] = []
@@ -112,6 +113,7 @@ class Arguments:
     def renew(self) -> None:
         """Undo what is not the same a second time."""
         self.first.refs, self.second.refs = 2, 1
+        self.first.index_key, self.second.index_key = self.index_keys
         self.held.clear()
         self.cells.pop("new", None)
         self.full[:], self.empty[:] = [self.third], []
@@ -121,7 +123,7 @@ def made(key: str) -> Entry:
     """An entry of 2 tokens."""
     entry = Entry(key, SCOPE, GENERATION, 2, side=f"side of {key}", written=TICKS)
     entry.row, entry.refs = 5, 2
-    entry.index_key = f"index key of {key}"
+    entry.index_key = ("index key of", key)
     return entry
 
 
@@ -442,7 +444,10 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
     assert added[0] is arguments.cells
     arguments.call("occupy")
     assert (arguments.full, arguments.empty) == ([arguments.first], [arguments.second])
-    assert (arguments.first.index_key, arguments.second.index_key) == ("index key of third", "index key of second")
+    assert (arguments.first.index_key, arguments.second.index_key) == (
+        ("index key of", "third"),
+        ("index key of", "second"),
+    )
     assert (arguments.first.place, arguments.third.place) == (Place.HELD, Place.NONE)
 
 
@@ -462,6 +467,7 @@ def test_no_rows_and_no_slots_are_no_work() -> None:
 def shared_by_nobody(arguments: list[Any]) -> list[Any]:
     """Those that the interpreter does not use itself, as it does small numbers, text and None, and what is in lists."""
     several = [*arguments, *(item for one in arguments if isinstance(one, list) for item in one)]
+    several += [entry.index_key for entry in several if isinstance(entry, Entry) and hasattr(entry, "index_key")]
     return [one for one in several if isinstance(one, (np.ndarray, list, tuple, range, dict, Entry, Unequal))]
 
 
