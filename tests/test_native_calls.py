@@ -24,7 +24,7 @@ pytestmark = needs_native
 
 SCOPE: Any = ["a scope"]
 GENERATION = Generation(0, 0)
-TICKS: Ticks = {7: 3}
+TICKS: Ticks = {(7, 0): 3}
 PLANES, SLOTS, HEADS, BYTES = 2, 4, 2, 8
 SHAPE = (PLANES, SLOTS, HEADS, BYTES)
 CALLS = 20_000
