@@ -85,6 +85,7 @@ def test_a_row_is_one_request_wherever_it_was_found(manager: KVCacheManager) -> 
         search.gather(["root", "child", "missing"], [0, 0, 0]).close()
         total = manager.get_stats_summary().total
     assert (total.hit_count, total.miss_count) == (2, 1)
+    assert [pool.stats().hit_count for pool in (manager.init_pools[0], manager.recur_pool)] == [1, 1]
 
 
 def test_an_environment_that_is_not_of_the_search_is_an_error(manager: KVCacheManager) -> None:
