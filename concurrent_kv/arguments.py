@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -35,11 +36,11 @@ def hash_of(key: Hashable, name: str = "key") -> int:
 def hash_all(keys: Sequence[Hashable], name: str) -> None:
     """Run the `__hash__` of every key, or raise an error that names the argument."""
     try:
-        set(keys)
+        deque(map(hash, keys), maxlen=0)
     except TypeError:
         for key in keys:
             hash_of(key, name)
-        raise  # of a key's own `__eq__`
+        raise  # of a key that hashed this time
 
 
 def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:

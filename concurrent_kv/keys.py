@@ -55,9 +55,10 @@ def hash_states(states: State) -> list[str]:
     Raises:
         InvalidArgumentError: as `hash_state`, or a batch without rows.
     """
-    if not isinstance(states, (torch.Tensor, np.ndarray)) or states.ndim < 1 or not states.shape[0]:
+    shape = states.shape if isinstance(states, (torch.Tensor, np.ndarray)) else ()
+    rows = shape[0] if shape else 0
+    if not rows:
         raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
-    rows = states.shape[0]
     if native is not None:
         address = _address_of(states) if type(states) is torch.Tensor else 0
         if address:

@@ -222,10 +222,11 @@ class SlotTensor:
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         layout, data = self.layout, self.data
-        address = self._compiled_at(source, len(slots) * layout.bytes_per_token) if self._is_batch(source) else 0
+        shape = source.shape
+        address = self._compiled_at(source, len(slots) * layout.bytes_per_token) if self._is_batch(source, shape) else 0
         added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
         if address and added is not None:
-            batch = (address, source.shape[1], source.shape[3])
+            batch = (address, shape[1], shape[3])
             self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
             return ()
         with plain_torch_state():
@@ -235,9 +236,9 @@ class SlotTensor:
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
 
-    def _is_batch(self, source: Tensor) -> bool:
+    def _is_batch(self, source: Tensor, shape: torch.Size) -> bool:
         """Whether it is a batch still: its user may have given it other memory since it was gathered."""
-        layout, shape = self.layout, source.shape
+        layout = self.layout
         return (
             len(shape) == 5
             and (shape[0], shape[2], shape[4]) == (2 * layout.num_layers, layout.num_heads, layout.head_dim)
