@@ -1,8 +1,8 @@
 /* The loops over tokens, slots and entries: each does in one call what `numpy`, `torch` or Python do in several.
  *
- * Optional. Every function has a counterpart in Python that leaves the same bytes and books; `native.py` says which is used. Who
- * calls it holds the locks that the counterpart needs, and keeps alive the contiguous tensors whose addresses it passes.
- * Indices are checked before anything is written. The types of the arguments are in `_native.pyi`.
+ * Optional. Every function has a counterpart in Python that leaves the same bytes and books; `native.py` says which is
+ * used. Who calls it holds the locks that the counterpart needs, and keeps alive the contiguous tensors whose addresses it
+ * passes. Indices are checked before anything is written. The types of the arguments are in `_native.pyi`.
  */
 
 #define PY_SSIZE_T_CLEAN

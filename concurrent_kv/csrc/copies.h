@@ -149,8 +149,8 @@ static int64_t *slots_of_rows(const Memory *m, const Py_buffer *tables, const in
 }
 
 /* What every token of rows that are owed it has outlived. A token's position counts from its row's first. */
-static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Py_buffer *written_at, const int64_t *slots, Py_ssize_t rows,
-                      Py_ssize_t filled)
+static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Py_buffer *written_at, const int64_t *slots,
+                      Py_ssize_t rows, Py_ssize_t filled)
 {
     if (!PyList_Check(owed) || PyList_GET_SIZE(owed) != rows || steps->count < 1) {
         PyErr_SetString(PyExc_ValueError, "owed must be a list of one for each row, and drop at least 1");
