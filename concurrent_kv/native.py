@@ -1,7 +1,7 @@
-"""`native`: the loops over tokens, slots and entries as compiled code, or None where the package was built without them.
+"""`native`: loops over tokens, slots and entries as compiled code, or None where the package was built without them.
 
-What it does has a counterpart in Python that leaves the same bytes and books; `CONCURRENT_KV_NATIVE=0` in the environment, when
-the package is imported, chooses that.
+What it does has a counterpart in Python that leaves the same bytes and books; `CONCURRENT_KV_NATIVE=0` in the
+environment, when the package is imported, chooses that.
 """
 
 from __future__ import annotations
