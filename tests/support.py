@@ -128,6 +128,19 @@ def store(pool: KVPool, *entries: tuple[Any, KeysValues]) -> None:
         assert pool.put(key, kv)
 
 
+class Incomparable:
+    """A key that hashes like another and cannot be compared with it."""
+
+    def __init__(self, like: object) -> None:
+        self._hash = hash(like)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyError("incomparable")
+
+
 # Loops over tokens and slots -----------------------------------------------------------------------------------------
 
 

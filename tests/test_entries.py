@@ -11,6 +11,7 @@ from concurrent_kv.entries import describe, let_go, new_entries, occupy, retain
 from concurrent_kv.entry import Entry, Generation, Place
 from concurrent_kv.index import Cells, Index, find_places, take_away
 from concurrent_kv.streams import Ticks
+from tests.support import Incomparable
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -25,19 +26,6 @@ def entry(key: Hashable, length: int = 2, scope: Any = SCOPE) -> Entry:
     made = Entry(key, scope, GENERATION, length)
     made.row, made.refs = 10 * length, 1
     return made
-
-
-class Incomparable:
-    """A key that hashes like another and raises when it is compared with it."""
-
-    def __init__(self, like: object) -> None:
-        self._hash = hash(like)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        raise RuntimeError("not to be compared")
 
 
 def test_new_entries_have_what_each_is_given_and_nothing_else() -> None:
@@ -117,10 +105,10 @@ def test_a_key_that_raises_leaves_no_new_places() -> None:
     first: Cells[Entry] = {"known": [entry("known")]}
     second: Cells[Entry] = {}
     before = dict(first)
-    with pytest.raises(RuntimeError, match="not to be compared"):
+    with pytest.raises(KeyError, match="incomparable"):
         find_places([first, second, first, first], ["one", "two", "three", Incomparable("known")])
     assert (first, second) == (before, {})
     index: Index[Entry] = Index()
     index["known"] = entry("known")
-    with pytest.raises(RuntimeError, match="not to be compared"):
+    with pytest.raises(KeyError, match="incomparable"):
         index.find([Incomparable("known")])

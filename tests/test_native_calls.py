@@ -19,6 +19,7 @@ from concurrent_kv.index import Cells
 from concurrent_kv.native import native
 from concurrent_kv.streams import Ticks
 from tests.native_support import needs_native
+from tests.support import Incomparable
 
 pytestmark = needs_native
 
@@ -125,19 +126,6 @@ def made(key: str) -> Entry:
     entry.row, entry.refs = 5, 2
     entry.index_key = ("index key of", key)
     return entry
-
-
-class Unequal:
-    """A key that hashes like another and cannot be compared with it."""
-
-    def __init__(self, like: object) -> None:
-        self._hash = hash(like)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        raise KeyError("incomparable")
 
 
 def refused(places: list[int], wrong: object, error: Error) -> list[Case]:
@@ -286,14 +274,14 @@ CASES: dict[str, list[Case]] = {
         ({0: []}, TypeError),
         ({1: ("third",)}, TypeError),
         ({1: ["third", []]}, TypeError),
-        ({1: ["third", Unequal("third")]}, KeyError),
+        ({1: ["third", Incomparable("third")]}, KeyError),
     ],
     "places": [
         ({0: [{}]}, ValueError),
         ({0: ({}, {})}, TypeError),
         ({1: ("one", "two")}, TypeError),
         ({1: ["new", []]}, TypeError),
-        ({1: ["new", Unequal("third")]}, KeyError),
+        ({1: ["new", Incomparable("third")]}, KeyError),
         ({0: [{}, []]}, TypeError),
         ({0: [{}, {"new": ()}]}, TypeError),
     ],
@@ -468,7 +456,7 @@ def shared_by_nobody(arguments: list[Any]) -> list[Any]:
     """Those that the interpreter does not use itself, as it does small numbers, text and None, and what is in lists."""
     several = [*arguments, *(item for one in arguments if isinstance(one, list) for item in one)]
     several += [entry.index_key for entry in several if isinstance(entry, Entry) and hasattr(entry, "index_key")]
-    return [one for one in several if isinstance(one, (np.ndarray, list, tuple, range, dict, Entry, Unequal))]
+    return [one for one in several if isinstance(one, (np.ndarray, list, tuple, range, dict, Entry, Incomparable))]
 
 
 def growth_of(work: Callable[[], None], watched: list[Any]) -> tuple[int, list[int]]:
