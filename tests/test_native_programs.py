@@ -20,6 +20,7 @@ from concurrent_kv import (
     KVCacheManager,
     KVPool,
     KVStorage,
+    PositionSteps,
     PositionTable,
     RaiseOnOverflow,
 )
@@ -49,7 +50,12 @@ EAGER: dict[str, Overflow] = {
     "correct": DropAndCorrect(WINDOW - 1, 2, DIFFERENCE, LAYOUT),
     "correct most": DropAndCorrect(WINDOW, 5, DIFFERENCE, LAYOUT),
 }
-LAZY: dict[str, Overflow] = {"drop": DropLazily(WINDOW - 1, 2, PositionTable(LAYOUT, lower))}
+LAZY: dict[str, Overflow] = {
+    "drop": DropLazily(WINDOW - 1, 2, PositionTable(LAYOUT, lower)),
+    "steps": DropLazily(WINDOW - 1, 2, PositionSteps(LAYOUT, 2, 2 * DIFFERENCE)),
+    "one step": DropLazily(WINDOW, 1, PositionSteps(LAYOUT, 1, DIFFERENCE)),
+    "rotary": DropOldest(WINDOW - 1, 2),
+}
 
 keys = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=4)
 names = ["put", "put many", "get", *["commit"] * 6, *["commit some"] * 2, "pop", "pin", "unpin", "clear"]
@@ -233,3 +239,9 @@ def test_programs_of_a_pool_that_corrects_lazily_leave_the_same_books_and_bytes_
 @given(steps_of(search_names, ["none", *EAGER]))
 def test_programs_of_searches_leave_the_same_books_and_bytes_either_way(steps: list[Step]) -> None:
     with_and_without(lambda: SearchProgram(EAGER).run(steps))
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps_of(search_names, ["none", *LAZY]))
+def test_programs_of_searches_that_correct_lazily_leave_the_same_books_and_bytes_either_way(steps: list[Step]) -> None:
+    with_and_without(lambda: SearchProgram(LAZY).run(steps))
