@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -93,14 +96,16 @@ def make_world_model(
             **changes,
         )
         torch.manual_seed(seed)
-        # Only the sampled model takes continuous actions, and only the other one needs no download for images.
-        made = SampledUniZeroModel if shape.continuous else UniZeroModel
-        model = made(
-            observation_shape=shape.observation,
-            action_space_size=shape.action_space_size,
-            norm_type="BN",
-            world_model_cfg=config,
-        )
+        made = SampledUniZeroModel if shape.continuous else UniZeroModel  # only the one takes continuous actions
+        # With images that one makes a perceptual loss, which only training asks, and which needs torchvision.
+        loss = SimpleNamespace(LPIPS=torch.nn.Identity)
+        with mock.patch.dict(sys.modules, {"lzero.model.unizero_world_models.lpips": loss}):
+            model = made(
+                observation_shape=shape.observation,
+                action_space_size=shape.action_space_size,
+                norm_type="BN",
+                world_model_cfg=config,
+            )
     world_model = model.world_model.eval()
     world_model.to(world_model.device)
     if not zero_heads:
