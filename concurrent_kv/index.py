@@ -18,6 +18,9 @@ class Index(Generic[E]):
 
     Keys are the user's: their `__hash__` and `__eq__` may raise. `find_places` finds or adds the places of keys, and is
     undone without a look at any key; what is put into them then can no longer fail. Cost does not grow with the size.
+
+    Attributes:
+        cells: what is in it, for `find_places`.
     """
 
     __slots__ = ("cells",)
