@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,17 @@ class KeysValues:
         whole = (self.keys, self.values) if self.packed is None else (self.packed,)
         parts = [tensor[..., : self.end, :].detach() for tensor in whole]
         return KeysValues.from_packed(joined_on(device or self.keys.device, parts), self.lengths)
+
+    def __copy__(self) -> KeysValues:
+        """Another one over the same tensors."""
+        same = KeysValues(self.keys, self.values, self.lengths, self.end)
+        same.packed = self.packed
+        return same
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled and deep-copied as `copy()` makes it. Slot by slot, the memory that its tensors share, perhaps with
+        # much else, would be written three times, and what has a gradient could not be copied at all.
+        return KeysValues.from_packed, (self.copy().packed, self.lengths)
 
     def __repr__(self) -> str:
         layers, batch, heads, tokens, head_dim = self.keys.shape
