@@ -15,7 +15,7 @@ from torch import Tensor
 from .entries import Described
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
-from .handle import Handle
+from .handle import Handle, is_owned_elsewhere
 from .kv import KeysValues, check_fits
 from .layout import positive_int
 from .moving import upload
@@ -54,6 +54,8 @@ class Batch(Handle):
         others: those of the entries that are of other scopes.
         hold: what keeps them alive.
     """
+
+    instead_of_copy = "gather once more, or clone its `data`"
 
     # Made when they are asked for: not every model does.
     _parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
@@ -418,7 +420,9 @@ class Batch(Handle):
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
 
     def __del__(self) -> None:
-        self.abandon()
+        hold = getattr(self, "hold", None)
+        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+            self.abandon()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

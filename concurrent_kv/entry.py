@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
 from .counting import Numbers
+from .handle import NeverCopied
 from .index import Cells, Index
 from .streams import NO_TICKS, Ticks
 
@@ -118,7 +119,7 @@ class Entry:
 _scope_numbers = Numbers.of_process(1)
 
 
-class Scope:
+class Scope(NeverCopied):
     """A namespace of keys with a life of its own, and its part of the index.
 
     Args:
@@ -131,6 +132,8 @@ class Scope:
     """
 
     __slots__ = ("budget", "ended", "entries", "generation", "name", "number", "pool", "shards")
+
+    instead_of_copy = "pass its name, and ask the pool for it with scope(name)"
 
     def __init__(
         self, pool: PoolCore, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None

@@ -25,6 +25,7 @@ from weakref import ref
 from .deadline import Deadline
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
+from .handle import NeverCopied, is_owned_elsewhere
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
     )
 
 
-class Claim:
+class Claim(NeverCopied):
     """The right, and the duty, to compute one key: a handle, ended once.
 
     Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: somebody else takes over.
@@ -234,6 +235,8 @@ class Claim:
         late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
             look it up again instead of taking what the flight carries.
     """
+
+    instead_of_copy = "share the one object, or ask for another with try_claim()"
 
     flight: Flight
 
@@ -317,7 +320,9 @@ class Claim:
         self.abandon()
 
     def __del__(self) -> None:
-        self.abandon()
+        flight = getattr(self, "flight", None)
+        if flight is not None and not is_owned_elsewhere(flight.owner, self):
+            self.abandon()
 
 
 class _Computing:

@@ -63,6 +63,8 @@ class KVCacheManager(Handle):
         InvalidArgumentError, InvalidTypeError: a setting is missing, impossible or contradicts another; by name.
     """
 
+    instead_of_copy = "share the one object between threads; in another process make one there, and send entries"
+
     def __init__(
         self,
         config: object,
@@ -308,7 +310,7 @@ class KVCacheManager(Handle):
 
         with self.storage.ledger.mutex:  # one hold: one moment of all of them
             stats = stats_now()
-        return StatsSummary(MappingProxyType(stats), self.stats_enabled)
+        return StatsSummary(stats, self.stats_enabled)
 
     def reset_stats(self) -> None:
         """Start every count from zero."""

@@ -10,7 +10,7 @@ import torch
 
 from .entry import Entry, Hold
 from .errors import ClosedError
-from .handle import Handle
+from .handle import Handle, is_owned_elsewhere
 from .kv import KeysValues
 from .reading import copy_out
 
@@ -27,6 +27,8 @@ class Pin(Handle):
         side: the side data of the pinned entry.
         length: its tokens.
     """
+
+    instead_of_copy = "pin the key once more, or take a copy of its tokens with get()"
 
     def __init__(self, storage: KVStorage, entry: Entry, hold: Hold) -> None:
         self._storage = storage
@@ -64,4 +66,6 @@ class Pin(Handle):
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
 
     def __del__(self) -> None:
-        self.abandon()
+        hold = getattr(self, "_hold", None)
+        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+            self.abandon()

@@ -42,6 +42,8 @@ def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> N
 class PoolCore(Handle):
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
 
+    instead_of_copy = "share the one object between threads; in another process make a pool there, and send entries"
+
     def __init__(
         self,
         layout: KVLayout,

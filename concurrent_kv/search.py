@@ -18,7 +18,7 @@ from .committing import commit_batch, open_batch
 from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
-from .handle import Handle
+from .handle import Handle, is_owned_elsewhere
 from .layout import positive_int
 from .ledger import wake
 from .overflow import Overflow, check_overflow
@@ -56,6 +56,8 @@ class Search(Handle):
     Attributes:
         env_ids: the environments it is for.
     """
+
+    instead_of_copy = "share the one object between threads, or open another with manager.search()"
 
     def __init__(
         self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
@@ -335,7 +337,9 @@ class Search(Handle):
             ledger.abandon(partial(state.end, "the search was dropped without being closed"))
 
     def __del__(self) -> None:
-        self.abandon()
+        state = getattr(self, "_state", None)
+        if state is not None and not is_owned_elsewhere(state.roots_hold.owner, self):
+            self.abandon()
 
     def __repr__(self) -> str:
         return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"

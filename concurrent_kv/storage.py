@@ -17,6 +17,7 @@ from .commit_shape import Drop
 from .cuda import backend_for
 from .deadline import Deadline
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
+from .handle import NeverCopied
 from .layout import KVLayout, positive_int
 from .ledger import Ledger, Signal, wake
 from .locks import ShardedRWLock
@@ -55,7 +56,7 @@ def check_seconds(name: str, value: object) -> float:
     return float(value)
 
 
-class KVStorage:
+class KVStorage(NeverCopied):
     """Token slots with their allocator, locks and stream clock. A manager has one; a `KVPool` made alone has its own.
 
     Args:
@@ -67,6 +68,8 @@ class KVStorage:
         name: what messages call it.
         lock_factory, event_factory, locks, tensor, backend: replaceable parts, for schedulers and simulated devices.
     """
+
+    instead_of_copy = "share the one object between pools; in another process make one there"
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import check_env_ids, hash_of, sequence_of
 from ..errors import InvalidArgumentError
+from ..handle import NeverCopied
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
 from ..manager import KVCacheManager
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncKVCacheManager"]
 
 
-class AsyncKVCacheManager:
+class AsyncKVCacheManager(NeverCopied):
     """A `KVCacheManager` for tasks: made by it, or around one that threads use at the same time.
 
     Args:
@@ -33,6 +34,8 @@ class AsyncKVCacheManager:
         config, env_num, settings: see `KVCacheManager`.
         inline_wait_seconds, inline_bytes, inline_entries, max_workers: see `AsyncKVPool`.
     """
+
+    instead_of_copy = "one serves any number of tasks and loops; or make another around the same manager"
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from ..deadline import Deadline
 from ..entry import Scope
 from ..flight_waiting import outcome
 from ..flights import Claim, Flight, FlightState
+from ..handle import NeverCopied
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
 from ..loading import claim, heard_by_all
@@ -43,7 +44,7 @@ __all__ = ["AsyncKVPool"]
 T = TypeVar("T")
 
 
-class AsyncKVPool:
+class AsyncKVPool(NeverCopied):
     """A `KVPool` for tasks; the same pool may be used by threads at the same time.
 
     Args:
@@ -55,6 +56,8 @@ class AsyncKVPool:
         max_workers: worker threads of each event loop for operations, and as many for sync computations (those that
             wait for another computation do not count).
     """
+
+    instead_of_copy = "one serves any number of tasks and loops; or make another around the same pool"
 
     def __init__(
         self,
