@@ -84,7 +84,7 @@ def get_or_compute(
         if joined.late and joined.flight.state is FlightState.DONE:
             found = pool.peek(key, scope=scope, timeout=deadline.left())
         else:
-            found = outcome(joined.flight, pool.storage.clock, pool.name)
+            found = outcome(joined, pool.storage.clock, pool.name)
     return found
 
 
@@ -117,6 +117,6 @@ def compute_here(
             joined.fulfil(kv)
         else:
             joined.pass_on(kv)
-    result = outcome(joined.flight, pool.storage.clock, pool.name)
+    result = outcome(joined, pool.storage.clock, pool.name)
     assert result is not None, joined.flight.state is FlightState.DONE
     return result

@@ -362,8 +362,10 @@ class KVPool(PoolCore):
         """The entry of `key`, computed and stored if it is missing: once, however many callers miss it together.
 
         Everyone gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, everyone
-        who waits hears the same error, and nothing is remembered of it; if it is cut off (`KeyboardInterrupt`, a
-        cancelled task), the first to wake computes instead. May block; runs `compute` with no lock held.
+        who waits hears the same error, and nothing is remembered of it: a copy of their own (type, `args`, attributes),
+        whose `__cause__` is the error as it was raised; an error of a class that cannot be copied is the one object for
+        all. If it is cut off (`KeyboardInterrupt`, a cancelled task), the first to wake computes instead. May block;
+        runs `compute` with no lock held.
 
         Args:
             compute: gives one row; called in the calling thread. It may use the pool, but not ask for `key` itself.

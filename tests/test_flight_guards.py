@@ -13,7 +13,7 @@ import pytest
 from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError, loading
 from concurrent_kv.deadline import Deadline
 from concurrent_kv.flight_waiting import wait_in_thread
-from concurrent_kv.flights import Claim, Flight, FlightState, FlightTable
+from concurrent_kv.flights import Claim, Flight, FlightKey, FlightState, FlightTable
 from tests.flight_support import Computation, counted_waiters
 from tests.guards import Removal, shown_by
 from tests.support import LAYOUT, tokens
@@ -125,10 +125,10 @@ def without_replacing_what_was_abandoned(patch: pytest.MonkeyPatch) -> None:
     join = FlightTable.join
 
     def keep(self: FlightTable, scope: Any, key: Any, generation: Any, claim: Claim) -> bool:
-        old = self._flights.get((scope.number, key, generation))
+        old = self._flights.get(FlightKey(scope.number, key, generation))
         if old is None:
             return join(self, scope, key, generation, claim)
-        claim.mine, claim.flight = False, old
+        claim.mine, claim.flight, claim.ending = False, old, old.ending
         return False
 
     patch.setattr(FlightTable, "join", keep)

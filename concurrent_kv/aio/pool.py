@@ -18,7 +18,7 @@ from ..cuda import current_streams
 from ..deadline import Deadline
 from ..entry import Scope
 from ..flight_waiting import outcome
-from ..flights import Claim, Flight, FlightState
+from ..flights import Claim, FlightState
 from ..handle import NeverCopied
 from ..integrity import IntegrityReport, RepairReport
 from ..kv import KeysValues
@@ -292,7 +292,7 @@ class AsyncKVPool(NeverCopied):
                     self.sync.peek, key, scope=scope, to=None, streams=streams, timeout=deadline.left()
                 )
             else:
-                found = await self._outcome(joined.flight, streams)
+                found = await self._outcome(joined, streams)
         return found
 
     async def _compute(
@@ -322,14 +322,14 @@ class AsyncKVPool(NeverCopied):
                 if begun is not None:
                     with heard_by_all(joined):
                         await self._fulfil(joined, await begun, None, streams)
-        result = await self._outcome(joined.flight, streams)
+        result = await self._outcome(joined, streams)
         assert result is not None
         return result
 
-    async def _outcome(self, flight: Flight, streams: AbstractContextManager[object]) -> KeysValues | None:
+    async def _outcome(self, joined: Claim, streams: AbstractContextManager[object]) -> KeysValues | None:
         """See `outcome`."""
-        copied_bytes = self._entry_bytes if flight.state is FlightState.DONE else 0
-        taking = partial(outcome, flight, self.sync.storage.clock, self.sync.name)
+        copied_bytes = self._entry_bytes if joined.flight.state is FlightState.DONE else 0
+        taking = partial(outcome, joined, self.sync.storage.clock, self.sync.name)
         return await self._offload.copy(taking, copied_bytes, streams)
 
     def try_claim(
