@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .entries import Described
 from .entry import Entry, Generation, Hold, Scope
-from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
+from .errors import ClosedError, InvalidArgumentError, WaitTimeoutError, WindowOverflowError
 from .handle import Handle, is_owned_elsewhere
 from .kv import KeysValues, check_fits
 from .layout import positive_int
 from .moving import upload
 from .stream_uses import StreamUses
 from .streams import NO_TICKS
+from .tensor_checks import check_tensor
 from .tensors import plain_torch_state, writing_to
 
 if TYPE_CHECKING:
@@ -200,8 +201,7 @@ class Batch(Handle):
         """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""
         data = self.data
         for name, tensor in (("keys", keys), ("values", values)):
-            if not isinstance(tensor, Tensor):
-                raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            check_tensor(name, tensor)
             if tensor.dtype != data.dtype or tensor.device != data.device:
                 raise InvalidArgumentError(
                     f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"

@@ -20,6 +20,7 @@ from .plan import plan_commit, plan_put
 from .reading import gather_entries
 from .stream_uses import StreamUses
 from .streams import NO_TICKS, Ticks
+from .tensor_checks import check_tensor
 from .tensors import plain_torch_state
 from .writing import write
 
@@ -75,9 +76,7 @@ def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
 
 def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tensor:
     layout = storage.layout
-    if not isinstance(out, Tensor):
-        raise InvalidTypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    shape = out.shape
+    shape = check_tensor("out", out).shape
     columns = shape[3] if len(shape) == 5 else 0
     expected = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
     if shape != expected or columns > layout.max_tokens:
