@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .arguments import check_keys, check_priorities, check_sides, last_of_each, sequence_of
-from .batch import BATCH_CLOSED, Batch
+from .batch import Batch
 from .deadline import Deadline
 from .entries import describe
 from .entry import Entry, Generation, Hold, Scope
-from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
+from .errors import InvalidArgumentError, InvalidTypeError
 from .kv import KeysValues, check_fits
 from .layout import positive_int
 from .overflow import Overflow
@@ -139,8 +139,7 @@ def commit_batch(
     if scope.pool is not pool:
         raise InvalidArgumentError(f"batch was gathered for {scope.pool.name}, and cannot be committed to {pool.name}")
     keys = check_keys(keys)
-    if batch.hold.released:
-        raise ClosedError(BATCH_CLOSED)
+    batch.check_open()
     committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
@@ -148,7 +147,7 @@ def commit_batch(
     ledger = pool.storage.ledger
     # The search that owns the batch may be closed by another thread at any point.
     if not ledger.use(batch.hold):
-        raise ClosedError(BATCH_CLOSED)
+        raise batch.why_closed()
     try:
         new = batch.check_committable(committed)
         last, going = last_of_each(keys), committed

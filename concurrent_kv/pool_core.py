@@ -16,6 +16,7 @@ from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .layout import KVLayout, positive_int
 from .quota import Quota
+from .size_arguments import SizeArguments
 from .stats import Counters, PoolStats
 from .storage import KVStorage, check_seconds
 
@@ -79,6 +80,8 @@ class PoolCore(Handle):
             name=name,
         )
         self.quota = Quota(max_entries, max_slots, self.storage.ledger.slots.num_slots)
+        if max_bytes is not None:
+            self.quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         self.counters = Counters()
         self.flights = FlightTable(name)
         self.closed = False
@@ -134,6 +137,11 @@ class PoolCore(Handle):
     def bump_version(self, *, timeout: float | None = None) -> None:
         """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
         bump_versions([self], self.name, self._enter(timeout))
+
+    @property
+    def version(self) -> int:
+        """The weights version: how often `bump_version()` was called. Never blocks."""
+        return self.default_scope.version
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""

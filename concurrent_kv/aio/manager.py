@@ -176,6 +176,11 @@ class AsyncKVCacheManager(NeverCopied):
         """See `KVCacheManager.bump_version`."""
         await self._offload.in_worker_whole(self.sync.bump_version)
 
+    @property
+    def version(self) -> int:
+        """See `KVCacheManager.version`."""
+        return self.sync.version
+
     def get_stats_summary(self) -> StatsSummary:
         """See `KVCacheManager.get_stats_summary`; it never waits."""
         return self.sync.get_stats_summary()

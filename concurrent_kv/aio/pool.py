@@ -356,6 +356,11 @@ class AsyncKVPool(NeverCopied):
 
     # State ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def version(self) -> int:
+        """See `KVPool.version`."""
+        return self.sync.version
+
     def stats(self) -> PoolStats:
         """See `KVPool.stats`; it never waits."""
         return self.sync.stats()
