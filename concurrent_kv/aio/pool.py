@@ -28,6 +28,7 @@ from ..pin import Pin
 from ..pool import KVPool
 from ..stats import PoolStats
 from ..storage import check_seconds
+from .awaiting import forget, gives_awaitables, remember
 from .offload import (
     INLINE_BYTES,
     INLINE_ENTRIES,
@@ -273,7 +274,8 @@ class AsyncKVPool(NeverCopied):
         Args:
             compute: an async function, awaited in the calling task; or a function, called in a worker thread, which
                 runs to its end: a scope that is cancelled waits for it, and its result counts. asyncio's own `cancel()`
-                does not wait, and the result is then dropped.
+                does not wait, and the result is then dropped. A function that returns an awaitable (a lambda around an
+                async function) is called in a worker once; from then on in the calling task, where it must not block.
         """
         pool = self.sync
         hash_of(key)
@@ -312,11 +314,17 @@ class AsyncKVPool(NeverCopied):
                 joined.flight.settling = kv is not None
                 if kv is not None:
                     await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
-                elif inspect.iscoroutinefunction(compute):
-                    await self._fulfil(joined, await compute(), None, streams)
+                elif gives_awaitables(compute):
+                    made = compute()
+                    if inspect.isawaitable(made):
+                        made = await made
+                    else:
+                        forget(compute)
+                    await self._fulfil(joined, made, None, streams)
             if not joined.over:
                 # That no worker was free in time is not heard by all: others may have more of it.
-                deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
+                deliver = partial(_fulfil_here, joined, compute, joined.flight.loop_ended)
+                around = heard_by_all(joined)
                 computing = partial(_compute_here, joined, compute)
                 begun = await self._offload.compute(computing, deliver, around, deadline, streams)
                 if begun is not None:
@@ -420,12 +428,16 @@ def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
     return compute()
 
 
-def _fulfil_here(claim: Claim, made: Any) -> Awaitable[KeysValues] | None:
+def _fulfil_here(
+    claim: Claim, compute: Callable[[], Any], loop_ended: Callable[[], bool] | None, made: Any
+) -> Awaitable[KeysValues] | None:
     """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
 
-    Returns what a function only began to compute, for the loop to await.
+    Returns what a function only began to compute, for the loop to await: the flight then ends with that loop again.
     """
     if inspect.isawaitable(made):
+        remember(compute)
+        claim.flight.loop_ended = loop_ended
         return made
     claim.fulfil(made)
     return None
