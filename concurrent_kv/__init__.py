@@ -22,6 +22,7 @@ from .stats import PoolStats, StatsSummary
 try:
     from .aio import AsyncKVCacheManager, AsyncKVPool, AsyncSearch
     from .batch import Batch
+    from .graphs import keep_out_of_graphs
     from .integrity import IntegrityReport, RepairReport
     from .keys import hash_state, hash_states
     from .kv import KeysValues
@@ -33,6 +34,9 @@ try:
     from .positions import PositionSteps, PositionTable
     from .search import Search
     from .storage import KVStorage
+
+    keep_out_of_graphs(__name__)
+    del keep_out_of_graphs
 except ModuleNotFoundError as error:
     # Without torch the parts that need none can be imported one by one: `concurrent_kv.locks`, `.flights`, `.eviction`.
     if error.name != "torch":
