@@ -15,6 +15,7 @@ from torch import Tensor
 from .entries import Described
 from .entry import Entry, Generation, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
+from .gate import gate
 from .handle import Handle
 from .kv import KeysValues, check_fits
 from .layout import positive_int
@@ -393,9 +394,15 @@ class Batch(Handle):
         return self.hold.released
 
     def close(self) -> None:
-        """Let the entries go and give the buffer back. Never blocks; nothing happens the second time."""
+        """Let the entries go and give the buffer back. Never blocks; nothing happens the second time.
+
+        Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
+        """
         if not self.hold.released:
             self._storage.check_process()
+            if gate.is_inside:
+                self.abandon()
+                return
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
             if self._storage.ledger.release(self.hold):

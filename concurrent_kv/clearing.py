@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable
+from functools import partial
 from typing import Any
 
 from .deadline import Deadline
 from .entry import Entry, Scope
+from .gate import gate
 from .index import Index
 from .ledger import wake
 from .room import unpublish
 
-__all__ = ["remove", "remove_all", "sweep", "sweep_if", "take_out"]
+__all__ = ["discard", "remove", "remove_all", "sweep", "sweep_if", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 
@@ -21,12 +23,12 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     pool = scope.pool
     ledger = pool.storage.ledger
     part = scope.part_of(entry.key)
-    with pool.storage.locks.write((scope.shards[part],), deadline):
+    with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
         deadline.check(pool.name)
         if scope.entries[part].get(entry.key) is not entry:
             return False
         del scope.entries[part][entry.key]
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             dead = unpublish(pool, [entry])
             pool.counters.removal_count += 1
             waiters = ledger.take_waiters()
@@ -35,16 +37,24 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     return True
 
 
+def discard(scope: Scope, key: Hashable) -> None:
+    """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
+    # A look without the shard: what is stored under the key later is another entry, and stays.
+    entry = scope.entries[scope.part_of(key)].get(key)
+    if entry is not None:
+        scope.pool.storage.ledger.abandon(partial(remove, scope, entry))
+
+
 def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
     """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
     dead: list[Entry] = []
     index = scope.entries[0]
-    with scope.pool.storage.locks.write(scope.shards, deadline):
+    with gate.lock, scope.pool.storage.locks.write(scope.shards, deadline):
         deadline.check(scope.pool.name)
-        missing = [key for key in keys if key not in index]
+        missing = index.lacking(keys)
         if missing:
             return missing
-        waiters = take_out(scope, index, [index[key] for key in keys], dead)
+        waiters = take_out(scope, index, index.all_of(keys), dead)
     wake(waiters)
     del dead
     return []
@@ -63,10 +73,10 @@ def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[E
         gone.reverse()
         for begin in range(0, len(gone), ENTRIES_PER_HOLD):
             some = gone[begin : begin + ENTRIES_PER_HOLD]
-            with ledger.mutex:
+            with gate.lock, ledger.mutex:
                 dead += unpublish(pool, some)
                 pool.counters.removal_count += len(some)
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             waiters = ledger.take_waiters()
     return waiters
 
@@ -85,8 +95,8 @@ def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadlin
     removed = 0
     for part, shard in enumerate(scope.shards):
         dead: list[Entry] = []
-        with pool.storage.locks.write((shard,), deadline):
-            going = [entry for entry in scope.entries[part].values() if condition(entry)]
+        with gate.lock, pool.storage.locks.write((shard,), deadline):
+            going = scope.entries[part].chosen(condition)
             waiters = take_out(scope, scope.entries[part], going, dead)
         wake(waiters)
         removed += len(going)

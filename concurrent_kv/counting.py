@@ -6,6 +6,8 @@ import os
 import threading
 from typing import TypeVar
 
+from .gate import gate
+
 __all__ = ["Numbers"]
 
 N = TypeVar("N", bound="Numbers")
@@ -29,7 +31,7 @@ class Numbers:
         return made
 
     def __next__(self) -> int:
-        with self._lock:
+        with gate.lock, self._lock:
             number = self._next
             self._next = number + 1
         return number

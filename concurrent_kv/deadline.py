@@ -86,15 +86,17 @@ class Deadline:
 
     def wait_on(self, event: Any) -> bool:
         """Wait for an event, or for the caller to leave; False when the time is over. Lends the worker's place."""
+        before = None
         if self.caller is not None:
-            self.caller.waits_on = event
+            # A finaliser's own operation may run in the middle of this one, for the same task.
+            before, self.caller.waits_on = self.caller.waits_on, event
         try:
             with lend_place.get()():
                 # Looked at after the event was named, so that who leaves from here on sets it.
                 return bool(event.wait(self.left()))
         finally:
             if self.caller is not None:
-                self.caller.waits_on = None
+                self.caller.waits_on = before
 
     def leave_loop(self, name: str) -> None:
         """Raise `NotOnLoopError` on an event loop's own thread; called before work that may be long."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from queue import Empty, SimpleQueue
 
 from .deadline import Deadline, lend_place
 from .errors import ClosedError, RecursiveComputationError, WaitTimeoutError
 from .flights import Flight, FlightState, computing_here
 from .kv import KeysValues
+from .signal import Signal
 from .streams import StreamClock
 from .tensors import plain_torch_state
 
@@ -46,22 +46,16 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
         WaitTimeoutError: it was not over before the deadline.
         RecursiveComputationError: see `waiting_for`.
     """
-    # A SimpleQueue and not an Event: its put() may be called from a finaliser at any point, an Event's set() may not.
-    over: SimpleQueue[None] = SimpleQueue()
-
-    def wake() -> None:
-        over.put(None)
-
+    over = Signal()
     try:
-        if flight.subscribe(wake):
+        if flight.subscribe(over.set):
             with waiting_for(flight, name):
-                over.get(timeout=deadline.left())
-    except Empty:
-        # Whoever ended it may have been cut off between two wakers, or have ended with its loop.
-        if not flight.over_unheard():
-            raise timed_out(flight, deadline, name) from None
+                heard = over.wait(deadline.left())
+            # The thread that ended it may have been cut off between two wakers, or its loop may have ended.
+            if not heard and not flight.over_unheard():
+                raise timed_out(flight, deadline, name)
     finally:
-        flight.unsubscribe(wake)
+        flight.unsubscribe(over.set)
 
 
 def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:

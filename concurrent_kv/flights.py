@@ -25,6 +25,7 @@ from weakref import ref
 from .deadline import Deadline
 from .entry import Generation, Scope
 from .errors import ClosedError, RecursiveComputationError
+from .gate import gate
 from .streams import NO_TICKS, Ticks
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class FlightTable:
 
     def __len__(self) -> int:
         """Computations under way."""
-        with self._lock:
+        with gate.lock, self._lock:
             dead = self._forget_dropped()
             number = len(self._flights)
         del dead
@@ -146,7 +147,7 @@ class FlightTable:
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)
         new.owner = ref(claim)
-        with self._lock:
+        with gate.lock, self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
             dead = self._forget_dropped()
@@ -175,7 +176,7 @@ class FlightTable:
 
     def abandon_orphans(self) -> int:
         """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
-        with self._lock:
+        with gate.lock, self._lock:
             flights = list(self._flights.values())
         orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
         for flight in orphans:
@@ -193,7 +194,7 @@ class FlightTable:
         error: Exception | None = None,
     ) -> bool:
         """End a flight and wake everyone; False if it was over before."""
-        with self._lock:
+        with gate.lock, self._lock:
             if flight.state is not FlightState.COMPUTING:
                 return False
             flight.result, flight.ready, flight.error = result, ready, error
@@ -204,13 +205,13 @@ class FlightTable:
     def _forget(self, flight: Flight) -> None:
         """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
         flight.wake()
-        with self._lock:
+        with gate.lock, self._lock:
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
 
     def close(self) -> None:
         """End every flight with `ClosedError`, and every later join."""
-        with self._lock:
+        with gate.lock, self._lock:
             self._closed = True
             flights = list(self._flights.values())
         for flight in flights:
@@ -261,6 +262,7 @@ class Claim:
 
         Raises:
             ClosedError: the claim is not the caller's, or is over.
+            ReentrantCallError: the calling thread is inside a critical section; `abandon` works there.
             InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
         """
         self._check_mine()
@@ -305,6 +307,7 @@ class Claim:
         return _Computing(self.flight)
 
     def _check_mine(self) -> None:
+        gate.check(self._table.name)
         if not self.mine or self.over:
             raise ClosedError("this claim is over" if self.mine else "this key is being computed by somebody else")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeAlias, TypeVar
 
 from .native import native
@@ -63,6 +63,22 @@ class Index(Generic[E]):
     def items(self) -> Iterator[tuple[Hashable, E]]:
         """Every key as the index has it, with its entry."""
         return ((key, cell[0]) for key, cell in self.cells.items() if cell)
+
+    def listed(self) -> list[tuple[Hashable, E]]:
+        """`items()` as a list, made in a frame of its own (no loop may stand in the `with` block of a lock)."""
+        return list(self.items())
+
+    def lacking(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """Those of `keys` that are not in it."""
+        return [key for key in keys if key not in self.cells]
+
+    def all_of(self, keys: Iterable[Hashable]) -> list[E]:
+        """The entry of each key, all of which are in it."""
+        return [self.cells[key][0] for key in keys]
+
+    def chosen(self, condition: Callable[[E], bool]) -> list[E]:
+        """The entries that meet a condition."""
+        return [entry for entry in self.values() if condition(entry)]
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self.cells

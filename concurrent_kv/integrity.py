@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .entry import Entry, Place, Scope
 from .errors import IntegrityError
+from .gate import gate
 from .ledger import wake
 from .streams import Ticks
 
@@ -85,7 +86,7 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     ledger = storage.ledger
     deadline = storage.enter_quietly()
     zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
-    with storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
+    with gate.lock, storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
         problems, report = _compare(storage)
     if not zero_slot_is_zero:
         problems.append("slot 0, which serves all padding, is not zero")
@@ -178,7 +179,7 @@ def repair(storage: KVStorage) -> RepairReport:
     ledger = storage.ledger
     deadline = storage.enter_quietly()
     used = storage.clock.everything()
-    with storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
+    with gate.lock, storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
         report = _rebuild(storage, used)
         waiters = ledger.take_waiters()
     wake(waiters)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,35 +19,16 @@ import numpy.typing as npt
 from .deadline import Deadline
 from .entries import let_go, retain, rows_of
 from .entry import Entry, Hold, Place
+from .gate import gate
 from .native import Viewed, native
+from .signal import Signal
 from .slots import SlotAllocator
 from .streams import NO_TICKS, Ticks, merge
 
 if TYPE_CHECKING:
     from .pool_core import PoolCore
 
-__all__ = ["Ledger", "Signal", "wake"]
-
-
-class Signal:
-    """An event for one waiter that may be set from a finaliser: at any point of any thread, inside `set` itself too."""
-
-    __slots__ = ("_queue",)
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[None] = SimpleQueue()  # its put() is reentrant, an Event's set() is not
-
-    def set(self) -> None:
-        """Wake the waiter."""
-        self._queue.put(None)
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for `set`; False when `timeout` seconds are over."""
-        try:
-            self._queue.get(timeout=timeout)
-        except Empty:
-            return False
-        return True
+__all__ = ["Ledger", "wake"]
 
 
 class Ledger:
@@ -78,13 +58,17 @@ class Ledger:
         self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
         self.holds: set[Hold] = set()
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
-        self.abandoned: deque[Callable[[Deadline], None]] = deque()
+        self.abandoned: deque[Callable[[Deadline], object]] = deque()
         self._free_rows = list(range(63, 0, -1))
         # Entries in Place.SHARED, by tail slot and by pool.
         self._shared: dict[int, dict[Entry, None]] = {}
         self._shared_of: dict[PoolCore, dict[Entry, None]] = {}
         self._event_factory = event_factory
         self._waiters: list[Any] = []
+
+    def mutex_for_numbers(self) -> AbstractContextManager[object]:
+        """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""
+        return nullcontext() if gate.is_inside else self.mutex
 
     # Entries -----------------------------------------------------------------------------------------------------
 
@@ -226,7 +210,7 @@ class Ledger:
                     self.unpark(entry)
         return self.let_go(entries)
 
-    def abandon(self, release: Callable[[Deadline], None]) -> None:
+    def abandon(self, release: Callable[[Deadline], object]) -> None:
         """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
         self.abandoned.append(release)
         for waiter in tuple(self._waiters):
@@ -234,7 +218,7 @@ class Ledger:
 
     def release(self, hold: Hold) -> bool:
         """Release a hold, and wake whoever waits for room; False if it was released before."""
-        with self.mutex:
+        with gate.lock, self.mutex:
             first = not hold.released
             dead = self.end(hold)
             waiters = self.take_waiters()
@@ -244,7 +228,7 @@ class Ledger:
 
     def use(self, hold: Hold) -> bool:
         """Keep what a hold holds until `stop_using`, whoever releases it meanwhile; False if it is released."""
-        with self.mutex:
+        with gate.lock, self.mutex:
             if hold.released:
                 return False
             hold.users += 1
@@ -252,7 +236,7 @@ class Ledger:
 
     def stop_using(self, hold: Hold, *, release: bool = False) -> bool:
         """The other end of `use`; or of the hold itself, with `release`. False if that was released before."""
-        with self.mutex:
+        with gate.lock, self.mutex:
             first = not hold.released
             hold.users -= 1
             dead = self.end(hold) if release and first else self._empty(hold) if hold.released else []

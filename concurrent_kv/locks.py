@@ -21,6 +21,7 @@ from readerwriterlock import rwlock
 
 from .deadline import Deadline
 from .errors import WaitTimeoutError
+from .gate import gate
 
 __all__ = ["ShardedRWLock"]
 
@@ -138,12 +139,14 @@ class ShardedRWLock:
 
     def contention(self) -> tuple[int, float]:
         """How often a shard had to be waited for, and for how many seconds in all."""
-        with self._counter_lock:
+        if gate.is_inside:
+            return self._wait_count, self._wait_seconds
+        with gate.lock, self._counter_lock:
             return self._wait_count, self._wait_seconds
 
     def reset_contention(self) -> None:
         """Start both counters from zero."""
-        with self._counter_lock:
+        with gate.lock, self._counter_lock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
     def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
@@ -157,7 +160,7 @@ class ShardedRWLock:
                 break
             self._look_for_lost()
         waited = time.monotonic() - started
-        with self._counter_lock:
+        with gate.lock, self._counter_lock:
             self._wait_count += 1
             self._wait_seconds += waited
         if not acquired:
@@ -216,7 +219,7 @@ class ShardedRWLock:
 
     def _replace(self, shard: int, lock: rwlock.RWLockFair) -> None:
         """Give a shard a new lock in place of `lock`, which nobody trusts any more."""
-        with self._replacing:
+        with gate.lock, self._replacing:
             if self._locks[shard] is lock:
                 self._put_new(shard)
         # A reader that lets go waits for this one without a bound, and would wait for good.
@@ -236,7 +239,7 @@ class ShardedRWLock:
 
     def _open_empty(self) -> None:
         """Open every new lock whose predecessors nobody holds any more."""
-        with self._replacing:
+        with gate.lock, self._replacing:
             self._open_those_empty()
 
     def _open_those_empty(self) -> None:

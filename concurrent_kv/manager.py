@@ -12,6 +12,7 @@ from .config import ManagerConfig
 from .counting import Numbers
 from .errors import InvalidArgumentError
 from .eviction import EvictionPolicy
+from .gate import gate
 from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .kv import KeysValues
@@ -306,7 +307,8 @@ class KVCacheManager(Handle):
         def stats_now() -> dict[str, PoolStats]:
             return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
 
-        with self.storage.ledger.mutex:  # one hold: one moment of all of them
+        mutex = self.storage.ledger.mutex_for_numbers()
+        with gate.lock, mutex:  # one hold: one moment of all of them
             stats = stats_now()
         return StatsSummary(MappingProxyType(stats), self.stats_enabled)
 

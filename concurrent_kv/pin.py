@@ -10,6 +10,7 @@ import torch
 
 from .entry import Entry, Hold
 from .errors import ClosedError
+from .gate import gate
 from .handle import Handle
 from .kv import KeysValues
 from .reading import copy_out
@@ -53,9 +54,15 @@ class Pin(Handle):
             return copy_out(self._storage, self._entry, to)
 
     def close(self) -> None:
-        """Let the entry go. Nothing happens the second time."""
+        """Let the entry go. Nothing happens the second time.
+
+        Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
+        """
         self._storage.check_process()
-        self._storage.ledger.release(self._hold)
+        if gate.is_inside:
+            self.abandon()
+        else:
+            self._storage.ledger.release(self._hold)
 
     def abandon(self) -> None:
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .arguments import check_keys, hash_of
 from .batch import Batch
-from .clearing import remove
+from .clearing import discard, remove
 from .committing import commit_batch, open_batch, put_rows
 from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import KeyNotFoundError
 from .flights import Claim
+from .gate import gate
 from .kv import KeysValues
 from .loading import claim, get_or_compute
 from .overflow import Overflow
@@ -130,8 +131,10 @@ class KVPool(PoolCore):
         generation = looked_in.generation
         found: list[Hashable] = []
         for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
-            with self.storage.locks.read((shard,), deadline):
-                found += [key for key, entry in part.items() if entry.generation is generation]
+            with gate.lock, self.storage.locks.read((shard,), deadline):
+                items = part.listed()
+            found += [key for key, entry in items if entry.generation is generation]
+            del items  # keys and side data are finalised here, outside of the shard
         return found
 
     def __iter__(self) -> Iterator[Hashable]:
@@ -139,10 +142,9 @@ class KVPool(PoolCore):
         return iter(self.keys())
 
     def __len__(self) -> int:
-        """Entries stored, without those of searches. Never waits for a shard."""
+        """Entries stored, without those of searches. Takes no lock."""
         self.storage.check_process()
-        with self.storage.ledger.mutex:
-            return self.quota.entries
+        return self.quota.entries
 
     @contextmanager
     def _retained(
@@ -170,9 +172,10 @@ class KVPool(PoolCore):
         Raises:
             KeyNotFoundError: there is no such key.
         """
+        deadline = self._enter(timeout)
         hold = Hold("pin", [], pinning=True)
         try:
-            entry = self._retain(key, scope, self._enter(timeout), hold, quiet=True)
+            entry = self._retain(key, scope, deadline, hold, quiet=True)
             if entry is None:
                 raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
             return Pin(self.storage, entry, hold)
@@ -183,7 +186,7 @@ class KVPool(PoolCore):
     def count_misses(self, number: int) -> None:
         """Count rows that nobody had."""
         if number:
-            with self.storage.ledger.mutex:
+            with gate.lock, self.storage.ledger.mutex:
                 self.counters.miss_count += number
 
     def gather(
@@ -347,6 +350,20 @@ class KVPool(PoolCore):
                 if remove(entry.scope, entry, deadline):
                     return kv
 
+    def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
+        """Have the next operation remove the entry that `key` has now, if it has one. Never blocks, takes no lock.
+
+        This is what finalisers, `weakref` callbacks and signal handlers may call, at any point of any thread: they may
+        run inside a critical section of the thread they interrupt, where `pop` raises `ReentrantCallError`. An entry
+        that is stored under the key afterwards stays. Nothing happens in a pool that is closed.
+
+        Raises:
+            InvalidTypeError: `key` is not hashable. WrongProcessError.
+        """
+        self.storage.check_process()
+        hash_of(key)
+        discard(self._scope(scope), key)
+
     # One computation for each missing key ----------------------------------------------------------------------------
 
     def get_or_compute(
@@ -393,7 +410,7 @@ class KVPool(PoolCore):
             RecursiveComputationError, ClosedError: as `get_or_compute`.
         """
         # Not `_enter`: what was dropped unclosed may need a shard to be released, and this must not wait.
-        self.storage.check_process()
+        self.storage.check_call()
         self.check_open()
         hash_of(key)
         found_in = self._scope(scope)

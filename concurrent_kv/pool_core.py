@@ -12,6 +12,7 @@ from .entry import Entry, Generation, Scope
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError
 from .eviction import EvictionPolicy, PolicyFactory, make_policy
 from .flights import FlightTable
+from .gate import gate
 from .handle import Handle
 from .integrity import IntegrityReport, RepairReport, check_integrity, repair
 from .layout import KVLayout, positive_int
@@ -90,10 +91,10 @@ class PoolCore(Handle):
 
     def scope(self, name: Hashable) -> Scope:
         """The scope of that name, made if it is new: keys of its own, cleared by themselves. Never blocks."""
-        self.storage.check_process()
+        self.storage.check_call()
         self.check_open()
         hash_of(name, "name")
-        with self.storage.ledger.mutex:
+        with gate.lock, self.storage.ledger.mutex:
             scope = self._scopes.get(name)
             if scope is None:
                 scope = self._scopes[name] = Scope(self, name, self.default_scope.shards)
@@ -102,8 +103,8 @@ class PoolCore(Handle):
 
     def scopes(self) -> tuple[Scope, ...]:
         """Every scope, without those of searches."""
-        self.storage.check_process()
-        with self.storage.ledger.mutex:
+        self.storage.check_call()
+        with gate.lock, self.storage.ledger.mutex:
             return tuple(self._scopes.values())
 
     def registered_scopes(self) -> tuple[Scope, ...]:
@@ -135,7 +136,7 @@ class PoolCore(Handle):
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
-        with self.storage.ledger.mutex:
+        with gate.lock, self.storage.ledger.mutex:
             searches = list(self.searches)
         for search in searches:
             search.end(reason, deadline)
@@ -144,7 +145,7 @@ class PoolCore(Handle):
         """Begin a new epoch in `scopes`, all by default, and sweep what is older."""
         scopes = self.scopes() if scopes is None else tuple(scopes)
         # First the new epoch, then the sweep: what is published in between is older than neither.
-        with self.storage.ledger.mutex:
+        with gate.lock, self.storage.ledger.mutex:
             _begin_epoch(scopes)
             self.counters.clear_count += 1
         for scope in scopes:
@@ -155,7 +156,7 @@ class PoolCore(Handle):
 
         Operations under way fail with `ClosedError` or finish as if they had come first.
         """
-        self.storage.check_process()
+        self.storage.check_call()
         if timeout is not None:
             check_seconds("timeout", timeout)
         self.flights.close()  # also where the storage was closed first, and its waiters know nothing of it
@@ -164,7 +165,7 @@ class PoolCore(Handle):
                 self.storage.close(timeout)
             return
         deadline = self.storage.enter_quietly(timeout)
-        with self.storage.ledger.mutex:
+        with gate.lock, self.storage.ledger.mutex:
             self.closed = True
         self.end_searches(f"{self.name} was closed", deadline)
         self.renew(deadline)
@@ -175,16 +176,20 @@ class PoolCore(Handle):
     # State ---------------------------------------------------------------------------------------------------------
 
     def stats(self) -> PoolStats:
-        """One consistent moment of the counters and the fill. Never waits for a shard."""
+        """One consistent moment of the counters and the fill. Never waits for a shard.
+
+        Inside a critical section of the calling thread (in a finaliser, say) the numbers may be of different moments.
+        """
         self.storage.check_process()
         contention = self.storage.locks.contention()
-        with self.storage.ledger.mutex:
+        mutex = self.storage.ledger.mutex_for_numbers()
+        with gate.lock, mutex:
             return self.stats_now(contention)
 
     def stats_now(self, contention: tuple[int, float]) -> PoolStats:
         """As `stats`, with the mutex held already."""
         slots, quota = self.storage.ledger.slots, self.quota
-        budgets = [search.budget for search in self.searches]
+        budgets = [search.budget for search in self.searches.copy()]
         in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
         return PoolStats(
             **vars(self.counters),
@@ -203,8 +208,8 @@ class PoolCore(Handle):
 
     def reset_stats(self) -> None:
         """Start every counter from zero."""
-        self.storage.check_process()
-        with self.storage.ledger.mutex:
+        self.storage.check_call()
+        with gate.lock, self.storage.ledger.mutex:
             self.counters = type(self.counters)()
         if self.owns_storage:
             self.storage.locks.reset_contention()
@@ -248,7 +253,7 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
     If it raises `WaitTimeoutError` the versions are bumped all the same: older entries are misses, searches are over.
     """
     reason = f"{name}: the weights version was bumped; open a new search"
-    with pools[0].storage.ledger.mutex:
+    with gate.lock, pools[0].storage.ledger.mutex:
         _begin_version(pools, reason)
     for pool in pools:
         pool.end_searches(reason, deadline)

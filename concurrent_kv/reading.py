@@ -12,6 +12,7 @@ from torch import Tensor
 from .deadline import Deadline
 from .entries import Described, describe
 from .entry import Entry, Generation, Hold, Place, Scope, sorted_shards
+from .gate import gate
 from .kv import KeysValues
 from .positions import Correction, PositionSteps, PositionTable
 from .streams import NO_TICKS, Ticks, merge
@@ -47,19 +48,25 @@ def retain(
     statistics of its pool unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
     """
     located = [(scope, scope.part_of(key)) for scope, key in wanted]
-    found: list[Entry | None] = []
     ledger = storage.ledger
-    with storage.locks.read(sorted_shards(located), deadline):
-        for (scope, part), (_, key) in zip(located, wanted, strict=True):
-            entry = scope.entries[part].get(key)
-            if entry is not None and entry.generation is not generations[scope]:
-                entry = None
-            found.append(entry)
-        hits = [entry for entry in found if entry is not None]
-        with ledger.mutex:
+    with gate.lock, storage.locks.read(sorted_shards(located), deadline):
+        found = _look_up(located, wanted, generations)
+        hits = list(filter(None, found))
+        with gate.lock, ledger.mutex:
             ledger.extend(hold, hits)
             if not quiet:
                 count_hits(found)
+    return found
+
+
+def _look_up(
+    located: Sequence[tuple[Scope, int]], wanted: Wanted, generations: dict[Scope, Generation]
+) -> list[Entry | None]:
+    """The entries of `wanted` that are of the present generations. The shards held."""
+    found: list[Entry | None] = []
+    for (scope, part), (_, key) in zip(located, wanted, strict=True):
+        entry = scope.entries[part].get(key)
+        found.append(None if entry is None or entry.generation is not generations[scope] else entry)
     return found
 
 
@@ -112,7 +119,7 @@ def gather_entries(
     finally:
         read = clock.stamp(stream, (*temporaries, out))
         if read:
-            with storage.ledger.mutex:
+            with gate.lock, storage.ledger.mutex:
                 storage.ledger.stamp_reads(present, read)
     return read
 

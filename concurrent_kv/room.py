@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 from .deadline import Deadline
 from .entry import Entry, Place, Scope, sorted_shards
 from .errors import CapacityError, SearchEndedError, WaitTimeoutError
+from .gate import gate
 from .ledger import wake
 from .quota import Budget
 from .slots import Slots
@@ -66,19 +67,21 @@ def _freed_by(
     pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
-    replaced = []
-    with pool.storage.locks.read(sorted_shards(located), deadline):
-        for (_, part), key in zip(located, plan.keys, strict=True):
-            entry = scope.entries[part].get(key)
-            if entry is not None:
-                replaced.append(entry)
+    with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
+        replaced = _present(scope, plan.keys, located)
         if not replaced:
             return 0, 0
         ledger = pool.storage.ledger
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             tables = ledger.tables_of(replaced)
             slots = pool.quota.exclusive(tables) if scope.budget is None else ledger.slots.exclusive(tables)
     return len(replaced), slots
+
+
+def _present(scope: Scope, keys: Sequence[Hashable], located: Sequence[tuple[Scope, int]]) -> list[Entry]:
+    """The entries that `keys` have now. Their shards held."""
+    found = (scope.entries[part].get(key) for (_, part), key in zip(located, keys, strict=True))
+    return [entry for entry in found if entry is not None]
 
 
 def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Ticket:
@@ -87,7 +90,7 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
     while True:
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             pool.check_open()
             if quota.fits(entries, slots):
                 taken = ledger.slots.allocate(plan.num_slots)
@@ -104,7 +107,7 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
 
 def _take_reserved(pool: PoolCore, budget: Budget, entries: int, slots: int) -> Ticket | None:
     """Take room from what a search has left of its reservation; None with nothing taken if that is not enough."""
-    with pool.storage.ledger.mutex:
+    with gate.lock, pool.storage.ledger.mutex:
         pool.check_open()
         # In the same hold as the taking: what a closed search took would never come back.
         if budget.ended is not None:
@@ -133,7 +136,7 @@ def _take_from_budget(
         if budget.missing(count, slots) != (0, 0):
             # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
             freed = look_up_freed()
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             pool.check_open()
             # In the same hold as the taking: what a closed search took would never come back.
             if budget.ended is not None:
@@ -196,7 +199,7 @@ def make_room(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> N
     """Count `entries` and `slots` more as pending in the pool's quota, evicting or waiting until they fit."""
     ledger, quota = pool.storage.ledger, pool.quota
     while True:
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             pool.check_open()
             if quota.fits(entries, slots):
                 quota.pending_entries += entries
@@ -210,7 +213,7 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
     """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do."""
     ledger, quota = pool.storage.ledger, pool.quota
     while True:
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             pool.check_open()
             if entries > quota.max_entries or slots > quota.max_slots:
                 break  # no waiting will help
@@ -229,7 +232,7 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
         elif not _wait(pool, waiter, deadline):
             deadline.leave_loop(pool.name)
             break
-    with ledger.mutex:
+    with gate.lock, ledger.mutex:
         need_entries, need_slots = quota.reserved_entries + entries, quota.reserved_slots + slots
         if quota.can_ever_fit(entries, slots):
             # Everything that could be evicted was; what is left is pinned or held.
@@ -301,7 +304,7 @@ def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
         return True
     if deadline.wait_on(waiter) and not deadline.cancelled:
         return True
-    with pool.storage.ledger.mutex:
+    with gate.lock, pool.storage.ledger.mutex:
         pool.storage.ledger.forget_waiter(waiter)
     return False
 
@@ -314,21 +317,21 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     try:
         deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
         part = scope.part_of(victim.key)
-        with pool.storage.locks.write((scope.shards[part],), deadline):
+        with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
             if scope.entries[part].get(victim.key) is not victim:
                 return
-            with ledger.mutex:
+            with gate.lock, ledger.mutex:
                 if victim.pins:
                     victim.place = Place.PINNED
                     return
             # Not in the mutex, as it may compare keys. Nobody can find the entry in order to pin it meanwhile.
             del scope.entries[part][victim.key]
-            with ledger.mutex:
+            with gate.lock, ledger.mutex:
                 dead = unpublish(pool, [victim])
                 pool.counters.eviction_count += 1
                 waiters = ledger.take_waiters()
     except BaseException:
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             if victim.place is Place.CLAIMED:
                 victim.place = Place.HELD
                 pool.policy.give_back(victim)
@@ -372,7 +375,7 @@ def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False
 def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
     ledger = pool.storage.ledger
-    with ledger.mutex:
+    with gate.lock, ledger.mutex:
         if ticket.spent:
             return
         ticket.spent = True

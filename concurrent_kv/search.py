@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .arguments import check_env_ids, check_keys, check_priorities, hash_of
 from .batch import Batch
-from .clearing import remove_all, take_out
+from .clearing import discard, remove_all, take_out
 from .committing import commit_batch, open_batch
 from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from .gate import gate
 from .handle import Handle
 from .layout import positive_int
 from .ledger import wake
@@ -125,7 +126,7 @@ class Search(Handle):
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             roots, missing, counters = batch.others, found.count(None), state.pool.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
-            with storage.ledger.mutex:
+            with gate.lock, storage.ledger.mutex:
                 state.check_open()
                 state.track(hold)
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.
@@ -142,7 +143,8 @@ class Search(Handle):
         """Whether `key` is one of the search's own entries. May block."""
         hash_of(key)
         state = self._state
-        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter(timeout)):
+        deadline = state.pool.storage.enter(timeout)
+        with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
             return key in state.own
 
     def __contains__(self, key: Hashable) -> bool:
@@ -152,8 +154,10 @@ class Search(Handle):
     def keys(self, *, timeout: float | None = None) -> list[Hashable]:
         """The keys of the search's own entries, oldest first; a list of its own. May block."""
         state = self._state
-        with state.pool.storage.locks.read(state.scope.shards, state.pool.storage.enter(timeout)):
-            return [key for key, _ in state.own.items()]
+        deadline = state.pool.storage.enter(timeout)
+        with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+            items = state.own.listed()
+        return [key for key, _ in items]
 
     def __iter__(self) -> Iterator[Hashable]:
         """Over `keys()` as they are now. May block, before the first."""
@@ -222,6 +226,12 @@ class Search(Handle):
         if missing:
             raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
 
+    def discard(self, key: Hashable) -> None:
+        """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
+        self._state.pool.storage.check_process()
+        hash_of(key)
+        discard(self._state.scope, key)
+
     def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
 
@@ -233,14 +243,14 @@ class Search(Handle):
         ledger = state.pool.storage.ledger
         dead: list[Entry] = []
         # One hold for both: a time-out or a cancellation comes before all of it or not at all.
-        with state.pool.storage.locks.write(state.scope.shards, deadline):
+        with gate.lock, state.pool.storage.locks.write(state.scope.shards, deadline):
             deadline.check(state.pool.name)
             state.check_open()
-            roots = [root for root in state.roots if root[1] not in staying]
-            going = [entry for entry in state.own.values() if entry.key not in staying]
+            roots = state.roots_beside(staying)
+            going = state.own.chosen(lambda entry: entry.key not in staying)
             waiters = take_out(state.scope, state.own, going, dead)
-            entries = [state.roots.pop(root) for root in roots]
-            with ledger.mutex:
+            entries = list(map(state.roots.pop, roots))
+            with gate.lock, ledger.mutex:
                 dead += ledger.drop_from(state.roots_hold, entries)
                 waiters += ledger.take_waiters()
         wake(waiters)
@@ -284,16 +294,16 @@ class Search(Handle):
         new_key = key if as_key is SAME_KEY else as_key
         hash_of(new_key, "as_key")
         hold = Hold("commit", [])
-        with storage.locks.read(state.scope.shards, deadline):
+        with gate.lock, storage.locks.read(state.scope.shards, deadline):
             state.check_open()
             entry = state.own.get(key) or state.roots.get((env_id, key))
             if entry is None:
                 raise KeyNotFoundError(f"the search has no entry for {key!r} to promote")
-            with storage.ledger.mutex:
+            with gate.lock, storage.ledger.mutex:
                 storage.ledger.extend(hold, [entry])
         try:
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
-            with storage.ledger.mutex:
+            with gate.lock, storage.ledger.mutex:
                 state.budget.promoted_to.add(target.pool.quota)
             return write(target.pool, target, generation, plan, deadline)
         finally:
@@ -308,9 +318,15 @@ class Search(Handle):
         return self._state.scope.ended is not None
 
     def close(self, *, timeout: float | None = None) -> None:
-        """Release every entry, root, open batch and reservation. May block; nothing happens the second time."""
+        """Release every entry, root, open batch and reservation. May block; nothing happens the second time.
+
+        Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
+        """
         state = self._state
         if state.finished:
+            return
+        if gate.is_inside:
+            self.abandon()
             return
         storage = state.pool.storage
         state.end("the search was closed", storage.enter_quietly(timeout))
@@ -384,7 +400,7 @@ def open_search(
     # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
     search = Search(state, ids, order, overflow)
     ledger = pool.storage.ledger
-    with ledger.mutex:
+    with gate.lock, ledger.mutex:
         closed = pool.closed or pool.storage.closed
         if closed:
             give_budget_back(pool, budget)

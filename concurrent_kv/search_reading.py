@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from .deadline import Deadline
 from .entry import Entry, Hold
+from .gate import gate
 from .reading import generations_of, retain
 from .search_state import RootKey, SearchState
 
@@ -41,6 +42,22 @@ def _fill(found: list[Entry | None], entries: Sequence[Entry | None]) -> list[En
     return new
 
 
+def _look_up(
+    state: SearchState,
+    found: list[Entry | None],
+    keys: list[Hashable],
+    env_ids: Sequence[Hashable],
+    lookups: Sequence[Lookup],
+) -> list[Entry]:
+    """Look missing rows up with one of `lookups` after the other; returns what was found. The scope's shard held."""
+    present: list[Entry] = []
+    for look_up in lookups:
+        present += look_up(state, found, keys, env_ids)
+        if None not in found:
+            break
+    return present
+
+
 def retain_here(
     state: SearchState,
     found: list[Entry | None],
@@ -54,14 +71,10 @@ def retain_here(
     if None not in found:
         return
     ledger = state.pool.storage.ledger
-    present: list[Entry] = []
-    with state.pool.storage.locks.read(state.scope.shards, deadline):
+    with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
         state.check_open()
-        for look_up in lookups:
-            present += look_up(state, found, keys, env_ids)
-            if None not in found:
-                break
-        with ledger.mutex:
+        present = _look_up(state, found, keys, env_ids, lookups)
+        with gate.lock, ledger.mutex:
             ledger.extend(hold, present)
 
 
@@ -88,9 +101,8 @@ def retain_roots(
             new[env_ids[row], keys[row]] = entry
     if new:
         # `hold` keeps them alive until the search does.
-        with storage.locks.write(state.scope.shards, deadline):
+        with gate.lock, storage.locks.write(state.scope.shards, deadline):
             state.check_open()
-            new = {root: entry for root, entry in new.items() if root not in state.roots}
-            state.roots.update(new)
-            with storage.ledger.mutex:
-                storage.ledger.extend(state.roots_hold, list(new.values()))
+            adopted_now = state.adopt(new)
+            with gate.lock, storage.ledger.mutex:
+                storage.ledger.extend(state.roots_hold, adopted_now)

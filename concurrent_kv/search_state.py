@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from .clearing import sweep_if
 from .deadline import Deadline
 from .entry import Entry, Hold, Scope
 from .errors import SearchEndedError
+from .gate import gate
 from .index import Index
 from .ledger import wake
 from .room import give_budget_back
@@ -46,6 +47,16 @@ class SearchState:
     def own(self) -> Index[Entry]:
         """The search's own entries, under the scope's shard."""
         return self.scope.entries[0]
+
+    def roots_beside(self, keys: Container[Hashable]) -> list[RootKey]:
+        """The adopted roots of other keys than these. The scope's shard held."""
+        return [root for root in self.roots if root[1] not in keys]
+
+    def adopt(self, found: Mapping[RootKey, Entry]) -> list[Entry]:
+        """Take what was found in the init pools among the roots; returns the new ones. The scope's shard held."""
+        new = {root: entry for root, entry in found.items() if root not in self.roots}
+        self.roots.update(new)
+        return list(new.values())
 
     @property
     def ended(self) -> str | None:
@@ -88,13 +99,13 @@ class SearchState:
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
         storage = self.pool.storage
         ledger = storage.ledger
-        with storage.locks.write(self.scope.shards, deadline):
+        with gate.lock, storage.locks.write(self.scope.shards, deadline):
             # From here on no batch is opened, no child published and no root adopted.
             if self.scope.ended is None:
                 self.scope.ended = reason
             roots, self.roots = self.roots, {}
         sweep_if(self.scope, lambda entry: True, deadline)
-        with ledger.mutex:
+        with gate.lock, ledger.mutex:
             if self.finished:
                 return
             self.budget.ended = self.budget.ended or self.scope.ended

@@ -17,10 +17,12 @@ from .commit_shape import Drop
 from .cuda import backend_for
 from .deadline import Deadline
 from .errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WrongProcessError
+from .gate import gate
 from .layout import KVLayout, positive_int
-from .ledger import Ledger, Signal, wake
+from .ledger import Ledger, wake
 from .locks import ShardedRWLock
 from .overflow import DropLazily, Overflow, check_overflow
+from .signal import Signal
 from .streams import StreamBackend, StreamClock
 from .tensors import SlotTensor, plain_torch_state
 
@@ -111,9 +113,11 @@ class KVStorage:
         Raises:
             ClosedError: the storage is closed.
             WrongProcessError: this process is not the one that made the storage.
+            ReentrantCallError: the calling thread is inside a critical section.
         """
         if self._forks != _forks:
             self.check_process()
+        gate.check(self.name)
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
@@ -123,7 +127,7 @@ class KVStorage:
 
     def enter_quietly(self, timeout: float | None = None) -> Deadline:
         """Begin a check or a close: as `enter`, on a closed storage too."""
-        self.check_process()
+        self.check_call()
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         self.drain_abandoned(deadline)
         return deadline
@@ -134,10 +138,11 @@ class KVStorage:
         Raises:
             WaitTimeoutError: it still ran after `timeout` seconds; closing again finishes.
         """
+        self.check_call()
         if self.tensor.freed:
             return
         seconds = self.wait_timeout if timeout is None else check_seconds("timeout", timeout)
-        with self.ledger.mutex:
+        with gate.lock, self.ledger.mutex:
             self.closed = True
             waiters = self.ledger.take_waiters()
         wake(waiters)
@@ -178,6 +183,11 @@ class KVStorage:
                 "its locks and its memory do not survive a fork; make a new one in the child"
             )
 
+    def check_call(self) -> None:
+        """Raise `WrongProcessError` or `ReentrantCallError` where the calling thread must not take a lock."""
+        self.check_process()
+        gate.check(self.name)
+
     def drain_abandoned(self, deadline: Deadline) -> None:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
@@ -196,9 +206,12 @@ class KVStorage:
                 abandoned.append(release)
                 _take_off(abandoned, release)
                 return
+            except Exception:
+                # Of a key that can no longer be compared, say. The operation that came by has nothing to do with it.
+                logger.warning("%s: something that was discarded could not be removed", self.name, exc_info=True)
             _take_off(abandoned, release)
 
 
-def _take_off(abandoned: deque[Callable[[Deadline], None]], release: Callable[[Deadline], None]) -> None:
+def _take_off(abandoned: deque[Callable[[Deadline], object]], release: Callable[[Deadline], object]) -> None:
     with suppress(ValueError):  # another thread released it at the same time
         abandoned.remove(release)

@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import InvalidArgumentError, StreamCaptureError
+from .gate import gate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,7 +226,7 @@ class StreamClock:
                 backend.wait(stream, event)
             if mine.lasting:
                 # After the wait: another thread that sees this enqueues its work behind it. A maximum: threads race.
-                with self._lock:
+                with gate.lock, self._lock:
                     if mine.seen.get(producer, 0) < covered:
                         mine.seen[producer] = covered
 
@@ -235,7 +236,7 @@ class StreamClock:
         if backend is None:
             return NO_TICKS
         me, mine = self._meet(backend, stream)
-        with self._lock:
+        with gate.lock, self._lock:
             # It may have been forgotten since it was met, and what nobody knows counts as done.
             mine = self._known.setdefault(me, mine)
             self._now += 1
@@ -281,7 +282,7 @@ class StreamClock:
         if backend is None:
             return NO_TICKS
         self._retire(backend)  # a stream that others made may be destroyed once its work is done
-        with self._lock:
+        with gate.lock, self._lock:
             all_known = list(self._known.values())
         ticks: Ticks = NO_TICKS
         for known in all_known:
@@ -292,13 +293,13 @@ class StreamClock:
     def _meet(self, backend: StreamBackend, stream: Any) -> tuple[StreamKey, _Known]:
         """What is known of a stream, from now on if it is new."""
         key = backend.key(stream)
-        with self._lock:
+        with gate.lock, self._lock:
             known = self._known.get(key)
         if known is None:
             lasting = backend.is_lasting(stream)
             for tensor in self._shared:
                 backend.protect(tensor, stream)
-            with self._lock:
+            with gate.lock, self._lock:
                 known = self._known.setdefault(key, _Known(stream, lasting, self._now))
         elif not known.lasting:
             known.stream = stream  # the one before may be destroyed
@@ -312,7 +313,7 @@ class StreamClock:
 
         An event may have fired and been recycled before the caller gets to wait for it: it then waits longer.
         """
-        with self._lock:
+        with gate.lock, self._lock:
             known = self._known.get(producer)
             if known is None or known.done >= tick:
                 return None
@@ -322,7 +323,7 @@ class StreamClock:
             stream = known.stream
         # An event of a captured stream would draw the one that waits for it into the graph.
         self._check_not_capturing(backend, stream)
-        with self._lock:
+        with gate.lock, self._lock:
             if self._known.get(producer) is not known:
                 return None
             # Read before the record: work ticked in between is waited for, but not claimed.
@@ -335,7 +336,7 @@ class StreamClock:
     ) -> Any:
         """Mark work up to `tick`, already counted as `recording`, with a new event."""
         mark = _Mark(tick, backend.record(stream), kept)
-        with self._lock:
+        with gate.lock, self._lock:
             known.recording -= 1
             known.marks.append(mark)
         return mark.event
@@ -353,15 +354,15 @@ class StreamClock:
 
     def _retire(self, backend: StreamBackend) -> None:
         """Drop what was kept for work that is done, and streams that may be other streams by now."""
-        with self._lock:
+        with gate.lock, self._lock:
             all_known = list(self._known.items())
         for key, known in all_known:
             while True:
-                with self._lock:
+                with gate.lock, self._lock:
                     mark = known.marks[0] if known.marks else None
                 if mark is None or not backend.done(mark.event):
                     break
-                with self._lock:
+                with gate.lock, self._lock:
                     if not known.marks or known.marks[0] is not mark:
                         continue  # another thread was faster, and the event may be a new mark's by now
                     known.marks.popleft()

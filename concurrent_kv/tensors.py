@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .errors import ClosedError
+from .gate import gate
 from .layout import KVLayout
 from .moving import upload
 from .native import address_of, native
@@ -327,7 +328,7 @@ class SlotTensor:
 
     def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
-        with self._buffers_lock:
+        with gate.lock, self._buffers_lock:
             free = self._buffers.get((batch, columns))
             if free:
                 return free.pop()
@@ -341,7 +342,7 @@ class SlotTensor:
 
     def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
         """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
-        with self._buffers_lock:
+        with gate.lock, self._buffers_lock:
             shape = (buffer.shape[1], buffer.shape[3])
             if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
                 self._buffers.pop(next(iter(self._buffers)))
@@ -353,5 +354,5 @@ class SlotTensor:
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
         self._data = None
-        with self._buffers_lock:
+        with gate.lock, self._buffers_lock:
             self._buffers.clear()

@@ -10,6 +10,7 @@ from .deadline import Deadline
 from .entries import new_entries, occupy
 from .entry import Entry, Generation, Place, Scope, sorted_shards
 from .errors import ClosedError, SearchEndedError
+from .gate import gate
 from .index import find_places, take_away
 from .ledger import wake
 from .plan import WritePlan
@@ -113,7 +114,7 @@ def _publish(
     ledger = pool.storage.ledger
     dead: list[Entry] = []
     shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
-    with pool.storage.locks.write(shards, deadline):
+    with gate.lock, pool.storage.locks.write(shards, deadline):
         if deadline.caller is not None:
             deadline.check(pool.name)
         if scope.ended is not None:
@@ -122,12 +123,12 @@ def _publish(
             raise ClosedError(f"{pool.name} is closed")
         # Under the shards' write locks: a clear that raises the epoch from here on will sweep what is published here.
         if scope.generation is not generation:
-            with ledger.mutex:
+            with gate.lock, ledger.mutex:
                 pool.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
         cells, replaced, old, added = find_places(scope.cells_of(located), plan.keys)
         try:
-            with ledger.mutex:
+            with gate.lock, ledger.mutex:
                 missing = _admit(pool, scope, entries, plan, old, ticket)
                 if ticket.spent:
                     dead = _enter(pool, scope, entries, cells, replaced, old, ticket)

@@ -24,6 +24,7 @@ from ..deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
 from ..errors import WaitTimeoutError
 from ..flight_waiting import timed_out, waiting_for
 from ..flights import Flight
+from ..gate import gate
 from ..layout import positive_int
 from ..storage import check_seconds
 from .cell import Cell
@@ -95,7 +96,9 @@ class Offload:
 
     def stats(self) -> OffloadStats:
         """How often each path was taken."""
-        with self._counter_lock:
+        if gate.is_inside:
+            return OffloadStats(self._inline_count, self._worker_count)
+        with gate.lock, self._counter_lock:
             return OffloadStats(self._inline_count, self._worker_count)
 
     async def run(
@@ -137,7 +140,7 @@ class Offload:
                 if limit <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
                     raise
             else:
-                with self._counter_lock:
+                with gate.lock, self._counter_lock:
                     self._inline_count += 1
                 return result
             finally:
@@ -151,7 +154,7 @@ class Offload:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
         streams = streams or current_streams()
         if self._is_small(copied_bytes):
-            with self._counter_lock:
+            with gate.lock, self._counter_lock:
                 self._inline_count += 1
             with streams:
                 return operation()
@@ -251,7 +254,7 @@ class Offload:
             seconds = self.storage.wait_timeout
         if limiter is None:
             limiter = self._limiter_here(self._limiter)
-        with self._counter_lock:
+        with gate.lock, self._counter_lock:
             self._worker_count += 1
         cell: Cell[T] = Cell(undo)
         streams = streams or current_streams()

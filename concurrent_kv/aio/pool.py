@@ -241,6 +241,10 @@ class AsyncKVPool:
         """See `KVPool.pop`."""
         return await self._read(self.sync.pop, key, scope=scope, timeout=timeout, to=to, stream=stream)
 
+    def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
+        """See `KVPool.discard`; it never waits."""
+        self.sync.discard(key, scope=scope)
+
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""
         return await self._offload.run(self.sync.pin, key, undo=Pin.abandon, scope=scope, timeout=timeout)

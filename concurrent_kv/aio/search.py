@@ -103,6 +103,10 @@ class AsyncSearch:
         keys = check_keys(keys)
         await self._offload.run(self.sync.release, keys, entries=len(keys), timeout=timeout)
 
+    def discard(self, key: Hashable) -> None:
+        """See `Search.discard`; it never waits."""
+        self.sync.discard(key)
+
     async def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """See `Search.keep`."""
         keys = check_keys(keys, minimum=0)
