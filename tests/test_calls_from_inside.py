@@ -29,8 +29,8 @@ from concurrent_kv import (
 )
 from concurrent_kv.aio import OffloadStats
 from concurrent_kv.eviction import FIFO
-from concurrent_kv.gate import gate
-from concurrent_kv.signal import Signal
+from concurrent_kv.locks.gate import gate
+from concurrent_kv.locks.signal import Signal
 from tests.support import LAYOUT, append, assert_same, config, tokens
 from tests.threading_support import JOIN_SECONDS, Background, run_threads
 

@@ -19,19 +19,18 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from ..cuda import current_streams
-from ..deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
+from .._checks import check_seconds, positive_int
+from ..device.cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..flight_waiting import timed_out, waiting_for
-from ..flights import Flight
-from ..gate import gate
-from ..layout import positive_int
-from ..storage import check_seconds
+from ..flights.table import Flight
+from ..flights.waiting import timed_out, waiting_for
+from ..locks.deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
+from ..locks.gate import gate
 from .cell import Cell
 from .places import Place, call_soon_here
 
 if TYPE_CHECKING:
-    from ..storage import KVStorage
+    from ..pool.storage import KVStorage
 
 __all__ = [
     "INLINE_BYTES",

@@ -9,11 +9,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..arguments import check_env_ids, check_keys, list_or_none
-from ..batch import Batch
+from .._checks import check_env_ids, check_keys, list_or_none
 from ..errors import ClosedError
-from ..overflow import Overflow
-from ..search import SAME_KEY, SAME_SIDE, LookupOrder, Search
+from ..model.overflow import Overflow
+from ..pool.batch import Batch
+from ..search.search import SAME_KEY, SAME_SIDE, LookupOrder, Search
 from .offload import Offload
 
 __all__ = ["AsyncSearch"]

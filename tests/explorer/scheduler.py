@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import greenlet  # type: ignore[import-untyped]
 
-from concurrent_kv.gate import gate
+from concurrent_kv.locks.gate import gate
 
 __all__ = ["BrokenPromiseError", "Chooser", "DeadlockError", "LivelockError", "Scheduler", "Task"]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ...device.layout import KVLayout
 from ...errors import InvalidArgumentError, WrongProcessError
-from ...gate import gate
-from ...layout import KVLayout
+from ...locks.gate import gate
 from ...manager import KVCacheManager
-from ...overflow import Overflow
+from ...model.overflow import Overflow
 from .divergence import Divergence, ValidationReport
 from .session import SearchSession
 from .settings import Answer, Mode, layout_of, manager_config, overflow_of, shares_parents

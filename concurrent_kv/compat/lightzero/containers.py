@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...device.layout import KVLayout
 from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError
-from ...kv import KeysValues
-from ...layout import KVLayout
+from ...model.kv import KeysValues
 
 __all__ = ["LightZeroCache", "LightZeroKVCache", "LightZeroKeysValues", "from_lightzero", "to_lightzero"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from ...errors import InvalidArgumentError
-from ...gate import gate
+from ...locks.gate import gate
 from ...manager import KVCacheManager
 
 if TYPE_CHECKING:

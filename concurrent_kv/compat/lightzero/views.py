@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
-from ...entry import Entry, Scope
-from ...gate import gate
-from ...index import Index
+from ...books.entry import Entry, Scope
+from ...books.index import Index
+from ...locks.gate import gate
 from .attachment import Attachment
 
 __all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]

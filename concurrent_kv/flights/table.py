@@ -1,0 +1,344 @@
+"""Flights: one computation for each missing key, however many callers miss it together.
+
+    join -> mine ----- compute, put -----> DONE       everyone gets a copy of the result, which the flight carries
+              |------- compute raises ---> FAILED     everyone hears the same error; nothing is remembered of it
+              |------- cancelled, dropped -> ABANDONED  everyone wakes; the first to run joins again, and computes
+              '------- the pool closes --> CLOSED     everyone hears `ClosedError`
+
+A flight belongs to a key in one epoch and weights version: after a clear, callers start another, and the older one's
+result reaches those who waited for it and is not kept. The table's lock is never held while anything is called, and
+nothing else is locked inside it; a key's `__hash__` and `__eq__` run under it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from contextvars import ContextVar
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from ..books.entry import Generation, Scope
+from ..device.streams import NO_TICKS, Ticks
+from ..errors import ClosedError, RecursiveComputationError
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+
+if TYPE_CHECKING:
+    from ..model.kv import KeysValues
+
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
+
+FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
+Waker = Callable[[], None]
+
+# What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
+computing_here: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+
+
+class FlightState(Enum):
+    """Where a computation stands."""
+
+    COMPUTING = "computing"
+    DONE = "done"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+    CLOSED = "closed"
+
+
+class Flight:
+    """One computation under way. Settled once, by whoever comes first."""
+
+    __slots__ = ("error", "key", "loop_ended", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
+
+    def __init__(self, key: FlightKey) -> None:
+        self.key = key
+        self.state = FlightState.COMPUTING
+        self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
+        self.result: KeysValues | None = None
+        self.ready: Ticks = NO_TICKS  # the copy that made `result`
+        self.error: Exception | None = None
+        self.wakers: list[Waker] = []
+        self.loop_ended: Callable[[], bool] | None = None  # of the loop that it needs, if it needs one
+        self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
+        self.waits_for: list[Flight] = []  # whose results its computation waits for just now
+
+    def needs_one_of(self, flights: frozenset[Flight]) -> bool:
+        """Whether this computation waits, perhaps through others, for one of `flights`."""
+        seen: set[Flight] = set()
+        ahead = [self]
+        while ahead:
+            flight = ahead.pop()
+            if flight in flights:
+                return True
+            if flight not in seen and flight.state is FlightState.COMPUTING:
+                seen.add(flight)
+                ahead += flight.waits_for
+        return False
+
+    def is_under_way(self) -> bool:
+        """Whether it is not over, and its claim alive."""
+        return self.state is FlightState.COMPUTING and self.owner is not None and self.owner() is not None
+
+    def is_orphan(self) -> bool:
+        """Whether nobody will end it: the loop of the task that computes has ended."""
+        loop_ended = self.loop_ended
+        return self.state is FlightState.COMPUTING and loop_ended is not None and loop_ended()
+
+    def over_unheard(self) -> bool:
+        """Whether it is over after all; an orphan is abandoned. For who waited in vain."""
+        if self.is_orphan():
+            self.state = FlightState.ABANDONED  # as by its finaliser: whoever joins next replaces it
+            self.wake()
+        return self.state is not FlightState.COMPUTING
+
+    def subscribe(self, waker: Waker) -> bool:
+        """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
+        self.wakers.append(waker)
+        # After the append: whoever settles sets the state first and looks at the wakers then, so that one of the two
+        # sees the other. (A finaliser settles without the table's lock.)
+        return self.state is FlightState.COMPUTING
+
+    def unsubscribe(self, waker: Waker) -> None:
+        """Forget a waker of somebody who no longer waits."""
+        with suppress(ValueError):
+            self.wakers.remove(waker)
+
+    def wake(self) -> None:
+        """Call every waker; one may be called twice."""
+        for waker in tuple(self.wakers):
+            waker()
+
+
+class FlightTable:
+    """The flights of one pool."""
+
+    def __init__(self, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
+        self.name = name
+        self._lock = lock_factory()
+        self._flights: dict[FlightKey, Flight] = {}
+        self._closed = False
+        # Flights of claims that were dropped: a finaliser may only append, and whoever comes next forgets them.
+        self.dropped: deque[Flight] = deque()
+
+    def __len__(self) -> int:
+        """Computations under way."""
+        with gate.lock, self._lock:
+            dead = self._forget_dropped()
+            number = len(self._flights)
+        del dead
+        return number
+
+    def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
+        """Give `claim` the flight of a key; returns whether it is the one to compute.
+
+        Raises:
+            RecursiveComputationError: the caller is inside the computation of this very key.
+            ClosedError: the pool is closed.
+        """
+        flight_key = (scope.number, key, generation)
+        within = computing_here.get()
+        if any(flight.key[:2] == flight_key[:2] for flight in within if flight.is_under_way()):
+            raise _own_key(self.name, key)  # of whatever generation
+        # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
+        new = claim.flight = Flight(flight_key)
+        new.owner = ref(claim)
+        with gate.lock, self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.name} is closed")
+            dead = self._forget_dropped()
+            flight = self._flights.get(flight_key)
+            if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
+                # Taken out first: the table must name the new flight's key, not the one that dies with the old.
+                self._flights.pop(flight_key, None)
+                self._flights[flight_key] = new
+            else:
+                claim.late = flight.settling
+                claim.mine, claim.flight = False, flight
+        del dead
+        if claim.mine and flight is not None:
+            flight.over_unheard()  # who waits for an orphan takes over, too
+        return claim.mine
+
+    def _forget_dropped(self) -> list[Flight]:
+        """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
+        dead = []
+        while self.dropped:
+            flight = self.dropped.popleft()
+            dead.append(flight)
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
+        return dead
+
+    def abandon_orphans(self) -> int:
+        """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
+        with gate.lock, self._lock:
+            flights = list(self._flights.values())
+        orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
+        for flight in orphans:
+            if not self.settle(flight, FlightState.ABANDONED):
+                self._forget(flight)
+        return len(orphans)
+
+    def settle(
+        self,
+        flight: Flight,
+        state: FlightState,
+        *,
+        result: KeysValues | None = None,
+        ready: Ticks = NO_TICKS,
+        error: Exception | None = None,
+    ) -> bool:
+        """End a flight and wake everyone; False if it was over before."""
+        with gate.lock, self._lock:
+            if flight.state is not FlightState.COMPUTING:
+                return False
+            flight.result, flight.ready, flight.error = result, ready, error
+            flight.state = state
+        self._forget(flight)
+        return True
+
+    def _forget(self, flight: Flight) -> None:
+        """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
+        flight.wake()
+        with gate.lock, self._lock:
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
+
+    def close(self) -> None:
+        """End every flight with `ClosedError`, and every later join."""
+        with gate.lock, self._lock:
+            self._closed = True
+            flights = list(self._flights.values())
+        for flight in flights:
+            self.settle(flight, FlightState.CLOSED)
+
+
+def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
+    return RecursiveComputationError(
+        f"{name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+    )
+
+
+class Claim:
+    """The right, and the duty, to compute one key: a handle, ended once.
+
+    Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: somebody else takes over.
+
+    Attributes:
+        mine: whether the caller is the one to compute; False where somebody else is at it.
+        flight: the computation; set by `FlightTable.join`.
+        late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
+            look it up again instead of taking what the flight carries.
+    """
+
+    flight: Flight
+
+    def __init__(
+        self,
+        table: FlightTable,
+        store: Callable[..., bool],
+        copy: Callable[[KeysValues], tuple[KeysValues, Ticks]],
+    ) -> None:
+        self.mine = True
+        self.late = False
+        self._table = table
+        self._store = store
+        self._copy = copy  # gives a private copy, and the ticks of what made it
+
+    @property
+    def over(self) -> bool:
+        """Whether the computation has ended, in whatever way."""
+        return self.flight.state is not FlightState.COMPUTING
+
+    def fulfil(self, kv: KeysValues, *, timeout: float | None = None) -> bool:
+        """Store the result and hand it to everyone who waits. May block.
+
+        Returns False if the pool did not keep it: its scope was cleared, or its version bumped, meanwhile.
+
+        Raises:
+            ClosedError: the claim is not the caller's, or is over.
+            ReentrantCallError: the calling thread is inside a critical section; `abandon` works there.
+            InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
+        """
+        self._check_mine()
+        self.flight.settling = True
+        try:
+            stored = self._store(kv, timeout=timeout)
+        except BaseException:
+            self.flight.settling = False
+            raise
+        self.pass_on(kv)
+        return stored
+
+    def pass_on(self, kv: KeysValues) -> None:
+        """Hand a result, one row, to everyone who waits, without storing it.
+
+        Raises:
+            ClosedError, InvalidArgumentError: as `fulfil`.
+        """
+        self._check_mine()
+        result, ready = self._copy(kv)
+        # After the copy: a task that has left may write to its tensors again, and what was copied since may be torn.
+        Deadline(0.0).check(self._table.name)
+        self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
+
+    def fail(self, error: Exception) -> None:
+        """End the computation with an error, which everyone who waits hears. Never blocks."""
+        self._check_mine()
+        self._table.settle(self.flight, FlightState.FAILED, error=error)
+
+    def abandon(self) -> None:
+        """Leave the computation to whoever asks next. Never blocks; fine if it is over, or not the caller's."""
+        # Takes no lock: finalisers come here, of claims and of coroutines that computed, at any point of any thread and
+        # inside the table's lock too. The wakers are reentrant by contract, and who joins next replaces the flight.
+        flight = getattr(self, "flight", None)
+        if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
+            flight.state = FlightState.ABANDONED
+            flight.wake()
+            self._table.dropped.append(flight)
+
+    def computing(self) -> _Computing:
+        """A context in which asking for the claimed key raises instead of waiting for itself."""
+        return _Computing(self.flight)
+
+    def _check_mine(self) -> None:
+        gate.check(self._table.name)
+        if not self.mine or self.over:
+            raise ClosedError("this claim is over" if self.mine else "this key is being computed by somebody else")
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    def __del__(self) -> None:
+        self.abandon()
+
+
+class _Computing:
+    """Marks a flight as being computed in this context, for the length of a `with`."""
+
+    __slots__ = ("_flight", "_token")
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+
+    def __enter__(self) -> None:
+        # Without those that are over: an exception may have cut off the end of their `with`.
+        within = frozenset(flight for flight in computing_here.get() if flight.is_under_way())
+        self._token = computing_here.set(within | {self._flight})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A coroutine that its loop left behind is closed in another context, whose variable says nothing of this one.
+        with suppress(ValueError):
+            computing_here.reset(self._token)
