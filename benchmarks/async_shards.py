@@ -18,8 +18,8 @@ from rich.table import Table
 
 from benchmarks.async_thresholds import Held, Loops
 from concurrent_kv import AsyncKVPool, DropOldest, KeysValues, KVCacheManager, KVLayout, KVPool
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 
 __all__ = ["measure_shards", "shards_tables"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from concurrent_kv import DropAndCorrect, DropOldest, KVCacheManager, KVLayout
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 
 __all__ = ["TOKENS_PER_STEP", "WORKLOADS", "Workload"]
 

@@ -1,6 +1,7 @@
 """A thread-safe, stream-aware key/value cache for parallel tree search over transformer world models."""
 
-from .entry import Scope
+from .books.entry import Scope
+from .books.stats import PoolStats, StatsSummary
 from .errors import (
     CapacityError,
     ClosedError,
@@ -10,30 +11,30 @@ from .errors import (
     KeyNotFoundError,
     KVCacheError,
     RecursiveComputationError,
+    ReentrantCallError,
     SearchEndedError,
     StreamCaptureError,
     WaitTimeoutError,
     WindowOverflowError,
     WrongProcessError,
 )
-from .flights import Claim
-from .stats import PoolStats, StatsSummary
+from .flights.table import Claim
 
 try:
     from .aio import AsyncKVCacheManager, AsyncKVPool, AsyncSearch
-    from .batch import Batch
-    from .graphs import keep_out_of_graphs
-    from .integrity import IntegrityReport, RepairReport
-    from .keys import hash_state, hash_states
-    from .kv import KeysValues
-    from .layout import KVLayout
+    from .books.integrity import IntegrityReport, RepairReport
+    from .device.graphs import keep_out_of_graphs
+    from .device.layout import KVLayout
+    from .device.positions import PositionSteps, PositionTable
     from .manager import KVCacheManager
-    from .overflow import DropAndCorrect, DropLazily, DropOldest, RaiseOnOverflow
-    from .pin import Pin
-    from .pool import KVPool
-    from .positions import PositionSteps, PositionTable
-    from .search import Search
-    from .storage import KVStorage
+    from .model.hashing import hash_state, hash_states
+    from .model.kv import KeysValues
+    from .model.overflow import DropAndCorrect, DropLazily, DropOldest, RaiseOnOverflow
+    from .pool.batch import Batch
+    from .pool.pin import Pin
+    from .pool.pool import KVPool
+    from .pool.storage import KVStorage
+    from .search.search import Search
 
     keep_out_of_graphs(__name__)
     del keep_out_of_graphs
@@ -76,6 +77,7 @@ __all__ = [
     "PositionTable",
     "RaiseOnOverflow",
     "RecursiveComputationError",
+    "ReentrantCallError",
     "RepairReport",
     "Scope",
     "Search",

@@ -17,6 +17,7 @@ __all__ = [
     "KVCacheError",
     "KeyNotFoundError",
     "RecursiveComputationError",
+    "ReentrantCallError",
     "SearchEndedError",
     "StreamCaptureError",
     "WaitTimeoutError",
@@ -64,6 +65,12 @@ class KeyNotFoundError(KVCacheError, KeyError):
 
 class RecursiveComputationError(KVCacheError, RuntimeError):
     """The computation of a key asked for that same key, and would have waited for its own end."""
+
+
+class ReentrantCallError(KVCacheError, RuntimeError):
+    """A pool was called from inside a critical section of the calling thread itself: by a finaliser that the garbage
+    collector ran there, a signal handler, a key's `__eq__` or `__hash__`, or an eviction policy. Nothing has happened.
+    """
 
 
 class CapacityError(KVCacheError, RuntimeError):

@@ -7,28 +7,28 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .arguments import hash_of, sequence_of
-from .config import ManagerConfig
-from .counting import Numbers
+from ._checks import hash_of, positive_int, sequence_of
+from .books.eviction import EvictionPolicy
+from .books.integrity import IntegrityReport, RepairReport, check_integrity, repair
+from .books.size_arguments import SizeArguments
+from .books.stats import NoCounters, PoolStats, StatsSummary
 from .errors import InvalidArgumentError
-from .eviction import EvictionPolicy
-from .handle import Handle
-from .integrity import IntegrityReport, RepairReport, check_integrity, repair
-from .kv import KeysValues
-from .layout import positive_int
-from .overflow import Overflow
-from .pool import KVPool
-from .pool_core import bump_versions
-from .search import LookupOrder, Search, open_search
-from .size_arguments import SizeArguments
-from .stats import NoCounters, PoolStats, StatsSummary
-from .storage import KVStorage
+from .locks.gate import gate
+from .locks.numbers import Numbers
+from .model.config import ManagerConfig
+from .model.kv import KeysValues
+from .model.overflow import Overflow
+from .pool.core import bump_versions
+from .pool.handle import Handle
+from .pool.pool import KVPool
+from .pool.storage import KVStorage
+from .search.search import LookupOrder, Search, open_search
 
 if TYPE_CHECKING:
     import torch
 
-    from .entry import Entry
-    from .eviction import PolicyFactory
+    from .books.entry import Entry
+    from .books.eviction import PolicyFactory
 
 __all__ = ["KVCacheManager"]
 
@@ -321,7 +321,8 @@ class KVCacheManager(Handle):
         def stats_now() -> dict[str, PoolStats]:
             return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
 
-        with self.storage.ledger.mutex:  # one hold: one moment of all of them
+        mutex = self.storage.ledger.mutex_for_numbers()
+        with gate.lock, mutex:  # one hold: one moment of all of them
             stats = stats_now()
         return StatsSummary(stats, self.stats_enabled)
 

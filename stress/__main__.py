@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from concurrent_kv.eviction.registry import POLICIES
+from concurrent_kv.books.eviction.registry import POLICIES
 from stress.faults.plan import FAULTS, parse_faults
 from stress.operations import MOST_ROWS
 from stress.profiles import OPERATIONS, PROFILES, parse_mix

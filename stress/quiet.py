@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from concurrent_kv import IntegrityError, KVPool, KVStorage, RepairReport
-from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks.deadline import Deadline
 from stress.actors import Run
 
 __all__ = ["QuietMoment", "check_emptied", "check_quiet"]

@@ -69,7 +69,7 @@ class _Runner:
         self.over = threading.Event()
         self.failures = Failures(self.over)
         self.gate = Gate()
-        self.faults = Faults(self.world)
+        self.faults = Faults(self.world, self.gate)
         self.run = Run(self.world, self.faults, self.gate, self.failures, Computations(), self.over)
         profile = settings.profile
         thread_access = ThreadAccess(self.world.manager)
@@ -107,6 +107,7 @@ class _Runner:
                 watch(self.monitor),
                 self._hooks(),
                 self._control_c(),
+                self.faults.collecting(),
             ):
                 for thread in (*threads, *helpers, conductor):
                     thread.start()
@@ -278,7 +279,7 @@ class _Runner:
             operations=sum((actor.operations for actor in actors), Counter()),
             checks=sum((actor.checks for actor in actors), Counter()),
             notes=sum((actor.notes for actor in actors), Counter()),
-            faults=self.faults.counts,
+            faults=self.faults.made(),
             stats=self.stats,
             offload=self.facade.offload_stats() if self.facade is not None else None,
             repaired=self.repaired,

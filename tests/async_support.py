@@ -13,9 +13,9 @@ import pytest
 
 from concurrent_kv import KVLayout, KVPool, KVStorage
 from concurrent_kv.aio.offload import Offload
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.tensors import SlotTensor
+from concurrent_kv.device.tensors import SlotTensor
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 from tests.support import LAYOUT
 from tests.threading_support import JOIN_SECONDS, Background
 

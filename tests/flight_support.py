@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from concurrent_kv import KeysValues
-from concurrent_kv.flights import Flight, Waker
+from concurrent_kv.flights.table import Flight, Waker
 from tests.support import tokens
 from tests.threading_support import JOIN_SECONDS, Gate
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from concurrent_kv import ClosedError, IntegrityError, RecursiveComputationError, WaitTimeoutError
-from concurrent_kv.flights import Flight
+from concurrent_kv.flights.table import Flight
 from tests.async_support import join_workers
 
 Removal = Callable[[pytest.MonkeyPatch], None]

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine
 from torch import Tensor
 
 from concurrent_kv import Batch, DropAndCorrect, KeysValues, KVLayout, RaiseOnOverflow
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=2, max_tokens=5)
 STEP = 64  # between two token values; more than the numbers of one token, so that no two tokens share a number

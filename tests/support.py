@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVLayout, KVPool, KVStorage
-from concurrent_kv.native import native
+from concurrent_kv.device.native import native
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
 WINDOW = LAYOUT.max_tokens
@@ -30,7 +30,15 @@ CONFIG: dict[str, Any] = {
 UNITS = 128  # numbers of one token, at most
 TOKENS = 16  # token indices, at most
 # The modules that choose between compiled loops and others at each call.
-NATIVE_USERS = ("entries", "index", "keys", "ledger", "plan", "slots", "tensors")
+NATIVE_USERS = (
+    "books.entries",
+    "books.index",
+    "books.ledger",
+    "books.slots",
+    "device.tensors",
+    "model.hashing",
+    "pool.plan",
+)
 LOOPS = ("torch",) if native is None else ("torch", "compiled")  # that this build of the package has
 
 

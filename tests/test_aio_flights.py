@@ -7,7 +7,7 @@ import anyio.lowlevel
 import pytest
 
 from concurrent_kv import AsyncKVPool, ClosedError, KeysValues, KVPool, RecursiveComputationError
-from concurrent_kv.flights import Waker
+from concurrent_kv.flights.table import Waker
 from tests.async_support import LOOPS, run_on
 from tests.flight_support import counted_waiters
 from tests.support import assert_same, tokens

@@ -16,7 +16,7 @@ import pytest
 from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, CapacityError, KeysValues, KVCacheManager, KVPool
 from concurrent_kv.aio.cell import Cell
 from concurrent_kv.errors import WaitTimeoutError
-from concurrent_kv.search_state import SearchState
+from concurrent_kv.search.state import SearchState
 from tests.async_support import LOOPS, always_in_workers, join_workers, run_on
 from tests.conftest import MakeManager, MakePool
 from tests.flight_support import counted_waiters

@@ -234,7 +234,7 @@ WORK_IN_THE_AIR = """
     import anyio
 
     from concurrent_kv import AsyncKVPool, KVPool
-    from concurrent_kv.deadline import Deadline
+    from concurrent_kv.locks.deadline import Deadline
     from tests.support import LAYOUT, tokens
 
     pool = KVPool(LAYOUT, 4, wait_timeout=2.0)

@@ -16,7 +16,7 @@ from concurrent_kv import (
 )
 from concurrent_kv import InvalidArgumentError as Value
 from concurrent_kv import InvalidTypeError as Type
-from concurrent_kv.overflow import DropAndCorrect, DropOldest, RaiseOnOverflow
+from concurrent_kv.model.overflow import DropAndCorrect, DropOldest, RaiseOnOverflow
 from tests.bad_calls import META, SHAPE, Bad, Stage, check, table, with_each
 from tests.support import WINDOW, layout, stacked, tokens
 

@@ -14,18 +14,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from concurrent_kv import (
-    AsyncKVPool,
-    CapacityError,
-    KeysValues,
-    KVCacheManager,
-    KVPool,
-    WaitTimeoutError,
-    clearing,
-    room,
-)
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.ledger import Ledger
+from concurrent_kv import AsyncKVPool, CapacityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import clearing, room
 from tests.async_operations import OPERATIONS, World
 from tests.async_support import LOOPS, run_on, shards_held
 from tests.conftest import MakePool

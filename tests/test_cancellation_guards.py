@@ -21,7 +21,7 @@ from concurrent_kv import (
 )
 from concurrent_kv.aio.cell import Cell
 from concurrent_kv.aio.offload import Offload
-from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks.deadline import Deadline
 from tests.async_support import LOOPS, join_workers, run_on, shards_held
 from tests.guards import Removal, shown_by
 from tests.support import LAYOUT, config, tokens

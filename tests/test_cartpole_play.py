@@ -15,7 +15,7 @@ import torch
 
 from concurrent_kv import IntegrityError, KVCacheManager, Search
 from concurrent_kv.aio import AsyncKVCacheManager
-from concurrent_kv.tensors import SlotTensor
+from concurrent_kv.device.tensors import SlotTensor
 from examples.cartpole.__main__ import INTERRUPTED, main
 from examples.cartpole.cached import CachedEvaluator
 from examples.cartpole.episode import Episode

@@ -21,7 +21,7 @@ from concurrent_kv import (
     PositionSteps,
     hash_state,
 )
-from concurrent_kv.graphs import FOLDER
+from concurrent_kv.device.graphs import FOLDER
 from tests.support import LAYOUT, WINDOW, assert_same, config, packed, tokens
 from tests.test_travelling_errors import modules
 

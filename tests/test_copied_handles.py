@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, InvalidTypeError, KVCacheManager, KVPool
-from concurrent_kv.eviction import EvictionPolicy
-from concurrent_kv.eviction.registry import POLICIES
-from concurrent_kv.handle import Handle, NeverCopied
+from concurrent_kv.books.eviction import EvictionPolicy
+from concurrent_kv.books.eviction.registry import POLICIES
+from concurrent_kv.never_copied import NeverCopied
+from concurrent_kv.pool.handle import Handle
 from tests.conftest import MakePool
 from tests.support import LAYOUT, tokens
 

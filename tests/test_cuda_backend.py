@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from concurrent_kv import InvalidArgumentError, InvalidTypeError, cuda
-from concurrent_kv.cuda import CudaStreams, current_streams
+from concurrent_kv import InvalidArgumentError, InvalidTypeError
+from concurrent_kv.device import cuda
+from concurrent_kv.device.cuda import CudaStreams, current_streams
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from concurrent_kv import AsyncKVPool, InvalidTypeError, KeysValues, KVPool
-from concurrent_kv.error_copies import copy_of
+from concurrent_kv.flights.error_copies import copy_of
 from tests.async_support import LOOPS, run_on
 from tests.flight_support import Computation, counted_waiters
 from tests.threading_support import JOIN_SECONDS, Background

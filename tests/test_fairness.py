@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 from readerwriterlock import rwlock
 
-from concurrent_kv import WaitTimeoutError, locks
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
+from concurrent_kv import WaitTimeoutError
+from concurrent_kv.locks import sharded as locks
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 from tests.threading_support import JOIN_SECONDS, Background
 
 TRIES = 2000

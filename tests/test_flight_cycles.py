@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from concurrent_kv import AsyncKVPool, KeysValues, KVPool, RecursiveComputationError
-from concurrent_kv.flights import Flight
+from concurrent_kv.flights.table import Flight
 from tests.async_support import LOOPS, run_on
 from tests.conftest import MakePool
 from tests.support import tokens

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError, loading
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.flight_waiting import wait_in_thread
-from concurrent_kv.flights import Claim, Flight, FlightKey, FlightState, FlightTable
+from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError
+from concurrent_kv.flights.table import Claim, Flight, FlightKey, FlightState, FlightTable
+from concurrent_kv.flights.waiting import wait_in_thread
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import loading
 from tests.flight_support import Computation, counted_waiters
 from tests.guards import Removal, shown_by
 from tests.support import LAYOUT, tokens
@@ -239,7 +240,7 @@ def reading_the_pool_instead_of_the_flight(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(loading, "outcome", lambda *ended: pool.get(key, scope=scope))
         return plain(pool, scope, key, *arguments)
 
-    patch.setattr("concurrent_kv.pool.get_or_compute", get_or_compute)
+    patch.setattr("concurrent_kv.pool.pool.get_or_compute", get_or_compute)
 
 
 def test_a_result_that_the_flight_does_not_carry_would_be_lost_with_its_entry() -> None:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from concurrent_kv import AsyncKVPool, KeysValues, KVPool
-from concurrent_kv.flights import Flight
+from concurrent_kv.flights.table import Flight
 from tests.support import LAYOUT, assert_same, tokens
 from tests.threading_support import JOIN_SECONDS, Background
 

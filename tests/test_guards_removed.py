@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from concurrent_kv import IntegrityError, WaitTimeoutError, ledger, pin, reading, room, writing
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry, Hold
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.pool_core import PoolCore
+from concurrent_kv import IntegrityError, WaitTimeoutError
+from concurrent_kv.books import ledger
+from concurrent_kv.books.entry import Entry, Hold
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.pool import pin, reading, room, writing
+from concurrent_kv.pool.core import PoolCore
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, Gate, GatedPool, filled, value_of
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -161,7 +163,7 @@ def without_comparing_epochs_on_reading(patch: pytest.MonkeyPatch) -> None:
         current = {scope: entry.generation for scope, key in wanted for entry in [scope.entries[0].get(key)] if entry}
         return retain(storage, wanted, {**generations, **current}, deadline, **options)
 
-    patch.setattr("concurrent_kv.pool.retain", any_generation)
+    patch.setattr("concurrent_kv.pool.pool.retain", any_generation)
 
 
 def test_a_reader_that_ignored_epochs_would_see_what_a_clear_has_ended() -> None:

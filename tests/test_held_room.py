@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from concurrent_kv import CapacityError, InvalidArgumentError, KVPool, SearchEndedError, WaitTimeoutError
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry
+from concurrent_kv.books.entry import Entry
 from concurrent_kv.eviction import LRU
+from concurrent_kv.locks.deadline import Deadline
 from tests.conftest import MakeManager, MakePool
 from tests.support import LAYOUT, WINDOW, append, assert_same, config, store, tokens
 

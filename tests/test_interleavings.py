@@ -7,8 +7,8 @@ from math import comb
 
 import pytest
 
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 from tests.explorer.parts import ModelEvent, ModelLock
 from tests.explorer.pool_programs import POOL_PROGRAMS
 from tests.explorer.programs import Program

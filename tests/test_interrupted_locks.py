@@ -13,9 +13,10 @@ from collections.abc import Callable
 import pytest
 from readerwriterlock import rwlock
 
-from concurrent_kv import KVPool, WaitTimeoutError, locks
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
+from concurrent_kv import KVPool, WaitTimeoutError
+from concurrent_kv.locks import sharded as locks
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 from tests.interrupting import cut_at
 from tests.support import LAYOUT, assert_same, tokens
 from tests.threading_support import JOIN_SECONDS, Background

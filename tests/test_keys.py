@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from concurrent_kv.errors import InvalidArgumentError
-from concurrent_kv.keys import hash_state, hash_states
+from concurrent_kv.model.hashing import hash_state, hash_states
 
 pytestmark = pytest.mark.usefixtures("loops")
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import IntegrityError, KVPool, clearing
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry, Hold, Scope
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import ShardedRWLock
+from concurrent_kv import IntegrityError, KVPool
+from concurrent_kv.books.entry import Entry, Hold, Scope
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.pool import clearing
 from stress.content import BrokenPromiseError
 from stress.histories.campaign import histories_of_both, histories_of_searches, histories_of_tasks, histories_of_threads
 from stress.histories.programs import Shape
@@ -88,7 +89,7 @@ def without_looking_who_popped_first(patch: pytest.MonkeyPatch) -> None:
         remove(scope, entry, deadline)
         return True
 
-    patch.setattr("concurrent_kv.pool.remove", removed)
+    patch.setattr("concurrent_kv.pool.pool.remove", removed)
 
 
 def without_the_end_of_clear(patch: pytest.MonkeyPatch) -> None:

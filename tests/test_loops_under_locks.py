@@ -31,8 +31,10 @@ def lock_names(trees: list[ast.Module]) -> set[str]:
         name_of(target)
         for tree in trees
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and name_of(node.value) in MAKERS
-        for target in node.targets
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and isinstance(node.value, ast.Call)
+        and name_of(node.value) in MAKERS
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
     }
 
 
@@ -56,7 +58,7 @@ def found_in(tree: ast.AST, locks: set[str]) -> Iterator[int]:
 
 def test_no_loop_stands_in_the_with_block_of_a_plain_lock() -> None:
     files = {path: ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
-    locks = lock_names(list(files.values()))
+    locks = lock_names(list(files.values())) | {"lock"}  # the gate's
     assert {"mutex", "_lock", "_replacing"} <= locks
     found = [f"{path.name}:{line}" for path, tree in files.items() for line in found_in(tree, locks)]
     assert not found

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concurrent_kv import KVLayout, PositionSteps
-from concurrent_kv.keys import hash_states
-from concurrent_kv.native import native
-from concurrent_kv.tensors import Indices, SlotTensor
+from concurrent_kv.device.native import native
+from concurrent_kv.device.tensors import Indices, SlotTensor
+from concurrent_kv.model.hashing import hash_states
 from tests.native_support import needs_native, random_bits, random_numbers, same_bits, without_native
 from tests.support import NATIVE_USERS
 
@@ -221,12 +221,14 @@ def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: i
 
 
 def test_all_modules_that_choose_compiled_loops_are_known_to_the_tests_that_choose_others() -> None:
-    files = (ROOT / "concurrent_kv").glob("*.py")
+    root = ROOT / "concurrent_kv"
     users = {
-        file.stem for file in files if re.search(r"^from .native import .*\bnative$", file.read_text(), re.MULTILINE)
+        ".".join(file.relative_to(root).with_suffix("").parts)
+        for file in root.rglob("*.py")
+        if re.search(r"^from \.[\w.]*native import .*\bnative$", file.read_text(), re.MULTILINE)
     }
     # One makes views for compiled code beside what others use.
-    assert users - {"commit_shape"} == set(NATIVE_USERS)
+    assert users - {"pool.commit_shape"} == set(NATIVE_USERS)
 
 
 # Without it ----------------------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def test_all_modules_that_choose_compiled_loops_are_known_to_the_tests_that_choo
 SEARCH = """
 import torch
 from concurrent_kv import DropOldest, KeysValues, KVCacheManager
-from concurrent_kv.native import native
+from concurrent_kv.device.native import native
 assert native is None
 sizes = {"num_layers": 2, "num_heads": 2, "embed_dim": 64, "context_length": 8, "num_simulations": 25}
 manager = KVCacheManager(config=sizes | {"max_cache_size": 500, "device": "cpu"}, env_num=1)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from concurrent_kv.entry import Entry, Generation, Place
-from concurrent_kv.index import Cells
-from concurrent_kv.native import native
-from concurrent_kv.streams import Ticks
+from concurrent_kv.books.entry import Entry, Generation, Place
+from concurrent_kv.books.index import Cells
+from concurrent_kv.device.native import native
+from concurrent_kv.device.streams import Ticks
 from tests.native_support import needs_native
 from tests.support import Incomparable
 

@@ -24,7 +24,7 @@ from concurrent_kv import (
     PositionTable,
     RaiseOnOverflow,
 )
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 from tests.native_support import needs_native, without_native
 from tests.support import LAYOUT, WINDOW, append, bits, config, stacked, tokens
 

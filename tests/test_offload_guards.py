@@ -25,9 +25,9 @@ from concurrent_kv import (
 from concurrent_kv.aio import offload
 from concurrent_kv.aio import pool as aio_pool
 from concurrent_kv.aio.offload import INLINE_WAIT_SECONDS, Offload
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.flight_waiting import wait_in_thread
-from concurrent_kv.flights import Claim, Flight, Waker
+from concurrent_kv.flights.table import Claim, Flight, Waker
+from concurrent_kv.flights.waiting import wait_in_thread
+from concurrent_kv.locks.deadline import Deadline
 from tests.async_support import LOOPS, SeenPool, run_on, shards_held
 from tests.flight_support import counted_waiters
 from tests.guards import shown_by

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from concurrent_kv import DropAndCorrect, DropLazily, DropOldest, KeysValues, KVLayout, KVPool, PositionTable
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 from tests.support import WINDOW, OperatorCalls
 
 LIMIT, COUNT = WINDOW - 1, 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv import KVCacheManager, KVPool
-from concurrent_kv import search as search_module
+from concurrent_kv.search import search as search_module
 from tests.support import (
     LAYOUT,
     WINDOW,

@@ -15,7 +15,7 @@ from concurrent_kv import (
     Search,
     SearchEndedError,
 )
-from concurrent_kv.search import LookupOrder
+from concurrent_kv.search.search import LookupOrder
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, row_of, slots_in_use, stacked, store, tokens
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, WaitTimeoutError, room
+from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, WaitTimeoutError
+from concurrent_kv.pool import room
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, config, row_of, slots_in_use, store, tokens
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concurrent_kv.slots import SlotAllocator, as_array
+from concurrent_kv.books.slots import SlotAllocator, as_array
 
 pytestmark = pytest.mark.usefixtures("loops")
 

@@ -24,7 +24,7 @@ from concurrent_kv import (
     WaitTimeoutError,
     WindowOverflowError,
 )
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 from tests.pool_model import (
     DIFFERENCE,
     LAYOUT,

@@ -21,7 +21,7 @@ from concurrent_kv import (
     WaitTimeoutError,
     WindowOverflowError,
 )
-from concurrent_kv.search import LookupOrder
+from concurrent_kv.search.search import LookupOrder
 from tests.pool_model import LAYOUT, OpenBatch, Record, Token, TokenSource, kv_of, last_of_each, run_machine, same
 
 pytestmark = pytest.mark.usefixtures("loops")

@@ -372,7 +372,7 @@ def test_a_close_waits_for_all_streams_together_no_longer_than_it_was_told(
 
     with monkeypatch.context() as patch:
         patch.setattr(SimStreams, "synchronize", synchronize)
-        patch.setattr("concurrent_kv.streams.time.monotonic", lambda: now[0])
+        patch.setattr("concurrent_kv.device.streams.time.monotonic", lambda: now[0])
         pool.storage.clock.synchronize(pool.storage.clock.everything(), 5.0)
     assert given == [5.0, 3.0, 1.0]
     pool.close()

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from concurrent_kv import AsyncKVCacheManager
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry, Hold, Scope
-from concurrent_kv.flights import Claim, FlightTable
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.pool_core import PoolCore
-from concurrent_kv.storage import KVStorage
-from concurrent_kv.tensors import SlotTensor
+from concurrent_kv.books.entry import Entry, Hold, Scope
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.device.tensors import SlotTensor
+from concurrent_kv.flights.table import Claim, FlightTable
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.pool.core import PoolCore
+from concurrent_kv.pool.storage import KVStorage
 from stress import actors, runner
 from stress.profiles import PROFILES, Profile, parse_mix
 from stress.runner import run_profile
@@ -102,7 +102,7 @@ def with_everybody_computing(patch: pytest.MonkeyPatch) -> None:
 
 
 def with_slots_lost_on_errors(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("concurrent_kv.writing.cancel", lambda *arguments: None)
+    patch.setattr("concurrent_kv.pool.writing.cancel", lambda *arguments: None)
 
 
 def with_handles_lost_when_dropped(patch: pytest.MonkeyPatch) -> None:

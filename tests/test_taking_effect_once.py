@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from concurrent_kv import ClosedError, KVCacheManager, KVPool, KVStorage, WaitTimeoutError
-from concurrent_kv.deadline import Deadline
+from concurrent_kv.locks.deadline import Deadline
 from tests.conftest import MakeManager
 from tests.support import LAYOUT, append, tokens
 

@@ -25,8 +25,8 @@ from concurrent_kv import (
     hash_state,
 )
 from concurrent_kv.compat.lightzero.containers import LightZeroKeysValues, from_lightzero, to_lightzero
-from concurrent_kv.moving import joined_on
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.device.moving import joined_on
+from concurrent_kv.model.overflow import Overflow
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, layout, stacked, store, tokens
 
 # Tensors of other kinds -----------------------------------------------------------------------------------------------

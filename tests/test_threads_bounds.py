@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVPool, SearchEndedError, WaitTimeoutError
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.writing import write
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool.writing import write
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, GatedPool, filled, keys_of, value_of
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -199,7 +199,7 @@ def test_a_search_that_closes_just_before_a_commit_takes_room_leaves_nothing_res
         Background(search.close).result()
         return write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("concurrent_kv.committing.write", close_and_write)
+    monkeypatch.setattr("concurrent_kv.pool.committing.write", close_and_write)
     with pytest.raises(SearchEndedError):
         search.commit(["child"], batch)
     stats = manager.recur_pool.stats()

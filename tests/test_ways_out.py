@@ -28,7 +28,7 @@ from concurrent_kv import (
     WaitTimeoutError,
     WindowOverflowError,
 )
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 from tests.conftest import MakeManager, MakePool
 from tests.support import LAYOUT, WINDOW, append, config, stacked, tokens
 

@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrent_kv.counting import Numbers
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry, Hold, Place, Scope
+from concurrent_kv.books.entry import Entry, Hold, Place, Scope
+from concurrent_kv.books.eviction.registry import POLICIES, make_policy
+from concurrent_kv.books.index import Index
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.quota import Quota
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.books.stats import Counters
+from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.errors import CapacityError, SearchEndedError, WaitTimeoutError
-from concurrent_kv.eviction.registry import POLICIES, make_policy
-from concurrent_kv.flights import Claim, FlightState, FlightTable
-from concurrent_kv.index import Index
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.quota import Quota
-from concurrent_kv.room import give_budget_back, reserve_budget
-from concurrent_kv.search_state import SearchState
-from concurrent_kv.slots import SlotAllocator
-from concurrent_kv.stats import Counters
-from concurrent_kv.streams import NO_TICKS
+from concurrent_kv.flights.table import Claim, FlightState, FlightTable
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.numbers import Numbers
+from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.pool.room import give_budget_back, reserve_budget
+from concurrent_kv.search.state import SearchState
 
 THREADS = 6
 ROUNDS = 300

@@ -14,7 +14,7 @@ import pytest
 
 from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, ClosedError, InvalidArgumentError, KeysValues, KVPool
 from concurrent_kv.errors import RecursiveComputationError, WaitTimeoutError
-from concurrent_kv.flights import Flight
+from concurrent_kv.flights.table import Flight
 from tests.async_support import LOOPS, join_workers, run_on, shards_held
 from tests.conftest import MakeManager, MakePool
 from tests.flight_sides import new_loop

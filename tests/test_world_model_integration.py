@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv.compat.lightzero import Attachment, attach, attachment_of, detach, settings
-from concurrent_kv.overflow import DropAndCorrect, DropOldest
+from concurrent_kv.model.overflow import DropAndCorrect, DropOldest
 from tests.lightzero_support import SHAPES, Shape, Walk, assert_same_outputs, make_world_model
 
 STEPS = 1000  # simulated steps of each shape, at least

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from concurrent_kv import KeysValues, KVLayout, KVPool, KVStorage
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.tensors import SlotTensor
+from concurrent_kv.device.tensors import SlotTensor
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 
 LAYOUT = KVLayout(num_layers=2, num_heads=1, head_dim=4, max_tokens=4)
 WINDOW = LAYOUT.max_tokens

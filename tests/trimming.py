@@ -19,7 +19,7 @@ from concurrent_kv import (
     PositionTable,
     Search,
 )
-from concurrent_kv.overflow import Overflow
+from concurrent_kv.model.overflow import Overflow
 from tests.support import LAYOUT, WINDOW, config, slots_in_use
 
 LAYERS, HEADS, HEAD_DIM = LAYOUT.num_layers, LAYOUT.num_heads, LAYOUT.head_dim

@@ -7,15 +7,15 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import check_env_ids, hash_of, sequence_of
+from .._checks import check_env_ids, hash_of, sequence_of
+from ..books.integrity import IntegrityReport, RepairReport
+from ..books.stats import StatsSummary
 from ..errors import InvalidArgumentError
-from ..handle import NeverCopied
-from ..integrity import IntegrityReport, RepairReport
-from ..kv import KeysValues
 from ..manager import KVCacheManager
-from ..overflow import Overflow
-from ..search import LookupOrder
-from ..stats import StatsSummary
+from ..model.kv import KeysValues
+from ..model.overflow import Overflow
+from ..never_copied import NeverCopied
+from ..search.search import LookupOrder
 from .offload import INLINE_BYTES, INLINE_ENTRIES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
 from .pool import AsyncKVPool
 from .search import AsyncSearch

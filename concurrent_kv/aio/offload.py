@@ -19,18 +19,18 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from ..cuda import current_streams
-from ..deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
+from .._checks import check_seconds, positive_int
+from ..device.cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..flight_waiting import timed_out, waiting_for
-from ..flights import Flight
-from ..layout import positive_int
-from ..storage import check_seconds
+from ..flights.table import Flight
+from ..flights.waiting import timed_out, waiting_for
+from ..locks.deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
+from ..locks.gate import gate
 from .cell import Cell
 from .places import Place, call_soon_here
 
 if TYPE_CHECKING:
-    from ..storage import KVStorage
+    from ..pool.storage import KVStorage
 
 __all__ = [
     "INLINE_BYTES",
@@ -95,7 +95,9 @@ class Offload:
 
     def stats(self) -> OffloadStats:
         """How often each path was taken."""
-        with self._counter_lock:
+        if gate.is_inside:
+            return OffloadStats(self._inline_count, self._worker_count)
+        with gate.lock, self._counter_lock:
             return OffloadStats(self._inline_count, self._worker_count)
 
     async def run(
@@ -137,7 +139,7 @@ class Offload:
                 if limit <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
                     raise
             else:
-                with self._counter_lock:
+                with gate.lock, self._counter_lock:
                     self._inline_count += 1
                 return result
             finally:
@@ -151,7 +153,7 @@ class Offload:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
         streams = streams or current_streams()
         if self._is_small(copied_bytes):
-            with self._counter_lock:
+            with gate.lock, self._counter_lock:
                 self._inline_count += 1
             with streams:
                 return operation()
@@ -252,7 +254,7 @@ class Offload:
             seconds = self.storage.wait_timeout
         if limiter is None:
             limiter = self._limiter_here(self._limiter)
-        with self._counter_lock:
+        with gate.lock, self._counter_lock:
             self._worker_count += 1
         cell: Cell[T] = Cell(undo)
         streams = streams or current_streams()

@@ -16,8 +16,8 @@ from weakref import ref
 import anyio
 import anyio.lowlevel
 
-from ..deadline import lend_place
 from ..errors import WaitTimeoutError
+from ..locks.deadline import lend_place
 
 __all__ = ["Place", "call_soon_here", "has_ended_here"]
 

@@ -12,22 +12,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..arguments import check_keys, hash_of, list_or_none
-from ..batch import Batch
-from ..cuda import current_streams
-from ..deadline import Deadline
-from ..entry import Scope
-from ..flight_waiting import outcome
-from ..flights import Claim, FlightState
-from ..handle import NeverCopied
-from ..integrity import IntegrityReport, RepairReport
-from ..kv import KeysValues
-from ..loading import claim, heard_by_all
-from ..overflow import Overflow
-from ..pin import Pin
-from ..pool import KVPool
-from ..stats import PoolStats
-from ..storage import check_seconds
+from .._checks import check_keys, check_seconds, hash_of, list_or_none
+from ..books.entry import Scope
+from ..books.integrity import IntegrityReport, RepairReport
+from ..books.stats import PoolStats
+from ..device.cuda import current_streams
+from ..flights.table import Claim, FlightState
+from ..flights.waiting import outcome
+from ..locks.deadline import Deadline
+from ..model.kv import KeysValues
+from ..model.overflow import Overflow
+from ..never_copied import NeverCopied
+from ..pool.batch import Batch
+from ..pool.loading import claim, heard_by_all
+from ..pool.pin import Pin
+from ..pool.pool import KVPool
 from .awaiting import forget, gives_awaitables, remember
 from .offload import (
     INLINE_BYTES,
@@ -244,6 +243,10 @@ class AsyncKVPool(NeverCopied):
     ) -> KeysValues | None:
         """See `KVPool.pop`."""
         return await self._read(self.sync.pop, key, scope=scope, timeout=timeout, to=to, stream=stream)
+
+    def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
+        """See `KVPool.discard`; it never waits."""
+        self.sync.discard(key, scope=scope)
 
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""

@@ -9,12 +9,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..arguments import check_env_ids, check_keys, list_or_none
-from ..batch import Batch
+from .._checks import check_env_ids, check_keys, list_or_none
 from ..errors import ClosedError
-from ..handle import NeverCopied
-from ..overflow import Overflow
-from ..search import SAME_KEY, SAME_SIDE, LookupOrder, Search
+from ..model.overflow import Overflow
+from ..never_copied import NeverCopied
+from ..pool.batch import Batch
+from ..search.search import SAME_KEY, SAME_SIDE, LookupOrder, Search
 from .offload import Offload
 
 __all__ = ["AsyncSearch"]
@@ -105,6 +105,10 @@ class AsyncSearch(NeverCopied):
         """See `Search.release`."""
         keys = check_keys(keys)
         await self._offload.run(self.sync.release, keys, entries=len(keys), timeout=timeout)
+
+    def discard(self, key: Hashable) -> None:
+        """See `Search.discard`; it never waits."""
+        self.sync.discard(key)
 
     async def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """See `Search.keep`."""

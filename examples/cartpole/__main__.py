@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from concurrent_kv.eviction.registry import POLICIES
+from concurrent_kv.books.eviction.registry import POLICIES
 from examples.cartpole.job import COMPARED_STEPS, JobSettings, run_job
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from concurrent_kv.tensors import SlotTensor
+from concurrent_kv.device.tensors import SlotTensor
 from stress.faults.errors import marked
 
 __all__ = ["disturb_copies"]

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ import torch
 from concurrent_kv import KeysValues
 from stress.faults.copies import disturb_copies
 from stress.faults.errors import LoaderError, marked
+from stress.faults.finalisers import CallsFromInside
 from stress.faults.forks import fork_now_and_then
 from stress.faults.interrupts import Exposure, Interrupter
 from stress.faults.pools import Doomed, Tiny
 
 if TYPE_CHECKING:
     from stress.actors import Actor
+    from stress.gate import Gate
     from stress.world import World
 
 __all__ = ["FAULTS", "Faults", "parse_faults"]
@@ -39,6 +42,7 @@ FAULTS: Mapping[str, str] = MappingProxyType(
         "tiny": "a pool of one entry",
         "collisions": "keys that all have one hash",
         "fork": "forks while the pools are in use",
+        "finalisers": "a collector that runs at every allocation; finalisers and signal handlers that call pools",
     }
 )
 ENDING, TINY, DOOMED = "ending thread", "tiny pool", "doomed pool"
@@ -71,7 +75,7 @@ class Faults:
         may_starve: whether slots may be lost until `repair()`.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, gate: Gate) -> None:
         self.enabled = world.settings.faults
         self.may_starve = "interrupts" in self.enabled
         self.counts: Counter[str] = Counter()
@@ -81,6 +85,8 @@ class Faults:
         self._exposures = threading.local()
         self.doomed = Doomed(world) if "close" in self.enabled else None
         self.tiny = Tiny(world) if self.enabled & {"tiny", "endings"} else None
+        kv = KeysValues.from_packed(torch.zeros(_shape_of_row(world)))
+        self._inside = CallsFromInside(world.manager.wm_pool, kv, gate) if "finalisers" in self.enabled else None
         if self.enabled & {"copies", "slow"}:
             disturb_copies(
                 world.manager.storage.tensor,
@@ -121,7 +127,18 @@ class Faults:
         if "fork" in self.enabled:
             pool, bound = self._world.manager.wm_pool, self._world.settings.bound_seconds
             found.append(lambda: fork_now_and_then(pool, over, self.count, fail, bound))
+        inside = self._inside
+        if inside is not None:
+            found.append(lambda: inside.work(over, fail))
         return found
+
+    def collecting(self) -> AbstractContextManager[None]:
+        """Where finalisers are among the faults: the collector runs at every allocation within the `with`."""
+        return nullcontext() if self._inside is None else self._inside.collecting()
+
+    def made(self) -> Counter[str]:
+        """How often each was made."""
+        return self.counts + Counter(() if self._inside is None else tuple(self._inside.heard))
 
     # Around operations -------------------------------------------------------------------------------------------
 
@@ -186,9 +203,7 @@ class Faults:
         return self.loader(actor)
 
     def _misshapen(self) -> KeysValues:
-        layout = self._world.layout
-        shape = (2 * layout.num_layers, 1, layout.num_heads + 1, 1, layout.head_dim)
-        return KeysValues.from_packed(torch.zeros(shape))
+        return KeysValues.from_packed(torch.zeros(_shape_of_row(self._world, more_heads=1)))
 
     def close(self) -> None:
         """Close the pools of their own."""
@@ -196,3 +211,9 @@ class Faults:
             self.doomed.close()
         if self.tiny is not None:
             self.tiny.pool.close()
+
+
+def _shape_of_row(world: World, *, more_heads: int = 0) -> tuple[int, ...]:
+    """Of one token."""
+    layout = world.layout
+    return (2 * layout.num_layers, 1, layout.num_heads + more_heads, 1, layout.head_dim)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from concurrent_kv import Batch, DropOldest, KeyNotFoundError, KeysValues, KVCacheManager, Search
-from concurrent_kv.handle import Handle
+from concurrent_kv.pool.handle import Handle
 from stress.content import BrokenPromiseError
 from stress.histories.recording import BOUND_SECONDS
 

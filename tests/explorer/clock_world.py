@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from concurrent_kv.entry import Entry, Hold
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.streams import StreamClock, StreamKey, Ticks
+from concurrent_kv.books.entry import Entry, Hold
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.device.streams import StreamClock, StreamKey, Ticks
 
 from .parts import ModelEvent, ModelLock
 from .scheduler import BrokenPromiseError, Scheduler

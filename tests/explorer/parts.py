@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.locks import ShardedRWLock
-from concurrent_kv.slots import Slots, as_array
-from concurrent_kv.tensors import Block, Indices, SlotTensor, in_columns
+from concurrent_kv.books.slots import Slots, as_array
+from concurrent_kv.device.tensors import Block, Indices, SlotTensor, in_columns
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.sharded import ShardedRWLock
 
 from .scheduler import BrokenPromiseError, Scheduler, Task
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv.entry import Hold
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.slots import SlotAllocator
-from concurrent_kv.streams import NO_TICKS, StreamClock, Ticks, _Mark
+from concurrent_kv.books.entry import Hold
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.device.streams import NO_TICKS, StreamClock, Ticks, _Mark
 
 from .clock_world import ClockWorld
 

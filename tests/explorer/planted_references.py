@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import committing, reading, writing
-from concurrent_kv.clearing import sweep_if
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry, Generation, Hold, Scope, sorted_shards
-from concurrent_kv.ledger import wake
-from concurrent_kv.plan import WritePlan
-from concurrent_kv.pool_core import PoolCore
-from concurrent_kv.room import unpublish
+from concurrent_kv.books.entry import Entry, Generation, Hold, Scope, sorted_shards
+from concurrent_kv.books.ledger import wake
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import committing, reading, writing
+from concurrent_kv.pool.clearing import sweep_if
+from concurrent_kv.pool.core import PoolCore
+from concurrent_kv.pool.plan import WritePlan
+from concurrent_kv.pool.room import unpublish
 
 Patch = pytest.MonkeyPatch
 
@@ -26,7 +26,7 @@ def references_released_before_commit_shares_them(patch: Patch) -> None:
             pool.storage.ledger.release(hold)
         return writing.write(pool, scope, generation, plan, deadline)
 
-    patch.setattr("concurrent_kv.committing.write", write)
+    patch.setattr("concurrent_kv.pool.committing.write", write)
 
 
 def slots_freed_before_the_readers_copy_is_done(patch: Patch) -> None:
@@ -34,7 +34,7 @@ def slots_freed_before_the_readers_copy_is_done(patch: Patch) -> None:
         storage.ledger.release(next(hold for hold in storage.ledger.holds if entry in hold.entries))
         return reading.copy_out(storage, entry)
 
-    patch.setattr("concurrent_kv.pool.copy_out", copy_out)
+    patch.setattr("concurrent_kv.pool.pool.copy_out", copy_out)
 
 
 def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> None:
@@ -63,7 +63,7 @@ def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> Non
             extend()
         return found
 
-    patch.setattr("concurrent_kv.pool.retain", retain)
+    patch.setattr("concurrent_kv.pool.pool.retain", retain)
 
 
 def references_taken_after_the_shard_was_let_go(patch: Patch) -> None:
@@ -78,7 +78,7 @@ def index_reference_dropped_twice(patch: Patch) -> None:
             unpublish(pool, [entry])
         return True
 
-    patch.setattr("concurrent_kv.pool.remove", remove)
+    patch.setattr("concurrent_kv.pool.pool.remove", remove)
 
 
 def _patch_evict(patch: Patch, *, checked: bool) -> None:
@@ -94,7 +94,7 @@ def _patch_evict(patch: Patch, *, checked: bool) -> None:
                 waiters = ledger.take_waiters()
         wake(waiters)
 
-    patch.setattr("concurrent_kv.room._evict", evict)
+    patch.setattr("concurrent_kv.pool.room._evict", evict)
 
 
 def victim_not_checked_again_under_its_lock(patch: Patch) -> None:
@@ -113,14 +113,14 @@ def epoch_of_a_commit_read_after_the_gather(patch: Patch) -> None:
     def open_batch(storage: Any, scope: Scope, generation: Generation, *rest: Any) -> Any:
         return committing.open_batch(storage, scope, scope.generation, *rest)
 
-    patch.setattr("concurrent_kv.pool.open_batch", open_batch)
+    patch.setattr("concurrent_kv.pool.pool.open_batch", open_batch)
 
 
 def epoch_of_a_commit_read_at_the_commit(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         return writing.write(pool, scope, scope.generation, plan, deadline)
 
-    patch.setattr("concurrent_kv.committing.write", write)
+    patch.setattr("concurrent_kv.pool.committing.write", write)
 
 
 def swept_before_the_epoch_is_raised(patch: Patch) -> None:

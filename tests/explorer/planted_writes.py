@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrent_kv import room, writing
-from concurrent_kv.clearing import sweep_if
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
-from concurrent_kv.ledger import Ledger, wake
-from concurrent_kv.plan import WritePlan
-from concurrent_kv.pool_core import PoolCore
-from concurrent_kv.quota import Quota
-from concurrent_kv.room import Ticket, unpublish
-from concurrent_kv.search_state import SearchState
-from concurrent_kv.slots import Slots
-from concurrent_kv.streams import NO_TICKS
-from concurrent_kv.writing import Outcome
+from concurrent_kv.books.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
+from concurrent_kv.books.ledger import Ledger, wake
+from concurrent_kv.books.quota import Quota
+from concurrent_kv.books.slots import Slots
+from concurrent_kv.device.streams import NO_TICKS
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import room, writing
+from concurrent_kv.pool.clearing import sweep_if
+from concurrent_kv.pool.core import PoolCore
+from concurrent_kv.pool.plan import WritePlan
+from concurrent_kv.pool.room import Ticket, unpublish
+from concurrent_kv.pool.writing import Outcome
+from concurrent_kv.search.state import SearchState
 
 Patch = pytest.MonkeyPatch
 
@@ -43,7 +43,7 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
             _enter_books(pool, entries, plan, located, ticket)
         return Outcome.PUBLISHED, (0, 0)
 
-    patch.setattr("concurrent_kv.writing._publish", publish)
+    patch.setattr("concurrent_kv.pool.writing._publish", publish)
 
 
 def _enter_books(
@@ -91,7 +91,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
             pending = Ticket(0, 0, ticket.taken, ticket.ticks)
         return Outcome.PUBLISHED, (0, 0)
 
-    patch.setattr("concurrent_kv.writing._publish", publish)
+    patch.setattr("concurrent_kv.pool.writing._publish", publish)
 
 
 def published_before_it_is_copied(patch: Patch) -> None:
@@ -105,14 +105,14 @@ def published_before_it_is_copied(patch: Patch) -> None:
         pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, ticket.taken)
         return True
 
-    patch.setattr("concurrent_kv.committing.write", write)
+    patch.setattr("concurrent_kv.pool.committing.write", write)
 
 
 def shards_taken_in_the_order_of_the_keys(patch: Patch) -> None:
     def shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(scope.shards[part] for scope, part in located))
 
-    patch.setattr("concurrent_kv.writing.sorted_shards", shards)
+    patch.setattr("concurrent_kv.pool.writing.sorted_shards", shards)
 
 
 def slots_reserved_one_at_a_time(patch: Patch) -> None:
@@ -132,7 +132,7 @@ def slots_reserved_one_at_a_time(patch: Patch) -> None:
                 room._evict_or_wait(pool, victim, waiter, deadline, 1, 1)
         return Ticket(0, len(taken), np.concatenate(taken), NO_TICKS)
 
-    patch.setattr("concurrent_kv.writing.reserve", reserve)
+    patch.setattr("concurrent_kv.pool.writing.reserve", reserve)
 
 
 class _LateWaiter:
@@ -155,7 +155,7 @@ def waiter_registered_after_the_mutex_was_let_go(patch: Patch) -> None:
         del ledger._waiters[registered:]
         return victim, None if waiter is None else _LateWaiter(ledger)
 
-    patch.setattr("concurrent_kv.room._victim_or_waiter", victim_or_waiter)
+    patch.setattr("concurrent_kv.pool.room._victim_or_waiter", victim_or_waiter)
 
 
 def release_that_wakes_nobody(patch: Patch) -> None:
@@ -182,7 +182,7 @@ def search_marked_as_ended_after_its_sweep(patch: Patch) -> None:
     def end(self: SearchState, reason: str, deadline: Deadline) -> None:
         sweep_if(self.scope, lambda entry: True, deadline)
         with patch.context() as no_sweep:
-            no_sweep.setattr("concurrent_kv.search_state.sweep_if", lambda *arguments: 0)
+            no_sweep.setattr("concurrent_kv.search.state.sweep_if", lambda *arguments: 0)
             real(self, reason, deadline)
 
     patch.setattr(SearchState, "end", end)

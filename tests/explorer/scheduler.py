@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import greenlet  # type: ignore[import-untyped]
+
+from concurrent_kv.locks.gate import gate
 
 __all__ = ["BrokenPromiseError", "Chooser", "DeadlockError", "LivelockError", "Scheduler", "Task"]
 
@@ -52,6 +55,7 @@ class Task:
         self.done = False
         self.error: BaseException | None = None
         self.greenlet: Any = None
+        self.gate_lock: Any = threading.RLock()  # tasks stand for threads, each of which has a gate of its own
 
     def __repr__(self) -> str:
         return f"{self.letter} ({self.what})"
@@ -106,12 +110,13 @@ class Scheduler:
             Exception: what a task raised.
         """
         self._hub = greenlet.getcurrent()
+        outside = gate.lock
         try:
             while self._failure is None and (task := self._next(None)) is not None:
-                self.running = task
-                task.greenlet.switch()
+                self._switch_to(task)
         finally:
             self.running = None
+            gate.lock = outside
             self._unwind()
         if self._failure is not None:
             raise self._failure
@@ -140,9 +145,13 @@ class Scheduler:
             if chosen is None:
                 self._hub.switch()
             else:
-                self.running = chosen
-                chosen.greenlet.switch()
+                self._switch_to(chosen)
         return not task.expired
+
+    def _switch_to(self, task: Task) -> None:
+        self.running = task
+        gate.lock = task.gate_lock
+        task.greenlet.switch()
 
     def _run_task(self, task: Task) -> None:
         try:

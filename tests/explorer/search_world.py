@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from concurrent_kv import Batch, KVPool, Search
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.pool_core import bump_versions
-from concurrent_kv.search import open_search
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool.core import bump_versions
+from concurrent_kv.search.search import open_search
 
 from .history import Kind, Value
 from .scheduler import BrokenPromiseError, Scheduler

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from concurrent_kv import KeysValues, StreamCaptureError
-from concurrent_kv.cuda import CudaStreams
+from concurrent_kv.device.cuda import CudaStreams
 from tests.simulated.sites import left_out
 
 from .machine import Machine

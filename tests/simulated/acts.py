@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionSteps, PositionTable
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.entry import Hold
-from concurrent_kv.flight_waiting import outcome
-from concurrent_kv.plan import plan_share
-from concurrent_kv.reading import gather_entries
-from concurrent_kv.writing import write
+from concurrent_kv.books.entry import Hold
+from concurrent_kv.flights.waiting import outcome
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool.plan import plan_share
+from concurrent_kv.pool.reading import gather_entries
+from concurrent_kv.pool.writing import write
 from tests.explorer.history import Kind
 from tests.explorer.programs import A, B, C, Operation, must
 from tests.explorer.world import value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from concurrent_kv import KVLayout
-from concurrent_kv.streams import StreamKey
+from concurrent_kv.device.streams import StreamKey
 
 from .gpu import KIND, SimGPU
 from .queues import Event, SimStream

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import slots, streams, tensors, writing
-from concurrent_kv.ledger import Ledger
-from concurrent_kv.slots import SlotAllocator
-from concurrent_kv.storage import KVStorage
-from concurrent_kv.stream_uses import StreamUses
-from concurrent_kv.streams import NO_TICKS, StreamClock, Ticks, _Known, _Mark
+from concurrent_kv.books import slots
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.device import streams, tensors
+from concurrent_kv.device.stream_uses import StreamUses
+from concurrent_kv.device.streams import NO_TICKS, StreamClock, Ticks, _Known, _Mark
+from concurrent_kv.pool import writing
+from concurrent_kv.pool.storage import KVStorage
 
 from .backend import SimStreams
 from .sites import Fault, left_out
@@ -320,7 +322,7 @@ def copied_straight_from_the_callers_memory(patch: Patch) -> None:
         ]
         return torch.cat(moved)
 
-    patch.setattr("concurrent_kv.kv.joined_on", joined_on)
+    patch.setattr("concurrent_kv.model.kv.joined_on", joined_on)
 
 
 FORGOTTEN = [

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from concurrent_kv import DropOldest, KVPool, Search
-from concurrent_kv.deadline import Deadline
-from concurrent_kv.pool_core import bump_versions
-from concurrent_kv.search import open_search
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool.core import bump_versions
+from concurrent_kv.search.search import open_search
 from tests.explorer.history import Call, Kind, Value
 from tests.explorer.programs import must
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import concurrent_kv
-from concurrent_kv.streams import NO_TICKS
+from concurrent_kv.device.streams import NO_TICKS
 
 __all__ = ["Fault", "Plant", "Site", "left_out", "sites"]
 
@@ -35,20 +35,23 @@ CALLS: dict[str, Any] = {
     "_protect": None,
 }
 OWNERS = {
-    "order_after": ("concurrent_kv.streams.StreamClock.order_after",),
-    "stamp": ("concurrent_kv.streams.StreamClock.stamp",),
-    "share": ("concurrent_kv.streams.StreamClock.share",),
-    "everything": ("concurrent_kv.streams.StreamClock.everything",),
-    "protect": ("concurrent_kv.streams.StreamClock.protect", "tests.simulated.backend.SimStreams.protect"),
-    "synchronize": ("concurrent_kv.streams.StreamClock.synchronize", "tests.simulated.backend.SimStreams.synchronize"),
-    "join": ("concurrent_kv.stream_uses.StreamUses.join",),
-    "finish": ("concurrent_kv.stream_uses.StreamUses.finish",),
-    "use_here": ("concurrent_kv.batch.Batch.use_here",),
-    "settle": ("concurrent_kv.overflow.settle", "concurrent_kv.positions.settle"),
-    "_protect": ("concurrent_kv.moving._protect",),
+    "order_after": ("concurrent_kv.device.streams.StreamClock.order_after",),
+    "stamp": ("concurrent_kv.device.streams.StreamClock.stamp",),
+    "share": ("concurrent_kv.device.streams.StreamClock.share",),
+    "everything": ("concurrent_kv.device.streams.StreamClock.everything",),
+    "protect": ("concurrent_kv.device.streams.StreamClock.protect", "tests.simulated.backend.SimStreams.protect"),
+    "synchronize": (
+        "concurrent_kv.device.streams.StreamClock.synchronize",
+        "tests.simulated.backend.SimStreams.synchronize",
+    ),
+    "join": ("concurrent_kv.device.stream_uses.StreamUses.join",),
+    "finish": ("concurrent_kv.device.stream_uses.StreamUses.finish",),
+    "use_here": ("concurrent_kv.pool.batch.Batch.use_here",),
+    "settle": ("concurrent_kv.model.overflow.settle", "concurrent_kv.device.positions.settle"),
+    "_protect": ("concurrent_kv.device.moving._protect",),
 }
 OF_OTHERS = {
-    ("flights.py", "settle"),
+    ("table.py", "settle"),
     ("loading.py", "join"),
     ("model.py", "share"),
     ("plan.py", "share"),

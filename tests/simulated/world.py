@@ -18,7 +18,7 @@ from torch import Tensor
 
 from concurrent_kv import KeysValues, KVPool, KVStorage
 from concurrent_kv.errors import ClosedError
-from concurrent_kv.flights import Flight, FlightState
+from concurrent_kv.flights.table import Flight, FlightState
 from tests.explorer.history import Call, Kind, State, Value, check_linearizable
 from tests.explorer.parts import ModelEvent, ModelLock, ModelShards
 from tests.explorer.programs import Program
@@ -75,7 +75,7 @@ class GpuWorld:
         self.gpu = gpu
         install(patch, gpu, scheduler.step)
         self.backend = SimStreams(gpu, 0, scheduler.step)
-        patch.setattr("concurrent_kv.loading.wait_in_thread", self._wait_for_flight)
+        patch.setattr("concurrent_kv.pool.loading.wait_in_thread", self._wait_for_flight)
         with self.on(home):
             self.storage = KVStorage(
                 layout_on(gpu),

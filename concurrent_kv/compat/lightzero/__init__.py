@@ -1,6 +1,6 @@
 """LightZero's UniZero world model on `concurrent_kv`: attach to the released model, or import its manager from here."""
 
-from ...graphs import keep_out_of_graphs
+from ...device.graphs import keep_out_of_graphs
 from .attach import attach, detach
 from .attachment import Attachment
 from .containers import LightZeroKeysValues, from_lightzero, to_lightzero

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..._checks import positive_int
 from ...errors import InvalidArgumentError, InvalidTypeError
-from ...layout import positive_int
 from ...manager import KVCacheManager
 from .attachment import Attachment
 from .divergence import Divergence

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ...device.layout import KVLayout
 from ...errors import InvalidArgumentError, WrongProcessError
-from ...layout import KVLayout
+from ...locks.gate import gate
 from ...manager import KVCacheManager
-from ...overflow import Overflow
+from ...model.overflow import Overflow
 from .divergence import Divergence, ValidationReport
 from .session import SearchSession
 from .settings import Answer, Mode, layout_of, manager_config, overflow_of, shares_parents
@@ -121,7 +122,7 @@ class Attachment:
 
         For an evaluator that uses the collector's model: equal observations then do not meet.
         """
-        with self._lock:
+        with gate.lock, self._lock:
             if name not in self._roles:
                 if not self._roles[_Current.name].owns_manager:
                     raise InvalidArgumentError("role() needs managers of its own: attach without manager=")
@@ -144,7 +145,7 @@ class Attachment:
 
     def count(self, world_model: Any, **counts: int) -> None:
         """Add to the model's own counters."""
-        with self._lock:
+        with gate.lock, self._lock:
             _add(vars(world_model), counts)
 
     def note_misses(self, missing: int, rows: int) -> None:
@@ -197,17 +198,17 @@ class Attachment:
 
     def share(self, *world_models: Any) -> None:
         """Stay open until the last of these is detached."""
-        with self._lock:
+        with gate.lock, self._lock:
             self._users.update(world_models)
 
     def users(self) -> list[Any]:
         """The world models that are attached by this: one, and its shallow copies."""
-        with self._lock:
+        with gate.lock, self._lock:
             return list(self._users)
 
     def leave(self, world_model: Any) -> None:
         """One that is detached: `close` if no other world model shares the attachment. May block."""
-        with self._lock:
+        with gate.lock, self._lock:
             self._users.discard(world_model)
             is_shared = len(self._users) > 0
         if not is_shared:
@@ -227,7 +228,7 @@ class Attachment:
                     role.manager.close()
 
     def _all_roles(self) -> list[Role]:
-        with self._lock:
+        with gate.lock, self._lock:
             return list(self._roles.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...device.layout import KVLayout
+from ...device.tensor_checks import check_tensor
 from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError
-from ...kv import KeysValues
-from ...layout import KVLayout
-from ...tensor_checks import check_tensor
+from ...model.kv import KeysValues
 
 __all__ = ["LightZeroCache", "LightZeroKVCache", "LightZeroKeysValues", "from_lightzero", "to_lightzero"]
 

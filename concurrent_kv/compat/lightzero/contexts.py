@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kv import KeysValues
-from ...overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
-from ...positions import PositionSteps
+from ...device.positions import PositionSteps
+from ...model.kv import KeysValues
+from ...model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
 from .containers import LightZeroKeysValues
 from .session import NodeKey, SearchSession
 

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from ...counting import Numbers
-from ...layout import positive_int
+from ..._checks import positive_int
+from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
-from ...pool import KVPool
+from ...pool.pool import KVPool
 from .containers import LightZeroKeysValues, from_lightzero, to_lightzero
 from .settings import setting
 from .views import KeyIndex, entries_of

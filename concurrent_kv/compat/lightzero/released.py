@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...keys import hash_states
+from ...model.hashing import hash_states
 
 __all__ = ["ReleasedCache"]
 

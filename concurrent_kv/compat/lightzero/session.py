@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ...batch import Batch
-from ...keys import State, hash_states
 from ...manager import KVCacheManager
-from ...search import Search
+from ...model.hashing import State, hash_states
+from ...pool.batch import Batch
+from ...search.search import Search
 from .containers import LightZeroKeysValues
 
 __all__ = ["NodeKey", "SearchSession"]

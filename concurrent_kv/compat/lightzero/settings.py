@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from ...arguments import check_env_ids
+from ..._checks import check_env_ids
+from ...device.layout import KVLayout
+from ...device.native import native
+from ...device.positions import PositionSteps
 from ...errors import InvalidArgumentError, InvalidTypeError
-from ...layout import KVLayout
 from ...manager import KVCacheManager
-from ...native import native
-from ...overflow import DropAndCorrect, DropLazily, DropOldest
-from ...positions import PositionSteps
+from ...model.overflow import DropAndCorrect, DropLazily, DropOldest
 
 __all__ = [
     "Answer",

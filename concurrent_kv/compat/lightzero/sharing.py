@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from ...errors import InvalidArgumentError
+from ...locks.gate import gate
 from ...manager import KVCacheManager
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ class Sharers:
 
     def add(self, manager: KVCacheManager, attachment: Attachment) -> None:
         """From here on `attachment` uses `manager`."""
-        with self._lock:
+        with gate.lock, self._lock:
             self._of.setdefault(manager, WeakSet()).add(attachment)
 
     def others(self, manager: KVCacheManager, world_model: Any) -> list[tuple[Attachment, list[Any]]]:
         """The attachments of a manager that other world models than this one are attached by, and those models."""
-        with self._lock:
+        with gate.lock, self._lock:
             attachments = list(self._of.get(manager, ()))
         found = [
             (attachment, [user for user in attachment.users() if user is not world_model]) for attachment in attachments

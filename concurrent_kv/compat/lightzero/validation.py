@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...keys import hash_states
-from ...kv import KeysValues
+from ...model.hashing import hash_states
+from ...model.kv import KeysValues
 from .contexts import replace_contexts
 from .divergence import Divergence, ValidationReport, first_difference
 from .released import ReleasedCache

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
-from ...entry import Scope
+from ...books.entry import Entry, Scope
+from ...books.index import Index
+from ...locks.gate import gate
 from .attachment import Attachment
 
 __all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
@@ -47,9 +49,14 @@ def entries_of(scope: Scope) -> Entries:
     deadline = storage.enter()
     found: Entries = []
     for part, shard in enumerate(scope.shards):
-        with storage.locks.read((shard,), deadline):
-            found += [(key, entry.row) for key, entry in scope.entries[part].items()]
+        with gate.lock, storage.locks.read((shard,), deadline):
+            found += _rows_in(scope.entries[part])
     return found
+
+
+def _rows_in(part: Index[Entry]) -> Entries:
+    """As `entries_of`, of one shard, held for reading."""
+    return [(key, entry.row) for key, entry in part.items()]
 
 
 def recur_view(kv: Attachment) -> KeyIndex:

@@ -1,0 +1,193 @@
+"""Checks of what callers pass in; each error names the argument, what it was, and what would do."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
+from numbers import Integral, Real
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from .errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = [
+    "check_env_ids",
+    "check_keys",
+    "check_priorities",
+    "check_seconds",
+    "check_sides",
+    "hash_all",
+    "hash_of",
+    "last_of_each",
+    "list_or_none",
+    "positive_int",
+    "sequence_of",
+]
+
+
+def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
+    """`value` as an int of at least `minimum`, or an error that names the argument."""
+    if type(value) is int:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    else:
+        number = int(value)
+    if number < minimum:
+        raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def check_seconds(name: str, value: object) -> float:
+    """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidTypeError(f"{name} must be a number of seconds, got {value!r}")
+    if not math.isfinite(value) or not 0 <= float(value) <= threading.TIMEOUT_MAX:
+        raise InvalidArgumentError(
+            f"{name} must be a finite number of seconds from 0 to {threading.TIMEOUT_MAX:g}, got {value!r}"
+        )
+    return float(value)
+
+
+# Types of keys that equal what they were stored under, and of which nothing has to be asked.
+PLAIN = frozenset((str, int, float, bool, bytes, complex, type(None)))
+TUPLE = frozenset((tuple,))
+_asked: WeakSet[type[object]] = WeakSet()  # types of which one key was asked, and answered as a key should
+
+
+def hash_of(key: Hashable, name: str = "key") -> int:
+    """`hash(key)`, or an error that names the argument: it is not hashable, or could never be found again."""
+    try:
+        hashed = hash(key)
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
+    if type(key) not in PLAIN:
+        _check_equality(key, name)
+    return hashed
+
+
+def hash_all(keys: Sequence[Hashable], name: str) -> None:
+    """As `hash_of`, for every key."""
+    try:
+        deque(map(hash, keys), maxlen=0)
+    except TypeError:
+        for key in keys:
+            hash_of(key, name)
+        raise  # of a key that hashed this time
+    if PLAIN.issuperset(map(type, keys)):
+        return
+    if TUPLE.issuperset(map(type, keys)) and PLAIN.issuperset(map(type, chain.from_iterable(keys))):  # type: ignore[arg-type]
+        return
+    for key in keys:
+        _check_equality(key, name)
+
+
+def _check_equality(key: object, name: str) -> None:
+    """Raise `InvalidTypeError` for keys of which `==` says no True or False, tensors above all; also in tuples.
+
+    A tensor hashes by its identity: it would be stored and never be found again by what equals it.
+    """
+    kind = type(key)
+    if kind in PLAIN or kind in _asked:
+        return
+    if isinstance(key, (tuple, frozenset)):
+        for part in key:
+            _check_equality(part, name)
+        return
+    torch = sys.modules.get("torch")  # where it was never imported, there are no tensors
+    if torch is not None and isinstance(key, torch.Tensor):
+        raise InvalidTypeError(
+            f"{name} must be found again by what equals it, and a torch.Tensor equals no other as a key, "
+            f"got one of shape {tuple(key.shape)}; tolist() makes numbers of it, hash_state() a key of its bytes"
+        )
+    try:
+        answer = key == key
+    except Exception:  # its own business, where it is compared
+        return
+    if not isinstance(answer, (bool, np.bool_)):
+        raise InvalidTypeError(
+            f"{name} must say with == whether it equals another, and a {kind.__name__} answers with a "
+            f"{type(answer).__name__}; a tuple of its numbers, or hash_state() of an array, is a key"
+        )
+    _asked.add(kind)
+
+
+def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
+    """`keys` as a list of at least `minimum` hashables."""
+    if isinstance(keys, (str, bytes)):
+        raise InvalidTypeError(f"keys must be a sequence of keys, got the single {type(keys).__name__} {keys!r}")
+    try:
+        keys = list(keys)
+    except TypeError as error:
+        raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
+    if len(keys) < minimum:
+        raise InvalidArgumentError("keys must name at least one key, got none")
+    hash_all(keys, "keys")
+    return keys
+
+
+def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
+    """`env_ids` as a tuple of hashables; the items of a tensor or array as plain numbers."""
+    if not isinstance(env_ids, (tuple, list, range)) and hasattr(env_ids, "tolist"):
+        env_ids = env_ids.tolist()
+    try:
+        checked = tuple(env_ids)
+    except TypeError as error:
+        raise InvalidTypeError(f"env_ids must be a sequence of environments, got {env_ids!r}") from error
+    hash_all(checked, "env_ids")
+    return checked
+
+
+def sequence_of(name: str, items: object, what: str) -> list[Any]:
+    """`items` as a list, or an error that names the argument."""
+    try:
+        return list(items)  # type: ignore[call-overload, no-any-return]
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} must be a sequence of {what}, got {items!r}") from error
+
+
+def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None:
+    """`items` as a list, for who may read them twice; None stays None."""
+    return None if items is None else sequence_of(name, items, "one item for each key")
+
+
+def check_sides(sides: Sequence[object] | None, rows: int) -> list[object]:
+    """One piece of side data for each row."""
+    if sides is None:
+        return [None] * rows
+    checked = sequence_of("sides", sides, "one item for each key")
+    if len(checked) != rows:
+        raise InvalidArgumentError(f"sides must have one item for each of {rows} keys, got {len(checked)}")
+    return checked
+
+
+def check_priorities(priorities: Sequence[float] | None, rows: int) -> list[float]:
+    """One number for each row; NaN has no place in an order."""
+    if priorities is None:
+        return [0.0] * rows
+    checked = sequence_of("priorities", priorities, "numbers")
+    if len(checked) != rows:
+        raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(checked)}")
+    for priority in checked:
+        if isinstance(priority, bool) or not isinstance(priority, Real):
+            raise InvalidTypeError(f"priority must be a number, got {priority!r}")
+        try:
+            number = float(priority)
+        except OverflowError as error:
+            raise InvalidArgumentError("priority must be a number that fits into a float") from error
+        if math.isnan(number):
+            raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")
+    return checked
+
+
+def last_of_each(keys: Sequence[Hashable]) -> Sequence[int]:
+    """Positions of the last occurrence of each key, in ascending order."""
+    if len(set(keys)) == len(keys):
+        return range(len(keys))
+    return sorted({key: position for position, key in enumerate(keys)}.values())

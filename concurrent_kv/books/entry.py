@@ -1,0 +1,208 @@
+"""`Entry`, the record of one cached sequence, `Scope`, its namespace, and `Hold`, what keeps entries alive.
+
+An entry's life: made (in flight, unknown to anyone), published (its scope's index names it), removed from the index
+(replaced, evicted, popped, released or swept by a clear), dead when the last hold lets go; then its slots are free.
+
+                     +-- HELD by the pool's policy <---+-----------------------+
+    published -------+         | popped as victim      | unpinned              | its last token is its own again
+                     |         v                       |                       |
+                     |      CLAIMED -- is pinned --> PINNED                    |
+                     |         +------ slots are short and it would free none --> SHARED
+                     +-- EXEMPT: belongs to a search, is never a victim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
+
+from ..device.streams import NO_TICKS, Ticks
+from ..locks.numbers import Numbers
+from ..never_copied import NeverCopied
+from .index import Cells, Index
+
+if TYPE_CHECKING:
+    from ..device.positions import Correction
+    from ..pool.core import PoolCore
+    from .quota import Budget
+
+__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "sorted_shards"]
+
+
+class Generation(NamedTuple):
+    """The epoch and weights version of a scope. Compared by identity: each clear and bump makes a new one."""
+
+    epoch: int
+    version: int
+
+
+class Place(IntEnum):
+    """Where an entry stands with its pool's eviction policy."""
+
+    NONE = 0
+    HELD = 1
+    CLAIMED = 2
+    PINNED = 3
+    SHARED = 4
+    EXEMPT = 5
+
+
+class Entry:
+    """An immutable record, reference-counted as a whole. `refs`, `pins`, `place`, `ticks` belong to the mutex.
+
+    Attributes:
+        key, scope, generation: what it was stored as.
+        index_key: the equal key object that the index has, which must not be finalised under a lock.
+        row: its row in the ledger's slot tables.
+        length: tokens.
+        tail: slot of its last token.
+        side: the caller's side data.
+        priority, fingerprint: what policies look at.
+        correction: the differences its tokens need on reading, where some were moved lazily.
+        refs: the index (1 while published) and every hold.
+        pins: holds that also forbid eviction.
+        written: stream ticks of the writes of its slots.
+        ticks: stream ticks of every use of its slots, writes and reads.
+    """
+
+    __slots__ = (
+        "correction",
+        "fingerprint",
+        "generation",
+        "index_key",
+        "key",
+        "length",
+        "pins",
+        "place",
+        "priority",
+        "refs",
+        "row",
+        "scope",
+        "side",
+        "tail",
+        "ticks",
+        "written",
+    )
+
+    def __init__(
+        self,
+        key: Hashable,
+        scope: Scope,
+        generation: Generation,
+        length: int,
+        side: object = None,
+        priority: float = 0.0,
+        fingerprint: int = 0,
+        correction: Correction = None,
+        written: Ticks = NO_TICKS,
+    ) -> None:
+        self.key = key
+        self.index_key = key
+        self.scope = scope
+        self.generation = generation
+        self.length = length
+        self.side = side
+        self.priority = priority
+        self.fingerprint = fingerprint
+        self.correction = correction
+        self.row = -1
+        self.tail = 0
+        self.refs = 0
+        self.pins = 0
+        self.place = Place.NONE
+        self.written = written
+        self.ticks = written
+
+
+_scope_numbers = Numbers.of_process(1)
+
+
+class Scope(NeverCopied):
+    """A namespace of keys with a life of its own, and its part of the index.
+
+    Args:
+        pool: the pool whose quota its entries count against.
+        name: what it is called in messages and statistics.
+        shards: the lock shards that guard its keys, in ascending order; a key's shard is `shards[hash % len]`.
+        budget: what a search reserved: its entries are paid from it, and are never victims.
+
+    `ended` says why nothing can be stored in it any more (its search is over); set under its shards' write locks.
+    """
+
+    __slots__ = ("budget", "ended", "entries", "generation", "name", "number", "pool", "shards")
+
+    instead_of_copy = "pass its name, and ask the pool for it with scope(name)"
+
+    def __init__(
+        self, pool: PoolCore, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None
+    ) -> None:
+        self.pool = pool
+        self.name = name
+        self.number = next(_scope_numbers)
+        self.shards = shards
+        self.budget = budget
+        self.ended: str | None = None
+        self.generation = Generation(0, 0)
+        # One part for each shard, guarded by that shard's lock.
+        self.entries: tuple[Index[Entry], ...] = tuple(Index() for _ in shards)
+
+    @property
+    def epoch(self) -> int:
+        """Number of clears so far."""
+        return self.generation.epoch
+
+    @property
+    def version(self) -> int:
+        """Weights version."""
+        return self.generation.version
+
+    def part_of(self, key: Hashable) -> int:
+        """Which of the scope's dicts holds `key`. Runs the key's `__hash__`."""
+        return hash(key) % len(self.shards) if len(self.shards) > 1 else 0
+
+    def locate(self, keys: Sequence[Hashable]) -> list[tuple[Scope, int]]:
+        """Scope and part of each key. Runs the keys' `__hash__`."""
+        count = len(self.shards)
+        if count == 1:
+            return [(self, 0)] * len(keys)
+        return [(self, hash(key) % count) for key in keys]
+
+    def cells_of(self, located: Sequence[tuple[Scope, int]]) -> list[Cells[Entry]]:
+        """The part of the index that each key belongs to, for `find_places`."""
+        entries = self.entries
+        if len(entries) == 1:
+            return [entries[0].cells] * len(located)
+        return [entries[part].cells for _, part in located]
+
+    def __repr__(self) -> str:
+        return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
+
+
+def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
+    """The lock shards of (scope, part) pairs, ascending and without repeats."""
+    return tuple(sorted({scope.shards[part] for scope, part in located}))
+
+
+class Hold:
+    """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once.
+
+    `users` are operations under way that need the entries to the end: the last of them lets go of what was released.
+    `owner` is the handle; where it is dead and the hold is not released, its finaliser was cut off.
+    """
+
+    __slots__ = ("entries", "owner", "pinning", "released", "users", "what")
+
+    def __init__(self, what: str, entries: list[Entry], *, pinning: bool = False) -> None:
+        self.what = what
+        self.entries = entries
+        self.pinning = pinning
+        self.released = False
+        self.users = 0
+        self.owner: ref[object] | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether nobody is there to release it. True until a handle has taken it over, too."""
+        return self.owner is None or self.owner() is None

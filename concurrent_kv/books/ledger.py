@@ -1,0 +1,280 @@
+"""`Ledger`: who holds what. Slots, slot tables, reference counts, handles and waiters, all under the one mutex.
+
+Methods that say "mutex held" are called inside `with ledger.mutex`; the others take it themselves. What dies under the
+mutex is returned to the caller, so that side data and keys are finalised outside of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..device.native import Viewed, native
+from ..device.streams import NO_TICKS, Ticks, merge
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..locks.signal import Signal
+from .entries import let_go, retain, rows_of
+from .entry import Entry, Hold, Place
+from .slots import SlotAllocator
+
+if TYPE_CHECKING:
+    from ..pool.core import PoolCore
+
+__all__ = ["Ledger", "wake"]
+
+
+class Ledger:
+    """The books of one storage.
+
+    Args:
+        num_slots: usable slots.
+        window: tokens of the longest entry.
+        lock_factory, event_factory: make the mutex and the waiters' events; a scheduler may pass its own.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        window: int,
+        *,
+        lock_factory: Callable[[], Any] = threading.Lock,
+        event_factory: Callable[[], Any] = Signal,
+    ) -> None:
+        self.mutex = lock_factory()
+        self.slots = SlotAllocator(num_slots)
+        self.window = window
+        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest. Row 0 is zeros.
+        self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
+        self.viewed_tables, self.viewed_written_at = Viewed(), Viewed()
+        # Position each slot's token was written at, in its row; only lazy corrections look at it.
+        self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
+        self.holds: set[Hold] = set()
+        # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
+        self.abandoned: deque[Callable[[Deadline], object]] = deque()
+        self._free_rows = list(range(63, 0, -1))
+        # Entries in Place.SHARED, by tail slot and by pool.
+        self._shared: dict[int, dict[Entry, None]] = {}
+        self._shared_of: dict[PoolCore, dict[Entry, None]] = {}
+        self._event_factory = event_factory
+        self._waiters: list[Any] = []
+
+    def mutex_for_numbers(self) -> AbstractContextManager[object]:
+        """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""
+        return nullcontext() if gate.is_inside else self.mutex
+
+    # Entries -----------------------------------------------------------------------------------------------------
+
+    def make(self, entries: list[Entry], tables: npt.NDArray[np.int64] | bytearray) -> None:
+        """Give new entries their slot tables `[entries, window]` and the reference of the index. Mutex held.
+
+        The tables may be the bytes of an array, as compiled code makes them.
+        """
+        while len(self._free_rows) < len(entries):
+            rows = len(self.tables)
+            # Readers may be using the old array without the mutex: it is replaced, never resized in place.
+            self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)])
+            self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
+        first = len(self._free_rows) - len(entries)
+        rows_taken = self._free_rows[first:]
+        del self._free_rows[first:]
+        if native is None:
+            assert not isinstance(tables, bytearray)
+            self.tables[rows_taken] = tables
+            self.slots.hold(tables)
+            for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
+                entry.row, entry.tail, entry.refs = row, tail, 1
+        else:
+            counts = self.slots.viewed_counts.of(self.slots.counts)
+            native.enter(self.viewed_tables.of(self.tables), rows_taken, counts, tables, entries)
+
+    def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
+        """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""
+        return self.tables.take(rows_of(entries), axis=0)
+
+    def let_go(self, entries: list[Entry]) -> list[Entry]:
+        """Drop one reference of each, and free what the dead had; returns those that died. Mutex held."""
+        dead = let_go(entries)
+        if dead:
+            rows = [entry.row for entry in dead]
+            tables = self.tables[rows]
+            ticks: Ticks = NO_TICKS
+            for entry in dead:
+                ticks = merge(ticks, entry.ticks)
+                entry.row = -1
+            self.slots.drop(tables, ticks)
+            self._free_rows.extend(rows)
+            if self._shared:
+                self._unpark_unshared(tables)
+        return dead
+
+    def rebuild_rows(self, used: set[int]) -> None:
+        """Set the free rows of the tables as found by a full recount. Mutex held."""
+        self._free_rows = [row for row in range(len(self.tables) - 1, 0, -1) if row not in used]
+
+    def free_rows(self) -> set[int]:
+        """Rows of the tables that no entry has. Mutex held."""
+        return set(self._free_rows)
+
+    # Eviction candidates -----------------------------------------------------------------------------------------
+
+    def shares_tail(self, entry: Entry) -> bool:
+        """Whether another entry names the last token of `entry`, so that evicting it would free no slot. Mutex held."""
+        return bool(self.slots.counts[entry.tail] > 1)
+
+    def park_shared(self, entry: Entry) -> None:
+        """Set a claimed victim aside until its last token is its own again. Mutex held."""
+        entry.place = Place.SHARED
+        self._shared.setdefault(entry.tail, {})[entry] = None
+        self._shared_of.setdefault(entry.scope.pool, {})[entry] = None
+
+    def unpark(self, entry: Entry) -> None:
+        """Give a parked entry back to its policy, as the next candidate. Mutex held."""
+        self.forget_parked(entry)
+        entry.place = Place.HELD
+        entry.scope.pool.policy.give_back(entry)
+
+    def unpark_shared(self, pool: PoolCore, number: int) -> bool:
+        """Give back `number` of what `pool` had parked for sharing: an entry is wanted, not a slot. Mutex held.
+
+        False if there is none.
+        """
+        parked = list(islice(self._shared_of.get(pool, ()), number))
+        for entry in parked:
+            self.unpark(entry)
+        return bool(parked)
+
+    def forget_parked(self, entry: Entry) -> None:
+        """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
+        if entry.place is Place.SHARED:
+            siblings = self._shared[entry.tail]
+            del siblings[entry], self._shared_of[entry.scope.pool][entry]
+            if not siblings:
+                del self._shared[entry.tail]
+
+    def reset_parked(self) -> None:
+        """Forget who is set aside for sharing; repair gives everyone back to the policies. Mutex held."""
+        self._shared.clear()
+        self._shared_of.clear()
+
+    def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
+        flat = tables.ravel()
+        for slot in flat[self.slots.counts[flat] == 1].tolist():
+            for entry in tuple(self._shared.get(slot, ())):
+                self.unpark(entry)
+
+    # Holds -------------------------------------------------------------------------------------------------------
+
+    def extend(self, hold: Hold, entries: list[Entry]) -> None:
+        """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
+        self.holds.add(hold)
+        if hold.pinning:
+            for entry in entries:
+                entry.pins += 1
+        retain(entries, hold.entries)
+
+    def drop_from(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
+        """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
+        staying = Counter(hold.entries)
+        staying.subtract(entries)
+        hold.entries = list(staying.elements())
+        return self._unhold(hold, entries)
+
+    def end(self, hold: Hold) -> list[Entry]:
+        """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
+        if hold.released:
+            return []
+        hold.released = True
+        return self._empty(hold)
+
+    def _empty(self, hold: Hold) -> list[Entry]:
+        """Let go of what a released hold holds, unless somebody still uses it."""
+        if hold.users:
+            return []
+        self.holds.discard(hold)
+        entries, hold.entries = hold.entries, []
+        return self._unhold(hold, entries)
+
+    def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
+        if hold.pinning:
+            for entry in entries:
+                entry.pins -= 1
+                if not entry.pins and entry.place is Place.PINNED:
+                    self.unpark(entry)
+        return self.let_go(entries)
+
+    def abandon(self, release: Callable[[Deadline], object]) -> None:
+        """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
+        self.abandoned.append(release)
+        for waiter in tuple(self._waiters):
+            waiter.set()
+
+    def release(self, hold: Hold) -> bool:
+        """Release a hold, and wake whoever waits for room; False if it was released before."""
+        with gate.lock, self.mutex:
+            first = not hold.released
+            dead = self.end(hold)
+            waiters = self.take_waiters()
+        wake(waiters)
+        del dead
+        return first
+
+    def use(self, hold: Hold) -> bool:
+        """Keep what a hold holds until `stop_using`, whoever releases it meanwhile; False if it is released."""
+        with gate.lock, self.mutex:
+            if hold.released:
+                return False
+            hold.users += 1
+            return True
+
+    def stop_using(self, hold: Hold, *, release: bool = False) -> bool:
+        """The other end of `use`; or of the hold itself, with `release`. False if that was released before."""
+        with gate.lock, self.mutex:
+            first = not hold.released
+            hold.users -= 1
+            dead = self.end(hold) if release and first else self._empty(hold) if hold.released else []
+            waiters = self.take_waiters() if hold.released else []
+        if waiters:
+            wake(waiters)
+        del dead
+        return first
+
+    def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
+        """As `release`, in the form that `abandoned` takes; waits for no shard."""
+        self.release(hold)
+
+    def stamp_reads(self, entries: Iterable[Entry], ticks: Ticks) -> None:
+        """Note a use of each entry's slots. Mutex held."""
+        for entry in entries:
+            entry.ticks = merge(entry.ticks, ticks)
+
+    # Waiting for room ----------------------------------------------------------------------------------------------
+
+    def waiter(self) -> Any:
+        """An event that is set at the next release of anything. Mutex held, in the hold that found no room."""
+        event = self._event_factory()
+        self._waiters.append(event)
+        return event
+
+    def forget_waiter(self, event: Any) -> None:
+        """Take off the list who no longer waits. Mutex held."""
+        with suppress(ValueError):
+            self._waiters.remove(event)
+
+    def take_waiters(self) -> list[Any]:
+        """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+
+def wake(waiters: Iterable[Any]) -> None:
+    """Set the events of `Ledger.take_waiters`, outside the mutex."""
+    for waiter in waiters:
+        waiter.set()

@@ -1,0 +1,340 @@
+"""The allocator of token slots: free runs in the order of their release, use counts, reservations.
+
+Slot 0 is never handed out: it is all zeros and serves the padding. Every method is called with the ledger's mutex held.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+# What np.unique imports at its first call: that would be milliseconds under the mutex, and an import that is cut off by
+# an asynchronous exception leaves CPython's import lock taken.
+import numpy.ma
+import numpy.typing as npt
+
+from ..device.native import Viewed, native
+from ..device.streams import NO_TICKS, Ticks, merge
+
+__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken", "as_array"]
+
+SlotArray = npt.NDArray[np.int64]
+Slots = range | SlotArray  # a range where each is the one after the last
+
+RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
+MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
+ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
+
+
+class Taken(NamedTuple):
+    """Slots that were free until now."""
+
+    slots: Slots
+    ticks: Ticks  # their next writer has to wait for
+
+
+Run = tuple[Slots, Ticks]  # free slots that were freed together
+
+
+def as_array(slots: Slots) -> SlotArray:
+    """Some slots as an array."""
+    return np.arange(slots.start, slots.stop, dtype=np.int64) if type(slots) is range else np.asarray(slots)
+
+
+def _as_range(slots: SlotArray) -> range | None:
+    """Some slots in ascending order as a range, where they are one."""
+    first, last = int(slots[0]), int(slots[-1])
+    consecutive = last - first == len(slots) - 1 and (slots[1:] > slots[:-1]).all()
+    return range(first, last + 1) if consecutive else None
+
+
+def _mark(array: npt.NDArray[np.int32], viewed: Viewed, slots: Slots, number: int) -> None:
+    if native is not None:
+        native.mark(viewed.of(array), slots, number)
+    elif isinstance(slots, range):
+        array[slots.start : slots.stop] = number
+    else:
+        array[slots] = number
+
+
+def _joined(first: Run, second: Run) -> Run | None:
+    """One run of two that lie side by side and were used by the same streams; None for others."""
+    (one, ticks), (other, other_ticks) = first, second
+    if type(one) is not range or type(other) is not range or ticks.keys() != other_ticks.keys():
+        return None
+    if other.start == one.stop:
+        return range(one.start, other.stop), merge(ticks, other_ticks)
+    if one.start == other.stop:
+        return range(other.start, one.stop), merge(ticks, other_ticks)
+    return None
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Slots set aside for one owner (a search): nobody else can take them, and what it frees comes back to it."""
+
+    number: int
+    size: int  # slots set aside in all
+    left: int  # of these, not yet taken
+
+
+class SlotAllocator:
+    """Which slots are free, how many entries name each of the others, and who they are reserved for.
+
+    Args:
+        num_slots: usable slots, numbered 1 to `num_slots`.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.free_count = num_slots
+        self.reserved_count = 0  # of the free ones
+        self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
+        self._runs: deque[Run] = deque([(range(1, num_slots + 1), NO_TICKS)])
+        self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
+        self.viewed_counts, self._viewed_owner = Viewed(), Viewed()
+        self._reservations: dict[int, Reservation] = {}
+        self._last_reservation = 0
+        # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
+        self._residual: Ticks = NO_TICKS
+
+    @property
+    def available(self) -> int:
+        """Free slots that are not reserved."""
+        return self.free_count - self.reserved_count
+
+    @property
+    def in_use(self) -> int:
+        """Slots that are not free."""
+        return self.num_slots - self.free_count
+
+    def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
+        """`count` slots, or None with nothing changed."""
+        own = 0 if reservation is None else min(count, reservation.left)
+        if count - own > self.available:
+            return None
+        slots, ticks = self._take(count)
+        if type(slots) is not range and count:
+            slots = _as_range(slots) or slots
+        try:
+            if own < count:
+                _mark(self._owner, self._viewed_owner, slots, 0)
+            if reservation is not None and own:
+                # Only these come back to the reservation when freed; the rest was lent by everyone.
+                paid = slots if own == count else slots[:own]
+                _mark(self._owner, self._viewed_owner, paid, reservation.number)
+        except BaseException:
+            self._runs.appendleft((slots, ticks))
+            raise
+        self.free_count -= count
+        if reservation is not None and own:
+            reservation.left -= own
+            self.reserved_count -= own
+        return Taken(slots, ticks)
+
+    def _take(self, count: int) -> Run:
+        """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
+        runs = self._runs
+        for place in range(min(len(runs), RUNS_LOOKED_AT)):
+            slots, ticks = run = runs[place]
+            if len(slots) > count:
+                runs[place] = slots[count:], ticks
+                return slots[:count], ticks
+            if len(slots) == count:
+                del runs[place]
+                return run
+        return self._take_several(count)
+
+    def _take_several(self, count: int) -> Run:
+        taken: list[SlotArray] = [np.empty(0, dtype=np.int64)]
+        ticks: Ticks = NO_TICKS
+        while count:
+            slots, run_ticks = self._runs.popleft()
+            if len(slots) > count:
+                self._runs.appendleft((slots[count:], run_ticks))
+                slots = slots[:count]
+            taken.append(as_array(slots))
+            ticks = merge(ticks, run_ticks)
+            count -= len(slots)
+        return np.concatenate(taken), ticks
+
+    def hold(self, tables: npt.NDArray[np.integer]) -> None:
+        """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
+        np.add.at(self.counts, tables.ravel(), ONE)
+        self.counts[0] = 0
+
+    def drop(self, tables: npt.NDArray[np.integer], ticks: Ticks) -> int:
+        """Count one entry less for every slot in `tables`; slots that nobody names any more become free.
+
+        `ticks` are the uses of the dropped entries. Returns the number of slots freed.
+        """
+        flat = tables.ravel()
+        np.subtract.at(self.counts, flat, ONE)
+        self.counts[0] = 1  # never a candidate below
+        left = self.counts[flat]
+        freed = flat[left == 0]
+        self.counts[0] = 0
+        if len(tables) > 1:
+            freed = np.unique(freed)
+        ticks = merge(ticks, self._residual)
+        if ticks and (left[flat > 0] > 0).any():
+            self._residual = ticks
+        self._free(freed.astype(np.int64, copy=False), ticks)
+        return len(freed)
+
+    def give_back(self, slots: Slots, ticks: Ticks) -> None:
+        """Free allocated slots that no entry came to name."""
+        self._free(as_array(slots), ticks)
+
+    def _free(self, slots: SlotArray, ticks: Ticks) -> None:
+        if not len(slots):
+            return
+        slots = np.sort(slots)
+        gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
+        if len(gaps) < MOST_PIECES:
+            edges = [0, *gaps.tolist(), len(slots)]
+            for first, last in pairwise(edges):
+                self._append((range(int(slots[first]), int(slots[last - 1]) + 1), ticks))
+        else:
+            self._append((slots, ticks))
+        self.free_count += len(slots)
+        if self._reservations:
+            owners = self._owner[slots]
+            if (owners == owners[0]).all():
+                self._return_to(int(owners[0]), len(slots))
+                return
+            numbers, counts = np.unique(owners, return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                self._return_to(number, count)
+
+    def _append(self, run: Run) -> None:
+        joined = _joined(self._runs[-1], run) if self._runs else None
+        if joined is None:
+            self._runs.append(run)
+        else:
+            self._runs[-1] = joined
+
+    def _return_to(self, number: int, count: int) -> None:
+        reservation = self._reservations.get(number)
+        if reservation is not None:
+            reservation.left += count
+            self.reserved_count += count
+
+    def reserve(self, count: int) -> Reservation | None:
+        """Set `count` free slots aside, or None with nothing changed."""
+        if count > self.available:
+            return None
+        self._last_reservation += 1
+        reservation = Reservation(self._last_reservation, count, count)
+        self._reservations[reservation.number] = reservation
+        self.reserved_count += count
+        return reservation
+
+    def extend(self, reservation: Reservation, count: int) -> bool:
+        """Set `count` more slots aside for `reservation`; False with nothing changed where there are not enough."""
+        if count > self.available:
+            return False
+        reservation.size += count
+        reservation.left += count
+        self.reserved_count += count
+        return True
+
+    def charge(self, reservation: Reservation, slots: Slots) -> None:
+        """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
+        paid = slots[: reservation.left]
+        _mark(self._owner, self._viewed_owner, paid, reservation.number)
+        reservation.left -= len(paid)
+        self.reserved_count -= len(paid)
+
+    def discharge(self, reservation: Reservation, slots: SlotArray) -> None:
+        """Give a reservation back what it paid for slots that somebody else pays for now, as far as slots are free."""
+        own = slots[self._owner[slots] == reservation.number][: max(0, self.available)]
+        self._owner[own] = 0
+        if reservation.number in self._reservations:
+            reservation.left += len(own)
+            self.reserved_count += len(own)
+
+    def exclusive(self, tables: npt.NDArray[np.integer]) -> int:
+        """Slots that one entry alone names, of all in `tables`."""
+        flat = tables.ravel()
+        return int(np.count_nonzero((self.counts[flat] == 1) & (flat > 0)))
+
+    def cancel(self, reservation: Reservation) -> int:
+        """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed.
+
+        Returns its size; 0 the second time.
+        """
+        # No call in here, so that no asynchronous exception parts what belongs together.
+        if reservation.number not in self._reservations:
+            return 0
+        del self._reservations[reservation.number]
+        self.reserved_count -= reservation.left
+        size = reservation.size
+        reservation.size = reservation.left = 0
+        return size
+
+    def keep_reservations(self, known: Sequence[Reservation]) -> None:
+        """Cancel every reservation that is not among `known`."""
+        for reservation in list(self._reservations.values()):
+            if reservation not in known:
+                self.cancel(reservation)
+
+    def shared_count(self) -> int:
+        """Slots that two or more entries name."""
+        return int(np.count_nonzero(self.counts > 1))
+
+    def free_slots(self) -> SlotArray:
+        """Every free slot, in the order of release."""
+        if not self._runs:
+            return np.empty(0, dtype=np.int64)
+        return np.concatenate([as_array(slots) for slots, _ in self._runs])
+
+    def rebuild(self, counts: npt.NDArray[np.int32], ticks: Ticks) -> int:
+        """Set the use counts as found by a full recount and free the rest; returns the slots that this gave back."""
+        before = self.free_count
+        free = np.flatnonzero(counts[1:] == 0).astype(np.int64) + 1
+        self.counts = counts
+        self._runs = deque([(_as_range(free) or free, ticks)] if len(free) else [])
+        self.free_count = len(free)
+        for reservation in self._reservations.values():
+            reservation.left = reservation.size - self._taken(reservation, counts)
+        self.reserved_count = sum(reservation.left for reservation in self._reservations.values())
+        return self.free_count - before
+
+    def _taken(self, reservation: Reservation, counts: npt.NDArray[np.int32]) -> int:
+        return int(np.count_nonzero((self._owner == reservation.number) & (counts > 0)))
+
+    def problems(self, counts: npt.NDArray[np.int32]) -> list[str]:
+        """What contradicts a recount `counts` of the entries alive."""
+        found: list[str] = []
+        free = self.free_slots()
+        if len(free) != self.free_count:
+            found.append(f"free count {self.free_count} but {len(free)} slots in the free runs")
+        if len(np.unique(free)) != len(free):
+            found.append("a slot is free twice")
+        if len(free) and (free.min() < 1 or free.max() > self.num_slots):
+            found.append("a free slot is out of range")
+        if not np.array_equal(counts[1:], self.counts[1:]):
+            wrong = (np.flatnonzero(counts[1:] != self.counts[1:]) + 1).tolist()
+            found.append(f"use counts differ from the entries at slots {wrong[:8]} ({len(wrong)} in all)")
+        used = int(np.count_nonzero(counts[1:]))
+        if used + len(free) != self.num_slots:
+            found.append(f"{len(free)} free + {used} referenced slots != {self.num_slots}")
+        if len(free) and counts[free].any():
+            found.append("a free slot is referenced by an entry")
+        reserved = sum(reservation.left for reservation in self._reservations.values())
+        if reserved != self.reserved_count:
+            found.append(f"reserved count {self.reserved_count} but reservations add up to {reserved}")
+        found += [
+            f"{reservation} does not add up: {self._taken(reservation, counts)} of its slots are in use"
+            for reservation in self._reservations.values()
+            if reservation.left + self._taken(reservation, counts) != reservation.size
+        ]
+        if self.reserved_count > self.free_count:
+            found.append(f"{self.reserved_count} slots reserved but only {self.free_count} free")
+        return found

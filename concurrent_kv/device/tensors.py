@@ -1,0 +1,358 @@
+"""`SlotTensor`: the tensor of token slots, and the two copies that move tokens in and out of it.
+
+Each copy is the same few operator calls whatever the batch and the number of layers: indices say everything. In host
+memory it is one call of compiled code instead, where the package was built with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..books.slots import Slots, as_array
+from ..errors import ClosedError
+from ..locks.gate import gate
+from .layout import KVLayout
+from .moving import upload
+from .native import address_of, native
+from .positions import Correction, PositionSteps, PositionTable
+from .streams import NO_TICKS, Ticks
+
+__all__ = ["Block", "SlotTensor", "in_columns", "plain_torch_state", "writing_to"]
+
+MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
+AS_IT_IS = nullcontext()
+LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
+UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
+
+Indices = npt.NDArray[np.int64]
+
+
+def plain_torch_state(written: Tensor | None = None) -> AbstractContextManager[None]:
+    """A context without gradients and without inference mode, whatever the caller's thread is in.
+
+    A tensor made under inference mode cannot be written to outside of it: whether a pool works must not depend on which
+    thread came first. Only where the caller's own tensor, `written`, was made that way is that mode entered.
+    """
+    inference = written is not None and written.is_inference()
+    if inference != torch.is_inference_mode_enabled():
+        return torch.inference_mode(inference) if inference else _normal_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
+
+
+def writing_to(buffer: Tensor) -> AbstractContextManager[None]:
+    """A context in which a caller's tensors can be copied into `buffer`, which joins no graph of theirs."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return torch.inference_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
+
+
+@contextmanager
+def _normal_mode() -> Iterator[None]:
+    # Leaving inference mode turns gradients on again.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class Block(NamedTuple):
+    """Tokens that are whole rows and columns of a buffer, row by row."""
+
+    rows: slice
+    columns: slice
+
+
+def _in_units(tokens: Tensor) -> Tensor:
+    """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
+
+    `index_copy_` moves its numbers one by one: the fewer they are, the sooner it is done.
+    """
+    flat = tokens.flatten(2)
+    return flat if flat.shape[2] * flat.element_size() % UNIT.itemsize else flat.view(UNIT)
+
+
+def in_columns(tables: Indices, rows: Sequence[int], end: int, columns: int) -> Indices:
+    """Slots `[rows, columns]` of the slot tables `tables[rows]`, each row's newest token before column `end`."""
+    return tables.take(rows, axis=0).take(_columns_of(tables.shape[1], end, columns), axis=1)
+
+
+@cache
+def _columns_of(window: int, end: int, columns: int) -> Indices:
+    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
+
+    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
+    """
+    return np.array([window - end + column if column < end else 0 for column in range(columns)])
+
+
+class SlotTensor:
+    """Slots for tokens, `[2 * layers, slots, heads, head_dim]`: all layers' keys, then all layers' values.
+
+    Slot 0 is zeros for good and serves all padding. Allocated once.
+
+    Args:
+        layout: shapes, dtype and device.
+        num_slots: usable slots (1 to `num_slots`).
+        compiled: whether compiled code may read and write it; not where streams are simulated.
+    """
+
+    def __init__(self, layout: KVLayout, num_slots: int, *, compiled: bool = True) -> None:
+        self.layout = layout
+        self.num_slots = num_slots
+        self._native: Any = native if compiled and layout.device.type == "cpu" else None
+        shape = (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim)
+        with plain_torch_state():
+            data = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+            if self._native is not None:
+                self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
+            self._data: Tensor | None = data.zero_()
+        self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
+        self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
+        self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
+        self._buffers_lock = threading.Lock()
+
+    @property
+    def data(self) -> Tensor:
+        """`[2 * layers, slots + 1, heads, head_dim]`."""
+        data = self._data
+        if data is None:
+            raise ClosedError("the storage of this pool was freed by close()")
+        return data
+
+    @property
+    def freed(self) -> bool:
+        """Whether the slots were given back."""
+        return self._data is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots, the zero slot included."""
+        return (self.num_slots + 1) * self.layout.bytes_per_token
+
+    def gather(
+        self, tables: Indices, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Copy the tokens of the slot tables `tables[rows]` into `out`, each row's newest before column `end`.
+
+        `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Padding becomes zeros; so do the columns
+        from `end` on, which may stay as they are unless `whole`. Returns the indices, which have to live until the copy
+        is done.
+        """
+        layout, data, columns = self.layout, self.data, out.shape[3]
+        address = self._compiled_at(out, out.nbytes)
+        if address:
+            filled = columns if whole else end
+            self._native.gather(data.data_ptr(), self._shape, address, columns, end, filled, tables, rows)
+            if not out.is_inference():
+                increment_version(out)
+            return ()
+        table = in_columns(tables, rows, end, columns)
+        index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
+        with plain_torch_state(out):
+            torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
+        return (index,)
+
+    def gather_stepwise(
+        self,
+        tables: Indices,
+        rows: list[int],
+        end: int,
+        out: Tensor,
+        written_at: Indices,
+        owed: Sequence[Correction],
+        steps: PositionSteps,
+        *,
+        whole: bool = True,
+    ) -> bool:
+        """As `gather`, and add what the tokens are owed of rows that are owed `steps`; False if compiled code cannot.
+
+        Args:
+            written_at: position in its row at which each slot's token was written.
+            owed: what each row is owed.
+            steps: what is owed for each drop.
+        """
+        address = self._compiled_at(out, 0) if out.dtype is torch.float32 else 0
+        difference = address_of(steps.rows) if address else 0
+        if not difference:
+            return False
+        columns, data = out.shape[3], self.data
+        filled = columns if whole else end
+        batch = (address, columns, end, filled)
+        table = (difference, steps.layout.max_tokens, steps.count)
+        of_rows = (tables, rows, written_at, owed, steps)
+        self._native.gather_stepwise(data.data_ptr(), self._shape, *batch, *of_rows, *table)
+        if not out.is_inference():
+            increment_version(out)
+        return True
+
+    def _compiled_at(self, other: Tensor, nbytes: int) -> int:
+        """The address of a batch, if compiled code does a copy of so many bytes to or from it; 0 if torch does."""
+        if self._native is None or type(other) is not Tensor:
+            return 0
+        return address_of(other) if nbytes < LARGE_BYTES or torch.get_num_threads() == 1 else 0
+
+    def scatter(
+        self,
+        source: Tensor,
+        rows: Indices,
+        columns: Indices,
+        slots: Slots,
+        difference: Tensor | None = None,
+        runs: int = 0,
+        block: Block | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Copy token `columns[i]` of row `rows[i]` of `source` into slot `slots[i]`, for every `i`.
+
+        Args:
+            source: contiguous, `[2 * layers, batch, heads, columns, head_dim]`.
+            rows, columns: one number for each token.
+            slots: as many.
+            difference: `[2 * layers, kept, heads, head_dim]`, added to each of the first `runs` runs of `kept` tokens.
+            runs: see `difference`.
+            block: `rows` and `columns` once more, if they are a block and `slots` are a range;
+                a `difference` is then for each of its rows.
+
+        Returns the indices and temporaries, which have to live until the copy is done.
+        """
+        layout, data = self.layout, self.data
+        shape = source.shape
+        address = self._compiled_at(source, len(slots) * layout.bytes_per_token) if self._is_batch(source, shape) else 0
+        added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
+        if address and added is not None:
+            batch = (address, shape[1], shape[3])
+            self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
+            return ()
+        with plain_torch_state():
+            if block is None:
+                return self._copy_tokens(source, rows, columns, slots, difference, runs)
+            # No indices, and no copy on the way.
+            self._copy_block(source, block, int(slots[0]), difference)
+            return ()
+
+    def _is_batch(self, source: Tensor, shape: torch.Size) -> bool:
+        """Whether it is a batch still: its user may have given it other memory since it was gathered."""
+        layout = self.layout
+        return (
+            len(shape) == 5
+            and (shape[0], shape[2], shape[4]) == (2 * layout.num_layers, layout.num_heads, layout.head_dim)
+            and source.dtype is layout.dtype
+            and source.is_cpu
+            and source.is_contiguous()
+        )
+
+    def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:
+        """What compiled code takes for differences; None where it must not look at their memory."""
+        kept, heads, head_dim = difference.shape[1:]
+        plain = type(difference) is Tensor and difference.dtype is torch.float32 and difference.is_cpu
+        if not plain or difference.stride()[1:] != (heads * head_dim, head_dim, 1):
+            return None
+        address = address_of(difference)
+        return (address, difference.stride(0) * difference.element_size(), kept, runs * kept) if address else None
+
+    def _copy_tokens(
+        self, source: Tensor, rows: Indices, columns: Indices, slots: Slots, difference: Tensor | None, runs: int
+    ) -> tuple[Tensor, ...]:
+        layout, data = self.layout, self.data
+        flat = ((rows * layout.num_heads)[:, None] + self._heads) * source.shape[3] + columns[:, None]
+        source_index, slot_index = self._index(flat.ravel()), self._index(as_array(slots))
+        tokens = torch.index_select(self._by_head(source), 1, source_index)
+        tokens = tokens.view(data.shape[0], len(slots), layout.num_heads, layout.head_dim)
+        if difference is not None:
+            corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
+            corrected = corrected.view(data.shape[0], runs, *difference.shape[1:])
+            corrected.add_(difference.unsqueeze(1))
+        _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
+        return source_index, slot_index, tokens
+
+    def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
+        data, layout = self.data, self.layout
+        rows, columns = block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
+        shape = (data.shape[0], rows, columns, layout.num_heads, layout.head_dim)
+        layers, row, head, column, _ = source.stride()
+        first = source.storage_offset() + block.rows.start * row + block.columns.start * column
+        tokens = source.as_strided(shape, (layers, row, column, head, 1), first)
+        layers, slot, head, _ = data.stride()
+        into = data.as_strided(shape, (layers, columns * slot, slot, head, 1), first_slot * slot)
+        if difference is None:
+            into.copy_(tokens)
+        else:
+            torch.add(tokens, difference.unsqueeze(1), out=into)
+
+    def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
+        """Add the differences of tokens that moved to a gathered buffer.
+
+        Args:
+            out: `[2 * layers, batch, heads, columns, head_dim]`.
+            moved: `[batch, columns]`, how far each token stands before the position it was written at.
+            positions: `[batch, columns]`, where each token stands now.
+        """
+        layout = self.layout
+        rows = (moved * table.window + positions)[:, None, :] * layout.num_heads + self._heads[None, :, None]
+        index = self._index(rows.ravel())
+        difference = torch.index_select(table.rows, 1, index)
+        self._by_head(out).add_(difference)
+        return index, difference
+
+    def correct_stepwise(
+        self, out: Tensor, moved: Indices, positions: Indices, steps: PositionSteps
+    ) -> tuple[Tensor, ...]:
+        """As `correct`, one drop after the other; a token that has outlived fewer gets -0.0 added, which changes none.
+
+        Returns what has to live until it is done.
+        """
+        heads, used = self.layout.num_heads, []
+        left, at = moved // steps.count, positions + moved - steps.count
+        while (left > 0).any():
+            position = np.where(left > 0, at, steps.layout.max_tokens)
+            index = self._index((position[:, None, :] * heads + self._heads[None, :, None]).ravel())
+            difference = torch.index_select(steps.rows, 1, index)
+            self._by_head(out).add_(difference)
+            used += [index, difference]
+            left, at = left - 1, at - steps.count
+        return tuple(used)
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor as `[2 * layers, rows, head_dim]`: one row for each head of each token."""
+        return tensor.view(tensor.shape[0], -1, self.layout.head_dim)
+
+    def _index(self, index: Indices) -> Tensor:
+        return upload(index, self.layout.device)
+
+    def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
+        """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
+        with gate.lock, self._buffers_lock:
+            free = self._buffers.get((batch, columns))
+            if free:
+                return free.pop()
+        return self.new_buffer(batch, columns), NO_TICKS
+
+    def new_buffer(self, batch: int, columns: int) -> Tensor:
+        """A buffer that is the caller's for good."""
+        layout = self.layout
+        shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
+        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+
+    def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
+        """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
+        with gate.lock, self._buffers_lock:
+            shape = (buffer.shape[1], buffer.shape[3])
+            if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
+                self._buffers.pop(next(iter(self._buffers)))
+            free = self._buffers.setdefault(shape, [])
+            if len(free) < keep and self._data is not None:
+                # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
+                free.append((buffer.detach(), ticks))
+
+    def free(self) -> None:
+        """Give the memory back; copies under way keep theirs until they are done."""
+        self._data = None
+        with gate.lock, self._buffers_lock:
+            self._buffers.clear()

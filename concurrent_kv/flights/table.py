@@ -1,0 +1,410 @@
+"""Flights: one computation for each missing key, however many callers miss it together.
+
+    join -> mine ----- compute, put -----> DONE       everyone gets a copy of the result, which the flight carries
+              |------- compute raises ---> FAILED     everyone hears a copy of the error; nothing is remembered of it
+              |------- cancelled, dropped -> ABANDONED  everyone wakes; the first to run joins again, and computes
+              '------- the pool closes --> CLOSED     everyone hears `ClosedError`
+
+A flight belongs to a key in one epoch and weights version: after a clear, callers start another, and the older one's
+result reaches those who waited for it and is not kept. The table's lock is never held while anything is called, and
+nothing else is locked inside it; a key's `__eq__` runs under it, its `__hash__` before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from contextvars import ContextVar
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from ..books.entry import Generation, Scope
+from ..device.streams import NO_TICKS, Ticks
+from ..errors import ClosedError, InvalidTypeError, RecursiveComputationError
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..never_copied import NeverCopied, is_owned_elsewhere
+
+if TYPE_CHECKING:
+    from ..model.kv import KeysValues
+
+__all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
+
+Waker = Callable[[], None]
+
+# What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
+computing_here: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
+
+
+class FlightState(Enum):
+    """Where a computation stands."""
+
+    COMPUTING = "computing"
+    DONE = "done"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+    CLOSED = "closed"
+
+
+class FlightKey:
+    """A key in one generation of a scope.
+
+    Keys are the user's: their `__hash__` runs once, when this is made, their `__eq__` where scope and hash are equal.
+    To be taken out of a table, it becomes `gone`: it then equals nothing but itself, and no key is asked.
+    """
+
+    __slots__ = ("_hash", "_key_hash", "generation", "gone", "key", "scope_number")
+
+    def __init__(self, scope_number: int, key: Hashable, generation: Generation) -> None:
+        self.scope_number = scope_number
+        self.key = key
+        self.generation = generation
+        self.gone = False
+        self._key_hash = hash(key)
+        self._hash = hash((scope_number, self._key_hash, generation))
+
+    def is_of_the_key_of(self, other: FlightKey) -> bool:
+        """Whether both are of one key in one scope, of whatever generation."""
+        if self.scope_number != other.scope_number or self._key_hash != other._key_hash:
+            return False
+        return self.key is other.key or bool(self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, FlightKey) or self.gone or other.gone or self.generation != other.generation:
+            return False
+        return self.is_of_the_key_of(other)
+
+
+class Ending:
+    """What those who wait for a flight take from it; empty until it is over."""
+
+    __slots__ = ("error", "ready", "result")
+
+    def __init__(self) -> None:
+        self.result: KeysValues | None = None
+        self.ready: Ticks = NO_TICKS  # the copy that made `result`
+        self.error: Exception | None = None  # as it was raised; every waiter raises a copy of its own
+
+
+class Flight:
+    """One computation under way. Settled once, by whoever comes first."""
+
+    __slots__ = ("ending", "key", "loop_ended", "owner", "settling", "state", "waits_for", "wakers")
+
+    def __init__(self, key: FlightKey) -> None:
+        self.key = key
+        self.state = FlightState.COMPUTING
+        self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
+        # Of those who wait, once it is over: the frames that computed reach the flight, and the error those frames.
+        self.ending: Ending | None = Ending()
+        self.wakers: list[Waker] = []
+        self.loop_ended: Callable[[], bool] | None = None  # of the loop that it needs, if it needs one
+        self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
+        self.waits_for: list[Flight] = []  # whose results its computation waits for just now
+
+    def needs_one_of(self, flights: frozenset[Flight]) -> bool:
+        """Whether this computation waits, perhaps through others, for one of `flights`."""
+        seen: set[Flight] = set()
+        ahead = [self]
+        while ahead:
+            flight = ahead.pop()
+            if flight in flights:
+                return True
+            if flight not in seen and flight.state is FlightState.COMPUTING:
+                seen.add(flight)
+                ahead += flight.waits_for
+        return False
+
+    def is_under_way(self) -> bool:
+        """Whether it is not over, and its claim alive."""
+        return self.state is FlightState.COMPUTING and self.owner is not None and self.owner() is not None
+
+    def is_orphan(self) -> bool:
+        """Whether nobody will end it: the loop of the task that computes has ended."""
+        loop_ended = self.loop_ended
+        return self.state is FlightState.COMPUTING and loop_ended is not None and loop_ended()
+
+    def over_unheard(self) -> bool:
+        """Whether it is over after all; an orphan is abandoned. For who waited in vain."""
+        if self.is_orphan():
+            self.state = FlightState.ABANDONED  # as by its finaliser: whoever joins next replaces it
+            self.wake()
+        return self.state is not FlightState.COMPUTING
+
+    def subscribe(self, waker: Waker) -> bool:
+        """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
+        self.wakers.append(waker)
+        # After the append: whoever settles sets the state first and looks at the wakers then, so that one of the two
+        # sees the other. (A finaliser settles without the table's lock.)
+        return self.state is FlightState.COMPUTING
+
+    def unsubscribe(self, waker: Waker) -> None:
+        """Forget a waker of somebody who no longer waits."""
+        with suppress(ValueError):
+            self.wakers.remove(waker)
+
+    def wake(self) -> None:
+        """Call every waker; one may be called twice."""
+        for waker in tuple(self.wakers):
+            waker()
+
+
+class FlightTable:
+    """The flights of one pool."""
+
+    def __init__(self, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
+        self.name = name
+        self._lock = lock_factory()
+        self._flights: dict[FlightKey, Flight] = {}
+        self._closed = False
+        # Flights of claims that were dropped: a finaliser may only append, and whoever comes next forgets them.
+        self.dropped: deque[Flight] = deque()
+
+    def __len__(self) -> int:
+        """Computations under way."""
+        with gate.lock, self._lock:
+            dead = self._forget_dropped()
+            number = len(self._flights)
+        del dead
+        return number
+
+    def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
+        """Give `claim` the flight of a key; returns whether it is the one to compute.
+
+        Raises:
+            RecursiveComputationError: the caller is inside the computation of this very key.
+            ClosedError: the pool is closed.
+        """
+        flight_key = FlightKey(scope.number, key, generation)
+        within = computing_here.get()
+        if any(flight.key.is_of_the_key_of(flight_key) for flight in within if flight.is_under_way()):
+            raise _own_key(self.name, key)  # of whatever generation
+        # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
+        new = claim.flight = Flight(flight_key)
+        claim.ending = new.ending
+        new.owner = ref(claim)
+        with gate.lock, self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.name} is closed")
+            dead = self._forget_dropped()
+            flight = self._flights.get(flight_key)
+            if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
+                if flight is not None:
+                    # First: the table must name the new flight's key, not the one that dies with the old.
+                    self._take_out(flight)
+                self._flights[flight_key] = new
+            else:
+                claim.late = flight.settling
+                claim.mine, claim.flight, claim.ending = False, flight, flight.ending
+        del dead
+        if claim.mine and flight is not None:
+            flight.over_unheard()  # who waits for an orphan takes over, too
+        return claim.mine
+
+    def _forget_dropped(self) -> list[Flight]:
+        """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
+        dead = []
+        while self.dropped:
+            flight = self.dropped.popleft()
+            dead.append(flight)
+            self._take_out(flight)
+        return dead
+
+    def _take_out(self, flight: Flight) -> None:
+        """Take a flight that is over out of the table, if it is there, without a look at any key. Lock held."""
+        flight.key.gone = True
+        self._flights.pop(flight.key, None)
+
+    def abandon_orphans(self) -> int:
+        """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
+        with gate.lock, self._lock:
+            flights = list(self._flights.values())
+        orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
+        for flight in orphans:
+            if not self.settle(flight, FlightState.ABANDONED):
+                self._forget(flight)
+        return len(orphans)
+
+    def settle(
+        self,
+        flight: Flight,
+        state: FlightState,
+        *,
+        result: KeysValues | None = None,
+        ready: Ticks = NO_TICKS,
+        error: Exception | None = None,
+    ) -> bool:
+        """End a flight and wake everyone; False if it was over before."""
+        with gate.lock, self._lock:
+            if flight.state is not FlightState.COMPUTING:
+                return False
+            ending = flight.ending
+            if ending is not None:
+                ending.result, ending.ready, ending.error = result, ready, error
+            flight.state, flight.ending = state, None
+        self._forget(flight)
+        return True
+
+    def _forget(self, flight: Flight) -> None:
+        """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
+        flight.wake()
+        with gate.lock, self._lock:
+            self._take_out(flight)
+
+    def close(self) -> None:
+        """End every flight with `ClosedError`, and every later join."""
+        with gate.lock, self._lock:
+            self._closed = True
+            flights = list(self._flights.values())
+        for flight in flights:
+            self.settle(flight, FlightState.CLOSED)
+
+
+def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
+    return RecursiveComputationError(
+        f"{name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+    )
+
+
+class Claim(NeverCopied):
+    """The right, and the duty, to compute one key: a handle, ended once.
+
+    Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: somebody else takes over.
+
+    Attributes:
+        mine: whether the caller is the one to compute; False where somebody else is at it.
+        flight: the computation; set by `FlightTable.join`.
+        ending: what it ends with, for this caller; None where this caller ended it with an error.
+        late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
+            look it up again instead of taking what the flight carries.
+    """
+
+    instead_of_copy = "share the one object, or ask for another with try_claim()"
+
+    flight: Flight
+    ending: Ending | None
+
+    def __init__(
+        self,
+        table: FlightTable,
+        store: Callable[..., bool],
+        copy: Callable[[KeysValues], tuple[KeysValues, Ticks]],
+    ) -> None:
+        self.mine = True
+        self.late = False
+        self._table = table
+        self._store = store
+        self._copy = copy  # gives a private copy, and the ticks of what made it
+
+    @property
+    def over(self) -> bool:
+        """Whether the computation has ended, in whatever way."""
+        return self.flight.state is not FlightState.COMPUTING
+
+    def fulfil(self, kv: KeysValues, *, timeout: float | None = None) -> bool:
+        """Store the result and hand it to everyone who waits. May block.
+
+        Returns False if the pool did not keep it: its scope was cleared, or its version bumped, meanwhile.
+
+        Raises:
+            ClosedError: the claim is not the caller's, or is over.
+            ReentrantCallError: the calling thread is inside a critical section; `abandon` works there.
+            InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
+        """
+        self._check_mine()
+        self.flight.settling = True
+        try:
+            stored = self._store(kv, timeout=timeout)
+        except BaseException:
+            self.flight.settling = False
+            raise
+        self.pass_on(kv)
+        return stored
+
+    def pass_on(self, kv: KeysValues) -> None:
+        """Hand a result, one row, to everyone who waits, without storing it.
+
+        Raises:
+            ClosedError, InvalidArgumentError: as `fulfil`.
+        """
+        self._check_mine()
+        result, ready = self._copy(kv)
+        # After the copy: a task that has left may write to its tensors again, and what was copied since may be torn.
+        Deadline(0.0).check(self._table.name)
+        self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
+
+    def fail(self, error: Exception) -> None:
+        """End the computation with an error, of which everyone who waits hears a copy. Never blocks.
+
+        Raises:
+            InvalidTypeError: `error` is no `Exception`.
+            ClosedError: as `fulfil`.
+        """
+        self._check_mine()
+        if not isinstance(error, Exception):
+            raise InvalidTypeError(f"error must be an Exception, got {error!r}; abandon() ends a claim without one")
+        # Not this claim's: the frames that the error came through reach the claim.
+        self.ending = None
+        self._table.settle(self.flight, FlightState.FAILED, error=error)
+
+    def abandon(self) -> None:
+        """Leave the computation to whoever asks next. Never blocks; fine if it is over, or not the caller's."""
+        # Takes no lock: finalisers come here, of claims and of coroutines that computed, at any point of any thread and
+        # inside the table's lock too. The wakers are reentrant by contract, and who joins next replaces the flight.
+        flight = getattr(self, "flight", None)
+        if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
+            flight.state = FlightState.ABANDONED
+            flight.wake()
+            self._table.dropped.append(flight)
+
+    def computing(self) -> _Computing:
+        """A context in which asking for the claimed key raises instead of waiting for itself."""
+        return _Computing(self.flight)
+
+    def _check_mine(self) -> None:
+        gate.check(self._table.name)
+        if not self.mine or self.over:
+            raise ClosedError("this claim is over" if self.mine else "this key is being computed by somebody else")
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    def __del__(self) -> None:
+        flight = getattr(self, "flight", None)
+        if flight is not None and not is_owned_elsewhere(flight.owner, self):
+            self.abandon()
+
+
+class _Computing:
+    """Marks a flight as being computed in this context, for the length of a `with`."""
+
+    __slots__ = ("_flight", "_token")
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+
+    def __enter__(self) -> None:
+        # Without those that are over: an exception may have cut off the end of their `with`.
+        within = frozenset(flight for flight in computing_here.get() if flight.is_under_way())
+        self._token = computing_here.set(within | {self._flight})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A coroutine that its loop left behind is closed in another context, whose variable says nothing of this one.
+        with suppress(ValueError):
+            computing_here.reset(self._token)

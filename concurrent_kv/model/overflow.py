@@ -1,0 +1,178 @@
+"""What a commit does with a row that outgrows the window: the caller's stated policy.
+
+A row overflows when its length *after* the new tokens were appended reaches `limit`; its oldest `count` tokens are
+dropped. UniZero drops 2 at a limit of window - 1, leaving window - 3 (LightZero's `update_cache_context`).
+
+With `step`, the most tokens that are appended before a commit, a policy is checked when it is made, and against the
+window when a search or a commit is given it: rows of up to limit - 1 tokens get `step` more, which have to fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .._checks import positive_int
+from ..device.cuda import settle
+from ..device.layout import KVLayout
+from ..device.positions import PositionSteps, PositionTable, packed_difference
+from ..errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = [
+    "DropAndCorrect",
+    "DropLazily",
+    "DropOldest",
+    "Overflow",
+    "RaiseOnOverflow",
+    "check_overflow",
+]
+
+
+@dataclass(frozen=True)
+class RaiseOnOverflow:
+    """A row that reaches `limit` is an error (`WindowOverflowError`), and nothing is stored."""
+
+    limit: int
+
+    def __post_init__(self) -> None:
+        positive_int("limit", self.limit)
+
+
+@dataclass(frozen=True)
+class DropOldest:
+    """Drop the oldest `count` tokens at `limit`, changing nothing else: for rotary positions. Copies nothing.
+
+    Args:
+        limit: length after appending at which a row overflows.
+        count: tokens dropped.
+        step: the most tokens that are appended before a commit, to have the others checked by it.
+    """
+
+    limit: int
+    count: int
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_drop(self.limit, self.count, self.step)
+
+
+def _check_drop(limit: int, count: int, step: int | None) -> None:
+    positive_int("limit", limit)
+    positive_int("count", count)
+    if count >= limit:
+        raise InvalidArgumentError(f"count must be below limit={limit}, or nothing would be left, got {count}")
+    if step is not None and positive_int("step", step) > count:
+        raise InvalidArgumentError(
+            f"count must be at least step={step}, or rows that overflow would stay at their limit, got {count}"
+        )
+
+
+def _most_kept(limit: int, count: int, step: int | None) -> int:
+    """The most tokens of a row that has dropped some, as far as it is known."""
+    return limit - 1 + (step or 1) - count
+
+
+@dataclass(frozen=True, eq=False)
+class DropAndCorrect:
+    """Drop the oldest `count` tokens at `limit` and add `difference` to the K and V of those that stay.
+
+    For absolute positions, eagerly: the rows concerned get slots of their own, bit for bit what adding the difference
+    in the model gives.
+
+    Args:
+        limit: length after appending at which a row overflows.
+        count: tokens dropped.
+        difference: `[layers, 2 (K and V), heads, tokens, head_dim]`; `difference[..., i, :]` is added to the token
+            that *becomes* token `i`. At least `limit - count` tokens, and as many as any row keeps, which is more where
+            several tokens are appended before a commit.
+        layout: the layout of the pool it is for.
+        step: the most tokens that are appended before a commit, to have the others checked by it.
+    """
+
+    limit: int
+    count: int
+    difference: Tensor = field(repr=False)
+    layout: KVLayout
+    step: int | None = None
+    packed: Tensor = field(init=False, repr=False)  # [2 * layers, tokens, heads, head_dim]
+    _firsts: dict[int, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_drop(self.limit, self.count, self.step)
+        packed = packed_difference("difference", self.difference, self.layout)
+        kept = _most_kept(self.limit, self.count, self.step)
+        if packed.shape[1] < kept:
+            raise InvalidArgumentError(f"difference must cover the {kept} tokens that stay, got {packed.shape[1]}")
+        settle(packed.device)
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "_firsts", {})
+
+    def first(self, tokens: int) -> Tensor:
+        """The differences of the first `tokens` tokens, `[2 * layers, tokens, heads, head_dim]`."""
+        found = self._firsts.get(tokens)
+        return self._firsts.setdefault(tokens, self.packed[:, :tokens]) if found is None else found
+
+
+@dataclass(frozen=True, eq=False)
+class DropLazily:
+    """Drop the oldest `count` tokens at `limit`, and correct the others only when they are read.
+
+    For absolute positions, keeping prefixes shared: every slot remembers the position it was written at, and a gather
+    adds what its token is owed for the distance moved.
+
+    Args:
+        limit: length after appending at which a row overflows.
+        count: tokens dropped.
+        table: `PositionSteps` reads bit for bit as `DropAndCorrect` stores, a `PositionTable` differs by rounding. A
+            row whose parent's tokens moved by another table is stored whole.
+        step: the most tokens that are appended before a commit, to have the others checked by it.
+    """
+
+    limit: int
+    count: int
+    table: PositionTable | PositionSteps = field(repr=False)
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_drop(self.limit, self.count, self.step)
+        table = self.table
+        if not isinstance(table, (PositionTable, PositionSteps)):
+            raise InvalidTypeError(f"table must be PositionSteps or a PositionTable, got {type(table).__name__}")
+        if isinstance(table, PositionSteps) and table.count != self.count:
+            raise InvalidArgumentError(f"count must be the table's, {table.count}, got {self.count}")
+        kept = _most_kept(self.limit, self.count, self.step)
+        if isinstance(table, PositionSteps) and self.step is not None and table.covered < kept:
+            raise InvalidArgumentError(f"table must cover the {kept} tokens that stay, got {table.covered}")
+
+
+Overflow = RaiseOnOverflow | DropOldest | DropAndCorrect | DropLazily
+
+
+def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
+    """Raise unless `overflow` is a policy for pools of `layout`."""
+    if overflow is None:
+        return
+    if not isinstance(overflow, (RaiseOnOverflow, DropOldest, DropAndCorrect, DropLazily)):
+        raise InvalidTypeError(
+            f"overflow must be a RaiseOnOverflow, DropOldest, DropAndCorrect or DropLazily, got {overflow!r}"
+        )
+    if overflow.limit > layout.max_tokens:
+        raise InvalidArgumentError(
+            f"overflow.limit must be at most the window of {layout.max_tokens}, got {overflow.limit}"
+        )
+    step = None if isinstance(overflow, RaiseOnOverflow) else overflow.step
+    if step is not None and overflow.limit - 1 + step > layout.max_tokens:
+        raise InvalidArgumentError(
+            f"overflow.limit must be at most {layout.max_tokens + 1 - step} in a window of {layout.max_tokens} with "
+            f"overflow.step={step}: rows of limit - 1 tokens get {step} more, got {overflow.limit}"
+        )
+    made_for = (
+        overflow.layout
+        if isinstance(overflow, DropAndCorrect)
+        else overflow.table.layout
+        if isinstance(overflow, DropLazily)
+        else layout
+    )
+    if made_for is not layout and made_for != layout:
+        raise InvalidArgumentError(f"overflow was made for {made_for}, and the pool has {layout}")

@@ -1,0 +1,116 @@
+"""Taking entries out of the index: one, or everything in a scope that is older than its generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable
+from functools import partial
+from typing import Any
+
+from ..books.entry import Entry, Scope
+from ..books.index import Index
+from ..books.ledger import wake
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from .room import unpublish
+
+__all__ = ["discard", "remove", "remove_all", "sweep", "sweep_if", "take_out"]
+
+ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
+
+
+def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+    """Take `entry` out of the index if it is still the entry of its key."""
+    pool = scope.pool
+    ledger = pool.storage.ledger
+    part = scope.part_of(entry.key)
+    with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
+        deadline.check(pool.name)
+        if scope.entries[part].get(entry.key) is not entry:
+            return False
+        del scope.entries[part][entry.key]
+        with gate.lock, ledger.mutex:
+            dead = unpublish(pool, [entry])
+            pool.counters.removal_count += 1
+            waiters = ledger.take_waiters()
+    wake(waiters)
+    del dead
+    return True
+
+
+def discard(scope: Scope, key: Hashable) -> None:
+    """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
+    # A look without the shard: what is stored under the key later is another entry, and stays.
+    entry = scope.entries[scope.part_of(key)].get(key)
+    if entry is not None:
+        scope.pool.storage.ledger.abandon(partial(remove, scope, entry))
+
+
+def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
+    """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
+    dead: list[Entry] = []
+    index = scope.entries[0]
+    with gate.lock, scope.pool.storage.locks.write(scope.shards, deadline):
+        deadline.check(scope.pool.name)
+        missing = index.lacking(keys)
+        if missing:
+            return missing
+        waiters = take_out(scope, index, index.all_of(keys), dead)
+    wake(waiters)
+    del dead
+    return []
+
+
+def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
+    """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
+    pool = scope.pool
+    ledger = pool.storage.ledger
+    gone: list[Entry] = []
+    try:
+        _delete(index, going, gone)
+    finally:
+        # Of what is gone, also if a key's own `__eq__` raised on the way. The newest first: what they share with older
+        # ones goes with those, and the slots that were written together are free together.
+        gone.reverse()
+        for begin in range(0, len(gone), ENTRIES_PER_HOLD):
+            some = gone[begin : begin + ENTRIES_PER_HOLD]
+            with gate.lock, ledger.mutex:
+                dead += unpublish(pool, some)
+                pool.counters.removal_count += len(some)
+        with gate.lock, ledger.mutex:
+            waiters = ledger.take_waiters()
+    return waiters
+
+
+def sweep(scope: Scope, deadline: Deadline) -> None:
+    """Remove every entry of an older generation than the scope's, one shard at a time."""
+    sweep_if(scope, lambda entry: entry.generation is not scope.generation, deadline)
+
+
+def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
+    """Remove the entries that meet `condition` (no user code); returns how many.
+
+    Holds one shard at a time, for work that grows with the entries of that shard; the mutex for bounded work.
+    """
+    pool = scope.pool
+    removed = 0
+    for part, shard in enumerate(scope.shards):
+        dead: list[Entry] = []
+        with gate.lock, pool.storage.locks.write((shard,), deadline):
+            going = scope.entries[part].chosen(condition)
+            waiters = take_out(scope, scope.entries[part], going, dead)
+        wake(waiters)
+        removed += len(going)
+        # Keys and side data are finalised here, outside of every lock.
+        del dead, going
+    return removed
+
+
+def _delete(index: Index[Entry], going: list[Entry], gone: list[Entry]) -> None:
+    """Delete entries from an index, adding each to `gone`; without a look at any key where nothing stays."""
+    if len(going) == len(index):
+        index.clear()
+        gone += going
+        return
+    for entry in going:
+        del index[entry.key]
+        gone.append(entry)

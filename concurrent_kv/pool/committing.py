@@ -1,0 +1,170 @@
+"""From checked arguments to writes: rows put whole, batches opened, and what a model appended to them committed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .._checks import check_keys, check_priorities, check_sides, last_of_each, positive_int, sequence_of
+from ..books.entries import describe
+from ..books.entry import Entry, Generation, Hold, Scope
+from ..device.stream_uses import StreamUses
+from ..device.streams import NO_TICKS, Ticks
+from ..device.tensor_checks import check_tensor
+from ..device.tensors import plain_torch_state
+from ..errors import InvalidArgumentError, InvalidTypeError
+from ..locks.deadline import Deadline
+from ..model.kv import KeysValues, check_fits
+from ..model.overflow import Overflow
+from .batch import Batch
+from .plan import plan_commit, plan_put
+from .reading import gather_entries
+from .writing import write
+
+if TYPE_CHECKING:
+    from .core import PoolCore
+    from .storage import KVStorage
+
+__all__ = ["commit_batch", "open_batch", "put_rows"]
+
+
+def open_batch(
+    storage: KVStorage,
+    scope: Scope,
+    generation: Generation,
+    hold: Hold,
+    entries: list[Entry | None],
+    room: int | None,
+    out: Tensor | None,
+) -> Batch:
+    """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
+    clock = storage.clock
+    stream = clock.current()  # before anything is allocated, which a capture would take into its graph
+    described = describe(entries, scope)
+    longest = max(described.lengths)
+    columns = _columns(storage, longest, room)
+    ready: Ticks = NO_TICKS
+    if out is None:
+        with plain_torch_state():
+            data, ready = storage.tensor.take_buffer(len(entries), columns)
+        if ready:  # used before, perhaps allocated on another stream
+            clock.protect(data)
+    else:
+        data = _check_out(storage, out, len(entries), longest + (room or 0))
+    read = gather_entries(storage, entries, data, longest, ready, described, whole=out is None)
+    uses = StreamUses(clock, stream, read) if read else None
+    own = out is None
+    return Batch(storage, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
+
+
+def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
+    """Columns of a buffer for rows of `longest` tokens with `room` behind them."""
+    window = storage.layout.max_tokens
+    if room is not None:
+        room = positive_int("room", room, minimum=0)
+        if longest + room > window:
+            raise InvalidArgumentError(
+                f"room must be at most {window - longest}: the longest row has {longest} of the window's {window} "
+                f"tokens, got {room}"
+            )
+    # A batch of misses only still needs columns to be filled and appended to.
+    return window if room is None else max(1, longest + room)
+
+
+def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tensor:
+    layout = storage.layout
+    shape = check_tensor("out", out).shape
+    columns = shape[3] if len(shape) == 5 else 0
+    expected = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
+    if shape != expected or columns > layout.max_tokens:
+        raise InvalidArgumentError(
+            f"out must have the shape [2 * layers={expected[0]}, batch={batch}, heads={expected[2]}, columns up to "
+            f"{layout.max_tokens}, head_dim={expected[4]}], got {tuple(shape)}"
+        )
+    if columns < needed:
+        raise InvalidArgumentError(f"out must have at least {needed} columns, got {columns}")
+    if out.dtype != layout.dtype or out.device != layout.device:
+        raise InvalidArgumentError(f"out must be {layout.dtype} on {layout.device}, got {out.dtype} on {out.device}")
+    if not out.is_contiguous():
+        raise InvalidArgumentError("out must be contiguous")
+    if out.requires_grad:
+        raise InvalidArgumentError("out must not require gradients: a gather writes into it")
+    return out
+
+
+def put_rows(
+    scope: Scope,
+    keys: Sequence[Hashable],
+    kv: KeysValues,
+    sides: Sequence[object] | None,
+    priorities: Sequence[float] | None,
+    deadline: Deadline,
+) -> bool:
+    """Store every row of `kv` under the key of the same position; see `KVPool.put_many`."""
+    pool = scope.pool
+    keys = check_keys(keys)
+    pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
+    kv = check_fits(kv, pool.layout, rows=len(keys))
+    sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    generation = scope.generation
+    last = last_of_each(keys)
+    plan = plan_put(
+        pool.storage,
+        [keys[row] for row in last],
+        kv,
+        last,
+        [sides[row] for row in last],
+        [priorities[row] for row in last],
+    )
+    return write(pool, scope, generation, plan, deadline)
+
+
+def commit_batch(
+    pool: PoolCore,
+    batch: Batch,
+    keys: Sequence[Hashable],
+    rows: Sequence[int] | None,
+    overflow: Overflow | None,
+    sides: Sequence[object] | None,
+    priorities: Sequence[float] | None,
+    deadline: Deadline,
+) -> bool:
+    """Store the new tokens of `rows` of a batch under `keys`; see `KVPool.commit`."""
+    if not isinstance(batch, Batch):
+        raise InvalidTypeError(f"batch must be a Batch, got {type(batch).__name__}")
+    scope = batch.scope
+    if scope.pool is not pool:
+        raise InvalidArgumentError(f"batch was gathered for {scope.pool.name}, and cannot be committed to {pool.name}")
+    keys = check_keys(keys)
+    batch.check_open()
+    committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
+    if len(keys) != len(committed):
+        raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
+    items, ranks = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    ledger = pool.storage.ledger
+    # The search that owns the batch may be closed by another thread at any point.
+    if not ledger.use(batch.hold):
+        raise batch.why_closed()
+    try:
+        new = batch.check_committable(committed)
+        last, going = last_of_each(keys), committed
+        if len(last) < len(keys):
+            keys, going = [keys[i] for i in last], [committed[i] for i in last]
+            items, ranks = [items[i] for i in last], [ranks[i] for i in last]
+        plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
+        batch.use_here()
+        stored = write(pool, scope, batch.generation, plan, deadline)
+    except BaseException:
+        ledger.stop_using(batch.hold)
+        raise
+    batch.end_commit(committed)
+    return stored
+
+
+def _check_rows(batch: Batch, rows: Sequence[int]) -> Sequence[int]:
+    checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]
+    if any(row >= batch.batch_size for row in checked) or len(set(checked)) != len(checked):
+        raise InvalidArgumentError(f"rows must be different numbers from 0 to {batch.batch_size - 1}, got {checked}")
+    return checked

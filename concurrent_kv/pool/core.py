@@ -1,0 +1,287 @@
+"""`PoolCore`: what a pool is made of, its scopes, its clears and its end; `KVPool` adds the reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .._checks import check_seconds, hash_of, positive_int
+from ..books.entry import Entry, Generation, Scope
+from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
+from ..books.integrity import IntegrityReport, RepairReport, check_integrity, repair
+from ..books.quota import Quota
+from ..books.size_arguments import SizeArguments
+from ..books.stats import Counters, PoolStats
+from ..device.layout import KVLayout, slots_of_capacity
+from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError
+from ..flights.table import FlightTable
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from .clearing import sweep
+from .handle import Handle
+from .storage import KVStorage
+
+if TYPE_CHECKING:
+    from ..search.state import SearchState
+
+__all__ = ["PoolCore", "bump_versions"]
+
+
+def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> None:
+    """Raise unless a pool of `layout` and `max_slots` has room in `storage` beside the pools that are there."""
+    if not isinstance(storage, KVStorage):
+        raise InvalidTypeError(f"storage must be a KVStorage, got {type(storage).__name__}")
+    if storage.layout != layout:
+        raise InvalidArgumentError(f"layout must be that of the storage, {storage.layout}, got {layout}")
+    total = storage.ledger.slots.num_slots - storage.headroom_slots
+    left = total - sum(pool.quota.max_slots for pool in storage.pools)
+    if max_slots > left:
+        raise InvalidArgumentError(
+            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are not some pool's yet"
+        )
+
+
+class PoolCore(Handle):
+    """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
+
+    instead_of_copy = "share the one object between threads; in another process make a pool there, and send entries"
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        max_entries: int,
+        *,
+        max_slots: int | None = None,
+        max_bytes: int | None = None,
+        policy: str | EvictionPolicy[Entry] | PolicyFactory[EvictionPolicy[Entry]] | None = "fifo",
+        shards: int = 16,
+        wait_timeout: float = 10.0,
+        writers: int = 4,
+        name: str = "pool",
+        storage: KVStorage | None = None,
+        scope_shards: tuple[int, ...] | None = None,
+    ) -> None:
+        if not isinstance(layout, KVLayout):
+            raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
+        max_entries = positive_int("max_entries", max_entries)
+        max_slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
+        self.policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
+        self.layout = layout
+        self.name = name
+        hash_of(name, "name")
+        if storage is not None:
+            check_shared_storage(storage, layout, max_slots)
+        self.owns_storage = storage is None
+        self.storage = storage or KVStorage(
+            layout,
+            max_slots,
+            headroom_slots=positive_int("writers", writers) * layout.max_tokens,
+            shards=shards,
+            wait_timeout=wait_timeout,
+            name=name,
+        )
+        self.quota = Quota(max_entries, max_slots, self.storage.ledger.slots.num_slots)
+        if max_bytes is not None:
+            self.quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
+        self.counters = Counters()
+        self.flights = FlightTable(name)
+        self.closed = False
+        self._emptied = False
+        self.searches: set[SearchState] = set()  # open ones; guarded by the mutex
+        self.default_scope = Scope(self, name, scope_shards or tuple(range(self.storage.locks.count)))
+        self._scopes: dict[Hashable, Scope] = {name: self.default_scope}  # guarded by the mutex
+        self.storage.pools.append(self)
+
+    # Scopes --------------------------------------------------------------------------------------------------------
+
+    def scope(self, name: Hashable) -> Scope:
+        """The scope of that name, made if it is new: keys of its own, cleared by themselves. Never blocks."""
+        self.storage.check_call()
+        self.check_open()
+        hash_of(name, "name")
+        with gate.lock, self.storage.ledger.mutex:
+            scope = self._scopes.get(name)
+            if scope is None:
+                scope = self._scopes[name] = Scope(self, name, self.default_scope.shards)
+                scope.generation = Generation(0, self.default_scope.version)
+            return scope
+
+    def scopes(self) -> tuple[Scope, ...]:
+        """Every scope, without those of searches."""
+        self.storage.check_call()
+        with gate.lock, self.storage.ledger.mutex:
+            return tuple(self._scopes.values())
+
+    def registered_scopes(self) -> tuple[Scope, ...]:
+        """As `scopes`, with the mutex held already."""
+        return tuple(self._scopes.values())
+
+    def _scope(self, scope: Scope | None) -> Scope:
+        if scope is None:
+            return self.default_scope
+        if not isinstance(scope, Scope):
+            raise InvalidTypeError(f"scope must be a Scope of this pool, got {type(scope).__name__}")
+        if scope.pool is not self:
+            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.pool.name}")
+        return scope
+
+    # Clears, versions, end -----------------------------------------------------------------------------------------
+
+    def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
+        """Remove every entry of `scope`, or of all scopes; open searches are not touched. May block.
+
+        Writes that began before and publish afterwards store nothing, and say so.
+        """
+        deadline = self._enter(timeout)
+        self.renew(deadline, None if scope is None else [self._scope(scope)])
+
+    def bump_version(self, *, timeout: float | None = None) -> None:
+        """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
+        bump_versions([self], self.name, self._enter(timeout))
+
+    @property
+    def version(self) -> int:
+        """The weights version: how often `bump_version()` was called. Never blocks."""
+        return self.default_scope.version
+
+    def end_searches(self, reason: str, deadline: Deadline) -> None:
+        """End every open search; its user gets `SearchEndedError` with `reason`."""
+        with gate.lock, self.storage.ledger.mutex:
+            searches = list(self.searches)
+        for search in searches:
+            search.end(reason, deadline)
+
+    def renew(self, deadline: Deadline, scopes: Iterable[Scope] | None = None) -> None:
+        """Begin a new epoch in `scopes`, all by default, and sweep what is older."""
+        scopes = self.scopes() if scopes is None else tuple(scopes)
+        # First the new epoch, then the sweep: what is published in between is older than neither.
+        with gate.lock, self.storage.ledger.mutex:
+            _begin_epoch(scopes)
+            self.counters.clear_count += 1
+        for scope in scopes:
+            sweep(scope, deadline)
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """End every search, drop every entry and, for a pool made alone, free the storage. Closing twice is fine.
+
+        Operations under way fail with `ClosedError` or finish as if they had come first.
+        """
+        self.storage.check_call()
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        self.flights.close()  # also where the storage was closed first, and its waiters know nothing of it
+        if self._emptied or self.storage.closed:
+            if self.owns_storage:
+                self.storage.close(timeout)
+            return
+        deadline = self.storage.enter_quietly(timeout)
+        with gate.lock, self.storage.ledger.mutex:
+            self.closed = True
+        self.end_searches(f"{self.name} was closed", deadline)
+        self.renew(deadline)
+        self._emptied = True  # a close that timed out before this is finished by the next
+        if self.owns_storage:
+            self.storage.close(deadline.left())
+
+    # State ---------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """One consistent moment of the counters and the fill. Never waits for a shard.
+
+        Inside a critical section of the calling thread (in a finaliser, say) the numbers may be of different moments.
+        """
+        self.storage.check_process()
+        contention = self.storage.locks.contention()
+        mutex = self.storage.ledger.mutex_for_numbers()
+        with gate.lock, mutex:
+            return self.stats_now(contention)
+
+    def stats_now(self, contention: tuple[int, float]) -> PoolStats:
+        """As `stats`, with the mutex held already."""
+        slots, quota = self.storage.ledger.slots, self.quota
+        budgets = [search.budget for search in self.searches.copy()]
+        in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
+        return PoolStats(
+            **vars(self.counters),
+            entries=quota.entries + sum(budget.entries for budget in budgets),
+            max_entries=quota.max_entries,
+            slots_in_use=in_use,
+            max_slots=quota.max_slots,
+            bytes_in_use=in_use * self.layout.bytes_per_token,
+            max_bytes=quota.max_slots * self.layout.bytes_per_token,
+            shared_slots=slots.shared_count(),
+            reserved_entries=quota.reserved_entries,
+            reserved_slots=quota.reserved_slots,
+            lock_wait_count=contention[0],
+            lock_wait_seconds=contention[1],
+        )
+
+    def reset_stats(self) -> None:
+        """Start every counter from zero."""
+        self.storage.check_call()
+        with gate.lock, self.storage.ledger.mutex:
+            self.counters = type(self.counters)()
+        if self.owns_storage:
+            self.storage.locks.reset_contention()
+
+    def check_integrity(self) -> IntegrityReport:
+        """Recount everything; call it when no operation is under way.
+
+        Raises:
+            IntegrityError: the books of the storage contradict what its pools and handles hold.
+        """
+        return check_integrity(self.storage)
+
+    def repair(self) -> RepairReport:
+        """Rebuild the books from the index and the open handles; call it when no operation is under way.
+
+        Returns what operations that were cut off by an asynchronous exception had taken and not given back.
+        """
+        return repair(self.storage)
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if the pool or its storage is closed."""
+        if self.closed or self.storage.closed:
+            raise ClosedError(f"{self.name} is closed")
+
+    def _enter(self, timeout: float | None) -> Deadline:
+        deadline = self.storage.enter(timeout)
+        self.check_open()
+        return deadline
+
+    def __repr__(self) -> str:
+        quota = self.quota
+        return (
+            f"<{type(self).__name__} {self.name!r}: {quota.entries} of {quota.max_entries} entries, "
+            f"{quota.slots} of {quota.max_slots} slots{', closed' if self.closed else ''}>"
+        )
+
+
+def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> None:
+    """Begin a new weights version in every scope of `pools`, of one storage, at once; end searches, sweep the rest.
+
+    If it raises `WaitTimeoutError` the versions are bumped all the same: older entries are misses, searches are over.
+    """
+    reason = f"{name}: the weights version was bumped; open a new search"
+    with gate.lock, pools[0].storage.ledger.mutex:
+        _begin_version(pools, reason)
+    for pool in pools:
+        pool.end_searches(reason, deadline)
+    for pool in pools:
+        for scope in pool.scopes():
+            sweep(scope, deadline)
+
+
+def _begin_epoch(scopes: Iterable[Scope]) -> None:
+    """Mutex held."""
+    for scope in scopes:
+        scope.generation = Generation(scope.epoch + 1, scope.version)
+
+
+def _begin_version(pools: Sequence[PoolCore], reason: str) -> None:
+    """In every scope; open searches are told that they are over. Mutex held."""
+    for pool in pools:
+        for scope in pool.registered_scopes():
+            scope.generation = Generation(scope.epoch, scope.version + 1)
+        for search in pool.searches:
+            search.budget.ended = reason

@@ -1,0 +1,79 @@
+"""`Pin`: a handle that keeps one entry from being evicted."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import ref
+
+import torch
+
+from ..books.entry import Entry, Hold
+from ..errors import ClosedError
+from ..locks.gate import gate
+from ..model.kv import KeysValues
+from ..never_copied import is_owned_elsewhere
+from .handle import Handle
+from .reading import copy_out
+
+if TYPE_CHECKING:
+    from .storage import KVStorage
+
+__all__ = ["Pin"]
+
+
+class Pin(Handle):
+    """Keeps what it pinned alive, and from being evicted, until it is closed by leaving its `with` or dropped.
+
+    Attributes:
+        side: the side data of the pinned entry.
+        length: its tokens.
+    """
+
+    instead_of_copy = "pin the key once more, or take a copy of its tokens with get()"
+
+    def __init__(self, storage: KVStorage, entry: Entry, hold: Hold) -> None:
+        self._storage = storage
+        self._entry = entry
+        self._hold = hold
+        hold.owner = ref(self)
+        self.side = entry.side
+        self.length = entry.length
+
+    def get(self, *, to: torch.device | str | None = None, stream: torch.Stream | None = None) -> KeysValues:
+        """A private copy of what was pinned, whatever has happened to its key since.
+
+        Args:
+            to, stream: see `KVPool.get`.
+
+        Raises:
+            ClosedError: the pin or the pool is closed.
+        """
+        self._storage.enter()
+        self._entry.scope.pool.check_open()
+        if self._hold.released:
+            raise ClosedError("this pin is closed")
+        with self._storage.clock.using(stream):
+            return copy_out(self._storage, self._entry, to)
+
+    def close(self) -> None:
+        """Let the entry go. Nothing happens the second time.
+
+        Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
+        """
+        self._storage.check_process()
+        if gate.is_inside:
+            self.abandon()
+        else:
+            self._storage.ledger.release(self._hold)
+
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
+        hold = getattr(self, "_hold", None)
+        if hold is not None and not hold.released:
+            self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+
+    def __del__(self) -> None:
+        hold = getattr(self, "_hold", None)
+        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+            self.abandon()

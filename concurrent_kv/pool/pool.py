@@ -1,0 +1,419 @@
+"""`KVPool`: entries by key, under a quota, over a storage that other pools may share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .._checks import check_keys, hash_of
+from ..books.entry import Entry, Hold, Scope
+from ..errors import KeyNotFoundError
+from ..flights.table import Claim
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..model.kv import KeysValues
+from ..model.overflow import Overflow
+from .batch import Batch
+from .clearing import discard, remove
+from .committing import commit_batch, open_batch, put_rows
+from .core import PoolCore
+from .loading import claim, get_or_compute
+from .pin import Pin
+from .reading import copy_out, generations_of, retain
+
+__all__ = ["KVPool"]
+
+
+class KVPool(PoolCore):
+    """A thread-safe pool of K/V entries.
+
+    Any number of threads may call anything at any time. Every wait is bounded by `timeout` seconds (`wait_timeout` of
+    the storage where it is left out). What is read is a private copy; what is put is copied. Keys are any hashables;
+    their `__hash__` and `__eq__` run under a lock shard and must not call the pool.
+
+    Args:
+        layout: shapes, dtype and device of every entry.
+        max_entries: entries it holds.
+        max_slots: tokens it holds; `max_entries` full windows if neither this nor `max_bytes` is given.
+        max_bytes: the same in bytes; give one or the other.
+        policy: which entry goes first when it is full: "fifo", "lru", "priority", "clock", "s3fifo", or an
+            `EvictionPolicy` (instance, class or factory).
+        shards: lock shards.
+        wait_timeout: seconds an operation waits at most.
+        writers: writers that can replace entries of a full pool at the same time without waiting for each other
+            (headroom of one window each).
+        name: what messages and statistics call it.
+        storage: the storage to share, with room made for this quota by its owner; its own if left out.
+        scope_shards: lock shards of the default scope; all if left out.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
+    """
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def get(
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        count_miss: bool = True,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
+    ) -> KeysValues | None:
+        """A private copy of the entry of `key`, one row of its own tokens; None on a miss. May block.
+
+        Args:
+            key: any hashable.
+            scope: where it is looked up.
+            timeout: seconds to wait for the key's shard.
+            count_miss: False for who looks elsewhere next: a row asked for is one request, wherever it was found.
+            to: the device of the copy, the pool's if left out. To a CPU this blocks until the copy is done.
+            stream: of the pool's device, the one that the copy is made in; the calling thread's current one if left
+                out. On other devices the copy comes in their current streams.
+
+        Raises:
+            WaitTimeoutError: the key's shard was not free in time.
+            StreamCaptureError: the stream is being captured into a graph.
+            ClosedError, WrongProcessError, InvalidTypeError (`key` is not hashable).
+        """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.get(key, scope=scope, timeout=timeout, count_miss=count_miss, to=to)
+        with self._retained(key, scope, self._enter(timeout), quiet=False) as entry:
+            if entry is not None:
+                return copy_out(self.storage, entry, to)
+        if count_miss:
+            self.count_misses(1)
+        return None
+
+    def peek(
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
+    ) -> KeysValues | None:
+        """As `get`, without touching statistics or the eviction policy."""
+        with self.storage.clock.using(stream), self._retained(key, scope, self._enter(timeout)) as entry:
+            return None if entry is None else copy_out(self.storage, entry, to)
+
+    def side(
+        self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
+    ) -> object:
+        """The side data stored with `key` (the object itself); `default` on a miss. Not counted. May block."""
+        with self._retained(key, scope, self._enter(timeout)) as entry:
+            return default if entry is None else entry.side
+
+    def contains(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> bool:
+        """Whether `key` is stored just now. Not counted. May block."""
+        with self._retained(key, scope, self._enter(timeout)) as entry:
+            return entry is not None
+
+    def __contains__(self, key: Hashable) -> bool:
+        """As `contains`, in the default scope."""
+        return self.contains(key)
+
+    def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
+        """The keys stored in a scope, in no order; a list of its own. May block.
+
+        One shard is looked at after the other: a key that is there all the time is among them, one that came or went
+        meanwhile may be.
+        """
+        deadline = self._enter(timeout)
+        looked_in = self._scope(scope)
+        generation = looked_in.generation
+        found: list[Hashable] = []
+        for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
+            with gate.lock, self.storage.locks.read((shard,), deadline):
+                items = part.listed()
+            found += [key for key, entry in items if entry.generation is generation]
+            del items  # keys and side data are finalised here, outside of the shard
+        return found
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over `keys()` of the default scope as they are now. May block, before the first."""
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        """Entries stored, without those of searches. Takes no lock."""
+        self.storage.check_process()
+        return self.quota.entries
+
+    @contextmanager
+    def _retained(
+        self, key: Hashable, scope: Scope | None, deadline: Deadline, *, quiet: bool = True
+    ) -> Iterator[Entry | None]:
+        """The entry of `key`, kept alive for the length of a `with`; None on a miss."""
+        hold = Hold("read", [])
+        try:
+            yield self._retain(key, scope, deadline, hold, quiet=quiet)
+        finally:
+            self.storage.ledger.release(hold)
+
+    def _retain(
+        self, key: Hashable, scope: Scope | None, deadline: Deadline, hold: Hold, *, quiet: bool
+    ) -> Entry | None:
+        hash_of(key)
+        found_in = self._scope(scope)
+        return retain(self.storage, [(found_in, key)], generations_of([found_in]), deadline, hold=hold, quiet=quiet)[0]
+
+    def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
+        """A handle that keeps the entry of `key` from being evicted until it is closed (leaving its `with`). May block.
+
+        The entry can still be replaced, popped or cleared; the pin then keeps what it pinned.
+
+        Raises:
+            KeyNotFoundError: there is no such key.
+        """
+        deadline = self._enter(timeout)
+        hold = Hold("pin", [], pinning=True)
+        try:
+            entry = self._retain(key, scope, deadline, hold, quiet=True)
+            if entry is None:
+                raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
+            return Pin(self.storage, entry, hold)
+        except BaseException:
+            self.storage.ledger.release(hold)
+            raise
+
+    def count_misses(self, number: int) -> None:
+        """Count rows that nobody had."""
+        if number:
+            with gate.lock, self.storage.ledger.mutex:
+                self.counters.miss_count += number
+
+    def gather(
+        self,
+        keys: Sequence[Hashable],
+        *,
+        scope: Scope | None = None,
+        room: int | None = None,
+        out: Tensor | None = None,
+        timeout: float | None = None,
+        stream: torch.Stream | None = None,
+    ) -> Batch:
+        """Read many entries at once into one padded batch, which `commit` extends. May block.
+
+        Args:
+            keys: one for each row; the same key may come twice.
+            scope: where they are looked up.
+            room: free columns after the longest row; up to the window if left out.
+            out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+                Its columns after the newest tokens become zeros or stay as they are.
+            stream: as in `get`. The stream has to come after every earlier use of `out`.
+
+        Raises:
+            InvalidArgumentError: no keys, too much room, or an `out` that does not fit.
+            WaitTimeoutError: a shard was not free in time.
+            StreamCaptureError: the stream is being captured into a graph.
+        """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.gather(keys, scope=scope, room=room, out=out, timeout=timeout)
+        deadline = self._enter(timeout)
+        keys = check_keys(keys)
+        found_in = self._scope(scope)
+        generations = generations_of([found_in])
+        hold = Hold("batch", [])
+        try:
+            entries = retain(self.storage, [(found_in, key) for key in keys], generations, deadline, hold=hold)
+            self.count_misses(sum(entry is None for entry in entries))
+            return open_batch(self.storage, found_in, generations[found_in], hold, entries, room, out)
+        except BaseException:
+            self.storage.ledger.release(hold)
+            raise
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        key: Hashable,
+        kv: KeysValues,
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        stream: torch.Stream | None = None,
+    ) -> bool:
+        """Store a copy of `kv`, one row, under `key`; replaces an entry of that key. May block.
+
+        Args:
+            key: any hashable.
+            kv: one row of 1 to `max_tokens` tokens in the pool's dtype, on its device or on another one; the current
+                streams have to come after what made it. It may be dropped when this returns, and what is in host memory
+                may be written to.
+            side: anything, stored with the entry; leaves with it.
+            priority: for the priority policy; the lowest goes first.
+            stream: as in `get`.
+
+        Returns True, or False with nothing stored if the scope was cleared, or its version bumped, meanwhile.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: an argument that cannot work; the pool is unchanged.
+            WaitTimeoutError: no room (everything is pinned or reserved), or a shard not free, in time.
+            StreamCaptureError: the stream is being captured into a graph.
+        """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.put(key, kv, side=side, priority=priority, scope=scope, timeout=timeout)
+        deadline = self._enter(timeout)
+        hash_of(key)
+        return put_rows(self._scope(scope), [key], kv, [side], [priority], deadline)
+
+    def put_many(
+        self,
+        keys: Sequence[Hashable],
+        kv: KeysValues,
+        *,
+        sides: Sequence[object] | None = None,
+        priorities: Sequence[float] | None = None,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        stream: torch.Stream | None = None,
+    ) -> bool:
+        """Store every row of `kv` under the key of the same position; all become visible at once, or none.
+
+        A key that comes twice gets the last of its rows. Replacing more tokens at once than the storage has headroom
+        (`writers` windows) may evict others, and what is about to be replaced. Otherwise as `put`.
+
+        Raises:
+            CapacityError: more rows or tokens than the pool holds at all.
+        """
+        with self.storage.clock.using(stream):
+            deadline = self._enter(timeout)
+            return put_rows(self._scope(scope), keys, kv, sides, priorities, deadline)
+
+    def commit(
+        self,
+        keys: Sequence[Hashable],
+        batch: Batch,
+        *,
+        rows: Sequence[int] | None = None,
+        overflow: Overflow | None = None,
+        sides: Sequence[object] | None = None,
+        priorities: Sequence[float] | None = None,
+        timeout: float | None = None,
+        stream: torch.Stream | None = None,
+    ) -> bool:
+        """Store what was appended to a batch of this pool, sharing the slots of what was gathered. May block.
+
+        Args:
+            keys: one for each committed row.
+            batch: an open batch with tokens appended. It closes when every row has been committed.
+            rows: which rows, in the order of `keys`; all that are left if not given.
+            overflow: what happens to rows that outgrow the window; an error if left out.
+            sides, priorities: as in `put`, one for each row.
+            stream: as in `get`; it is ordered after what went through the batch's methods on other streams.
+
+        Returns True, or False with nothing stored if the scope was cleared, or its version bumped, since the gather.
+
+        Raises:
+            WindowOverflowError: a row grew too long for `overflow`. ClosedError: the batch is closed.
+            Otherwise as `put_many`.
+        """
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.commit(
+                    keys, batch, rows=rows, overflow=overflow, sides=sides, priorities=priorities, timeout=timeout
+                )
+        deadline = self._enter(timeout)
+        return commit_batch(self, batch, keys, rows, overflow, sides, priorities, deadline)
+
+    def pop(
+        self,
+        key: Hashable,
+        *,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+        to: torch.device | str | None = None,
+        stream: torch.Stream | None = None,
+    ) -> KeysValues | None:
+        """Remove the entry of `key` and return it; None on a miss. May block. See `get` for `to` and `stream`."""
+        if stream is not None:
+            with self.storage.clock.using(stream):
+                return self.pop(key, scope=scope, timeout=timeout, to=to)
+        deadline = self._enter(timeout)
+        while True:
+            with self._retained(key, scope, deadline) as entry:
+                if entry is None:
+                    return None
+                # Copied before it is removed: if the copy fails, the pool is as it was.
+                kv = copy_out(self.storage, entry, to)
+                if remove(entry.scope, entry, deadline):
+                    return kv
+
+    def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
+        """Have the next operation remove the entry that `key` has now, if it has one. Never blocks, takes no lock.
+
+        This is what finalisers, `weakref` callbacks and signal handlers may call, at any point of any thread: they may
+        run inside a critical section of the thread they interrupt, where `pop` raises `ReentrantCallError`. An entry
+        that is stored under the key afterwards stays. Nothing happens in a pool that is closed.
+
+        Raises:
+            InvalidTypeError: `key` is not hashable. WrongProcessError.
+        """
+        self.storage.check_process()
+        hash_of(key)
+        discard(self._scope(scope), key)
+
+    # One computation for each missing key ----------------------------------------------------------------------------
+
+    def get_or_compute(
+        self,
+        key: Hashable,
+        compute: Callable[[], KeysValues],
+        *,
+        side: object = None,
+        priority: float = 0.0,
+        scope: Scope | None = None,
+        timeout: float | None = None,
+    ) -> KeysValues:
+        """The entry of `key`, computed and stored if it is missing: once, however many callers miss it together.
+
+        Everyone gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, everyone
+        who waits hears the same error, and nothing is remembered of it: a copy of their own (type, `args`, attributes),
+        whose `__cause__` is the error as it was raised; an error of a class that cannot be copied is the one object for
+        all. If it is cut off (`KeyboardInterrupt`, a cancelled task), the first to wake computes instead. May block;
+        runs `compute` with no lock held.
+
+        Args:
+            compute: gives one row; called in the calling thread. It may use the pool, but not ask for `key` itself.
+            side, priority, scope: as in `put`.
+            timeout: seconds to wait for somebody else's computation.
+
+        Raises:
+            WaitTimeoutError: somebody else's computation was not over in time.
+            RecursiveComputationError: called from inside the computation of this very key, or of one that the present
+                computation of this key waits for, perhaps through others.
+            ClosedError: the pool was closed meanwhile.
+            Exception: whatever `compute`, or storing its result, raised.
+        """
+        deadline = self._enter(timeout)
+        hash_of(key)
+        return get_or_compute(self, self._scope(scope), key, compute, deadline, side, priority)
+
+    def try_claim(
+        self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None
+    ) -> Claim:
+        """Who computes a missing key, for callers that must not wait: the claim's `mine` says whether the caller does.
+
+        A claim that is `mine` is a duty: `fulfil`, `fail` or `abandon` it (leaving its `with`, or dropping it,
+        abandons it). Does not look whether the key is stored.
+
+        Raises:
+            RecursiveComputationError, ClosedError: as `get_or_compute`.
+        """
+        # Not `_enter`: what was dropped unclosed may need a shard to be released, and this must not wait.
+        self.storage.check_call()
+        self.check_open()
+        hash_of(key)
+        found_in = self._scope(scope)
+        return claim(self, found_in, key, found_in.generation, side, priority)[0]

@@ -1,0 +1,187 @@
+"""The read half of the protocol: look entries up and retain them under their shards, copy with no lock held."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..books.entries import Described, describe
+from ..books.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
+from ..device.positions import Correction, PositionSteps, PositionTable
+from ..device.streams import NO_TICKS, Ticks, merge
+from ..device.tensors import in_columns, plain_torch_state
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..model.kv import KeysValues
+
+if TYPE_CHECKING:
+    from .storage import KVStorage
+
+__all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
+
+Wanted = Sequence[tuple[Scope, Hashable]]
+
+NOTHING: frozenset[Correction] = frozenset([None])
+
+
+def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
+    """The epochs and versions of an operation's scopes, read once at its start."""
+    return {scope: scope.generation for scope in scopes}
+
+
+def retain(
+    storage: KVStorage,
+    wanted: Wanted,
+    generations: dict[Scope, Generation],
+    deadline: Deadline,
+    *,
+    hold: Hold,
+    quiet: bool = False,
+) -> list[Entry | None]:
+    """Look `wanted` up and add what was found to `hold`, atomically with respect to every write of those keys.
+
+    An entry whose epoch or version is not its scope's counts as absent. Every hit is noted with the policy and the
+    statistics of its pool unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
+    """
+    located = [(scope, scope.part_of(key)) for scope, key in wanted]
+    ledger = storage.ledger
+    with gate.lock, storage.locks.read(sorted_shards(located), deadline):
+        found = _look_up(located, wanted, generations)
+        hits = list(filter(None, found))
+        with gate.lock, ledger.mutex:
+            ledger.extend(hold, hits)
+            if not quiet:
+                count_hits(found)
+    return found
+
+
+def _look_up(
+    located: Sequence[tuple[Scope, int]], wanted: Wanted, generations: dict[Scope, Generation]
+) -> list[Entry | None]:
+    """The entries of `wanted` that are of the present generations. The shards held."""
+    found: list[Entry | None] = []
+    for (scope, part), (_, key) in zip(located, wanted, strict=True):
+        entry = scope.entries[part].get(key)
+        found.append(None if entry is None or entry.generation is not generations[scope] else entry)
+    return found
+
+
+def count_hits(found: Sequence[Entry | None]) -> None:
+    """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
+    hits: dict[Scope, int] = {}
+    for entry in found:
+        if entry is not None:
+            scope = entry.scope
+            hits[scope] = hits.get(scope, 0) + 1
+            if entry.place is Place.HELD and scope.pool.policy.observes_hits:
+                scope.pool.policy.touch(entry)
+    for scope, number in hits.items():
+        scope.pool.counters.hit_count += number
+
+
+def gather_entries(
+    storage: KVStorage,
+    entries: list[Entry | None],
+    out: Tensor,
+    end: int,
+    ready: Ticks = NO_TICKS,
+    described: Described | None = None,
+    *,
+    whole: bool = True,
+) -> Ticks:
+    """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
+
+    `described` is what `describe(entries)` gave, where the caller has it; unless `whole`, columns from `end` on may
+    stay as they are. One gather, in the caller's stream, after the writes of everything that it reads and after
+    `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock
+    is held.
+    """
+    if described is None:
+        described = describe(entries)
+    clock = storage.clock
+    if clock.backend is None:
+        _gather(storage, described, out, end, [], whole)
+        return NO_TICKS
+    present = [entry for entry in entries if entry is not None]
+    stream = clock.current()
+    ticks = merge(ready, storage.zeroed)
+    for entry in present:
+        if entry.written is not NO_TICKS:
+            ticks = merge(ticks, entry.written)
+    clock.order_after(stream, ticks)
+    temporaries: list[Tensor] = []
+    try:
+        _gather(storage, described, out, end, temporaries, whole)
+    finally:
+        read = clock.stamp(stream, (*temporaries, out))
+        if read:
+            with gate.lock, storage.ledger.mutex:
+                storage.ledger.stamp_reads(present, read)
+    return read
+
+
+def _gather(
+    storage: KVStorage,
+    described: Described,
+    out: Tensor,
+    end: int,
+    temporaries: list[Tensor],
+    whole: bool,
+) -> None:
+    """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
+    ledger, tensor = storage.ledger, storage.tensor
+    rows, corrections = described.rows, described.corrections
+    owed = {*corrections} - NOTHING
+    if len(owed) == 1:
+        (steps,) = owed
+        if isinstance(steps, PositionSteps) and tensor.gather_stepwise(
+            ledger.tables, rows, end, out, ledger.written_at, corrections, steps, whole=whole
+        ):
+            return
+    temporaries += tensor.gather(ledger.tables, rows, end, out, whole=whole)
+    for correction in owed:
+        assert correction is not None
+        concerned = [row for row, other in enumerate(corrections) if other is correction]
+        with plain_torch_state(out):
+            temporaries += (correction.rows, *_correct(storage, rows, out, end, concerned, correction))
+
+
+def _correct(
+    storage: KVStorage,
+    rows: list[int],
+    out: Tensor,
+    end: int,
+    concerned: Sequence[int],
+    correction: PositionTable | PositionSteps,
+) -> tuple[Tensor, ...]:
+    """Add what tokens that moved since they were written are owed; what moved nothing gets zeros added."""
+    table = in_columns(storage.ledger.tables, rows, end, out.shape[3])
+    lengths = np.count_nonzero(table, axis=1)
+    positions = np.arange(table.shape[1], dtype=np.int64)[None, :] - (end - lengths)[:, None]
+    moves = np.zeros(len(table), dtype=bool)
+    moves[list(concerned)] = True
+    valid = (table > 0) & moves[:, None]
+    moved = np.where(valid, storage.ledger.written_at[table] - positions, 0)
+    if not moved.any():
+        return ()
+    positions = np.where(valid, positions, 0)
+    if isinstance(correction, PositionSteps):
+        return storage.tensor.correct_stepwise(out, moved, positions, correction)
+    return storage.tensor.correct(out, moved, positions, correction)
+
+
+def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
+    """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
+    storage.clock.current()  # before anything is allocated, which a capture would take into its graph
+    with plain_torch_state():
+        out = storage.tensor.new_buffer(1, entry.length)
+    gather_entries(storage, [entry], out, entry.length)
+    found = KeysValues.from_packed(out)
+    if to is None:
+        return found
+    with plain_torch_state():
+        return found.to(to)

@@ -1,0 +1,208 @@
+"""`KVStorage`: what the pools of one manager share: slots, books, locks, stream clock, and the way into operations."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from .._checks import check_seconds, positive_int
+from ..books.ledger import Ledger, wake
+from ..device.cuda import backend_for
+from ..device.layout import KVLayout
+from ..device.streams import StreamBackend, StreamClock
+from ..device.tensors import SlotTensor, plain_torch_state
+from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..locks.sharded import ShardedRWLock
+from ..locks.signal import Signal
+from ..model.overflow import DropLazily, Overflow, check_overflow
+from ..never_copied import NeverCopied
+from .commit_shape import Drop
+
+if TYPE_CHECKING:
+    from .core import PoolCore
+
+__all__ = ["KVStorage"]
+
+logger = logging.getLogger("concurrent_kv")
+
+
+_forks = 0  # between this process and the first one that imported this module
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+class KVStorage(NeverCopied):
+    """Token slots with their allocator, locks and stream clock. A manager has one; a `KVPool` made alone has its own.
+
+    Args:
+        layout: shapes, dtype and device of every entry.
+        num_slots: slots of all pools over it together.
+        headroom_slots: more slots on top, so that a write that replaces an entry needs nobody to leave first.
+        shards: lock shards, shared by the pools.
+        wait_timeout: seconds that an operation waits at most, unless its own `timeout` says otherwise.
+        name: what messages call it.
+        lock_factory, event_factory, locks, tensor, backend: replaceable parts, for schedulers and simulated devices.
+    """
+
+    instead_of_copy = "share the one object between pools; in another process make one there"
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_slots: int,
+        *,
+        headroom_slots: int,
+        shards: int = 16,
+        wait_timeout: float = 10.0,
+        name: str = "storage",
+        lock_factory: Callable[[], Any] = threading.Lock,
+        event_factory: Callable[[], Any] = Signal,
+        locks: ShardedRWLock | None = None,
+        tensor: SlotTensor | None = None,
+        backend: StreamBackend | None = None,
+    ) -> None:
+        total = positive_int("num_slots", num_slots) + positive_int("headroom_slots", headroom_slots, minimum=0)
+        self.layout = layout
+        self.name = name
+        self.headroom_slots = headroom_slots
+        self.wait_timeout = check_seconds("wait_timeout", wait_timeout)
+        self.locks = locks or ShardedRWLock(positive_int("shards", shards), name=name, lock_factory=lock_factory)
+        self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
+        self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
+        stream = self.clock.current()  # before anything is allocated, which a capture would take into its graph
+        self.tensor = tensor or SlotTensor(layout, total, compiled=self.clock.backend is None)
+        self.clock.share(self.tensor.data)
+        # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
+        self.zeroed = self.clock.stamp(stream)
+        self.closed = False
+        self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
+        self._no_drop = Drop.of(None, layout.max_tokens)
+        self._last_drop: tuple[Callable[[], Overflow | None], Drop] | None = None  # a weak reference: it has tensors
+        self.pools: list[PoolCore] = []
+        self._pid, self._forks = os.getpid(), _forks
+
+    def enter(self, timeout: float | None = None) -> Deadline:
+        """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
+
+        Not on an event loop's own thread, though: a search that was dropped may have thousands of entries.
+
+        Raises:
+            ClosedError: the storage is closed.
+            WrongProcessError: this process is not the one that made the storage.
+            ReentrantCallError: the calling thread is inside a critical section.
+        """
+        if self._forks != _forks:
+            self.check_process()
+        gate.check(self.name)
+        if self.closed:
+            raise ClosedError(f"{self.name} is closed")
+        deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        if self.ledger.abandoned and not deadline.on_loop:
+            self.drain_abandoned(deadline)
+        return deadline
+
+    def enter_quietly(self, timeout: float | None = None) -> Deadline:
+        """Begin a check or a close: as `enter`, on a closed storage too."""
+        self.check_call()
+        deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        self.drain_abandoned(deadline)
+        return deadline
+
+    def close(self, timeout: float | None = None) -> None:
+        """Free the slots once the device is done with them; every operation from now on fails with `ClosedError`.
+
+        Raises:
+            WaitTimeoutError: it still ran after `timeout` seconds; closing again finishes.
+        """
+        self.check_call()
+        if self.tensor.freed:
+            return
+        seconds = self.wait_timeout if timeout is None else check_seconds("timeout", timeout)
+        with gate.lock, self.ledger.mutex:
+            self.closed = True
+            waiters = self.ledger.take_waiters()
+        wake(waiters)
+        for pool in self.pools:
+            pool.flights.close()
+        if not self.clock.synchronize(self.clock.everything(), seconds):
+            raise WaitTimeoutError(f"{self.name}: the device still used the slots after {seconds:g} s; close again")
+        self.clock.drop_shared()
+        self.tensor.free()
+
+    def zero_slot_is_zero(self) -> bool:
+        """Whether the slot that serves all padding is still zeros. Waits for the device."""
+        stream = self.clock.current()
+        self.clock.order_after(stream, self.zeroed)
+        with plain_torch_state():
+            return not bool(self.tensor.data[:, 0].any())
+
+    def drop_of(self, overflow: Overflow | None) -> Drop:
+        """What a policy does, as far as it concerns lengths; raises unless it is one for pools of the layout."""
+        if overflow is None:
+            return self._no_drop
+        last = self._last_drop
+        if last is None or last[0]() is not overflow:
+            check_overflow(overflow, self.layout)
+            if isinstance(overflow, DropLazily):
+                self.corrects_lazily = True
+            last = self._last_drop = (ref(overflow), Drop.of(overflow, self.layout.max_tokens))
+        return last[1]
+
+    def check_process(self) -> None:
+        """Raise `WrongProcessError` in any process but the one that made the storage.
+
+        Before the first lock: another thread may have held it when the process was forked, and nobody will release it.
+        """
+        if self._forks != _forks:
+            raise WrongProcessError(
+                f"{self.name} belongs to process {self._pid} and was used in process {os.getpid()}: "
+                "its locks and its memory do not survive a fork; make a new one in the child"
+            )
+
+    def check_call(self) -> None:
+        """Raise `WrongProcessError` or `ReentrantCallError` where the calling thread must not take a lock."""
+        self.check_process()
+        gate.check(self.name)
+
+    def drain_abandoned(self, deadline: Deadline) -> None:
+        """Release what was dropped without being closed."""
+        abandoned = self.ledger.abandoned
+        while abandoned:
+            # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
+            # in between.
+            try:
+                release = abandoned[0]
+            except IndexError:  # another thread was faster
+                return
+            try:
+                release(deadline)
+            except WaitTimeoutError:
+                # Not this operation's business: whoever comes next tries again, the others first.
+                logger.debug("%s: something dropped without being closed could not be released yet", self.name)
+                abandoned.append(release)
+                _take_off(abandoned, release)
+                return
+            except Exception:
+                # Of a key that can no longer be compared, say. The operation that came by has nothing to do with it.
+                logger.warning("%s: something that was discarded could not be removed", self.name, exc_info=True)
+            _take_off(abandoned, release)
+
+
+def _take_off(abandoned: deque[Callable[[Deadline], object]], release: Callable[[Deadline], object]) -> None:
+    with suppress(ValueError):  # another thread released it at the same time
+        abandoned.remove(release)

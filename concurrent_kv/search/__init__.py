@@ -1,0 +1,1 @@
+"""A search: a scope of its own, and what it reserved."""

@@ -1,0 +1,419 @@
+"""A search: a scope of its own in which parents are gathered and children committed, kept whole until it closes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from functools import partial
+from typing import Literal
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
+from ..books.entry import Entry, Hold, Scope
+from ..books.ledger import wake
+from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..model.overflow import Overflow, check_overflow
+from ..never_copied import is_owned_elsewhere
+from ..pool.batch import Batch
+from ..pool.clearing import discard, remove_all, take_out
+from ..pool.committing import commit_batch, open_batch
+from ..pool.handle import Handle
+from ..pool.plan import plan_share
+from ..pool.pool import KVPool
+from ..pool.reading import count_hits
+from ..pool.room import give_budget_back, reserve_budget
+from ..pool.writing import write
+from .reading import adopted, own, retain_here, retain_roots
+from .state import SearchState
+
+__all__ = ["LookupOrder", "Search"]
+
+LookupOrder = Literal["own_first", "init_first"]
+
+OWN_FIRST = (own, adopted)
+
+
+class _Same(Enum):
+    """Stands for "as it is in the search", where None is a value like any other."""
+
+    KEY = "the same key"
+    SIDE = "the same side data"
+
+
+SAME_KEY, SAME_SIDE = _Same.KEY, _Same.SIDE
+
+
+class Search(Handle):
+    """An open search over some environments; made by `KVCacheManager.search`. Several threads may use it.
+
+    Its entries, and the roots that it gathered from the init pools, stay until it closes, whatever is cleared or
+    written elsewhere; other searches never see them. Leaving its `with` releases everything, also after an exception.
+
+    Attributes:
+        env_ids: the environments it is for.
+    """
+
+    instead_of_copy = "share the one object between threads, or open another with manager.search()"
+
+    def __init__(
+        self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
+    ) -> None:
+        self.env_ids = env_ids
+        self._known_envs = frozenset(env_ids)
+        self._checked_envs = env_ids  # the last tuple of them that was checked
+        self._state = state
+        state.roots_hold.owner = ref(self)
+        self._order = order
+        self._overflow = overflow
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def gather(
+        self,
+        keys: Sequence[Hashable],
+        env_ids: Sequence[Hashable],
+        *,
+        order: LookupOrder | None = None,
+        room: int | None = None,
+        out: Tensor | None = None,
+        timeout: float | None = None,
+        stream: torch.Stream | None = None,
+    ) -> Batch:
+        """Read the parents of the next children into one padded batch. May block.
+
+        Args:
+            keys: one for each row.
+            env_ids: the environment of each row, in whose init pool its root may be.
+            order: "own_first" looks among the search's entries before the init pools, "init_first" the other way
+                round; the search's own if left out. Roots adopted before come before either's init pools.
+            room: free columns after the longest row; up to the window if left out.
+            out: the buffer to gather into, the caller's: contiguous `[2 * layers, batch, heads, columns, head_dim]`.
+                Its columns after the newest tokens become zeros or stay as they are.
+            stream: see `KVPool.gather`.
+
+        Returns a batch whose `hits` say which rows were found; `fill` the others, then `commit`.
+
+        Raises:
+            InvalidArgumentError: lengths differ, an environment is not of this search, too much room, an unfit `out`.
+            SearchEndedError: the search is closed, or was ended by a version bump or by closing the pool.
+            WaitTimeoutError: a shard was not free in time.
+        """
+        state = self._state
+        storage = state.pool.storage
+        if stream is not None:
+            with storage.clock.using(stream):
+                return self.gather(keys, env_ids, order=order, room=room, out=out, timeout=timeout)
+        deadline = storage.enter(timeout)
+        keys = check_keys(keys)
+        env_ids = self._check_envs(env_ids)
+        if len(env_ids) != len(keys):
+            raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
+        generation = state.scope.generation
+        hold = Hold("batch", [])
+        found: list[Entry | None] = [None] * len(keys)
+        try:
+            if (self._order if order is None else check_order(order)) == "own_first":
+                retain_here(state, found, keys, env_ids, OWN_FIRST, hold, deadline)
+                if None in found:
+                    retain_roots(state, found, keys, env_ids, hold, deadline)
+            else:
+                retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
+                retain_roots(state, found, keys, env_ids, hold, deadline)
+                retain_here(state, found, keys, env_ids, (own,), hold, deadline)
+            batch = open_batch(storage, state.scope, generation, hold, found, room, out)
+            roots, missing, counters = batch.others, found.count(None), state.pool.counters
+            # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
+            with gate.lock, storage.ledger.mutex:
+                state.check_open()
+                state.track(hold)
+                # Counted once, when nothing can time out any more: a call that is made again counts once too.
+                counters.hit_count += len(found) - missing - len(roots)
+                counters.miss_count += missing
+                if roots:
+                    count_hits(roots)
+            return batch
+        except BaseException:
+            storage.ledger.release(hold)
+            raise
+
+    def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
+        """Whether `key` is one of the search's own entries. May block."""
+        hash_of(key)
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+            return key in state.own
+
+    def __contains__(self, key: Hashable) -> bool:
+        """As `contains`."""
+        return self.contains(key)
+
+    def keys(self, *, timeout: float | None = None) -> list[Hashable]:
+        """The keys of the search's own entries, oldest first; a list of its own. May block."""
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+            items = state.own.listed()
+        return [key for key, _ in items]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over `keys()` as they are now. May block, before the first."""
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        """Number of the search's own entries. Never blocks."""
+        return len(self._state.own)
+
+    @property
+    def held(self) -> int:
+        """Number of entries that it keeps alive: its own and its adopted roots. Never blocks."""
+        return len(self._state.own) + len(self._state.roots)
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        keys: Sequence[Hashable],
+        batch: Batch,
+        *,
+        rows: Sequence[int] | None = None,
+        overflow: Overflow | None = None,
+        sides: Sequence[object] | None = None,
+        timeout: float | None = None,
+        stream: torch.Stream | None = None,
+    ) -> None:
+        """Store what the model appended to a batch as entries of this search, sharing the slots of their parents.
+
+        Args:
+            keys: one for each committed row; a key that comes twice gets the last of its rows.
+            batch: an open batch of this search's `gather`. It closes when every row has been committed.
+            rows: which rows, in the order of `keys`; all that are left if not given.
+            overflow: what happens to rows that outgrow the window; the search's own policy if left out, and an error
+                where that has none.
+            sides: side data, one item for each row.
+            stream: see `KVPool.commit`.
+
+        Raises:
+            CapacityError: the search needs more than it reserved, and the pool has no more; names what would do.
+            WindowOverflowError: a row grew too long. SearchEndedError: the search has ended.
+            ClosedError: the batch is closed. InvalidArgumentError: see `KVPool.commit`.
+            WaitTimeoutError: the search's shard was not free in time.
+        """
+        state = self._state
+        if stream is not None:
+            with state.pool.storage.clock.using(stream):
+                return self.commit(keys, batch, rows=rows, overflow=overflow, sides=sides, timeout=timeout)
+        deadline = state.pool.storage.enter(timeout)
+        state.check_open()
+        if getattr(batch, "scope", state.scope) is not state.scope:
+            raise InvalidArgumentError("batch was gathered by another search or pool, and cannot be committed here")
+        commit_batch(state.pool, batch, keys, rows, overflow or self._overflow, sides, None, deadline)
+
+    def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
+        """Remove some of the search's own entries; their room can be used again at once. May block.
+
+        Raises:
+            KeyNotFoundError: a key is not one of the search's entries; nothing is released then.
+        """
+        going = set(check_keys(keys))
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        state.check_open()
+        missing = remove_all(state.scope, going, deadline)
+        if missing:
+            raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
+
+    def discard(self, key: Hashable) -> None:
+        """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
+        self._state.pool.storage.check_process()
+        hash_of(key)
+        discard(self._state.scope, key)
+
+    def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
+        """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
+
+        Returns the number of own entries released. May block.
+        """
+        state = self._state
+        deadline = state.pool.storage.enter(timeout)
+        staying = set(check_keys(keys, minimum=0))
+        ledger = state.pool.storage.ledger
+        dead: list[Entry] = []
+        # One hold for both: a time-out or a cancellation comes before all of it or not at all.
+        with gate.lock, state.pool.storage.locks.write(state.scope.shards, deadline):
+            deadline.check(state.pool.name)
+            state.check_open()
+            roots = state.roots_beside(staying)
+            going = state.own.chosen(lambda entry: entry.key not in staying)
+            waiters = take_out(state.scope, state.own, going, dead)
+            entries = list(map(state.roots.pop, roots))
+            with gate.lock, ledger.mutex:
+                dead += ledger.drop_from(state.roots_hold, entries)
+                waiters += ledger.take_waiters()
+        wake(waiters)
+        del dead, entries
+        return len(going)
+
+    def promote(
+        self,
+        key: Hashable,
+        env_id: Hashable,
+        *,
+        as_key: Hashable = SAME_KEY,
+        side: object = SAME_SIDE,
+        priority: float = 0.0,
+        timeout: float | None = None,
+    ) -> bool:
+        """Store one of the search's entries in an environment's init pool too, sharing its slots. May block.
+
+        Args:
+            key: one of the search's own entries, or a root it adopted.
+            env_id: the environment whose init pool gets it.
+            as_key: its key there; the same if left out.
+            side: its side data there; the entry's own if left out.
+
+        Returns True, or False with nothing stored if the init pool was cleared meanwhile.
+
+        Raises:
+            KeyNotFoundError: the search has no such entry.
+            InvalidArgumentError: an environment that is not of this search.
+        """
+        state = self._state
+        storage = state.pool.storage
+        deadline = storage.enter(timeout)
+        hash_of(key)
+        (env_id,) = self._check_envs([env_id])
+        target = state.init_pools[env_id].default_scope
+        generation = target.generation
+        if generation.version != state.versions[env_id]:
+            raise SearchEndedError(f"{target.pool.name}: the weights version was bumped since this search was opened")
+        check_priorities([priority], 1)
+        new_key = key if as_key is SAME_KEY else as_key
+        hash_of(new_key, "as_key")
+        hold = Hold("commit", [])
+        with gate.lock, storage.locks.read(state.scope.shards, deadline):
+            state.check_open()
+            entry = state.own.get(key) or state.roots.get((env_id, key))
+            if entry is None:
+                raise KeyNotFoundError(f"the search has no entry for {key!r} to promote")
+            with gate.lock, storage.ledger.mutex:
+                storage.ledger.extend(hold, [entry])
+        try:
+            plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
+            with gate.lock, storage.ledger.mutex:
+                state.budget.promoted_to.add(target.pool.quota)
+            return write(target.pool, target, generation, plan, deadline)
+        finally:
+            del entry
+            storage.ledger.release(hold)
+
+    # Life ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or ended from outside."""
+        return self._state.scope.ended is not None
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """Release every entry, root, open batch and reservation. May block; nothing happens the second time.
+
+        Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
+        """
+        state = self._state
+        if state.finished:
+            return
+        if gate.is_inside:
+            self.abandon()
+            return
+        storage = state.pool.storage
+        state.end("the search was closed", storage.enter_quietly(timeout))
+
+    def _check_envs(self, env_ids: Sequence[Hashable]) -> tuple[Hashable, ...]:
+        known = self._checked_envs  # read once: another thread may have another tuple checked
+        if env_ids is known:
+            return known
+        checked = check_env_ids(env_ids)
+        if not self._known_envs.issuperset(checked):
+            unknown = [env_id for env_id in checked if env_id not in self._known_envs]
+            raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
+        if checked is env_ids:  # a tuple: it will be the same
+            self._checked_envs = checked
+        return checked
+
+    def abandon(self) -> None:
+        """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
+        state = getattr(self, "_state", None)
+        if state is not None and not state.finished:
+            ledger = state.pool.storage.ledger
+            ledger.abandon(partial(state.end, "the search was dropped without being closed"))
+
+    def __del__(self) -> None:
+        state = getattr(self, "_state", None)
+        if state is not None and not is_owned_elsewhere(state.roots_hold.owner, self):
+            self.abandon()
+
+    def __repr__(self) -> str:
+        return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"
+
+
+def check_order(order: object) -> LookupOrder:
+    """`order` if it names a lookup order."""
+    if order == "own_first":
+        return "own_first"
+    if order == "init_first":
+        return "init_first"
+    raise InvalidArgumentError(f"order must be 'own_first' or 'init_first', got {order!r}")
+
+
+def open_search(
+    pool: KVPool,
+    init_pools: Mapping[Hashable, KVPool],
+    env_ids: Iterable[Hashable],
+    *,
+    number: int,
+    entries_per_env: int,
+    entries: int | None,
+    tokens: int | None,
+    order: LookupOrder,
+    overflow: Overflow | None,
+    deadline: Deadline,
+) -> Search:
+    """Reserve room in `pool` and open a search over `env_ids`; see `KVCacheManager.search`."""
+    ids = check_env_ids(env_ids)
+    if not ids:
+        raise InvalidArgumentError("env_ids must name at least one environment, got none")
+    unknown = [env_id for env_id in ids if env_id not in init_pools]
+    if unknown:
+        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {unknown[0]!r}")
+    if len(set(ids)) != len(ids):
+        raise InvalidArgumentError(f"env_ids must be different, got {ids}")
+    check_order(order)
+    check_overflow(overflow, pool.layout)
+    entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
+    tokens = positive_int("tokens", tokens) if tokens is not None else entries * pool.layout.max_tokens
+    budget = reserve_budget(pool, entries, tokens, deadline)
+    # All of a search's keys under one shard: a gather or commit of any number of rows takes one lock.
+    shard = number % pool.storage.locks.count
+    scope = Scope(pool, f"search {number}", (shard,), budget=budget)
+    state = SearchState(pool, init_pools, number, scope)
+    # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
+    search = Search(state, ids, order, overflow)
+    ledger = pool.storage.ledger
+    with gate.lock, ledger.mutex:
+        closed = pool.closed or pool.storage.closed
+        if closed:
+            give_budget_back(pool, budget)
+            state.finished = True
+        else:
+            ledger.holds.add(state.roots_hold)
+            pool.searches.add(state)
+        waiters = ledger.take_waiters() if closed else []
+    wake(waiters)
+    if closed:
+        raise ClosedError(f"{pool.name} is closed")
+    return search

@@ -1,0 +1,119 @@
+"""`SearchState`: what an open search owns, and its end, which may come from its user or from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Mapping
+from typing import TYPE_CHECKING
+
+from ..books.entry import Entry, Hold, Scope
+from ..books.index import Index
+from ..books.ledger import wake
+from ..errors import SearchEndedError
+from ..locks.deadline import Deadline
+from ..locks.gate import gate
+from ..pool.clearing import sweep_if
+from ..pool.room import give_budget_back
+
+if TYPE_CHECKING:
+    from ..pool.pool import KVPool
+
+__all__ = ["RootKey", "SearchState"]
+
+RootKey = tuple[Hashable, Hashable]  # (env_id, key)
+
+
+class SearchState:
+    """What a search owns: scope and budget, adopted roots, open batches. Ended once, by whoever comes first.
+
+    The search's entries and its roots are guarded by one lock shard, that of its scope.
+    """
+
+    def __init__(self, pool: KVPool, init_pools: Mapping[Hashable, KVPool], number: int, scope: Scope) -> None:
+        assert scope.budget is not None
+        self.pool = pool
+        self.init_pools = init_pools
+        self.scope = scope
+        self.budget = scope.budget
+        self.roots: dict[RootKey, Entry] = {}  # under the scope's shard
+        # Not pinning: a root may be evicted from its init pool like any other. The search keeps what it adopted.
+        self.roots_hold = Hold("search", [])
+        self.batches: list[Hold] = []  # under the mutex
+        self.finished = False  # under the mutex
+        # Weights versions that the search began with: a promotion must not carry its entries into a later one.
+        self.versions = {env_id: init_pool.default_scope.version for env_id, init_pool in init_pools.items()}
+        self.number = number
+
+    @property
+    def own(self) -> Index[Entry]:
+        """The search's own entries, under the scope's shard."""
+        return self.scope.entries[0]
+
+    def roots_beside(self, keys: Container[Hashable]) -> list[RootKey]:
+        """The adopted roots of other keys than these. The scope's shard held."""
+        return [root for root in self.roots if root[1] not in keys]
+
+    def adopt(self, found: Mapping[RootKey, Entry]) -> list[Entry]:
+        """Take what was found in the init pools among the roots; returns the new ones. The scope's shard held."""
+        new = {root: entry for root, entry in found.items() if root not in self.roots}
+        self.roots.update(new)
+        return list(new.values())
+
+    @property
+    def ended(self) -> str | None:
+        """Why it has ended, or is about to be ended by a version bump; None while it is open."""
+        return self.scope.ended or self.budget.ended
+
+    def check_open(self) -> None:
+        """Raise `SearchEndedError` if it has ended, or is about to be."""
+        ended = self.scope.ended or self.budget.ended
+        if ended is not None:
+            raise SearchEndedError(ended)
+
+    def track(self, hold: Hold) -> None:
+        """Remember an open batch, to be closed with the search. Mutex held."""
+        if len(self.batches) > 64:
+            self.batches = [batch for batch in self.batches if not batch.released]
+        self.batches.append(hold)
+
+    def end_cut_off(self) -> None:
+        """Note the end of a search that nobody will end: it was dropped, or its end was cut off. All locks held.
+
+        Its books are rebuilt without it.
+        """
+        self.scope.ended = self.budget.ended = self.ended or "the search was dropped without being closed"
+        for hold in [self.roots_hold, *self.batches]:
+            hold.released = True
+            self.pool.storage.ledger.holds.discard(hold)
+        self.pool.searches.discard(self)
+        self.finished = True
+
+    def _end_holds(self) -> list[Entry]:
+        """Let go of the roots and of what open batches read; returns the dead. Mutex held."""
+        ledger = self.pool.storage.ledger
+        dead = ledger.end(self.roots_hold)
+        for hold in self.batches:
+            dead += ledger.end(hold)
+        return dead
+
+    def end(self, reason: str, deadline: Deadline) -> None:
+        """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
+        storage = self.pool.storage
+        ledger = storage.ledger
+        with gate.lock, storage.locks.write(self.scope.shards, deadline):
+            # From here on no batch is opened, no child published and no root adopted.
+            if self.scope.ended is None:
+                self.scope.ended = reason
+            roots, self.roots = self.roots, {}
+        sweep_if(self.scope, lambda entry: True, deadline)
+        with gate.lock, ledger.mutex:
+            if self.finished:
+                return
+            self.budget.ended = self.budget.ended or self.scope.ended
+            dead = self._end_holds()
+            give_budget_back(self.pool, self.budget)
+            self.pool.searches.discard(self)
+            # Last: what is cut off before this is done by who ends it again, each step once.
+            self.finished = True
+            waiters = ledger.take_waiters()
+        wake(waiters)
+        del roots, dead

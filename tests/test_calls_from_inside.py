@@ -1,0 +1,491 @@
+"""Calls from inside the library's own critical sections: finalisers, signal handlers, keys and policies work or raise.
+
+Nothing keeps Python from running them there. What must not happen is that they wait for their own thread.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import pathlib
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+import concurrent_kv
+from concurrent_kv import (
+    AsyncKVPool,
+    KVCacheManager,
+    KVPool,
+    PoolStats,
+    ReentrantCallError,
+    Search,
+)
+from concurrent_kv.aio import OffloadStats
+from concurrent_kv.eviction import FIFO
+from concurrent_kv.locks.gate import gate
+from concurrent_kv.locks.signal import Signal
+from tests.support import LAYOUT, append, assert_same, config, tokens
+from tests.threading_support import JOIN_SECONDS, Background, run_threads
+
+PACKAGE = pathlib.Path(concurrent_kv.__file__).parent
+
+
+@pytest.fixture
+def pool() -> Iterator[KVPool]:
+    made = KVPool(LAYOUT, max_entries=4, wait_timeout=5.0)
+    made.put("old", tokens(1, 3))
+    yield made
+    made.check_integrity()
+    made.close()
+
+
+@pytest.fixture
+def manager() -> Iterator[KVCacheManager]:
+    made = KVCacheManager(config(), env_num=2, wait_timeout=5.0)
+    made.set_init_cache(0, "root", tokens(1, 3))
+    yield made
+    made.check_integrity()
+    made.close()
+
+
+@contextmanager
+def inside_the_mutex(pool: KVPool) -> Iterator[None]:
+    with gate.lock, pool.storage.ledger.mutex:
+        yield
+
+
+@contextmanager
+def inside_a_shard(pool: KVPool) -> Iterator[None]:
+    deadline = pool.storage.enter()
+    with gate.lock, pool.storage.locks.write(range(pool.storage.locks.count), deadline):
+        yield
+
+
+@contextmanager
+def inside_a_leaf(pool: KVPool) -> Iterator[None]:
+    with gate.lock, pool.storage.tensor._buffers_lock:
+        yield
+
+
+INSIDE = (inside_the_mutex, inside_a_shard, inside_a_leaf)
+
+
+def from_inside(inside: Callable[[KVPool], Any], pool: KVPool, call: Callable[[], object]) -> object:
+    """What `call` returns, or the `ReentrantCallError` it raises, from inside a critical section of its thread."""
+
+    def run() -> object:
+        with inside(pool):
+            try:
+                return call()
+            except ReentrantCallError as error:
+                return error
+
+    return Background(run).result()
+
+
+# Every public call ---------------------------------------------------------------------------------------------------
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "bump_version": (),
+    "check_integrity": (),
+    "clear": (),
+    "close": (),
+    "contains": ("old",),
+    "gather": (["old"],),
+    "get": ("old",),
+    "get_or_compute": ("old", lambda: tokens(1, 3)),
+    "keys": (),
+    "peek": ("old",),
+    "pin": ("old",),
+    "pop": ("old",),
+    "put": ("new", tokens(2, 3)),
+    "put_many": (["new"], tokens(2, 3)),
+    "repair": (),
+    "reset_stats": (),
+    "scope": ("other",),
+    "scopes": (),
+    "side": ("old",),
+    "try_claim": ("other",),
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_what_would_take_a_lock_raises_at_once_and_says_what_to_call(
+    pool: KVPool, inside: Callable[[KVPool], Any], name: str
+) -> None:
+    error = from_inside(inside, pool, lambda: getattr(pool, name)(*CALLS[name]))
+    assert isinstance(error, ReentrantCallError), error
+    assert pool.name in str(error)
+    assert "discard" in str(error)
+    assert_same(pool.get("old"), tokens(1, 3))
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any]) -> None:
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: len(pool),
+        pool.stats,
+        lambda: pool.closed,
+        lambda: repr(pool),
+        pool.storage.locks.contention,
+        AsyncKVPool(pool).offload_stats,
+    )
+    found = [from_inside(inside, pool, call) for call in calls]
+    assert not [each for each in found if isinstance(each, Exception)]
+    assert found[0] == 1
+    stats = found[1]
+    assert isinstance(stats, PoolStats)
+    assert stats.entries == 1
+    assert isinstance(found[5], OffloadStats)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_every_public_method_is_known_to_these_tests(inside: Callable[[KVPool], Any]) -> None:
+    methods = {name for name in dir(KVPool) if not name.startswith("_") and callable(getattr(KVPool, name))}
+    need_no_lock = {"discard", "stats", "commit"}  # a commit: below, it needs a batch
+    internal = {"check_open", "count_misses", "end_searches", "registered_scopes", "renew", "stats_now"}
+    assert methods - need_no_lock - internal == set(CALLS)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_the_calls_of_a_manager_raise_or_work(manager: KVCacheManager, inside: Callable[[KVPool], Any]) -> None:
+    pool = manager.recur_pool
+    raising: tuple[Callable[[], object], ...] = (
+        lambda: manager.search([0]),
+        lambda: manager.set_recur_cache("key", tokens(1, 2)),
+        lambda: manager.get_init_cache(0, "root"),
+        lambda: manager.hierarchical_get(0, "root"),
+        manager.clear_all,
+        manager.bump_version,
+        manager.close,
+        manager.storage.close,
+        manager.reset_stats,
+        manager.check_integrity,
+        manager.repair,
+    )
+    for call in raising:
+        assert isinstance(from_inside(inside, pool, call), ReentrantCallError)
+    assert not isinstance(from_inside(inside, pool, manager.get_stats_summary), Exception)
+    assert not isinstance(from_inside(inside, pool, lambda: repr(manager)), Exception)
+    assert manager.get_init_cache(0, "root") is not None
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_the_calls_of_a_search_raise_or_work(manager: KVCacheManager, inside: Callable[[KVPool], Any]) -> None:
+    pool = manager.recur_pool
+    with manager.search([0]) as search:
+        batch = search.gather(["root"], [0])
+        append(batch, [2])
+        raising: tuple[Callable[[], object], ...] = (
+            lambda: search.gather(["root"], [0]),
+            lambda: search.commit(["child"], batch),
+            lambda: search.release(["child"]),
+            lambda: search.keep([]),
+            lambda: search.promote("root", 0),
+            lambda: search.contains("child"),
+            search.keys,
+        )
+        for call in raising:
+            assert isinstance(from_inside(inside, pool, call), ReentrantCallError)
+        for works in (lambda: len(search), lambda: search.closed, lambda: repr(search), lambda: repr(batch)):
+            assert not isinstance(from_inside(inside, pool, works), Exception)
+        search.commit(["child"], batch)
+        assert search.keys() == ["child"]
+
+
+def test_another_pool_than_the_one_whose_lock_is_held_raises_too(pool: KVPool) -> None:
+    # Two threads, each in one pool with a finaliser that calls the other's, would wait for each other for good.
+    other = KVPool(LAYOUT, max_entries=4)
+    error = from_inside(inside_the_mutex, pool, lambda: other.get("key"))
+    assert isinstance(error, ReentrantCallError)
+    other.close()
+
+
+def test_another_thread_is_not_inside(pool: KVPool) -> None:
+    with gate.lock:
+        assert Background(lambda: pool.get("old")).result() is not None
+
+
+# Handles and notes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_handle_closed_inside_is_closed_by_the_next_operation(
+    manager: KVCacheManager, inside: Callable[[KVPool], Any]
+) -> None:
+    pool = manager.recur_pool
+    pool.put("key", tokens(1, 2))
+    pin = pool.pin("key")
+    batch = pool.gather(["key"])
+    search = manager.search([0])
+    claim = pool.try_claim("claimed")
+    for close in (pin.close, batch.close, search.close, claim.abandon):
+        assert from_inside(inside, pool, close) is None
+    pool.get("key")
+    assert batch.closed
+    assert search.closed
+    assert claim.over
+    assert manager.check_integrity().handles == 0
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_discarded_key_is_removed_by_the_next_operation(pool: KVPool, inside: Callable[[KVPool], Any]) -> None:
+    assert from_inside(inside, pool, lambda: pool.discard("old")) is None
+    assert pool.get("old") is None
+    assert len(pool) == 0
+
+
+def test_an_entry_stored_after_the_discard_stays(pool: KVPool) -> None:
+    pool.discard("old")
+    pool.discard("new")  # there is none yet
+    # As on an event loop's own thread, which leaves the notes to others.
+    noted, pool.storage.ledger.abandoned = pool.storage.ledger.abandoned, type(pool.storage.ledger.abandoned)()
+    pool.put("old", tokens(5, 2))
+    pool.put("new", tokens(6, 2))
+    pool.storage.ledger.abandoned = noted
+    assert_same(pool.get("old"), tokens(5, 2))
+    assert_same(pool.get("new"), tokens(6, 2))
+    assert not noted
+
+
+def test_what_was_discarded_and_cannot_be_compared_any_more_does_not_fail_others(
+    pool: KVPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Key:
+        broken = False
+
+        def __hash__(self) -> int:
+            if self.broken:
+                raise ValueError("this key is broken")
+            return 5
+
+    key = Key()
+    pool.put(key, tokens(3, 2))
+    pool.discard(key)
+    Key.broken = True
+    assert_same(pool.get("old"), tokens(1, 3))
+    Key.broken = False
+    pool.pop(key)
+
+
+def test_a_search_releases_what_was_discarded(manager: KVCacheManager) -> None:
+    with manager.search([0]) as search:
+        batch = search.gather(["root"], [0])
+        append(batch, [2])
+        search.commit(["child"], batch)
+        assert from_inside(inside_the_mutex, manager.recur_pool, lambda: search.discard("child")) is None
+        assert search.keys() == []
+
+
+# Where such calls come from ------------------------------------------------------------------------------------------
+
+
+class Node:
+    """Part of a cycle, which only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.parametrize("called", ["pop", "get", "stats", "discard", "len"])
+def test_finalisers_that_the_collector_runs_anywhere_never_stop_the_process(called: str) -> None:
+    pool = KVPool(LAYOUT, max_entries=16, wait_timeout=JOIN_SECONDS)
+    refused = []
+
+    def call(key: int) -> None:
+        try:
+            if called == "len":
+                len(pool)
+            elif called == "stats":
+                pool.stats()
+            else:
+                getattr(pool, called)(key)
+        except ReentrantCallError as error:
+            refused.append(error)
+
+    def work() -> None:
+        for key in range(300):
+            node = Node()
+            weakref.finalize(node, call, key)
+            del node
+            pool.put(key, tokens(key % 8, 1 + key % 3))
+
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        run_threads(work, work)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    if called in ("stats", "discard", "len"):
+        assert not refused
+    pool.check_integrity()
+    pool.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no thread can send a signal to another on Windows")
+@pytest.mark.parametrize("called", ["stats", "get", "discard"])
+def test_signal_handlers_that_call_a_pool_never_stop_the_process(pool: KVPool, called: str) -> None:
+    main = threading.get_ident()
+    handled = 0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal handled
+        handled += 1
+        with suppress(ReentrantCallError):
+            pool.stats() if called == "stats" else getattr(pool, called)("old")
+
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.is_set():
+            count = handled
+            signal.pthread_kill(main, signal.SIGUSR1)
+            while handled == count and not over.is_set():
+                over.wait(1e-4)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    sender = threading.Thread(target=send, daemon=True)
+    try:
+        sender.start()
+        puts = 0
+        while handled < 100:
+            pool.put("old" if puts % 2 else puts, tokens(puts % 8, 2))
+            puts += 1
+    finally:
+        over.set()
+        sender.join(JOIN_SECONDS)
+        signal.signal(signal.SIGUSR1, before)
+    pool.put("old", tokens(1, 3))
+
+
+class CallingKey:
+    """A key whose comparison calls the pool."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        self.call()
+        return self is other
+
+
+def test_a_keys_comparison_that_calls_the_pool_hears_so(pool: KVPool) -> None:
+    calling = CallingKey(lambda: pool.get("old"))  # the key that is stored compares itself
+    pool.put(calling, tokens(1, 2))
+    with pytest.raises(ReentrantCallError):
+        Background(lambda: pool.get(CallingKey(lambda: None))).result()
+    calling.call = pool.stats
+    assert Background(lambda: pool.get(CallingKey(lambda: None))).result() is None
+
+
+def test_a_policy_that_calls_its_pool_hears_so() -> None:
+    heard = []
+
+    class Calling(FIFO[Any]):
+        def add(self, entry: Any) -> None:
+            super().add(entry)
+            try:
+                made.get("key")
+            except ReentrantCallError as error:
+                heard.append(error)
+
+    made: KVPool = KVPool(LAYOUT, max_entries=2, policy=Calling(capacity=2))
+    Background(lambda: made.put("key", tokens(1, 2))).result()
+    assert len(heard) == 1
+    made.check_integrity()
+    made.close()
+
+
+# Bounded waits -------------------------------------------------------------------------------------------------------
+
+
+def test_a_wait_that_is_over_before_it_begins_ends() -> None:
+    # `SimpleQueue.get(timeout=)` of CPython 3.10 to 3.12 can block for ever there.
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            pass
+
+    def wait() -> None:
+        for number in range(300):
+            assert not Signal().wait(0.0)
+            assert not Signal().wait(-1.0)
+            assert not Signal().wait(1e-6 * (number % 60))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    spinning = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
+    try:
+        for thread in spinning:
+            thread.start()
+        run_threads(wait)
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+        for thread in spinning:
+            thread.join(JOIN_SECONDS)
+
+
+def test_a_signal_stays_set_and_may_be_set_by_several_threads() -> None:
+    signals = [Signal() for _ in range(200)]
+
+    def set_all() -> None:
+        for each in signals:
+            each.set()
+
+    def wait_for_all() -> None:
+        for each in signals:
+            assert each.wait(JOIN_SECONDS)
+            assert each.wait(0.0)
+
+    run_threads(set_all, set_all, wait_for_all, wait_for_all)
+
+
+def test_a_search_with_a_short_bound_ends_in_time(manager: KVCacheManager) -> None:
+    with manager.search([0, 1]):
+
+        def open_another() -> Search | Exception:
+            try:
+                return manager.search([0, 1], tokens=1000, timeout=0.0)
+            except Exception as error:
+                return error
+
+        assert isinstance(Background(open_another).result(), Exception)
+
+
+# The source ----------------------------------------------------------------------------------------------------------
+
+
+def sections(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+    """Line and items of every `with` over a lock."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With):
+            items = [ast.unparse(item.context_expr) for item in node.items]
+            locks = ("mutex", "_lock", "_replacing", "locks.read(", "locks.write(")
+            if any(item.endswith(locks[:3]) or locks[3] in item or locks[4] in item for item in items):
+                yield node.lineno, items
+
+
+def test_every_critical_section_enters_the_gate_first() -> None:
+    found = 0
+    for path in PACKAGE.rglob("*.py"):
+        for line, items in sections(ast.parse(path.read_text("utf-8"))):
+            found += 1
+            assert items[0] == "gate.lock", f"{path.name}:{line} takes {items} without having entered the gate"
+            # What is called there would find itself inside.
+            assert not any("enter(" in item for item in items), f"{path.name}:{line} begins an operation inside"
+    assert found > 80
