@@ -256,6 +256,10 @@ class AsyncKVPool(NeverCopied):
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
         await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout), timeout)
 
+    async def drop_scope(self, scope: Scope | Hashable, *, timeout: float | None = None) -> int:
+        """See `KVPool.drop_scope`; always in a worker thread, as it may have much to sweep."""
+        return await self._offload.in_worker_whole(partial(self.sync.drop_scope, scope, timeout=timeout), timeout)
+
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
         await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout), timeout)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
 from ..device.streams import NO_TICKS, Ticks
+from ..errors import ClosedError, SearchEndedError
 from ..locks.numbers import Numbers
 from ..never_copied import NeverCopied
 from .index import Cells, Index
@@ -128,7 +129,8 @@ class Scope(NeverCopied):
         shards: the lock shards that guard its keys, in ascending order; a key's shard is `shards[hash % len]`.
         budget: what a search reserved: its entries are paid from it, and are never victims.
 
-    `ended` says why nothing can be stored in it any more (its search is over); set under its shards' write locks.
+    `ended` says why nothing can be stored in it any more (its search is over, or it was dropped); set under its shards'
+    write locks.
     """
 
     __slots__ = ("budget", "ended", "entries", "generation", "name", "number", "pool", "shards")
@@ -157,6 +159,12 @@ class Scope(NeverCopied):
     def version(self) -> int:
         """Weights version."""
         return self.generation.version
+
+    def why_ended(self) -> ClosedError | None:
+        """What is raised where it is used after its end; None before that."""
+        if self.ended is None:
+            return None
+        return ClosedError(self.ended) if self.budget is None else SearchEndedError(self.ended)
 
     def part_of(self, key: Hashable) -> int:
         """Which of the scope's dicts holds `key`. Runs the key's `__hash__`."""

@@ -20,7 +20,7 @@ from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
 from ..device.tensor_checks import check_tensor
 from ..device.tensors import plain_torch_state, writing_to
-from ..errors import ClosedError, InvalidArgumentError, SearchEndedError, WaitTimeoutError, WindowOverflowError
+from ..errors import ClosedError, InvalidArgumentError, WaitTimeoutError, WindowOverflowError
 from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
 from ..never_copied import is_owned_elsewhere
@@ -432,10 +432,8 @@ class Batch(Handle):
 
     def why_closed(self) -> ClosedError:
         """What is raised where it is used after its end."""
-        ended = self.scope.ended
-        if ended is not None:
-            return SearchEndedError(ended)
-        return ClosedError("this batch is closed: it was committed or closed before")
+        ended = self.scope.why_ended()
+        return ClosedError("this batch is closed: it was committed or closed before") if ended is None else ended
 
     def abandon(self) -> None:
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""

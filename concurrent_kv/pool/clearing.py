@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .room import unpublish
 
-__all__ = ["discard", "remove", "remove_all", "sweep", "sweep_if", "take_out"]
+__all__ = ["discard", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
+SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
 
 
 def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
@@ -81,9 +82,37 @@ def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[E
     return waiters
 
 
-def sweep(scope: Scope, deadline: Deadline) -> None:
-    """Remove every entry of an older generation than the scope's, one shard at a time."""
-    sweep_if(scope, lambda entry: entry.generation is not scope.generation, deadline)
+def sweep_scopes(scopes: Sequence[Scope], deadline: Deadline) -> None:
+    """Remove every entry of an older generation than its scope's, of scopes of one pool, one shard at a time.
+
+    Each shard is locked once for many scopes: of thousands, most may be empty.
+    """
+    by_shards: dict[tuple[int, ...], list[Scope]] = {}
+    for scope in scopes:
+        by_shards.setdefault(scope.shards, []).append(scope)
+    for shards, alike in by_shards.items():
+        for begin in range(0, len(alike), SCOPES_PER_HOLD):
+            for part, shard in enumerate(shards):
+                _sweep_part(alike[begin : begin + SCOPES_PER_HOLD], part, shard, deadline)
+
+
+def _sweep_part(scopes: Sequence[Scope], part: int, shard: int, deadline: Deadline) -> None:
+    """The part of `sweep_scopes` that one shard guards."""
+    dead: list[Entry] = []
+    going: list[Entry] = []
+    waiters: list[Any] = []
+    try:
+        with gate.lock, scopes[0].pool.storage.locks.write((shard,), deadline):
+            for scope in scopes:
+                index, generation = scope.entries[part], scope.generation
+                if index.cells:
+                    old = [entry for entry in index.values() if entry.generation is not generation]
+                    going += old  # dies outside of the shard, also where a key raises on the way
+                    waiters += take_out(scope, index, old, dead)
+    finally:
+        wake(waiters)
+        # Keys and side data are finalised here, outside of every lock.
+        del dead, going
 
 
 def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:

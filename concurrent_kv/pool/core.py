@@ -13,11 +13,11 @@ from ..books.quota import Quota
 from ..books.size_arguments import SizeArguments
 from ..books.stats import Counters, PoolStats
 from ..device.layout import KVLayout, slots_of_capacity
-from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError
+from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
 from ..flights.table import FlightTable
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from .clearing import sweep
+from .clearing import sweep_if, sweep_scopes
 from .handle import Handle
 from .storage import KVStorage
 
@@ -106,6 +106,40 @@ class PoolCore(Handle):
                 scope.generation = Generation(0, self.default_scope.version)
             return scope
 
+    def drop_scope(self, scope: Scope | Hashable, *, timeout: float | None = None) -> int:
+        """Remove every entry of a scope, and forget the scope; returns how many entries. May block.
+
+        Operations on it, also those under way that would store something, end with `ClosedError`; what is pinned or
+        gathered stays with its handles. Its name is free then: `scope(name)` makes a new one.
+
+        Args:
+            scope: the scope, or its name.
+
+        Raises:
+            KeyNotFoundError: there is no scope of that name, or it was dropped before.
+            InvalidArgumentError: it is the default scope, or another pool's.
+            WaitTimeoutError: a shard was not free in time. The scope has ended if anything was removed; drop it again.
+        """
+        deadline = self._enter(timeout)
+        name = scope.name if isinstance(scope, Scope) else scope
+        hash_of(name, "scope")
+        with gate.lock, self.storage.ledger.mutex:
+            found = self._scopes.get(name)
+        if isinstance(scope, Scope) and scope.pool is not self:
+            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.pool.name}")
+        if found is None or (isinstance(scope, Scope) and found is not scope):
+            raise KeyNotFoundError(f"{self.name} has no scope {name!r} to drop")
+        if found is self.default_scope:
+            raise InvalidArgumentError(f"scope must be another than the default scope of {self.name}, got {name!r}")
+        with gate.lock, self.storage.locks.write(found.shards, deadline):
+            found.ended = f"the scope {name!r} of {self.name} was dropped"
+        removed = sweep_if(found, lambda entry: True, deadline)
+        # Last: what is cut off before this is found, and finished, by the next call.
+        with gate.lock, self.storage.ledger.mutex:
+            if self._scopes.get(name) is found:
+                del self._scopes[name]
+        return removed
+
     def scopes(self) -> tuple[Scope, ...]:
         """Every scope, without those of searches."""
         self.storage.check_call()
@@ -123,6 +157,9 @@ class PoolCore(Handle):
             raise InvalidTypeError(f"scope must be a Scope of this pool, got {type(scope).__name__}")
         if scope.pool is not self:
             raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.pool.name}")
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
         return scope
 
     # Clears, versions, end -----------------------------------------------------------------------------------------
@@ -158,8 +195,7 @@ class PoolCore(Handle):
         with gate.lock, self.storage.ledger.mutex:
             _begin_epoch(scopes)
             self.counters.clear_count += 1
-        for scope in scopes:
-            sweep(scope, deadline)
+        sweep_scopes(scopes, deadline)
 
     def close(self, *, timeout: float | None = None) -> None:
         """End every search, drop every entry and, for a pool made alone, free the storage. Closing twice is fine.
@@ -268,8 +304,7 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
     for pool in pools:
         pool.end_searches(reason, deadline)
     for pool in pools:
-        for scope in pool.scopes():
-            sweep(scope, deadline)
+        sweep_scopes(pool.scopes(), deadline)
 
 
 def _begin_epoch(scopes: Iterable[Scope]) -> None:

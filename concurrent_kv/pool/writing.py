@@ -11,7 +11,7 @@ from ..books.entry import Entry, Generation, Place, Scope, sorted_shards
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
 from ..device.streams import NO_TICKS, Ticks, merge
-from ..errors import ClosedError, SearchEndedError
+from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .plan import WritePlan
@@ -117,8 +117,9 @@ def _publish(
     with gate.lock, pool.storage.locks.write(shards, deadline):
         if deadline.caller is not None:
             deadline.check(pool.name)
-        if scope.ended is not None:
-            raise SearchEndedError(scope.ended)
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
         if pool.closed:
             raise ClosedError(f"{pool.name} is closed")
         # Under the shards' write locks: a clear that raises the epoch from here on will sweep what is published here.
