@@ -35,8 +35,7 @@ def _mark(value: object, skip: Callable[[CodeType], object]) -> None:
     members = [value]
     if isinstance(value, type):
         members = [part for member in vars(value).values() for part in _functions_in(member)]
-    for member in members:
-        function = getattr(member, "__wrapped__", member)  # of what a decorator wrapped
+    for function in members + [getattr(member, "__wrapped__", None) for member in members]:  # what decorators wrapped
         if isinstance(function, FunctionType):
             function._torchdynamo_disable = True  # type: ignore[attr-defined]
             for code in _codes_in(function.__code__):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.autograd.graph import increment_version
 from ..books.slots import Slots, as_array
 from ..errors import ClosedError
 from ..locks.gate import gate
+from ..remembered import remembered
 from .layout import KVLayout
 from .moving import upload
 from .native import address_of, native
@@ -29,6 +29,7 @@ from .streams import NO_TICKS, Ticks
 
 __all__ = ["Block", "SlotTensor", "in_columns", "plain_torch_state", "writing_to"]
 
+REMEMBERED_BYTES = 1 << 20  # of columns of slot tables, of which there are many kinds in long windows
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
 AS_IT_IS = nullcontext()
 LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
@@ -84,7 +85,11 @@ def in_columns(tables: Indices, rows: Sequence[int], end: int, columns: int) -> 
     return tables.take(rows, axis=0).take(_columns_of(tables.shape[1], end, columns), axis=1)
 
 
-@cache
+def _bytes_of(columns: Indices) -> int:
+    return columns.nbytes
+
+
+@remembered(most_bytes=REMEMBERED_BYTES, most=1024, size_of=_bytes_of)
 def _columns_of(window: int, end: int, columns: int) -> Indices:
     """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +11,12 @@ from ..device.native import native
 from ..device.tensors import Block, Indices
 from ..errors import WindowOverflowError
 from ..model.overflow import DropAndCorrect, Overflow, RaiseOnOverflow
+from ..remembered import remembered
 
 __all__ = ["CommitShape", "Drop", "commit_shape", "share_shape"]
 
 REMEMBERED = 256  # shapes; the commits of a search repeat a few
+REMEMBERED_BYTES = 16 << 20  # of their arrays, which grow with rows times window
 
 
 class Drop(NamedTuple):
@@ -55,7 +56,12 @@ class CommitShape(NamedTuple):
     views: tuple[Any, ...] = ()
 
 
-@lru_cache(maxsize=REMEMBERED)
+def _bytes_of(shape: CommitShape) -> int:
+    arrays = (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns)
+    return sum([array.nbytes for array in arrays])
+
+
+@remembered(most_bytes=REMEMBERED_BYTES, most=REMEMBERED, size_of=_bytes_of)
 def commit_shape(
     rows: tuple[int, ...],
     gathered: tuple[int, ...],
@@ -108,7 +114,7 @@ def commit_shape(
     return _read_only(shape)
 
 
-@lru_cache(maxsize=REMEMBERED)
+@remembered(most_bytes=REMEMBERED_BYTES, most=REMEMBERED, size_of=_bytes_of)
 def share_shape(length: int, window: int) -> CommitShape:
     """The shape of one entry of `length` tokens that shares them all with another."""
     none = np.empty(0, dtype=np.int64)
