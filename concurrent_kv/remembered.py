@@ -16,8 +16,8 @@ def remembered(
 ) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """A decorator for functions of positional, hashable arguments; the oldest results go first.
 
-    What alone takes more than a quarter of `most_bytes` is not kept. For any number of threads, and for finalisers, which
-    may come in the middle of anything: it takes no lock, and what is lost where they meet is made again.
+    What alone takes more than a quarter of `most_bytes` is not kept. For any number of threads, and for finalisers,
+    which may come in the middle of anything: it takes no lock, and what is lost where they meet is made again.
 
     Args:
         most_bytes: bytes of all results that are kept.
