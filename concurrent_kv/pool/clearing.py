@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..books.entry import Entry, Scope
 from ..books.index import Index
 from ..books.ledger import wake
+from ..books.records import Entry, Scope
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .room import unpublish
+
+if TYPE_CHECKING:  # as in room.py
+    from .storage import PoolState
 
 __all__ = ["discard", "remove", "remove_all", "sweep", "sweep_if", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 
 
-def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     """Take `entry` out of the index if it is still the entry of its key."""
-    pool = scope.pool
     ledger = pool.storage.ledger
     part = scope.part_of(entry.key)
     with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
@@ -37,32 +39,31 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     return True
 
 
-def discard(scope: Scope, key: Hashable) -> None:
+def discard(pool: PoolState, scope: Scope, key: Hashable) -> None:
     """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
     # A look without the shard: what is stored under the key later is another entry, and stays.
     entry = scope.entries[scope.part_of(key)].get(key)
     if entry is not None:
-        scope.pool.storage.ledger.abandon(partial(remove, scope, entry))
+        pool.storage.ledger.abandon(partial(remove, pool, scope, entry))
 
 
-def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
+def remove_all(pool: PoolState, scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
     """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
     dead: list[Entry] = []
     index = scope.entries[0]
-    with gate.lock, scope.pool.storage.locks.write(scope.shards, deadline):
-        deadline.check(scope.pool.name)
+    with gate.lock, pool.storage.locks.write(scope.shards, deadline):
+        deadline.check(pool.name)
         missing = index.lacking(keys)
         if missing:
             return missing
-        waiters = take_out(scope, index, index.all_of(keys), dead)
+        waiters = take_out(pool, index, index.all_of(keys), dead)
     wake(waiters)
     del dead
     return []
 
 
-def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
+def take_out(pool: PoolState, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
     """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
-    pool = scope.pool
     ledger = pool.storage.ledger
     gone: list[Entry] = []
     try:
@@ -81,23 +82,22 @@ def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[E
     return waiters
 
 
-def sweep(scope: Scope, deadline: Deadline) -> None:
+def sweep(pool: PoolState, scope: Scope, deadline: Deadline) -> None:
     """Remove every entry of an older generation than the scope's, one shard at a time."""
-    sweep_if(scope, lambda entry: entry.generation is not scope.generation, deadline)
+    sweep_if(pool, scope, lambda entry: entry.generation is not scope.generation, deadline)
 
 
-def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
+def sweep_if(pool: PoolState, scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
     """Remove the entries that meet `condition` (no user code); returns how many.
 
     Holds one shard at a time, for work that grows with the entries of that shard; the mutex for bounded work.
     """
-    pool = scope.pool
     removed = 0
     for part, shard in enumerate(scope.shards):
         dead: list[Entry] = []
         with gate.lock, pool.storage.locks.write((shard,), deadline):
             going = scope.entries[part].chosen(condition)
-            waiters = take_out(scope, scope.entries[part], going, dead)
+            waiters = take_out(pool, scope.entries[part], going, dead)
         wake(waiters)
         removed += len(going)
         # Keys and side data are finalised here, outside of every lock.
