@@ -23,6 +23,7 @@ from .flights.table import Claim
 try:
     from .aio import AsyncKVCacheManager, AsyncKVPool, AsyncSearch
     from .books.integrity import IntegrityReport, RepairReport
+    from .device.graphs import keep_out_of_graphs
     from .device.layout import KVLayout
     from .device.positions import PositionSteps, PositionTable
     from .manager import KVCacheManager
@@ -34,6 +35,9 @@ try:
     from .pool.pool import KVPool
     from .pool.storage import KVStorage
     from .search.search import Search
+
+    keep_out_of_graphs(__name__)
+    del keep_out_of_graphs
 except ModuleNotFoundError as error:
     # Without torch the parts that need none can be imported one by one: `concurrent_kv.locks`, `.flights`, `.eviction`.
     if error.name != "torch":

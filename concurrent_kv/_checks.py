@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
+from weakref import WeakSet
+
+import numpy as np
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
@@ -50,22 +55,67 @@ def check_seconds(name: str, value: object) -> float:
     return float(value)
 
 
+# Types of keys that equal what they were stored under, and of which nothing has to be asked.
+PLAIN = frozenset((str, int, float, bool, bytes, complex, type(None)))
+TUPLE = frozenset((tuple,))
+_asked: WeakSet[type[object]] = WeakSet()  # types of which one key was asked, and answered as a key should
+
+
 def hash_of(key: Hashable, name: str = "key") -> int:
-    """`hash(key)`, or an error that names the argument."""
+    """`hash(key)`, or an error that names the argument: it is not hashable, or could never be found again."""
     try:
-        return hash(key)
+        hashed = hash(key)
     except TypeError as error:
         raise InvalidTypeError(f"{name} must be hashable, got {type(key).__name__}: {error}") from error
+    if type(key) not in PLAIN:
+        _check_equality(key, name)
+    return hashed
 
 
 def hash_all(keys: Sequence[Hashable], name: str) -> None:
-    """Run the `__hash__` of every key, or raise an error that names the argument."""
+    """As `hash_of`, for every key."""
     try:
         deque(map(hash, keys), maxlen=0)
     except TypeError:
         for key in keys:
             hash_of(key, name)
         raise  # of a key that hashed this time
+    if PLAIN.issuperset(map(type, keys)):
+        return
+    if TUPLE.issuperset(map(type, keys)) and PLAIN.issuperset(map(type, chain.from_iterable(keys))):  # type: ignore[arg-type]
+        return
+    for key in keys:
+        _check_equality(key, name)
+
+
+def _check_equality(key: object, name: str) -> None:
+    """Raise `InvalidTypeError` for keys of which `==` says no True or False, tensors above all; also in tuples.
+
+    A tensor hashes by its identity: it would be stored and never be found again by what equals it.
+    """
+    kind = type(key)
+    if kind in PLAIN or kind in _asked:
+        return
+    if isinstance(key, (tuple, frozenset)):
+        for part in key:
+            _check_equality(part, name)
+        return
+    torch = sys.modules.get("torch")  # where it was never imported, there are no tensors
+    if torch is not None and isinstance(key, torch.Tensor):
+        raise InvalidTypeError(
+            f"{name} must be found again by what equals it, and a torch.Tensor equals no other as a key, "
+            f"got one of shape {tuple(key.shape)}; tolist() makes numbers of it, hash_state() a key of its bytes"
+        )
+    try:
+        answer = key == key
+    except Exception:  # its own business, where it is compared
+        return
+    if not isinstance(answer, (bool, np.bool_)):
+        raise InvalidTypeError(
+            f"{name} must say with == whether it equals another, and a {kind.__name__} answers with a "
+            f"{type(answer).__name__}; a tuple of its numbers, or hash_state() of an array, is a key"
+        )
+    _asked.add(kind)
 
 
 def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:

@@ -6,6 +6,8 @@ or the resource, what it was, and what would do.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "CapacityError",
     "ClosedError",
@@ -25,7 +27,24 @@ __all__ = [
 
 
 class KVCacheError(Exception):
-    """Base of every exception raised by this package."""
+    """Base of every exception raised by this package.
+
+    Pickled and copied whole: type, message and attributes, whatever the signature of its constructor; without its
+    traceback, `__cause__` and `__context__`, as Python does with every exception.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructor is not called again: it would take the finished message for what the message is made of.
+        reduced: Any = super().__reduce__()
+        kind, arguments, *state = reduced
+        return (_remade, (kind, *arguments), *state)
+
+
+def _remade(kind: type[KVCacheError], *arguments: object) -> KVCacheError:
+    """An error of `kind` with these `args`; its attributes are set by who unpickles or copies it."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    return error
 
 
 class InvalidArgumentError(KVCacheError, ValueError):

@@ -11,6 +11,7 @@ from ._checks import hash_of, positive_int, sequence_of
 from .books.eviction import EvictionPolicy, PolicyFactory
 from .books.integrity import IntegrityReport, RepairReport
 from .books.records import Entry
+from .books.size_arguments import SizeArguments
 from .books.stats import NoCounters, PoolStats, StatsSummary
 from .errors import InvalidArgumentError
 from .locks.gate import gate
@@ -63,6 +64,8 @@ class KVCacheManager(Handle):
         InvalidArgumentError, InvalidTypeError: a setting is missing, impossible or contradicts another; by name.
     """
 
+    instead_of_copy = "share the one object between threads; in another process make one there, and send entries"
+
     def __init__(
         self,
         config: object,
@@ -110,7 +113,9 @@ class KVCacheManager(Handle):
             name=name,
         )
 
-        def pool(role: str, entries: int, slots: int | None = None, shard: int | None = None) -> KVPool:
+        def pool(
+            role: str, entries: int, arguments: SizeArguments, slots: int | None = None, shard: int | None = None
+        ) -> KVPool:
             made = KVPool(
                 layout,
                 entries,
@@ -120,15 +125,20 @@ class KVCacheManager(Handle):
                 storage=self.storage,
                 scope_shards=None if shard is None else (shard % self.storage.locks.count,),
             )
+            made.quota.arguments = arguments
             if not enable_stats:
                 made.account.counters = NoCounters()
             return made
 
         # One shard for each environment's pool: a gather over many environments takes few locks.
-        self._init_pools = tuple(pool(f"init[{env}]", init_entries, shard=env) for env in range(settings.env_num))
+        of_roots = SizeArguments("init_entries", slots=None, window=window)
+        self._init_pools = tuple(
+            pool(f"init[{env}]", init_entries, of_roots, shard=env) for env in range(settings.env_num)
+        )
         self._init_pool_by_env: Mapping[Hashable, KVPool] = MappingProxyType(dict(enumerate(self._init_pools)))
-        self.recur_pool = pool("recur", settings.max_cache_size, recur_slots)
-        self.wm_pool = pool("wm", wm_entries)
+        of_nodes = SizeArguments("config.max_cache_size", slots="recur_slots")
+        self.recur_pool = pool("recur", settings.max_cache_size, of_nodes, recur_slots)
+        self.wm_pool = pool("wm", wm_entries, SizeArguments("wm_entries", slots=None, window=window))
         self._search_numbers = Numbers()
         self._clears = Numbers(1)
         self._steps = Numbers(1)
@@ -288,6 +298,11 @@ class KVCacheManager(Handle):
         """State that the weights changed: every entry is a miss from now on, every open search ends. May block."""
         bump_versions((*self._init_pools, self.recur_pool, self.wm_pool), self.name, self.storage.enter())
 
+    @property
+    def version(self) -> int:
+        """The weights version of its pools: how often `bump_version()` was called. Never blocks."""
+        return self.recur_pool.version
+
     def close(self) -> None:
         """End every search, drop every entry and free the storage. Closing twice is fine. May block."""
         if not self.storage.closed:
@@ -309,7 +324,7 @@ class KVCacheManager(Handle):
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them
             stats = stats_now()
-        return StatsSummary(MappingProxyType(stats), self.stats_enabled)
+        return StatsSummary(stats, self.stats_enabled)
 
     def reset_stats(self) -> None:
         """Start every count from zero."""

@@ -84,17 +84,24 @@ def all_others_get_the_result(answers: list[Answer], computing: Answer) -> KeysV
     return FIRST
 
 
+def assert_own_errors_of_one_cause(kind: type[Exception], answers: list[Answer]) -> None:
+    errors = [answer for answer in answers if type(answer) is kind]
+    assert len({id(error) for error in errors}) == len(answers), answers
+    assert len({id(error.__cause__) for error in errors}) == 1, answers
+
+
 def all_hear_the_same(kind: type[Exception]) -> Verdict:
     def verdict(answers: list[Answer], computing: Answer) -> None:
         assert isinstance(computing, kind), repr(computing)
-        assert all(answer is computing for answer in answers), answers
+        assert_own_errors_of_one_cause(kind, answers)
+        assert all(isinstance(answer, kind) and answer.__cause__ is computing for answer in answers), answers
 
     return verdict
 
 
 def all_hear_that_it_failed(answers: list[Answer], computing: Answer) -> None:
     """Who holds the claim, and goes on, hears that it is over."""
-    assert all(isinstance(answer, BrokenModelError) and answer is answers[0] for answer in answers), answers
+    assert_own_errors_of_one_cause(BrokenModelError, answers)
     assert isinstance(computing, ClosedError)
 
 

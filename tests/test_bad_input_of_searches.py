@@ -84,8 +84,8 @@ SEARCH = [
     *with_each("order", "order", ORDERS, lambda s, order: s.manager.search([0], order=order)),
     *with_each("overflow", "overflow", OVERFLOWS, lambda s, o: s.manager.search([0], overflow=o)),
     *with_each("timeout", "timeout", TIMEOUTS, lambda s, t: s.manager.search([0], timeout=t)),
-    Bad("more than there is", lambda s: s.manager.search([0], tokens=1000), CapacityError, "1032 slots would do"),
-    Bad("more than is left", lambda s: s.manager.search([0], tokens=80, timeout=0.0), CapacityError, "112 slots"),
+    Bad("more than there is", lambda s: s.manager.search([0], tokens=1000), CapacityError, "recur_slots=1032 would do"),
+    Bad("more than is left", lambda s: s.manager.search([0], tokens=80, timeout=0.0), CapacityError, "recur_slots=112"),
     *with_each("gather keys", "keys", KEYS, lambda s, keys: s.search.gather(keys, [0])),
     *with_each(
         "gather env_ids",

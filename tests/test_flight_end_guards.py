@@ -10,7 +10,7 @@ import pytest
 
 from concurrent_kv import ClosedError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.records import Generation
-from concurrent_kv.flights.table import Claim, Flight, FlightState, FlightTable
+from concurrent_kv.flights.table import Claim, Flight, FlightKey, FlightState, FlightTable
 from concurrent_kv.locks.deadline import Deadline
 from tests.async_support import shards_held
 from tests.flight_support import counted_waiters
@@ -124,15 +124,16 @@ def remembering_errors(patch: pytest.MonkeyPatch) -> None:
     failed: dict[object, Flight] = {}
 
     def settle(self: FlightTable, flight: Flight, state: FlightState, **outcome: Any) -> bool:
-        flight.state, flight.error = state, outcome["error"]
+        assert flight.ending is not None
+        flight.state, flight.ending.error = state, outcome["error"]
         failed[flight.key] = flight
         return True
 
     def joined(self: FlightTable, scope: Any, key: Any, generation: Any, claim: Claim) -> bool:
-        old = failed.get((scope.number, key, generation))
+        old = failed.get(FlightKey(scope.number, key, generation))
         if old is None:
             return join(self, scope, key, generation, claim)
-        claim.mine, claim.flight = False, old
+        claim.mine, claim.flight, claim.ending = False, old, old.ending
         return False
 
     patch.setattr(FlightTable, "settle", settle)

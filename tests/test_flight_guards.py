@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv import KeysValues, KVPool, RecursiveComputationError, WaitTimeoutError
-from concurrent_kv.flights.table import Claim, Flight, FlightState, FlightTable
+from concurrent_kv.flights.table import Claim, Flight, FlightKey, FlightState, FlightTable
 from concurrent_kv.flights.waiting import wait_in_thread
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import loading
@@ -126,10 +126,10 @@ def without_replacing_what_was_abandoned(patch: pytest.MonkeyPatch) -> None:
     join = FlightTable.join
 
     def keep(self: FlightTable, scope: Any, key: Any, generation: Any, claim: Claim) -> bool:
-        old = self._flights.get((scope.number, key, generation))
+        old = self._flights.get(FlightKey(scope.number, key, generation))
         if old is None:
             return join(self, scope, key, generation, claim)
-        claim.mine, claim.flight = False, old
+        claim.mine, claim.flight, claim.ending = False, old, old.ending
         return False
 
     patch.setattr(FlightTable, "join", keep)

@@ -12,6 +12,7 @@ ROOT = Path(concurrent_kv.__file__).parent
 # From the ground up: each may import what stands before it. `docs/design.md` says what each is about.
 LAYERS = (
     "errors",
+    "never_copied",
     "_checks",
     "locks",
     "device",

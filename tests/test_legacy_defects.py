@@ -303,7 +303,7 @@ def test_a_searchs_own_entries_are_not_evicted_and_too_small_a_pool_says_which_w
             store(manager.recur_pool, *((key, tokens(key, WINDOW)) for key in range(4)))
         with search.gather(list(range(8)), [0] * 8) as batch:
             assert all(batch.hits)
-    with pytest.raises(CapacityError, match="capacity of 8 entries and 32 slots would do"):
+    with pytest.raises(CapacityError, match="recur_slots=32 would do"):
         manager.search([0], entries=8, tokens=32)
 
 

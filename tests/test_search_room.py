@@ -63,11 +63,18 @@ def test_the_default_pool_has_room_for_one_search_over_all_environments(make_man
         pass
 
 
-@pytest.mark.parametrize(("entries", "slots"), [(65, 8), (5, 81), (65, 81)])
+@pytest.mark.parametrize(
+    ("entries", "slots", "arguments"),
+    [
+        (65, 8, "config.max_cache_size=65"),
+        (5, 81, "recur_slots=81"),
+        (65, 81, "config.max_cache_size=65 and recur_slots=81"),
+    ],
+)
 def test_a_search_that_cannot_fit_fails_when_it_opens_and_names_a_capacity_that_works(
-    make_manager: MakeManager, entries: int, slots: int
+    make_manager: MakeManager, entries: int, slots: int, arguments: str
 ) -> None:
-    with pytest.raises(CapacityError, match=f"capacity of {entries} entries and {slots} slots would do") as caught:
+    with pytest.raises(CapacityError, match=f"; {arguments} would do") as caught:
         make_manager().search([0], entries=entries, tokens=slots)
     settings = config(max_cache_size=max(64, caught.value.required_entries))
     larger = make_manager(settings=settings, recur_slots=max(80, caught.value.required_slots))

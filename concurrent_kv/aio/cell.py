@@ -1,4 +1,4 @@
-"""`Cell`: where a worker leaves its result and a task picks it up."""
+"""`Cell`: where a worker leaves its result, or its error, and a task picks it up."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ class Cell(Generic[T]):
 
     Takes no lock, and `undo` must take none: a task may be left by its finaliser, at any point of any thread, the
     worker's inside `deliver` too.
+
+    An error goes this way too: one that is raised in a worker of asyncio's or trio's stays in a circle of theirs, with
+    all the frames that it came through, until the garbage collector comes.
     """
 
     def __init__(self, undo: Callable[[T], object] | None) -> None:
         self._undo = undo
         self._closed_by: list[str] = []  # in the order of their coming
         self._result: T | None = None
+        self._errors: list[Exception] = []
 
     def deliver(self, result: T) -> None:
         """The worker's side. Undoes the result if the task has left."""
@@ -29,14 +33,24 @@ class Cell(Generic[T]):
         if self._closed_by[0] == "task":
             self._drop()
 
+    def fail(self, error: Exception) -> None:
+        """The worker's side, where the operation raised. Nobody hears it if the task has left."""
+        self._errors.append(error)
+        self._closed_by.append("worker that failed")
+        if self._closed_by[0] == "task":
+            self._errors.clear()
+
     def leave(self) -> None:
         """The task's side, when it was cancelled. Undoes a result that is there already."""
         self._closed_by.append("task")
+        self._errors.clear()
         if self._closed_by[0] == "worker":
             self._drop()
 
     def take(self) -> T:
-        """The task's side, when the worker has ended."""
+        """The task's side, when the worker has ended: its result, or its error raised."""
+        if self._errors:
+            raise self._errors.pop()  # from here on the frames that it comes through keep it alive no more
         return self._result  # type: ignore[return-value]
 
     def _drop(self) -> None:

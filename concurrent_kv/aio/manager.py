@@ -14,6 +14,7 @@ from ..errors import InvalidArgumentError
 from ..manager import KVCacheManager
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
+from ..never_copied import NeverCopied
 from ..search.search import LookupOrder
 from .offload import INLINE_BYTES, INLINE_ENTRIES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
 from .pool import AsyncKVPool
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncKVCacheManager"]
 
 
-class AsyncKVCacheManager:
+class AsyncKVCacheManager(NeverCopied):
     """A `KVCacheManager` for tasks: made by it, or around one that threads use at the same time.
 
     Args:
@@ -33,6 +34,8 @@ class AsyncKVCacheManager:
         config, env_num, settings: see `KVCacheManager`.
         inline_wait_seconds, inline_bytes, inline_entries, max_workers: see `AsyncKVPool`.
     """
+
+    instead_of_copy = "one serves any number of tasks and loops; or make another around the same manager"
 
     def __init__(
         self,
@@ -172,6 +175,11 @@ class AsyncKVCacheManager:
     async def bump_version(self) -> None:
         """See `KVCacheManager.bump_version`."""
         await self._offload.in_worker_whole(self.sync.bump_version)
+
+    @property
+    def version(self) -> int:
+        """See `KVCacheManager.version`."""
+        return self.sync.version
 
     def get_stats_summary(self) -> StatsSummary:
         """See `KVCacheManager.get_stats_summary`; it never waits."""

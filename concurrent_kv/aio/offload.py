@@ -203,19 +203,19 @@ class Offload:
 
         A cancellation of any kind is raised when it is over.
         """
-        cancelled: BaseException | None = None
-        failed: Exception | None = None
+        cancelled: list[BaseException] = []
+        failed: list[Exception] = []
         ended = anyio.Event()
         begun = False
         call_soon = call_soon_here()
 
         def work() -> None:
-            nonlocal begun, failed
+            nonlocal begun
             begun = True
             try:
                 operation()
             except Exception as error:
-                failed = error  # not raised here: a task that was cancelled would not hear it
+                failed.append(error)  # not raised here: a task that was cancelled would not hear it
             finally:
                 with suppress(RuntimeError):  # of a loop that has ended
                     call_soon(ended.set)
@@ -230,11 +230,12 @@ class Offload:
                         await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
                         break
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
-                    cancelled = error
-        if cancelled is not None:
-            raise cancelled from failed
-        if failed is not None:
-            raise failed
+                    cancelled.append(error)
+        # Popped: the frame that an error comes through must not name it.
+        if cancelled:
+            raise cancelled.pop() from (failed.pop() if failed else None)
+        if failed:
+            raise failed.pop()
 
     async def _in_worker(
         self,
@@ -265,6 +266,8 @@ class Offload:
             try:
                 with streams:
                     cell.deliver(operation())
+            except Exception as error:
+                cell.fail(error)
             finally:
                 place.end()
 

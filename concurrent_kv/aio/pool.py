@@ -17,15 +17,17 @@ from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
 from ..books.stats import PoolStats
 from ..device.cuda import current_streams
-from ..flights.table import Claim, Flight, FlightState
+from ..flights.table import Claim, FlightState
 from ..flights.waiting import outcome
 from ..locks.deadline import Deadline
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
+from ..never_copied import NeverCopied
 from ..pool.batch import Batch
 from ..pool.loading import claim, heard_by_all
 from ..pool.pin import Pin
 from ..pool.pool import KVPool
+from .awaiting import forget, gives_awaitables, remember
 from .offload import (
     INLINE_BYTES,
     INLINE_ENTRIES,
@@ -42,7 +44,7 @@ __all__ = ["AsyncKVPool"]
 T = TypeVar("T")
 
 
-class AsyncKVPool:
+class AsyncKVPool(NeverCopied):
     """A `KVPool` for tasks; the same pool may be used by threads at the same time.
 
     Args:
@@ -54,6 +56,8 @@ class AsyncKVPool:
         max_workers: worker threads of each event loop for operations, and as many for sync computations (those that
             wait for another computation do not count).
     """
+
+    instead_of_copy = "one serves any number of tasks and loops; or make another around the same pool"
 
     def __init__(
         self,
@@ -252,6 +256,10 @@ class AsyncKVPool:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
         await self._offload.in_worker_whole(partial(self.sync.clear, scope, timeout=timeout), timeout)
 
+    async def drop_scope(self, scope: Scope | Hashable, *, timeout: float | None = None) -> int:
+        """See `KVPool.drop_scope`; always in a worker thread, as it may have much to sweep."""
+        return await self._offload.in_worker_whole(partial(self.sync.drop_scope, scope, timeout=timeout), timeout)
+
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
         await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout), timeout)
@@ -273,7 +281,8 @@ class AsyncKVPool:
         Args:
             compute: an async function, awaited in the calling task; or a function, called in a worker thread, which
                 runs to its end: a scope that is cancelled waits for it, and its result counts. asyncio's own `cancel()`
-                does not wait, and the result is then dropped.
+                does not wait, and the result is then dropped. A function that returns an awaitable (a lambda around an
+                async function) is called in a worker once; from then on in the calling task, where it must not block.
         """
         pool = self.sync
         hash_of(key)
@@ -292,7 +301,7 @@ class AsyncKVPool:
                     self.sync.peek, key, scope=scope, to=None, streams=streams, timeout=deadline.left()
                 )
             else:
-                found = await self._outcome(joined.flight, streams)
+                found = await self._outcome(joined, streams)
         return found
 
     async def _compute(
@@ -312,24 +321,30 @@ class AsyncKVPool:
                 joined.flight.settling = kv is not None
                 if kv is not None:
                     await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
-                elif inspect.iscoroutinefunction(compute):
-                    await self._fulfil(joined, await compute(), None, streams)
+                elif gives_awaitables(compute):
+                    made = compute()
+                    if inspect.isawaitable(made):
+                        made = await made
+                    else:
+                        forget(compute)
+                    await self._fulfil(joined, made, None, streams)
             if not joined.over:
                 # That no worker was free in time is not heard by all: others may have more of it.
-                deliver, around = partial(_fulfil_here, joined), heard_by_all(joined)
+                deliver = partial(_fulfil_here, joined, compute, joined.flight.loop_ended)
+                around = heard_by_all(joined)
                 computing = partial(_compute_here, joined, compute)
                 begun = await self._offload.compute(computing, deliver, around, deadline, streams)
                 if begun is not None:
                     with heard_by_all(joined):
                         await self._fulfil(joined, await begun, None, streams)
-        result = await self._outcome(joined.flight, streams)
+        result = await self._outcome(joined, streams)
         assert result is not None
         return result
 
-    async def _outcome(self, flight: Flight, streams: AbstractContextManager[object]) -> KeysValues | None:
+    async def _outcome(self, joined: Claim, streams: AbstractContextManager[object]) -> KeysValues | None:
         """See `outcome`."""
-        copied_bytes = self._entry_bytes if flight.state is FlightState.DONE else 0
-        taking = partial(outcome, flight, self.sync.storage.clock, self.sync.name)
+        copied_bytes = self._entry_bytes if joined.flight.state is FlightState.DONE else 0
+        taking = partial(outcome, joined, self.sync.storage.clock, self.sync.name)
         return await self._offload.copy(taking, copied_bytes, streams)
 
     def try_claim(
@@ -355,6 +370,11 @@ class AsyncKVPool:
         )
 
     # State ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """See `KVPool.version`."""
+        return self.sync.version
 
     def stats(self) -> PoolStats:
         """See `KVPool.stats`; it never waits."""
@@ -415,12 +435,16 @@ def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
     return compute()
 
 
-def _fulfil_here(claim: Claim, made: Any) -> Awaitable[KeysValues] | None:
+def _fulfil_here(
+    claim: Claim, compute: Callable[[], Any], loop_ended: Callable[[], bool] | None, made: Any
+) -> Awaitable[KeysValues] | None:
     """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
 
-    Returns what a function only began to compute, for the loop to await.
+    Returns what a function only began to compute, for the loop to await: the flight then ends with that loop again.
     """
     if inspect.isawaitable(made):
+        remember(compute)
+        claim.flight.loop_ended = loop_ended
         return made
     claim.fulfil(made)
     return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import check_env_ids, check_keys, list_or_none
 from ..errors import ClosedError
 from ..model.overflow import Overflow
+from ..never_copied import NeverCopied
 from ..pool.batch import Batch
 from ..search.search import SAME_KEY, SAME_SIDE, LookupOrder, Search
 from .offload import Offload
@@ -19,8 +20,10 @@ from .offload import Offload
 __all__ = ["AsyncSearch"]
 
 
-class AsyncSearch:
+class AsyncSearch(NeverCopied):
     """A `Search` for tasks: `async with manager.search(...) as search`. Opens when it is entered, once."""
+
+    instead_of_copy = "share the one object between tasks, or open another with manager.search()"
 
     def __init__(self, open_search: Callable[..., Search], offload: Offload, timeout: float | None) -> None:
         self._open = open_search

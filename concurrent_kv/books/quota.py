@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError
+from .size_arguments import SizeArguments
 from .slots import ONE, Reservation
 
 __all__ = ["Budget", "Quota"]
@@ -21,9 +22,13 @@ class Quota:
 
     A slot that several entries of the pool share counts once. Entries of searches do not count here: their search
     reserved room for them when it opened.
+
+    Attributes:
+        arguments: what its size was given by.
     """
 
     def __init__(self, max_entries: int, max_slots: int, num_slots: int) -> None:
+        self.arguments = SizeArguments()
         self.max_entries = max_entries
         self.max_slots = max_slots
         self.entries = 0
@@ -50,10 +55,15 @@ class Quota:
         if entries > self.max_entries or slots > self.max_slots:
             raise CapacityError(
                 f"{name} holds at most {self.max_entries} entries and {self.max_slots} slots, and {entries} entries "
-                f"with {slots} slots were to be stored at once",
+                f"with {slots} slots were to be stored at once; {self.that_holds(entries, slots)} would do, or fewer "
+                "at a time",
                 required_entries=entries,
                 required_slots=slots,
             )
+
+    def that_holds(self, entries: int, slots: int) -> str:
+        """The arguments with which a pool holds so much, of those that have to grow."""
+        return self.arguments.that_hold(entries, slots, max_entries=self.max_entries, max_slots=self.max_slots)
 
     def add(self, tables: npt.NDArray[np.int64]) -> None:
         """Count the entries with these slot tables `[entries, window]`."""

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import ref
 
 from ..device.streams import NO_TICKS, Ticks
+from ..errors import ClosedError, SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.numbers import Numbers
+from ..never_copied import NeverCopied
 from .eviction import EvictionPolicy
 from .index import Cells, Index
 from .quota import Budget, Quota
@@ -120,7 +122,7 @@ class Entry:
 _scope_numbers = Numbers.of_process(1)
 
 
-class Scope:
+class Scope(NeverCopied):
     """A namespace of keys with a life of its own, and its part of the index.
 
     Args:
@@ -129,10 +131,13 @@ class Scope:
         shards: the lock shards that guard its keys, in ascending order; a key's shard is `shards[hash % len]`.
         budget: what a search reserved: its entries are paid from it, and are never victims.
 
-    `ended` says why nothing can be stored in it any more (its search is over); set under its shards' write locks.
+    `ended` says why nothing can be stored in it any more (its search is over, or it was dropped); set under its shards'
+    write locks.
     """
 
     __slots__ = ("account", "budget", "ended", "entries", "generation", "name", "number", "shards")
+
+    instead_of_copy = "pass its name, and ask the pool for it with scope(name)"
 
     def __init__(
         self, account: Account, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None
@@ -156,6 +161,12 @@ class Scope:
     def version(self) -> int:
         """Weights version."""
         return self.generation.version
+
+    def why_ended(self) -> ClosedError | None:
+        """What is raised where it is used after its end; None before that."""
+        if self.ended is None:
+            return None
+        return ClosedError(self.ended) if self.budget is None else SearchEndedError(self.ended)
 
     def part_of(self, key: Hashable) -> int:
         """Which of the scope's dicts holds `key`. Runs the key's `__hash__`."""

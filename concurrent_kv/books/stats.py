@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from types import MappingProxyType
+from typing import Any, NoReturn
 
 __all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary"]
 
@@ -109,12 +109,38 @@ class PoolStats:
 _OF_THE_STORAGE = ("shared_slots", "lock_wait_count", "lock_wait_seconds")
 
 
+class _PoolsByName(dict[str, PoolStats]):
+    """A dict that cannot be changed, and so can be hashed. (`dataclasses.asdict` enters no other mapping.)"""
+
+    def _refuse(self, *arguments: object, **named: object) -> NoReturn:
+        raise TypeError("the pools of a StatsSummary cannot be changed; dict(summary.pools) is a dict of your own")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not item by item, which is refused.
+        return type(self), (dict(self),)
+
+
 @dataclass(frozen=True)
 class StatsSummary:
-    """One moment of a manager: its pools by name, and their total."""
+    """One moment of a manager: its pools by name, and their total. Can be hashed, pickled and copied.
+
+    Attributes:
+        pools: the statistics of each pool, by its name without the manager's ("init[0]", "recur", "wm"); a read-only
+            dict.
+        stats_enabled: whether hits, misses and the rest were counted.
+    """
 
     pools: Mapping[str, PoolStats]
     stats_enabled: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pools", _PoolsByName(self.pools))
 
     @property
     def total(self) -> PoolStats:
@@ -132,7 +158,7 @@ class StatsSummary:
     def __sub__(self, earlier: StatsSummary) -> StatsSummary:
         """What happened since `earlier`, pool by pool."""
         difference = {name: pool - earlier.pools.get(name, PoolStats()) for name, pool in self.pools.items()}
-        return StatsSummary(MappingProxyType(difference), self.stats_enabled)
+        return StatsSummary(difference, self.stats_enabled)
 
     def as_dict(self) -> dict[str, float]:
         """Every number of every pool and of the total, flat, under `<pool>/<name>`."""

@@ -16,11 +16,13 @@ SUPPORTED_DEVICES = ("cpu", "cuda")
 
 
 def device_of(device: object) -> torch.device:
-    """`device` as a `torch.device`, or an error that says what would do."""
+    """`device` as a `torch.device`, as tensors there name it, or an error that says what would do."""
     try:
         found: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise InvalidArgumentError(f"device must name a torch device ('cpu', 'cuda:0'), got {device!r}") from error
+    if found.type == "cpu":
+        return torch.device("cpu")  # a tensor's device is never "cpu:0", which does not equal it
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -40,7 +40,7 @@ def joined_on(device: torch.device, parts: Sequence[Tensor]) -> Tensor:
     if source.type == "cpu":
         # Through memory of our own: a copy straight from the caller's pinned memory would read what is written there
         # after this has returned.
-        joined = torch.empty(shape, dtype=parts[0].dtype, pin_memory=backend_for(device) is not None)
+        joined = torch.empty(shape, dtype=parts[0].dtype, device=source, pin_memory=backend_for(device) is not None)
         torch.cat(list(parts), out=joined)
     else:
         joined = torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -11,6 +11,7 @@ from .._checks import positive_int
 from ..errors import InvalidArgumentError, InvalidTypeError
 from .cuda import refuse_capture, settle
 from .layout import KVLayout
+from .tensor_checks import check_tensor
 
 __all__ = ["Correction", "PositionSteps", "PositionTable", "packed_difference"]
 
@@ -19,8 +20,7 @@ def packed_difference(name: str, difference: Tensor, layout: KVLayout) -> Tensor
     """`[layers, 2, heads, tokens, head_dim]` as the storage orders it: `[2 * layers, tokens, heads, head_dim]`."""
     if not isinstance(layout, KVLayout):
         raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
-    if not isinstance(difference, Tensor):
-        raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(difference).__name__}")
+    check_tensor(name, difference)
     expected = (layout.num_layers, 2, layout.num_heads, layout.head_dim)
     if difference.dim() != 5 or (*difference.shape[:3], difference.shape[4]) != expected:
         raise InvalidArgumentError(
@@ -29,6 +29,8 @@ def packed_difference(name: str, difference: Tensor, layout: KVLayout) -> Tensor
         )
     if difference.dtype != layout.dtype:
         raise InvalidArgumentError(f"{name} must have the dtype {layout.dtype}, got {difference.dtype}")
+    if difference.is_meta:
+        raise InvalidArgumentError(f"{name} must have data, got a tensor on {difference.device}")
     refuse_capture(layout.device)
     difference = difference.detach().to(layout.device)
     return difference.permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()

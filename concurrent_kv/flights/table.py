@@ -1,13 +1,13 @@
 """Flights: one computation for each missing key, however many callers miss it together.
 
     join -> mine ----- compute, put -----> DONE       everyone gets a copy of the result, which the flight carries
-              |------- compute raises ---> FAILED     everyone hears the same error; nothing is remembered of it
+              |------- compute raises ---> FAILED     everyone hears a copy of the error; nothing is remembered of it
               |------- cancelled, dropped -> ABANDONED  everyone wakes; the first to run joins again, and computes
               '------- the pool closes --> CLOSED     everyone hears `ClosedError`
 
 A flight belongs to a key in one epoch and weights version: after a clear, callers start another, and the older one's
 result reaches those who waited for it and is not kept. The table's lock is never held while anything is called, and
-nothing else is locked inside it; a key's `__hash__` and `__eq__` run under it.
+nothing else is locked inside it; a key's `__eq__` runs under it, its `__hash__` before.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from weakref import ref
 
 from ..books.records import Generation, Scope
 from ..device.streams import NO_TICKS, Ticks
-from ..errors import ClosedError, RecursiveComputationError
+from ..errors import ClosedError, InvalidTypeError, RecursiveComputationError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
+from ..never_copied import NeverCopied, is_owned_elsewhere
 
 if TYPE_CHECKING:
     from ..model.kv import KeysValues
 
 __all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
-FlightKey = tuple[int, Hashable, Generation]  # (number of the scope, key, epoch and version)
 Waker = Callable[[], None]
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
@@ -50,18 +50,62 @@ class FlightState(Enum):
     CLOSED = "closed"
 
 
+class FlightKey:
+    """A key in one generation of a scope.
+
+    Keys are the user's: their `__hash__` runs once, when this is made, their `__eq__` where scope and hash are equal.
+    To be taken out of a table, it becomes `gone`: it then equals nothing but itself, and no key is asked.
+    """
+
+    __slots__ = ("_hash", "_key_hash", "generation", "gone", "key", "scope_number")
+
+    def __init__(self, scope_number: int, key: Hashable, generation: Generation) -> None:
+        self.scope_number = scope_number
+        self.key = key
+        self.generation = generation
+        self.gone = False
+        self._key_hash = hash(key)
+        self._hash = hash((scope_number, self._key_hash, generation))
+
+    def is_of_the_key_of(self, other: FlightKey) -> bool:
+        """Whether both are of one key in one scope, of whatever generation."""
+        if self.scope_number != other.scope_number or self._key_hash != other._key_hash:
+            return False
+        return self.key is other.key or bool(self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, FlightKey) or self.gone or other.gone or self.generation != other.generation:
+            return False
+        return self.is_of_the_key_of(other)
+
+
+class Ending:
+    """What those who wait for a flight take from it; empty until it is over."""
+
+    __slots__ = ("error", "ready", "result")
+
+    def __init__(self) -> None:
+        self.result: KeysValues | None = None
+        self.ready: Ticks = NO_TICKS  # the copy that made `result`
+        self.error: Exception | None = None  # as it was raised; every waiter raises a copy of its own
+
+
 class Flight:
     """One computation under way. Settled once, by whoever comes first."""
 
-    __slots__ = ("error", "key", "loop_ended", "owner", "ready", "result", "settling", "state", "waits_for", "wakers")
+    __slots__ = ("ending", "key", "loop_ended", "owner", "settling", "state", "waits_for", "wakers")
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
         self.state = FlightState.COMPUTING
         self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
-        self.result: KeysValues | None = None
-        self.ready: Ticks = NO_TICKS  # the copy that made `result`
-        self.error: Exception | None = None
+        # Of those who wait, once it is over: the frames that computed reach the flight, and the error those frames.
+        self.ending: Ending | None = Ending()
         self.wakers: list[Waker] = []
         self.loop_ended: Callable[[], bool] | None = None  # of the loop that it needs, if it needs one
         self.settling = False  # its result may be in the pool, and be replaced there before the flight is over
@@ -140,12 +184,13 @@ class FlightTable:
             RecursiveComputationError: the caller is inside the computation of this very key.
             ClosedError: the pool is closed.
         """
-        flight_key = (scope.number, key, generation)
+        flight_key = FlightKey(scope.number, key, generation)
         within = computing_here.get()
-        if any(flight.key[:2] == flight_key[:2] for flight in within if flight.is_under_way()):
+        if any(flight.key.is_of_the_key_of(flight_key) for flight in within if flight.is_under_way()):
             raise _own_key(self.name, key)  # of whatever generation
         # In the claim before it is in the table: if an exception arrives in between, the claim's finaliser ends it.
         new = claim.flight = Flight(flight_key)
+        claim.ending = new.ending
         new.owner = ref(claim)
         with gate.lock, self._lock:
             if self._closed:
@@ -153,12 +198,13 @@ class FlightTable:
             dead = self._forget_dropped()
             flight = self._flights.get(flight_key)
             if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
-                # Taken out first: the table must name the new flight's key, not the one that dies with the old.
-                self._flights.pop(flight_key, None)
+                if flight is not None:
+                    # First: the table must name the new flight's key, not the one that dies with the old.
+                    self._take_out(flight)
                 self._flights[flight_key] = new
             else:
                 claim.late = flight.settling
-                claim.mine, claim.flight = False, flight
+                claim.mine, claim.flight, claim.ending = False, flight, flight.ending
         del dead
         if claim.mine and flight is not None:
             flight.over_unheard()  # who waits for an orphan takes over, too
@@ -170,9 +216,13 @@ class FlightTable:
         while self.dropped:
             flight = self.dropped.popleft()
             dead.append(flight)
-            if self._flights.get(flight.key) is flight:
-                del self._flights[flight.key]
+            self._take_out(flight)
         return dead
+
+    def _take_out(self, flight: Flight) -> None:
+        """Take a flight that is over out of the table, if it is there, without a look at any key. Lock held."""
+        flight.key.gone = True
+        self._flights.pop(flight.key, None)
 
     def abandon_orphans(self) -> int:
         """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
@@ -197,8 +247,10 @@ class FlightTable:
         with gate.lock, self._lock:
             if flight.state is not FlightState.COMPUTING:
                 return False
-            flight.result, flight.ready, flight.error = result, ready, error
-            flight.state = state
+            ending = flight.ending
+            if ending is not None:
+                ending.result, ending.ready, ending.error = result, ready, error
+            flight.state, flight.ending = state, None
         self._forget(flight)
         return True
 
@@ -206,8 +258,7 @@ class FlightTable:
         """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
         flight.wake()
         with gate.lock, self._lock:
-            if self._flights.get(flight.key) is flight:
-                del self._flights[flight.key]
+            self._take_out(flight)
 
     def close(self) -> None:
         """End every flight with `ClosedError`, and every later join."""
@@ -224,7 +275,7 @@ def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
     )
 
 
-class Claim:
+class Claim(NeverCopied):
     """The right, and the duty, to compute one key: a handle, ended once.
 
     Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: somebody else takes over.
@@ -232,11 +283,15 @@ class Claim:
     Attributes:
         mine: whether the caller is the one to compute; False where somebody else is at it.
         flight: the computation; set by `FlightTable.join`.
+        ending: what it ends with, for this caller; None where this caller ended it with an error.
         late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
             look it up again instead of taking what the flight carries.
     """
 
+    instead_of_copy = "share the one object, or ask for another with try_claim()"
+
     flight: Flight
+    ending: Ending | None
 
     def __init__(
         self,
@@ -288,8 +343,17 @@ class Claim:
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
-        """End the computation with an error, which everyone who waits hears. Never blocks."""
+        """End the computation with an error, of which everyone who waits hears a copy. Never blocks.
+
+        Raises:
+            InvalidTypeError: `error` is no `Exception`.
+            ClosedError: as `fulfil`.
+        """
         self._check_mine()
+        if not isinstance(error, Exception):
+            raise InvalidTypeError(f"error must be an Exception, got {error!r}; abandon() ends a claim without one")
+        # Not this claim's: the frames that the error came through reach the claim.
+        self.ending = None
         self._table.settle(self.flight, FlightState.FAILED, error=error)
 
     def abandon(self) -> None:
@@ -320,7 +384,9 @@ class Claim:
         self.abandon()
 
     def __del__(self) -> None:
-        self.abandon()
+        flight = getattr(self, "flight", None)
+        if flight is not None and not is_owned_elsewhere(flight.owner, self):
+            self.abandon()
 
 
 class _Computing:

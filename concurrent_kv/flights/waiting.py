@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from ..device.streams import StreamClock
 from ..device.tensors import plain_torch_state
@@ -11,7 +12,8 @@ from ..errors import ClosedError, RecursiveComputationError, WaitTimeoutError
 from ..locks.deadline import Deadline, lend_place
 from ..locks.signal import Signal
 from ..model.kv import KeysValues
-from .table import Flight, FlightState, computing_here
+from .error_copies import copy_of
+from .table import Claim, Flight, FlightState, computing_here
 
 __all__ = ["outcome", "timed_out", "wait_in_thread", "waiting_for"]
 
@@ -30,7 +32,7 @@ def waiting_for(flight: Flight, name: str) -> Iterator[None]:
             own.waits_for.append(flight)
         if computing and flight.needs_one_of(computing):
             raise RecursiveComputationError(
-                f"{name}: the computation of {flight.key[1]!r} waits for the one that asks for it, for ever"
+                f"{name}: the computation of {flight.key.key!r} waits for the one that asks for it, for ever"
             )
         with lend_place.get()():
             yield
@@ -61,28 +63,38 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
     """What somebody who waited in vain for a flight hears."""
     return WaitTimeoutError(
-        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {deadline.seconds:g} s"
+        f"{name}: the computation of {flight.key.key!r} by another caller was not over within {deadline.seconds:g} s"
     )
 
 
-def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
-    """A private copy of an ended flight's result, made in the caller's stream.
+def outcome(joined: Claim, clock: StreamClock, name: str) -> KeysValues | None:
+    """A private copy of the result of an ended flight, made in the caller's stream.
 
     None if the flight was abandoned: the caller has to join again.
 
     Raises:
-        Exception: the error that the computation raised.
+        Exception: a copy of the error that the computation raised, which is its `__cause__`; see `copy_of`.
         ClosedError: the pool was closed meanwhile.
     """
-    if flight.state is FlightState.DONE:
-        assert flight.result is not None
+    state, ending = joined.flight.state, joined.ending
+    if state is FlightState.DONE:
+        assert ending is not None
+        assert ending.result is not None
         stream = clock.current()
-        clock.order_after(stream, flight.ready)
+        clock.order_after(stream, ending.ready)
         with plain_torch_state():
-            return flight.result.copy()
-    if flight.state is FlightState.FAILED:
-        assert flight.error is not None
-        raise flight.error
-    if flight.state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {flight.key[1]!r} was being computed")
+            return ending.result.copy()
+    if state is FlightState.FAILED:
+        assert ending is not None
+        assert ending.error is not None
+        _raise_copy(ending.error)
+    if state is FlightState.CLOSED:
+        raise ClosedError(f"{name} was closed while {joined.flight.key.key!r} was being computed")
     return None
+
+
+def _raise_copy(error: Exception) -> NoReturn:
+    # No variable names the copy: it would be in the frame that its own traceback keeps alive.
+    if (raised := [copy_of(error)])[0] is error:
+        raise error
+    raise raised.pop() from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .._checks import positive_int
 from ..device.layout import SUPPORTED_DEVICES, KVLayout, device_of
 from ..device.moving import joined_on
+from ..device.tensor_checks import check_tensor
 from ..device.tensors import plain_torch_state
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -30,7 +32,7 @@ class KeysValues:
 
     Raises:
         InvalidTypeError: `keys` or `values` is no tensor.
-        InvalidArgumentError: shapes, dtypes or devices differ, or a length is out of range.
+        InvalidArgumentError: one is sparse or quantised, shapes, dtypes or devices differ, or a length is out of range.
     """
 
     __slots__ = ("end", "keys", "lengths", "packed", "values")
@@ -45,9 +47,7 @@ class KeysValues:
         self, keys: Tensor, values: Tensor, lengths: Sequence[int] | None = None, end: int | None = None
     ) -> None:
         for name, tensor in (("keys", keys), ("values", values)):
-            if not isinstance(tensor, Tensor):
-                raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dim() != 5:
+            if check_tensor(name, tensor).dim() != 5:
                 raise InvalidArgumentError(
                     f"{name} must have the five dimensions [layers, batch, heads, tokens, head_dim], "
                     f"got the shape {tuple(tensor.shape)}; KeysValues.single() takes one sequence without the batch"
@@ -76,9 +76,7 @@ class KeysValues:
     @classmethod
     def from_packed(cls, packed: Tensor, lengths: Sequence[int] | None = None, end: int | None = None) -> KeysValues:
         """Views of one tensor `[2 * layers, batch, heads, tokens, head_dim]`: all layers' keys, then all values."""
-        if not isinstance(packed, Tensor):
-            raise InvalidTypeError(f"packed must be a torch.Tensor, got {type(packed).__name__}")
-        if packed.dim() != 5 or packed.shape[0] % 2:
+        if check_tensor("packed", packed).dim() != 5 or packed.shape[0] % 2:
             raise InvalidArgumentError(
                 f"packed must have the shape [2 * layers, batch, heads, tokens, head_dim], got {tuple(packed.shape)}"
             )
@@ -91,9 +89,7 @@ class KeysValues:
     def single(cls, keys: Tensor, values: Tensor) -> KeysValues:
         """One sequence, `[layers, heads, tokens, head_dim]` each, as a batch of one row; no copy."""
         for name, tensor in (("keys", keys), ("values", values)):
-            if not isinstance(tensor, Tensor):
-                raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dim() != 4:
+            if check_tensor(name, tensor).dim() != 4:
                 raise InvalidArgumentError(
                     f"{name} must have the four dimensions [layers, heads, tokens, head_dim], "
                     f"got the shape {tuple(tensor.shape)}"
@@ -139,10 +135,27 @@ class KeysValues:
         Args:
             device: where it is made; where this is, if left out. A copy to a CPU is complete when this returns; one
                 between GPUs, or from a CPU to a GPU, comes in the order of their current streams.
+
+        Raises:
+            InvalidArgumentError: these tokens are on a device without data ("meta"), and `device` is another.
         """
+        target = self.keys.device if device is None else device_of(device)
+        if self.keys.is_meta and target.type != "meta":
+            raise InvalidArgumentError(f"device must be meta for tokens on meta, which have no data, got {target}")
         whole = (self.keys, self.values) if self.packed is None else (self.packed,)
         parts = [tensor[..., : self.end, :].detach() for tensor in whole]
-        return KeysValues.from_packed(joined_on(device or self.keys.device, parts), self.lengths)
+        return KeysValues.from_packed(joined_on(target, parts), self.lengths)
+
+    def __copy__(self) -> KeysValues:
+        """Another one over the same tensors."""
+        same = KeysValues(self.keys, self.values, self.lengths, self.end)
+        same.packed = self.packed
+        return same
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled and deep-copied as `copy()` makes it. Slot by slot, the memory that its tensors share, perhaps with
+        # much else, would be written three times, and what has a gradient could not be copied at all.
+        return KeysValues.from_packed, (self.copy().packed, self.lengths)
 
     def __repr__(self) -> str:
         layers, batch, heads, tokens, head_dim = self.keys.shape

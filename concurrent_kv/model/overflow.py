@@ -2,6 +2,9 @@
 
 A row overflows when its length *after* the new tokens were appended reaches `limit`; its oldest `count` tokens are
 dropped. UniZero drops 2 at a limit of window - 1, leaving window - 3 (LightZero's `update_cache_context`).
+
+With `step`, the most tokens that are appended before a commit, a policy is checked when it is made, and against the
+window when a search or a commit is given it: rows of up to limit - 1 tokens get `step` more, which have to fit.
 """
 
 from __future__ import annotations
@@ -38,20 +41,36 @@ class RaiseOnOverflow:
 
 @dataclass(frozen=True)
 class DropOldest:
-    """Drop the oldest `count` tokens at `limit`, changing nothing else: for rotary positions. Copies nothing."""
+    """Drop the oldest `count` tokens at `limit`, changing nothing else: for rotary positions. Copies nothing.
+
+    Args:
+        limit: length after appending at which a row overflows.
+        count: tokens dropped.
+        step: the most tokens that are appended before a commit, to have the others checked by it.
+    """
 
     limit: int
     count: int
+    step: int | None = None
 
     def __post_init__(self) -> None:
-        _check_drop(self.limit, self.count)
+        _check_drop(self.limit, self.count, self.step)
 
 
-def _check_drop(limit: int, count: int) -> None:
+def _check_drop(limit: int, count: int, step: int | None) -> None:
     positive_int("limit", limit)
     positive_int("count", count)
     if count >= limit:
         raise InvalidArgumentError(f"count must be below limit={limit}, or nothing would be left, got {count}")
+    if step is not None and positive_int("step", step) > count:
+        raise InvalidArgumentError(
+            f"count must be at least step={step}, or rows that overflow would stay at their limit, got {count}"
+        )
+
+
+def _most_kept(limit: int, count: int, step: int | None) -> int:
+    """The most tokens of a row that has dropped some, as far as it is known."""
+    return limit - 1 + (step or 1) - count
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +87,23 @@ class DropAndCorrect:
             that *becomes* token `i`. At least `limit - count` tokens, and as many as any row keeps, which is more where
             several tokens are appended before a commit.
         layout: the layout of the pool it is for.
+        step: the most tokens that are appended before a commit, to have the others checked by it.
     """
 
     limit: int
     count: int
     difference: Tensor = field(repr=False)
     layout: KVLayout
+    step: int | None = None
     packed: Tensor = field(init=False, repr=False)  # [2 * layers, tokens, heads, head_dim]
     _firsts: dict[int, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_drop(self.limit, self.count)
+        _check_drop(self.limit, self.count, self.step)
         packed = packed_difference("difference", self.difference, self.layout)
-        if packed.shape[1] < self.limit - self.count:
-            raise InvalidArgumentError(
-                f"difference must cover the {self.limit - self.count} tokens that stay, got {packed.shape[1]}"
-            )
+        kept = _most_kept(self.limit, self.count, self.step)
+        if packed.shape[1] < kept:
+            raise InvalidArgumentError(f"difference must cover the {kept} tokens that stay, got {packed.shape[1]}")
         settle(packed.device)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "_firsts", {})
@@ -106,19 +126,24 @@ class DropLazily:
         count: tokens dropped.
         table: `PositionSteps` reads bit for bit as `DropAndCorrect` stores, a `PositionTable` differs by rounding. A
             row whose parent's tokens moved by another table is stored whole.
+        step: the most tokens that are appended before a commit, to have the others checked by it.
     """
 
     limit: int
     count: int
     table: PositionTable | PositionSteps = field(repr=False)
+    step: int | None = None
 
     def __post_init__(self) -> None:
-        _check_drop(self.limit, self.count)
+        _check_drop(self.limit, self.count, self.step)
         table = self.table
         if not isinstance(table, (PositionTable, PositionSteps)):
             raise InvalidTypeError(f"table must be PositionSteps or a PositionTable, got {type(table).__name__}")
         if isinstance(table, PositionSteps) and table.count != self.count:
             raise InvalidArgumentError(f"count must be the table's, {table.count}, got {self.count}")
+        kept = _most_kept(self.limit, self.count, self.step)
+        if isinstance(table, PositionSteps) and self.step is not None and table.covered < kept:
+            raise InvalidArgumentError(f"table must cover the {kept} tokens that stay, got {table.covered}")
 
 
 Overflow = RaiseOnOverflow | DropOldest | DropAndCorrect | DropLazily
@@ -135,6 +160,12 @@ def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
     if overflow.limit > layout.max_tokens:
         raise InvalidArgumentError(
             f"overflow.limit must be at most the window of {layout.max_tokens}, got {overflow.limit}"
+        )
+    step = None if isinstance(overflow, RaiseOnOverflow) else overflow.step
+    if step is not None and overflow.limit - 1 + step > layout.max_tokens:
+        raise InvalidArgumentError(
+            f"overflow.limit must be at most {layout.max_tokens + 1 - step} in a window of {layout.max_tokens} with "
+            f"overflow.step={step}: rows of limit - 1 tokens get {step} more, got {overflow.limit}"
         )
     made_for = (
         overflow.layout

@@ -17,16 +17,16 @@ from ..books.records import Entry, Generation, Hold, Scope
 from ..device.moving import upload
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
+from ..device.tensor_checks import check_tensor
 from ..device.tensors import plain_torch_state, writing_to
-from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError, WindowOverflowError
+from ..errors import ClosedError, InvalidArgumentError, WaitTimeoutError, WindowOverflowError
 from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
+from ..never_copied import is_owned_elsewhere
 from .handle import Handle
 from .storage import KVStorage
 
-__all__ = ["BATCH_CLOSED", "Batch"]
-
-BATCH_CLOSED = "this batch is closed: it was committed or closed before, or its search has ended"
+__all__ = ["Batch"]
 
 
 class Batch(Handle):
@@ -52,6 +52,8 @@ class Batch(Handle):
         others: those of the entries that are of other scopes.
         hold: what keeps them alive.
     """
+
+    instead_of_copy = "gather once more, or clone its `data`"
 
     # Made when they are asked for: not every model does.
     _parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
@@ -171,9 +173,9 @@ class Batch(Handle):
         Raises:
             WindowOverflowError: no room is left for them.
             InvalidArgumentError: wrong shape, or no such layer.
-            ClosedError: the batch is closed.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
         """
-        self._check_open()
+        self.check_open()
         layer = self._layer_number(layer)
         tokens = self._check_new(keys, values)
         end = self._ends[layer]
@@ -196,8 +198,7 @@ class Batch(Handle):
         """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""
         data = self.data
         for name, tensor in (("keys", keys), ("values", values)):
-            if not isinstance(tensor, Tensor):
-                raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            check_tensor(name, tensor)
             if tensor.dtype != data.dtype or tensor.device != data.device:
                 raise InvalidArgumentError(
                     f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"
@@ -221,9 +222,9 @@ class Batch(Handle):
 
         Raises:
             WindowOverflowError: the buffer has no such columns.
-            ClosedError: the batch is closed.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
         """
-        self._check_open()
+        self.check_open()
         tokens = positive_int("tokens", tokens)
         if self._uses is not None:
             self.use_here()
@@ -233,12 +234,22 @@ class Batch(Handle):
         self._ends = [ends[0] + tokens] * len(ends) if are_equal else [end + tokens for end in ends]
 
     def _check_room(self, end: int, tokens: int) -> int:
-        if end + tokens > self.data.shape[3]:
-            raise WindowOverflowError(
-                f"{tokens} new tokens do not fit: {end} of the batch's {self.data.shape[3]} columns are taken; "
-                "gather with more room=, or commit with an overflow policy that keeps rows shorter"
+        columns, window = self.data.shape[3], self._storage.layout.max_tokens
+        if end + tokens <= columns:
+            return end + tokens
+        if end + tokens <= window:
+            advice = f"gather with room={end + tokens - self._start}, which the window of {window} allows"
+        elif tokens <= window:
+            advice = (
+                f"the longest row has {self._start} of the window's {window} tokens; commit with an overflow policy "
+                f"of limit={window + 1 - tokens} or less (and step={tokens}, to have that checked), which leaves room "
+                f"for steps of {tokens}"
             )
-        return end + tokens
+        else:
+            advice = f"the window is {window} tokens"
+        raise WindowOverflowError(
+            f"{tokens} new tokens do not fit: {end} of the batch's {columns} columns are taken; {advice}"
+        )
 
     # Misses --------------------------------------------------------------------------------------------------------
 
@@ -255,9 +266,9 @@ class Batch(Handle):
         Raises:
             InvalidArgumentError: the row hit or was filled before, or `kv` does not fit the layout.
             WindowOverflowError: `kv` is longer than the buffer.
-            ClosedError: the batch is closed.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
         """
-        self._check_open()
+        self.check_open()
         if not 0 <= positive_int("row", row, minimum=0) < self.batch_size:
             raise InvalidArgumentError(f"row must be 0 to {self.batch_size - 1}, got {row}")
         if self._gathered[row]:
@@ -299,7 +310,7 @@ class Batch(Handle):
 
     def check_committable(self, rows: Sequence[int]) -> int:
         """New tokens of each row, or an error that says why `rows` cannot be committed."""
-        self._check_open()
+        self.check_open()
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
             raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")
@@ -357,9 +368,9 @@ class Batch(Handle):
         Raises:
             InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
             StreamCaptureError: it is being captured into a graph, or a stream that used the batch is.
-            ClosedError: the batch is closed.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
         """
-        self._check_open()
+        self.check_open()
         if stream is not None:
             self._storage.clock.check(stream)
         if self._uses is not None:
@@ -411,9 +422,15 @@ class Batch(Handle):
             if ready is not None:
                 self._storage.tensor.return_buffer(self.data, ready)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise `ClosedError` if it is closed; `SearchEndedError`, which says why, if its search has ended."""
         if self.hold.released:
-            raise ClosedError(BATCH_CLOSED)
+            raise self.why_closed()
+
+    def why_closed(self) -> ClosedError:
+        """What is raised where it is used after its end."""
+        ended = self.scope.why_ended()
+        return ClosedError("this batch is closed: it was committed or closed before") if ended is None else ended
 
     def abandon(self) -> None:
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
@@ -422,7 +439,9 @@ class Batch(Handle):
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
 
     def __del__(self) -> None:
-        self.abandon()
+        hold = getattr(self, "hold", None)
+        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+            self.abandon()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{sum(self.hits)} hits, lengths={self.lengths}, room={self.room}"

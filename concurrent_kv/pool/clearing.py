@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from .room import unpublish
 if TYPE_CHECKING:  # as in room.py
     from .storage import PoolState
 
-__all__ = ["discard", "remove", "remove_all", "sweep", "sweep_if", "take_out"]
+__all__ = ["discard", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
+SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
 
 
 def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
@@ -82,9 +83,44 @@ def take_out(pool: PoolState, index: Index[Entry], going: list[Entry], dead: lis
     return waiters
 
 
-def sweep(pool: PoolState, scope: Scope, deadline: Deadline) -> None:
-    """Remove every entry of an older generation than the scope's, one shard at a time."""
-    sweep_if(pool, scope, lambda entry: entry.generation is not scope.generation, deadline)
+def sweep_scopes(pool: PoolState, scopes: Sequence[Scope], deadline: Deadline) -> None:
+    """Remove every entry of an older generation than its scope's, of scopes of `pool`, one shard at a time.
+
+    Each shard is locked once for many scopes: of thousands, most may be empty.
+    """
+    by_shards: dict[tuple[int, ...], list[Scope]] = {}
+    for scope in scopes:
+        by_shards.setdefault(scope.shards, []).append(scope)
+    for shards, alike in by_shards.items():
+        for begin in range(0, len(alike), SCOPES_PER_HOLD):
+            for part, shard in enumerate(shards):
+                _sweep_part(pool, alike[begin : begin + SCOPES_PER_HOLD], part, shard, deadline)
+
+
+def _sweep_part(pool: PoolState, scopes: Sequence[Scope], part: int, shard: int, deadline: Deadline) -> None:
+    """The part of `sweep_scopes` that one shard guards."""
+    dead: list[Entry] = []
+    going: list[Entry] = []
+    waiters: list[Any] = []
+    try:
+        with gate.lock, pool.storage.locks.write((shard,), deadline):
+            _take_out_old(pool, scopes, part, going, dead, waiters)
+    finally:
+        wake(waiters)
+        # Keys and side data are finalised here, outside of every lock.
+        del dead, going
+
+
+def _take_out_old(
+    pool: PoolState, scopes: Sequence[Scope], part: int, going: list[Entry], dead: list[Entry], waiters: list[Any]
+) -> None:
+    """Take out what is older than its scope, in one part of each scope. The shard's write lock held."""
+    for scope in scopes:
+        index, generation = scope.entries[part], scope.generation
+        if index.cells:
+            old = [entry for entry in index.values() if entry.generation is not generation]
+            going += old  # dies outside of the shard, also where a key raises on the way
+            waiters += take_out(pool, index, old, dead)
 
 
 def sweep_if(pool: PoolState, scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:

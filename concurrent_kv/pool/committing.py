@@ -11,12 +11,13 @@ from ..books.entries import describe
 from ..books.records import Entry, Generation, Hold, Scope
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
+from ..device.tensor_checks import check_tensor
 from ..device.tensors import plain_torch_state
-from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError
 from ..locks.deadline import Deadline
 from ..model.kv import KeysValues, check_fits
 from ..model.overflow import Overflow
-from .batch import BATCH_CLOSED, Batch
+from .batch import Batch
 from .plan import plan_commit, plan_put
 from .reading import gather_entries
 from .storage import KVStorage, PoolState
@@ -70,9 +71,7 @@ def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
 
 def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tensor:
     layout = storage.layout
-    if not isinstance(out, Tensor):
-        raise InvalidTypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    shape = out.shape
+    shape = check_tensor("out", out).shape
     columns = shape[3] if len(shape) == 5 else 0
     expected = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
     if shape != expected or columns > layout.max_tokens:
@@ -137,8 +136,7 @@ def commit_batch(
             f"batch was gathered for {scope.account.name}, and cannot be committed to {pool.name}"
         )
     keys = check_keys(keys)
-    if batch.hold.released:
-        raise ClosedError(BATCH_CLOSED)
+    batch.check_open()
     committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
@@ -146,7 +144,7 @@ def commit_batch(
     ledger = pool.storage.ledger
     # The search that owns the batch may be closed by another thread at any point.
     if not ledger.use(batch.hold):
-        raise ClosedError(BATCH_CLOSED)
+        raise batch.why_closed()
     try:
         new = batch.check_committable(committed)
         last, going = last_of_each(keys), committed

@@ -9,13 +9,14 @@ from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.quota import Quota
 from ..books.records import Account, Entry, Generation, Scope
+from ..books.size_arguments import SizeArguments
 from ..books.stats import PoolStats
 from ..device.layout import KVLayout, slots_of_capacity
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .checking import check_integrity, repair
-from .clearing import sweep
+from .clearing import sweep_if, sweep_scopes
 from .handle import Handle
 from .storage import KVStorage, PoolState
 
@@ -38,6 +39,8 @@ def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> N
 
 class PoolCore(PoolState, Handle):
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
+
+    instead_of_copy = "share the one object between threads; in another process make a pool there, and send entries"
 
     def __init__(
         self,
@@ -72,6 +75,8 @@ class PoolCore(PoolState, Handle):
             name=name,
         )
         quota = Quota(max_entries, max_slots, storage.ledger.slots.num_slots)
+        if max_bytes is not None:
+            quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         super().__init__(storage, Account(name, quota, chosen))
         self._emptied = False
         self.default_scope = Scope(self.account, name, scope_shards or tuple(range(storage.locks.count)))
@@ -92,6 +97,40 @@ class PoolCore(PoolState, Handle):
                 scope.generation = Generation(0, self.default_scope.version)
             return scope
 
+    def drop_scope(self, scope: Scope | Hashable, *, timeout: float | None = None) -> int:
+        """Remove every entry of a scope, and forget the scope; returns how many entries. May block.
+
+        Operations on it, also those under way that would store something, end with `ClosedError`; what is pinned or
+        gathered stays with its handles. Its name is free then: `scope(name)` makes a new one.
+
+        Args:
+            scope: the scope, or its name.
+
+        Raises:
+            KeyNotFoundError: there is no scope of that name, or it was dropped before.
+            InvalidArgumentError: it is the default scope, or another pool's.
+            WaitTimeoutError: a shard was not free in time. The scope has ended if anything was removed; drop it again.
+        """
+        deadline = self._enter(timeout)
+        name = scope.name if isinstance(scope, Scope) else scope
+        hash_of(name, "scope")
+        with gate.lock, self.storage.ledger.mutex:
+            found = self.account.scopes.get(name)
+        if isinstance(scope, Scope) and scope.account is not self.account:
+            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.account.name}")
+        if found is None or (isinstance(scope, Scope) and found is not scope):
+            raise KeyNotFoundError(f"{self.name} has no scope {name!r} to drop")
+        if found is self.default_scope:
+            raise InvalidArgumentError(f"scope must be another than the default scope of {self.name}, got {name!r}")
+        with gate.lock, self.storage.locks.write(found.shards, deadline):
+            found.ended = f"the scope {name!r} of {self.name} was dropped"
+        removed = sweep_if(self, found, lambda entry: True, deadline)
+        # Last: what is cut off before this is found, and finished, by the next call.
+        with gate.lock, self.storage.ledger.mutex:
+            if self.account.scopes.get(name) is found:
+                del self.account.scopes[name]
+        return removed
+
     def scopes(self) -> tuple[Scope, ...]:
         """Every scope, without those of searches."""
         self.storage.check_call()
@@ -109,6 +148,9 @@ class PoolCore(PoolState, Handle):
             raise InvalidTypeError(f"scope must be a Scope of this pool, got {type(scope).__name__}")
         if scope.account is not self.account:
             raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.account.name}")
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
         return scope
 
     # Clears, versions, end -----------------------------------------------------------------------------------------
@@ -125,6 +167,11 @@ class PoolCore(PoolState, Handle):
         """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
         bump_versions([self], self.name, self._enter(timeout))
 
+    @property
+    def version(self) -> int:
+        """The weights version: how often `bump_version()` was called. Never blocks."""
+        return self.default_scope.version
+
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
         with gate.lock, self.storage.ledger.mutex:
@@ -139,8 +186,7 @@ class PoolCore(PoolState, Handle):
         with gate.lock, self.storage.ledger.mutex:
             _begin_epoch(scopes)
             self.counters.clear_count += 1
-        for scope in scopes:
-            sweep(self, scope, deadline)
+        sweep_scopes(self, scopes, deadline)
 
     def close(self, *, timeout: float | None = None) -> None:
         """End every search, drop every entry and, for a pool made alone, free the storage. Closing twice is fine.
@@ -244,8 +290,7 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
     for pool in pools:
         pool.end_searches(reason, deadline)
     for pool in pools:
-        for scope in pool.scopes():
-            sweep(pool, scope, deadline)
+        sweep_scopes(pool, pool.scopes(), deadline)
 
 
 def _begin_epoch(scopes: Iterable[Scope]) -> None:

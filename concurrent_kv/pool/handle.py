@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TypeVar
 
+from ..never_copied import NeverCopied
+
 __all__ = ["Handle"]
 
 H = TypeVar("H", bound="Handle")
 
 
-class Handle(ABC):
+class Handle(NeverCopied, ABC):
     """Something that is owned until it is closed, once; closing it again does nothing."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from ..books.records import Entry, Hold
 from ..errors import ClosedError
 from ..locks.gate import gate
 from ..model.kv import KeysValues
+from ..never_copied import is_owned_elsewhere
 from .handle import Handle
 from .reading import copy_out
 from .storage import PoolState
@@ -25,6 +26,8 @@ class Pin(Handle):
         side: the side data of the pinned entry.
         length: its tokens.
     """
+
+    instead_of_copy = "pin the key once more, or take a copy of its tokens with get()"
 
     def __init__(self, pool: PoolState, entry: Entry, hold: Hold) -> None:
         self._pool = pool
@@ -69,4 +72,6 @@ class Pin(Handle):
             self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
 
     def __del__(self) -> None:
-        self.abandon()
+        hold = getattr(self, "_hold", None)
+        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+            self.abandon()

@@ -381,8 +381,10 @@ class KVPool(PoolCore):
         """The entry of `key`, computed and stored if it is missing: once, however many callers miss it together.
 
         Everyone gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, everyone
-        who waits hears the same error, and nothing is remembered of it; if it is cut off (`KeyboardInterrupt`, a
-        cancelled task), the first to wake computes instead. May block; runs `compute` with no lock held.
+        who waits hears the same error, and nothing is remembered of it: a copy of their own (type, `args`, attributes),
+        whose `__cause__` is the error as it was raised; an error of a class that cannot be copied is the one object for
+        all. If it is cut off (`KeyboardInterrupt`, a cancelled task), the first to wake computes instead. May block;
+        runs `compute` with no lock held.
 
         Args:
             compute: gives one row; called in the calling thread. It may use the pool, but not ask for `key` itself.
@@ -410,7 +412,7 @@ class KVPool(PoolCore):
             if joined.late and joined.flight.state is FlightState.DONE:
                 found = self.peek(key, scope=within, timeout=deadline.left())
             else:
-                found = outcome(joined.flight, self.storage.clock, self.name)
+                found = outcome(joined, self.storage.clock, self.name)
         return found
 
     def _compute_here(
@@ -431,7 +433,7 @@ class KVPool(PoolCore):
                 joined.fulfil(kv)
             else:
                 joined.pass_on(kv)
-        result = outcome(joined.flight, self.storage.clock, self.name)
+        result = outcome(joined, self.storage.clock, self.name)
         assert result is not None, joined.flight.state is FlightState.DONE
         return result
 

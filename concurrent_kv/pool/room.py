@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..books.ledger import wake
-from ..books.quota import Budget
+from ..books.quota import Budget, Quota
 from ..books.records import Entry, Place, Scope, sorted_shards
 from ..device.slot_numbers import Slots
 from ..device.streams import Ticks
@@ -185,11 +185,17 @@ def check_budget(pool: PoolState, budget: Budget, replaced: int) -> None:
 
 
 def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> CapacityError:
+    quota = pool.quota
     need_entries, need_slots = budget.max_entries + entries, budget.reservation.size + slots
+    other_entries = quota.reserved_entries - budget.max_entries
+    other_slots = quota.reserved_slots - budget.reservation.size
+    others = f", of which other searches reserved {other_entries} and {other_slots}"
+    room = quota.that_holds(other_entries + need_entries, other_slots + need_slots)
     return CapacityError(
         f"the search reserved {budget.max_entries} entries and {budget.reservation.size} slots in {pool.name} and "
-        f"needs {entries} entries and {slots} slots more, which are reserved by others; open it with "
-        f"entries={need_entries} and tokens={need_slots}, and a pool that holds as much for every search open at once",
+        f"needs {entries} entries and {slots} slots more; the pool holds at most {quota.max_entries} entries and "
+        f"{quota.max_slots} slots{others if other_entries or other_slots else ''}; open the search with "
+        f"entries={need_entries} and tokens={need_slots}{f', where {room} makes the room' if room else ''}",
         required_entries=need_entries,
         required_slots=need_slots,
     )
@@ -233,16 +239,30 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
             deadline.leave_loop(pool.name)
             break
     with gate.lock, ledger.mutex:
-        need_entries, need_slots = quota.reserved_entries + entries, quota.reserved_slots + slots
+        reserved_entries, reserved_slots = quota.reserved_entries, quota.reserved_slots
+        need_entries, need_slots = reserved_entries + entries, reserved_slots + slots
         if quota.can_ever_fit(entries, slots):
             # Everything that could be evicted was; what is left is pinned or held.
             need_entries += quota.entries + quota.pending_entries
             need_slots += quota.slots + quota.pending_slots
+    taken = [
+        f"{number_entries} and {number_slots} are {how}"
+        for number_entries, number_slots, how in (
+            (reserved_entries, reserved_slots, "reserved by other searches"),
+            (
+                need_entries - entries - reserved_entries,
+                need_slots - slots - reserved_slots,
+                "pinned, held or being written",
+            ),
+        )
+        if number_entries or number_slots
+    ]
+    enough = quota.that_holds(need_entries, need_slots) or "closing what is held"
+    of_which = f", of which {' and '.join(taken)}" if taken else ""
     raise CapacityError(
         f"{pool.name} cannot set {entries} entries and {slots} slots aside for this search: it holds at most "
-        f"{quota.max_entries} entries and {quota.max_slots} slots, and what other searches reserved or "
-        f"somebody pins is {need_entries - entries} and {need_slots - slots}; a capacity of {need_entries} entries and "
-        f"{need_slots} slots would do (or a search with fewer environments, simulations or tokens)",
+        f"{quota.max_entries} entries and {quota.max_slots} slots{of_which}; {enough} would do, or a search with fewer "
+        "environments, or smaller entries= and tokens=",
         required_entries=need_entries,
         required_slots=need_slots,
     )
@@ -291,8 +311,16 @@ def _evict_or_wait(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
             f"{quota.max_entries} entries and {quota.max_slots} slots, {quota.entries} and {quota.slots} are stored, "
             f"{quota.reserved_entries} and {quota.reserved_slots} reserved by searches, and nothing can be evicted "
-            "(pinned, or held by open batches)"
+            f"(pinned, or held by open batches){_room_beside_searches(quota, entries, slots)}"
         )
+
+
+def _room_beside_searches(quota: Quota, entries: int, slots: int) -> str:
+    """What would do for a write that open searches leave no room for; nothing where it is not they."""
+    if quota.can_ever_fit(entries, slots):
+        return ""
+    room = quota.that_holds(quota.reserved_entries + entries, quota.reserved_slots + slots)
+    return f"; {room} leaves room beside the open searches"
 
 
 def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:

@@ -28,6 +28,7 @@ from ..locks.gate import gate
 from ..locks.sharded import ShardedRWLock
 from ..locks.signal import Signal
 from ..model.overflow import DropLazily, Overflow, check_overflow
+from ..never_copied import NeverCopied
 from .commit_shape import Drop
 
 __all__ = ["KVStorage", "PoolState"]
@@ -47,7 +48,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-class KVStorage:
+class KVStorage(NeverCopied):
     """Token slots with their allocator, locks and stream clock. A manager has one; a `KVPool` made alone has its own.
 
     Args:
@@ -59,6 +60,8 @@ class KVStorage:
         name: what messages call it.
         lock_factory, event_factory, locks, tensor, backend: replaceable parts, for schedulers and simulated devices.
     """
+
+    instead_of_copy = "share the one object between pools; in another process make one there"
 
     def __init__(
         self,

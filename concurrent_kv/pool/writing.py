@@ -12,7 +12,7 @@ from ..books.index import find_places, take_away
 from ..books.ledger import wake
 from ..books.records import Entry, Generation, Place, Scope, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
-from ..errors import ClosedError, SearchEndedError
+from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .plan import WritePlan
@@ -113,8 +113,9 @@ def _publish(
     with gate.lock, pool.storage.locks.write(shards, deadline):
         if deadline.caller is not None:
             deadline.check(pool.name)
-        if scope.ended is not None:
-            raise SearchEndedError(scope.ended)
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
         if pool.closed:
             raise ClosedError(f"{pool.name} is closed")
         # Under the shards' write locks: a clear that raises the epoch from here on will sweep what is published here.

@@ -18,6 +18,7 @@ from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, Search
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.overflow import Overflow, check_overflow
+from ..never_copied import is_owned_elsewhere
 from ..pool.batch import Batch
 from ..pool.clearing import discard, remove_all, take_out
 from ..pool.committing import commit_batch, open_batch
@@ -56,6 +57,8 @@ class Search(Handle):
     Attributes:
         env_ids: the environments it is for.
     """
+
+    instead_of_copy = "share the one object between threads, or open another with manager.search()"
 
     def __init__(
         self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
@@ -351,7 +354,9 @@ class Search(Handle):
             ledger.abandon(partial(state.end, "the search was dropped without being closed"))
 
     def __del__(self) -> None:
-        self.abandon()
+        state = getattr(self, "_state", None)
+        if state is not None and not is_owned_elsewhere(state.roots_hold.owner, self):
+            self.abandon()
 
     def __repr__(self) -> str:
         return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"

@@ -124,7 +124,7 @@ def taken_from_a_flight(world: GpuWorld) -> None:
             commit.since, commit.stored = commit.began, first.fulfil(world.source(value(5)))
             del first
     with world.on(2), world.noted(Kind.READ, [A]) as read:
-        found = outcome(second.flight, world.storage.clock, "pool")
+        found = outcome(second, world.storage.clock, "pool")
         world.look_later(read, [found])
         del second
 

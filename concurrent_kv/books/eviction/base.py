@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, NoReturn, Protocol, TypeVar
 
 from ..._checks import positive_int
+from ...errors import InvalidTypeError
 
 
 class Evictable(Protocol):
@@ -47,6 +48,13 @@ class EvictionPolicy(ABC, Generic[E]):
 
     def __init__(self, *, capacity: int) -> None:
         self.capacity = positive_int("capacity", capacity)
+
+    def __copy__(self) -> NoReturn:
+        # Two policies over the same containers would serve two pools.
+        raise InvalidTypeError(
+            f"{type(self).__name__} must not be copied with copy.copy(), as one policy serves one pool: "
+            "pass its class, or copy.deepcopy() of one that is empty"
+        )
 
     @abstractmethod
     def add(self, entry: E) -> None:

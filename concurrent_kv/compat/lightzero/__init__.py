@@ -1,5 +1,6 @@
 """LightZero's UniZero world model on `concurrent_kv`: attach to the released model, or import its manager from here."""
 
+from ...device.graphs import keep_out_of_graphs
 from .attach import attach, detach
 from .attachment import Attachment
 from .containers import LightZeroKeysValues, from_lightzero, to_lightzero
@@ -23,3 +24,5 @@ __all__ = [
     "to_lightzero",
     "uninstall",
 ]
+
+keep_out_of_graphs(__name__)

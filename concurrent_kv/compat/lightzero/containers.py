@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...device.layout import KVLayout
+from ...device.tensor_checks import check_tensor
 from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError
 from ...model.kv import KeysValues
 
@@ -169,6 +170,8 @@ def from_lightzero(kv: Any) -> KeysValues:
     if not layers:
         raise InvalidTypeError(f"kv_cache must be a LightZero KeysValues, got {type(kv).__name__}")
     caches = [layer._k_cache for layer in layers] + [layer._v_cache for layer in layers]
+    for cache in caches:
+        check_tensor("kv_cache", cache._cache)
     size = caches[0]._size
     if any(cache._size != size for cache in caches):
         raise InvalidArgumentError(f"kv_cache must have one size in every layer, got {[c._size for c in caches]}")

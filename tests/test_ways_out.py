@@ -1,0 +1,276 @@
+"""What an error says would do, does: the sizes of pools, what a policy allows, and why something has ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from concurrent_kv import (
+    AsyncKVCacheManager,
+    AsyncKVPool,
+    CapacityError,
+    ClosedError,
+    DropAndCorrect,
+    DropLazily,
+    DropOldest,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KVCacheManager,
+    KVPool,
+    PositionSteps,
+    PositionTable,
+    SearchEndedError,
+    WaitTimeoutError,
+    WindowOverflowError,
+)
+from concurrent_kv.model.overflow import Overflow
+from tests.conftest import MakeManager, MakePool
+from tests.support import LAYOUT, WINDOW, append, config, stacked, tokens
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def said(error: pytest.ExceptionInfo[BaseException]) -> dict[str, int]:
+    """The arguments that an error says would do."""
+    return {name: int(number) for name, number in re.findall(r"([a-z_.]+)=(\d+)", str(error.value))}
+
+
+def manager_of(make_manager: MakeManager, said: dict[str, int], **arguments: Any) -> KVCacheManager:
+    """A manager of other sizes as an error said them."""
+    sizes = {name.removeprefix("config."): number for name, number in said.items() if name.startswith("config.")}
+    others = {name: number for name, number in said.items() if name in ("recur_slots", "init_entries", "wm_entries")}
+    return make_manager(settings=config(**sizes), **{**arguments, **others})
+
+
+def grown(search: Any, number: int) -> None:
+    """Store so many children of the root, two tokens each."""
+    for node in range(number):
+        with search.gather(["root"], [0]) as batch:
+            append(batch, [node])
+            search.commit([node], batch)
+
+
+def test_a_lone_search_that_needs_more_hears_which_size_of_the_manager_would_do(make_manager: MakeManager) -> None:
+    small = make_manager(recur_slots=16)
+    small.set_init_cache(0, "root", tokens(1, 3))
+    with small.search([0], entries=4, tokens=8) as search, pytest.raises(CapacityError) as caught:
+        grown(search, 12)
+    message = str(caught.value)
+    assert "other" not in message
+    assert "the pool holds at most 64 entries and 16 slots" in message
+    arguments = said(caught)
+    assert set(arguments) == {"entries", "tokens", "recur_slots"}
+    larger = manager_of(make_manager, arguments)
+    larger.set_init_cache(0, "root", tokens(1, 3))
+    with larger.search([0], entries=arguments["entries"], tokens=arguments["tokens"]) as search:
+        grown(search, 9)
+
+
+def test_a_search_that_others_leave_no_room_hears_what_they_have(make_manager: MakeManager) -> None:
+    manager = make_manager(recur_slots=16)
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([1], entries=3, tokens=8), manager.search([0], entries=4, tokens=8) as search:
+        with pytest.raises(CapacityError, match="of which other searches reserved 3 and 8; ") as caught:
+            grown(search, 5)
+        assert said(caught)["recur_slots"] > 16
+
+
+def test_a_write_that_searches_leave_no_room_says_which_size_would(make_manager: MakeManager) -> None:
+    manager = make_manager()
+    with manager.search([0, 1]), pytest.raises(WaitTimeoutError, match="beside the open searches") as caught:
+        manager.recur_pool.put("a", tokens(1, 5), timeout=0.0)
+    larger = manager_of(make_manager, said(caught))
+    with larger.search([0, 1]):
+        larger.recur_pool.put("a", tokens(1, 5), timeout=0.0)
+
+
+def test_a_search_that_a_pin_leaves_no_room_hears_that_something_is_pinned(manager: KVCacheManager) -> None:
+    manager.set_recur_cache("a", tokens(1, 3))
+    with manager.recur_pool.pin("a"), pytest.raises(CapacityError, match="of which 1 and 3 are pinned") as caught:
+        manager.search([0, 1], timeout=0.0)
+    assert "other searches" not in str(caught.value)
+    assert said(caught) == {"recur_slots": 83}
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument"),
+    [({}, "max_entries=5 and max_slots=35"), ({"max_slots": 32}, "max_entries=5 and max_slots=35")],
+)
+def test_too_many_rows_at_once_for_a_pool_name_its_arguments(
+    make_pool: MakePool, settings: dict[str, Any], argument: str
+) -> None:
+    rows = stacked(*[tokens(number, 7) for number in range(5)])
+    with pytest.raises(CapacityError, match=f"; {argument} would do"):
+        make_pool(**settings).put_many(range(5), rows)
+    make_pool(5, max_slots=35).put_many(range(5), rows)
+
+
+def test_a_pool_that_was_given_bytes_names_bytes(make_pool: MakePool) -> None:
+    token = LAYOUT.bytes_per_token
+    rows = stacked(*[tokens(number, 7) for number in range(2)])
+    with pytest.raises(CapacityError, match=f"; max_bytes={14 * token} would do"):
+        make_pool(max_bytes=8 * token).put_many(range(2), rows)
+    make_pool(max_bytes=14 * token).put_many(range(2), rows)
+
+
+@pytest.mark.parametrize(("role", "name"), [("init", "init_entries"), ("wm", "wm_entries")])
+def test_too_many_rows_at_once_for_a_managers_pool_name_the_managers_argument(
+    make_manager: MakeManager, role: str, name: str
+) -> None:
+    def pool_of(manager: KVCacheManager) -> KVPool:
+        return manager.init_pools[0] if role == "init" else manager.wm_pool
+
+    rows = stacked(*[tokens(number, WINDOW) for number in range(5)])
+    with pytest.raises(CapacityError, match=f"; {name}=5 would do") as caught:
+        pool_of(make_manager(init_entries=2, wm_entries=2)).put_many(range(5), rows)
+    pool_of(manager_of(make_manager, said(caught))).put_many(range(5), rows)
+
+
+# What a policy allows ------------------------------------------------------------------------------------------------
+
+DIFFERENCE = torch.zeros(2, 2, 2, WINDOW, 3)
+POLICIES: dict[str, Callable[..., Overflow]] = {
+    "oldest": DropOldest,
+    "correct": lambda limit, count, **step: DropAndCorrect(limit, count, DIFFERENCE, LAYOUT, **step),
+    "table": lambda limit, count, **step: DropLazily(
+        limit, count, PositionTable(LAYOUT, lambda distance: DIFFERENCE), **step
+    ),
+    "steps": lambda limit, count, **step: DropLazily(limit, count, PositionSteps(LAYOUT, count, DIFFERENCE), **step),
+}
+each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+@each_policy
+def test_a_limit_that_leaves_no_room_for_a_step_is_refused_when_the_search_opens(
+    policy: Callable[..., Overflow], manager: KVCacheManager
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^overflow\.limit must be at most 7 .*overflow\.step=2.*got 8"):
+        manager.search([0], overflow=policy(WINDOW, 2, step=2))
+    assert manager.recur_pool.stats().reserved_slots == 0
+    manager.search([0], overflow=policy(WINDOW, 2, step=1)).close()
+
+
+@each_policy
+def test_a_step_that_a_drop_does_not_make_up_for_is_refused_when_the_policy_is_made(
+    policy: Callable[..., Overflow],
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^count must be at least step=3"):
+        policy(5, 2, step=3)
+    with pytest.raises(InvalidArgumentError, match=r"^step must be at least 1"):
+        policy(5, 2, step=0)
+    with pytest.raises(InvalidTypeError, match=r"^step must be an int"):
+        policy(5, 2, step=1.5)
+
+
+@each_policy
+@pytest.mark.parametrize("root", range(1, WINDOW - 1))
+def test_a_policy_that_passed_holds_at_any_depth(
+    policy: Callable[..., Overflow], root: int, make_manager: MakeManager
+) -> None:
+    manager = make_manager(settings=config(num_simulations=12))
+    manager.set_init_cache(0, -1, tokens(1, root))
+    with manager.search([0], overflow=policy(WINDOW - 1, 2, step=2)) as search:
+        for depth in range(12):
+            with search.gather([depth - 1], [0]) as batch:
+                append(batch, [depth])
+                search.commit([depth], batch)
+
+
+def test_a_difference_that_is_too_short_for_the_steps_is_refused_when_the_policy_is_made() -> None:
+    short = DIFFERENCE[:, :, :, :5]
+    DropAndCorrect(7, 2, short, LAYOUT)
+    with pytest.raises(InvalidArgumentError, match=r"^difference must cover the 6 tokens that stay, got 5"):
+        DropAndCorrect(7, 2, short, LAYOUT, step=2)
+    with pytest.raises(InvalidArgumentError, match=r"^table must cover the 6 tokens that stay, got 5"):
+        DropLazily(7, 2, PositionSteps(LAYOUT, 2, short), step=2)
+
+
+def test_an_append_that_a_limit_left_no_room_for_says_which_limit_would(manager: KVCacheManager) -> None:
+    def play(limit: int) -> None:
+        manager.set_init_cache(0, -1, tokens(1, 1))
+        with manager.search([0], overflow=DropOldest(limit, 2)) as search:
+            for depth in range(5):
+                with search.gather([depth - 1], [0]) as batch:
+                    append(batch, [depth])
+                    search.commit([depth], batch)
+
+    with pytest.raises(WindowOverflowError, match=r"7 of the window's 8 tokens; .*of limit=7 or less") as caught:
+        play(WINDOW)
+    play(said(caught)["limit"])
+
+
+def test_an_append_into_too_small_a_buffer_says_which_room_would_do(pool: KVPool) -> None:
+    pool.put("a", tokens(1, 3))
+    with pool.gather(["a"], room=1) as batch, pytest.raises(WindowOverflowError, match="gather with room=2,") as caught:
+        append(batch, [2])
+    with pool.gather(["a"], room=said(caught)["room"]) as batch:
+        append(batch, [2])
+
+
+def test_an_append_beyond_any_window_says_so(pool: KVPool) -> None:
+    pool.put("a", tokens(1, 3))
+    new = torch.zeros(1, 2, WINDOW + 1, 3)
+    with pool.gather(["a"]) as batch, pytest.raises(WindowOverflowError, match=r"the window is 8 tokens$"):
+        batch.append(0, new, new)
+
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+USES: dict[str, Callable[[Any], object]] = {
+    "append": lambda batch: append(batch, [1]),
+    "advance": lambda batch: batch.advance(1),
+    "fill": lambda batch: batch.fill(0, tokens(1, 2)),
+    "wait": lambda batch: batch.wait(),
+}
+ENDS: dict[str, tuple[Callable[[KVCacheManager, Any], object], str]] = {
+    "bump": (lambda manager, search: manager.bump_version(), "the weights version was bumped"),
+    "close of the pool": (lambda manager, search: manager.recur_pool.close(), "was closed"),
+    "close": (lambda manager, search: search.close(), "the search was closed"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("use", USES)
+def test_a_batch_of_a_search_that_has_ended_says_so_as_the_search_does(
+    manager: KVCacheManager, use: str, end: str
+) -> None:
+    act, says = ENDS[end]
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    search = manager.search([0])
+    batch = search.gather(["root"], [0])
+    act(manager, search)
+    assert batch.closed
+    with pytest.raises(SearchEndedError, match=says):
+        USES[use](batch)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_batch_that_was_closed_says_so(pool: KVPool, use: str) -> None:
+    pool.put("a", tokens(1, 3))
+    batch = pool.gather(["a"])
+    batch.close()
+    with pytest.raises(ClosedError, match="this batch is closed") as caught:
+        USES[use](batch)
+    assert type(caught.value) is ClosedError
+
+
+def test_the_weights_version_can_be_read_and_not_set(manager: KVCacheManager, pool: KVPool) -> None:
+    for owner in (manager, pool, AsyncKVPool(pool), AsyncKVCacheManager(manager)):
+        before = owner.version
+        bumped = owner.bump_version()
+        if bumped is not None:
+
+            async def awaited(bump: Any = bumped) -> None:
+                await bump
+
+            anyio.run(awaited)
+        assert owner.version == before + 1
+        with pytest.raises(AttributeError):
+            owner.version = 7  # type: ignore[misc]
+    assert manager.version == manager.init_pools[0].version == manager.wm_pool.version
+    assert pool.version == pool.default_scope.version == pool.scope("new").version
