@@ -1,6 +1,6 @@
 """A thread-safe, stream-aware key/value cache for parallel tree search over transformer world models."""
 
-from .books.entry import Scope
+from .books.records import Scope
 from .books.stats import PoolStats, StatsSummary
 from .errors import (
     CapacityError,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from .books.entry import Entry
+from .books.records import Entry
 
 _E = TypeVar("_E")
 _Shape: TypeAlias = tuple[int, int, int, int]

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ._checks import hash_of, positive_int, sequence_of
-from .books.eviction import EvictionPolicy
-from .books.integrity import IntegrityReport, RepairReport, check_integrity, repair
+from .books.eviction import EvictionPolicy, PolicyFactory
+from .books.integrity import IntegrityReport, RepairReport
+from .books.records import Entry
 from .books.size_arguments import SizeArguments
 from .books.stats import NoCounters, PoolStats, StatsSummary
 from .errors import InvalidArgumentError
@@ -18,6 +19,7 @@ from .locks.numbers import Numbers
 from .model.config import ManagerConfig
 from .model.kv import KeysValues
 from .model.overflow import Overflow
+from .pool.checking import check_integrity, repair
 from .pool.core import bump_versions
 from .pool.handle import Handle
 from .pool.pool import KVPool
@@ -27,8 +29,6 @@ from .search.search import LookupOrder, Search, open_search
 if TYPE_CHECKING:
     import torch
 
-    from .books.entry import Entry
-    from .books.eviction import PolicyFactory
 
 __all__ = ["KVCacheManager"]
 
@@ -127,7 +127,7 @@ class KVCacheManager(Handle):
             )
             made.quota.arguments = arguments
             if not enable_stats:
-                made.counters = NoCounters()
+                made.account.counters = NoCounters()
             return made
 
         # One shard for each environment's pool: a gather over many environments takes few locks.

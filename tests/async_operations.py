@@ -48,7 +48,7 @@ class World:
         self.manager.check_integrity()
         state = snapshot(self.manager.storage)
         state["free"] = len(state["free"])
-        state["generations"] = [s.generation for p in self.manager.storage.pools for s in p.scopes()]
+        state["generations"] = [s.generation for p in self.manager.storage.pools for s in p.account.scopes.values()]
         state["flights"] = [len(pool.flights) for pool in self.manager.storage.pools]
         state["closed"] = self.manager.storage.closed, self.search.closed
         return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -190,7 +190,7 @@ def snapshot(storage: KVStorage) -> dict[str, Any]:
     entries = {}
     with storage.ledger.mutex:
         for pool in storage.pools:
-            for scope in [*pool.registered_scopes(), *(search.scope for search in pool.searches)]:
+            for scope in pool.account.all_scopes():
                 for entry in [entry for part in scope.entries for entry in part.values()]:
                     table = torch.from_numpy(storage.ledger.tables_of([entry])[0])
                     stored = b"" if storage.closed else bits(storage.tensor.data[:, table]).numpy().tobytes()
@@ -199,7 +199,7 @@ def snapshot(storage: KVStorage) -> dict[str, Any]:
     fills = {
         pool.name: {
             name: number
-            for name, number in pool.stats().as_dict().items()
+            for name, number in cast(KVPool, pool).stats().as_dict().items()
             if "wait" not in name and name not in ("hit_count", "miss_count", "request_count", "hit_rate", "miss_rate")
         }
         for pool in storage.pools

@@ -74,7 +74,19 @@ def inside_a_leaf(pool: KVPool) -> Iterator[None]:
         yield
 
 
-INSIDE = (inside_the_mutex, inside_a_shard, inside_a_leaf)
+@contextmanager
+def inside_the_counters(pool: KVPool) -> Iterator[None]:
+    with gate.lock, pool.storage.locks._counter_lock:
+        yield
+
+
+@contextmanager
+def inside_the_flights(pool: KVPool) -> Iterator[None]:
+    with gate.lock, pool.flights._lock:
+        yield
+
+
+INSIDE = (inside_the_mutex, inside_a_shard, inside_a_leaf, inside_the_counters, inside_the_flights)
 
 
 def from_inside(inside: Callable[[KVPool], Any], pool: KVPool, call: Callable[[], object]) -> object:
@@ -99,6 +111,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "clear": (),
     "close": (),
     "contains": ("old",),
+    "drop_scope": ("other",),
     "gather": (["old"],),
     "get": ("old",),
     "get_or_compute": ("old", lambda: tokens(1, 3)),
@@ -200,6 +213,51 @@ def test_the_calls_of_a_search_raise_or_work(manager: KVCacheManager, inside: Ca
             assert not isinstance(from_inside(inside, pool, works), Exception)
         search.commit(["child"], batch)
         assert search.keys() == ["child"]
+
+
+def test_the_counts_of_a_facade_are_had_inside_its_own_counting(pool: KVPool) -> None:
+    facade = AsyncKVPool(pool)
+
+    @contextmanager
+    def inside_its_counters(pool: KVPool) -> Iterator[None]:
+        with gate.lock, facade._offload._counter_lock:
+            yield
+
+    assert isinstance(from_inside(inside_its_counters, pool, facade.offload_stats), OffloadStats)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_claim_is_neither_fulfilled_nor_failed_inside(pool: KVPool, inside: Callable[[KVPool], Any]) -> None:
+    claim = pool.try_claim("new")
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: claim.fulfil(tokens(1, 2)),
+        lambda: claim.pass_on(tokens(1, 2)),
+        lambda: claim.fail(ValueError("none")),
+    )
+    for call in calls:
+        assert isinstance(from_inside(inside, pool, call), ReentrantCallError)
+    assert not claim.over
+    claim.abandon()
+
+
+def test_a_finaliser_that_runs_while_a_threads_gate_is_made_gets_that_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    plain = threading.RLock
+
+    def make() -> Any:
+        if not made:  # as if the collector ran in here
+            made.append(None)
+            made.append(gate.lock)
+        return plain()
+
+    def first_use() -> bool:
+        monkeypatch.setattr("concurrent_kv.locks.gate.threading.RLock", make)
+        try:
+            return gate.lock is made[1]
+        finally:
+            monkeypatch.undo()
+
+    assert Background(first_use).result()
 
 
 def test_another_pool_than_the_one_whose_lock_is_held_raises_too(pool: KVPool) -> None:

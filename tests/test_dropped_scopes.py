@@ -171,7 +171,7 @@ def test_each_shard_is_locked_for_many_scopes_at_once(
 
 def test_scopes_of_different_shards_are_cleared_together(make_pool: MakePool) -> None:
     pool = make_pool(scope_shards=(0, 2))
-    pool._scopes["other"] = other = Scope(pool, "other", (1, 3, 4))
+    pool.account.scopes["other"] = other = Scope(pool.account, "other", (1, 3, 4))
     other.generation = pool.default_scope.generation
     pool.put_many(["a"], tokens(1, 3))
     pool.put_many(["a"], tokens(2, 3), scope=other)

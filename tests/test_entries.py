@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from concurrent_kv.books.entries import describe, let_go, new_entries, occupy, retain
-from concurrent_kv.books.entry import Entry, Generation, Place
 from concurrent_kv.books.index import Cells, Index, find_places, take_away
+from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.streams import Ticks
 from tests.support import Incomparable
 

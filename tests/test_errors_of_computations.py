@@ -144,7 +144,7 @@ def test_each_waiter_hears_an_error_of_its_own_that_names_the_original(pool: KVP
         assert (type(each), str(each), each.args) == (type(error), str(error), error.args)
         assert each.__cause__ is error
         frames = [frame.name for frame in traceback.extract_tb(each.__traceback__)]
-        assert frames.count("get_or_compute") == 2  # the pool's and the module's, of this one waiter
+        assert frames.count("get_or_compute") == 1  # of this one waiter
     assert [frame.name for frame in traceback.extract_tb(error.__traceback__)][-1] == "__call__"
     assert "__call__" in "".join(traceback.format_exception(others[0]))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv import ClosedError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
-from concurrent_kv.books.entry import Generation
+from concurrent_kv.books.records import Generation
 from concurrent_kv.flights.table import Claim, Flight, FlightKey, FlightState, FlightTable
 from concurrent_kv.locks.deadline import Deadline
 from tests.async_support import shards_held

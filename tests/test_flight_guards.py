@@ -133,7 +133,9 @@ def without_replacing_what_was_abandoned(patch: pytest.MonkeyPatch) -> None:
         return False
 
     patch.setattr(FlightTable, "join", keep)
-    patch.setattr(loading, "outcome", lambda *arguments: (_ for _ in ()).throw(WaitTimeoutError("for ever")))
+    patch.setattr(
+        "concurrent_kv.pool.pool.outcome", lambda *arguments: (_ for _ in ()).throw(WaitTimeoutError("for ever"))
+    )
 
 
 def without_a_finaliser(patch: pytest.MonkeyPatch) -> None:
@@ -170,8 +172,10 @@ def what_a_clear_leaves_of_a_computation_in_the_air() -> object:
 
 
 def storing_in_the_generation_of_now(patch: pytest.MonkeyPatch) -> None:
-    def put(scope: Any, key: Any, generation: Any, side: Any, priority: Any, kv: Any, timeout: Any = None) -> bool:
-        return bool(scope.pool.put(key, kv, side=side, priority=priority, scope=scope))
+    def put(
+        pool: Any, scope: Any, key: Any, generation: Any, side: Any, priority: Any, kv: Any, timeout: Any = None
+    ) -> bool:
+        return bool(pool.put(key, kv, side=side, priority=priority, scope=scope))
 
     patch.setattr(loading, "_store", put)
 
@@ -234,13 +238,13 @@ def what_a_waiter_gets_whose_entry_was_evicted_before_it_woke() -> object:
 
 
 def reading_the_pool_instead_of_the_flight(patch: pytest.MonkeyPatch) -> None:
-    plain = loading.get_or_compute
+    plain = KVPool.get_or_compute
 
-    def get_or_compute(pool: KVPool, scope: Any, key: Any, *arguments: Any) -> Any:
-        patch.setattr(loading, "outcome", lambda *ended: pool.get(key, scope=scope))
-        return plain(pool, scope, key, *arguments)
+    def get_or_compute(self: KVPool, key: Any, *arguments: Any) -> Any:
+        patch.setattr("concurrent_kv.pool.pool.outcome", lambda *ended: self.get(key))
+        return plain(self, key, *arguments)
 
-    patch.setattr("concurrent_kv.pool.pool.get_or_compute", get_or_compute)
+    patch.setattr(KVPool, "get_or_compute", get_or_compute)
 
 
 def test_a_result_that_the_flight_does_not_carry_would_be_lost_with_its_entry() -> None:

@@ -16,8 +16,8 @@ import torch
 
 from concurrent_kv import IntegrityError, WaitTimeoutError
 from concurrent_kv.books import ledger
-from concurrent_kv.books.entry import Entry, Hold
 from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.records import Entry, Hold
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
 from concurrent_kv.pool import pin, reading, room, writing

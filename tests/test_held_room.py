@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from concurrent_kv import CapacityError, InvalidArgumentError, KVPool, SearchEndedError, WaitTimeoutError
-from concurrent_kv.books.entry import Entry
+from concurrent_kv.books.records import Entry
 from concurrent_kv.eviction import LRU
 from concurrent_kv.locks.deadline import Deadline
 from tests.conftest import MakeManager, MakePool

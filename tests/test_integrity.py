@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from concurrent_kv import IntegrityError, KVCacheManager, KVPool
-from concurrent_kv.books.entry import Entry, Hold, Place
-from concurrent_kv.books.slots import as_array
+from concurrent_kv.books.records import Entry, Hold, Place
+from concurrent_kv.device.slot_numbers import as_array
 from tests.conftest import MakePool
 from tests.support import LAYOUT, append, assert_same, bits, child_of, config, packed, store, tokens
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from concurrent_kv import IntegrityError, KVPool
-from concurrent_kv.books.entry import Entry, Hold, Scope
 from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.records import Entry, Hold, Scope
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
 from concurrent_kv.pool import clearing
@@ -85,8 +85,8 @@ def without_retaining_what_is_read(patch: pytest.MonkeyPatch) -> None:
 def without_looking_who_popped_first(patch: pytest.MonkeyPatch) -> None:
     remove = clearing.remove
 
-    def removed(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
-        remove(scope, entry, deadline)
+    def removed(pool: KVPool, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+        remove(pool, scope, entry, deadline)
         return True
 
     patch.setattr("concurrent_kv.pool.pool.remove", removed)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from concurrent_kv.books.entry import Entry, Generation, Place
 from concurrent_kv.books.index import Cells
+from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.native import native
 from concurrent_kv.device.streams import Ticks
 from tests.native_support import needs_native

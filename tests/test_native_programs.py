@@ -73,7 +73,7 @@ def books(storage: KVStorage) -> tuple[object, ...]:
     entries = [
         (pool.name, repr(entry.key), ledger.tables_of([entry])[0].tolist(), entry.length, entry.refs)
         for pool in storage.pools
-        for scope in [*pool.registered_scopes(), *(search.scope for search in pool.searches)]
+        for scope in pool.account.all_scopes()
         for part in scope.entries
         for entry in part.values()
     ]

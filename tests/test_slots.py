@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concurrent_kv.books.slots import SlotAllocator, as_array
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.device.slot_numbers import as_array
 
 pytestmark = pytest.mark.usefixtures("loops")
 

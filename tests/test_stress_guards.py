@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from concurrent_kv import AsyncKVCacheManager
-from concurrent_kv.books.entry import Entry, Hold, Scope
 from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.records import Entry, Hold, Scope
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.flights.table import Claim, FlightTable
 from concurrent_kv.locks.deadline import Deadline

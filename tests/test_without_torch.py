@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrent_kv.books.entry import Entry, Hold, Place, Scope
 from concurrent_kv.books.eviction.registry import POLICIES, make_policy
 from concurrent_kv.books.index import Index
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.quota import Quota
+from concurrent_kv.books.records import Entry, Hold, Place, Scope
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.stats import Counters
 from concurrent_kv.device.streams import NO_TICKS
@@ -45,8 +45,9 @@ class NoTorch:
 
 import sys
 sys.meta_path.insert(0, NoTorch())
-for part in ("index", "locks", "eviction", "eviction.registry", "slots", "quota", "ledger", "flights", "room",
-             "clearing", "search_state", "integrity", "stats", "streams", "entry", "errors"):
+for part in ("books.index", "books.integrity", "books.ledger", "books.quota", "books.records", "books.slots",
+             "books.stats", "device.streams", "errors", "eviction", "flights", "locks", "pool.clearing", "pool.room",
+             "search.state"):
     __import__("concurrent_kv." + part)
 assert "torch" not in sys.modules
 try:

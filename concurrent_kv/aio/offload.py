@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -26,11 +26,9 @@ from ..flights.table import Flight
 from ..flights.waiting import timed_out, waiting_for
 from ..locks.deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
 from ..locks.gate import gate
+from ..pool.storage import KVStorage
 from .cell import Cell
 from .places import Place, call_soon_here
-
-if TYPE_CHECKING:
-    from ..pool.storage import KVStorage
 
 __all__ = [
     "INLINE_BYTES",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_keys, check_seconds, hash_of, list_or_none
-from ..books.entry import Scope
 from ..books.integrity import IntegrityReport, RepairReport
+from ..books.records import Scope
 from ..books.stats import PoolStats
 from ..device.cuda import current_streams
 from ..flights.table import Claim, FlightState

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..device.native import native
 from ..device.streams import Ticks
-from .entry import Entry, Generation, Place, Scope
+from .records import Entry, Generation, Place, Scope
 
 if TYPE_CHECKING:
     from ..device.positions import Correction

@@ -1,24 +1,19 @@
-"""`check_integrity` and `repair`: the books of a storage against a recount of its pools and handles."""
+"""`compare` and `rebuild`: the books of a storage against a recount of its accounts and handles."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..device.streams import Ticks
-from ..errors import IntegrityError
-from ..locks.gate import gate
-from .entry import Entry, Place, Scope
-from .ledger import wake
+from .ledger import Ledger
+from .records import Account, Entry, Place, Scope
 
-if TYPE_CHECKING:
-    from ..pool.core import PoolCore
-    from ..pool.storage import KVStorage
-
-__all__ = ["IntegrityReport", "RepairReport", "check_integrity", "repair"]
+__all__ = ["IntegrityReport", "RepairReport", "compare", "rebuild"]
 
 
 class IntegrityReport(NamedTuple):
@@ -39,7 +34,7 @@ class RepairReport(NamedTuple):
 
 
 class _Recount(NamedTuple):
-    published: dict[PoolCore, list[Entry]]
+    published: dict[Account, list[Entry]]
     indexed: Counter[Entry]
     held: Counter[Entry]
     pinned: Counter[Entry]
@@ -51,67 +46,45 @@ class _Recount(NamedTuple):
         return self.held[entry] + self.indexed[entry]
 
 
-def _recount(storage: KVStorage) -> _Recount:
-    published: dict[PoolCore, list[Entry]] = {}
-    for pool in storage.pools:
-        published[pool] = [entry for scope in _scopes(pool) for part in scope.entries for entry in part.values()]
+def _recount(ledger: Ledger, accounts: Sequence[Account]) -> _Recount:
+    published: dict[Account, list[Entry]] = {}
+    for account in accounts:
+        scopes = account.all_scopes()
+        published[account] = [entry for scope in scopes for part in scope.entries for entry in part.values()]
     indexed = Counter(entry for entries in published.values() for entry in entries)
     held: Counter[Entry] = Counter()
     pinned: Counter[Entry] = Counter()
-    for hold in storage.ledger.holds:
+    for hold in ledger.holds:
         held.update(hold.entries)
         if hold.pinning:
             pinned.update(hold.entries)
     return _Recount(published, indexed, held, pinned)
 
 
-def _scopes(pool: PoolCore) -> list[Scope]:
-    return [*pool.registered_scopes(), *(search.scope for search in pool.searches)]
-
-
-def _slot_counts(storage: KVStorage, entries: list[Entry]) -> npt.NDArray[np.int32]:
-    counts = np.zeros_like(storage.ledger.slots.counts)
+def _slot_counts(ledger: Ledger, entries: list[Entry]) -> npt.NDArray[np.int32]:
+    counts = np.zeros_like(ledger.slots.counts)
     if entries:
-        np.add.at(counts, storage.ledger.tables_of(entries).ravel(), 1)
+        np.add.at(counts, ledger.tables_of(entries).ravel(), 1)
         counts[0] = 0
     return counts
 
 
-def check_integrity(storage: KVStorage) -> IntegrityReport:
-    """Compare every count with a recount; to be called when no operation is under way.
-
-    Raises:
-        IntegrityError: with every contradiction found.
-    """
-    ledger = storage.ledger
-    deadline = storage.enter_quietly()
-    zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
-    with gate.lock, storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
-        problems, report = _compare(storage)
-    if not zero_slot_is_zero:
-        problems.append("slot 0, which serves all padding, is not zero")
-    if problems:
-        raise IntegrityError(tuple(problems))
-    return report
-
-
-def _compare(storage: KVStorage) -> tuple[list[str], IntegrityReport]:
-    """All locks held."""
-    ledger = storage.ledger
-    recount = _recount(storage)
+def compare(ledger: Ledger, accounts: Sequence[Account]) -> tuple[list[str], IntegrityReport]:
+    """What contradicts a recount, and what it counted. All locks held."""
+    recount = _recount(ledger, accounts)
     alive = recount.alive()
-    counts = _slot_counts(storage, alive)
+    counts = _slot_counts(ledger, alive)
     problems = ledger.slots.problems(counts)
-    problems += _entry_problems(storage, recount, alive)
-    for pool, entries in recount.published.items():
-        problems += _pool_problems(pool, entries)
+    problems += _entry_problems(ledger, recount, alive)
+    for account, entries in recount.published.items():
+        problems += _account_problems(ledger, account, entries)
     report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
     return problems, report
 
 
-def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -> list[str]:
+def _entry_problems(ledger: Ledger, recount: _Recount, alive: list[Entry]) -> list[str]:
     found = []
-    tables = storage.ledger.tables_of(alive) if alive else np.zeros((0, 1), dtype=np.int64)
+    tables = ledger.tables_of(alive) if alive else np.zeros((0, 1), dtype=np.int64)
     lengths = np.count_nonzero(tables, axis=1)
     for entry, length, tail in zip(alive, lengths.tolist(), tables[:, -1].tolist(), strict=True):
         if entry.refs != recount.references(entry):
@@ -123,25 +96,25 @@ def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -
     rows = [entry.row for entry in alive]
     if len(set(rows)) != len(rows):
         found.append("two entries have the same row of the slot tables")
-    if not storage.ledger.free_rows().isdisjoint(rows):
+    if not ledger.free_rows().isdisjoint(rows):
         found.append("an entry's row of the slot tables is free")
     return found
 
 
-def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
-    quota, ledger = pool.quota, pool.storage.ledger
+def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) -> list[str]:
+    quota = account.quota
     own = [entry for entry in published if entry.scope.budget is None]
     found = []
-    counts = _slot_counts(pool.storage, own)
+    counts = _slot_counts(ledger, own)
     if quota.entries != len(own):
-        found.append(f"{pool.name} counts {quota.entries} entries, {len(own)} are in its index")
+        found.append(f"{account.name} counts {quota.entries} entries, {len(own)} are in its index")
     if quota.slots != np.count_nonzero(counts) or not np.array_equal(quota.counts[1:], counts[1:]):
-        found.append(f"{pool.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
+        found.append(f"{account.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
     if quota.pending_entries or quota.pending_slots:
-        found.append(f"{pool.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
+        found.append(f"{account.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
     if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
-        found.append(f"{pool.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
-    held = set(pool.policy)
+        found.append(f"{account.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
+    held = set(account.policy)
     for entry in published:
         if (entry.place is Place.HELD) != (entry in held):
             found.append(f"{entry.key!r} is in place {entry.place.name}, the policy says otherwise")
@@ -152,21 +125,21 @@ def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
         if entry.place is Place.SHARED and not ledger.shares_tail(entry):
             found.append(f"{entry.key!r} is set aside as shared, and shares nothing")
     if not held <= set(own):
-        found.append(f"the policy of {pool.name} holds entries that are not in its index")
-    for search in pool.searches:
+        found.append(f"the policy of {account.name} holds entries that are not in its index")
+    for search in account.searches:
         entries = [entry for entry in published if entry.scope is search.scope]
         if search.budget.entries != len(entries):
             found.append(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
-    budgets = [search.budget for search in pool.searches]
+    budgets = [search.budget for search in account.searches]
     reserved = (sum(budget.max_entries for budget in budgets), sum(budget.reservation.size for budget in budgets))
     if (quota.reserved_entries, quota.reserved_slots) != reserved:
         found.append(
-            f"{pool.name} counts {quota.reserved_entries} entries and {quota.reserved_slots} slots as reserved, "
+            f"{account.name} counts {quota.reserved_entries} entries and {quota.reserved_slots} slots as reserved, "
             f"its searches {reserved}"
         )
     found += [
         f"{entry.key!r} is in the index of {scope.name!r} under another key or scope"
-        for scope in _scopes(pool)
+        for scope in account.all_scopes()
         for part in scope.entries
         for key, entry in part.items()
         if entry.scope is not scope or key is not entry.index_key  # by identity: no user code in the mutex
@@ -174,51 +147,36 @@ def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
     return found
 
 
-def repair(storage: KVStorage) -> RepairReport:
-    """Rebuild every count from the indexes and the open handles; to be called when no operation is under way."""
-    ledger = storage.ledger
-    deadline = storage.enter_quietly()
-    used = storage.clock.everything()
-    with gate.lock, storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
-        report = _rebuild(storage, used)
-        waiters = ledger.take_waiters()
-    wake(waiters)
-    for pool in storage.pools:
-        pool.flights.abandon_orphans()
-    return report
-
-
-def _rebuild(storage: KVStorage, used: Ticks) -> RepairReport:
-    """All locks held."""
-    ledger = storage.ledger
+def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks) -> RepairReport:
+    """Set every count as a recount finds it, and free the rest, which `used` has to be waited for. All locks held."""
     for hold in list(ledger.holds):
         hold.users = 0
         if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
             ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
             hold.released = True
-    for pool in storage.pools:
-        for search in list(pool.searches):
+    for account in accounts:
+        for search in list(account.searches):
             if search.roots_hold.released or search.ended is not None:
                 search.end_cut_off()
-        for scope in _scopes(pool):
+        for scope in account.all_scopes():
             _drop_nameless(scope)
-    recount = _recount(storage)
+    recount = _recount(ledger, accounts)
     entries = pending = 0
-    for pool, published in recount.published.items():
-        pending += pool.quota.pending_entries
-        _repair_pool(pool, published)
+    for account, published in recount.published.items():
+        pending += account.quota.pending_entries
+        _repair_account(ledger, account, published)
     alive = recount.alive()
     for entry in alive:
         entries += entry.refs != recount.references(entry)
         entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
         if not recount.indexed[entry]:
             entry.place = Place.NONE
-    ledger.slots.keep_reservations([s.budget.reservation for pool in storage.pools for s in pool.searches])
-    slots = ledger.slots.rebuild(_slot_counts(storage, alive), used)
+    ledger.slots.keep_reservations([s.budget.reservation for account in accounts for s in account.searches])
+    slots = ledger.slots.rebuild(_slot_counts(ledger, alive), used)
     ledger.rebuild_rows({entry.row for entry in alive})
     ledger.reset_parked()
-    for pool, published in recount.published.items():
-        _settle_places(pool, published)
+    for account, published in recount.published.items():
+        _settle_places(ledger, account, published)
     return RepairReport(slots, entries, pending)
 
 
@@ -229,21 +187,21 @@ def _drop_nameless(scope: Scope) -> None:
             del part[key]
 
 
-def _repair_pool(pool: PoolCore, published: list[Entry]) -> None:
-    quota = pool.quota
+def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) -> None:
+    quota = account.quota
     quota.pending_entries = quota.pending_slots = 0
     own = [entry for entry in published if entry.scope.budget is None]
-    quota.counts = _slot_counts(pool.storage, own)
+    quota.counts = _slot_counts(ledger, own)
     quota.entries, quota.slots = len(own), int(np.count_nonzero(quota.counts))
-    for search in pool.searches:
+    for search in account.searches:
         search.budget.entries = sum(entry.scope is search.scope for entry in published)
-    quota.reserved_entries = sum(search.budget.max_entries for search in pool.searches)
-    quota.reserved_slots = sum(search.budget.reservation.size for search in pool.searches)
+    quota.reserved_entries = sum(search.budget.max_entries for search in account.searches)
+    quota.reserved_slots = sum(search.budget.reservation.size for search in account.searches)
 
 
-def _settle_places(pool: PoolCore, published: list[Entry]) -> None:
+def _settle_places(ledger: Ledger, account: Account, published: list[Entry]) -> None:
     """Put every entry where it belongs: with its search, with the policy, or aside as pinned or shared."""
-    ledger, policy = pool.storage.ledger, pool.policy
+    policy = account.policy
     known = set(published)
     for entry in [entry for entry in policy if entry not in known]:
         policy.remove(entry)

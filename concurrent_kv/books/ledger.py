@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,8 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.signal import Signal
 from .entries import let_go, retain, rows_of
-from .entry import Entry, Hold, Place
+from .records import Account, Entry, Hold, Place
 from .slots import SlotAllocator
-
-if TYPE_CHECKING:
-    from ..pool.core import PoolCore
 
 __all__ = ["Ledger", "wake"]
 
@@ -62,7 +59,7 @@ class Ledger:
         self._free_rows = list(range(63, 0, -1))
         # Entries in Place.SHARED, by tail slot and by pool.
         self._shared: dict[int, dict[Entry, None]] = {}
-        self._shared_of: dict[PoolCore, dict[Entry, None]] = {}
+        self._shared_of: dict[Account, dict[Entry, None]] = {}
         self._event_factory = event_factory
         self._waiters: list[Any] = []
 
@@ -133,20 +130,20 @@ class Ledger:
         """Set a claimed victim aside until its last token is its own again. Mutex held."""
         entry.place = Place.SHARED
         self._shared.setdefault(entry.tail, {})[entry] = None
-        self._shared_of.setdefault(entry.scope.pool, {})[entry] = None
+        self._shared_of.setdefault(entry.scope.account, {})[entry] = None
 
     def unpark(self, entry: Entry) -> None:
         """Give a parked entry back to its policy, as the next candidate. Mutex held."""
         self.forget_parked(entry)
         entry.place = Place.HELD
-        entry.scope.pool.policy.give_back(entry)
+        entry.scope.account.policy.give_back(entry)
 
-    def unpark_shared(self, pool: PoolCore, number: int) -> bool:
-        """Give back `number` of what `pool` had parked for sharing: an entry is wanted, not a slot. Mutex held.
+    def unpark_shared(self, account: Account, number: int) -> bool:
+        """Give back `number` of what `account` had parked for sharing: an entry is wanted, not a slot. Mutex held.
 
         False if there is none.
         """
-        parked = list(islice(self._shared_of.get(pool, ()), number))
+        parked = list(islice(self._shared_of.get(account, ()), number))
         for entry in parked:
             self.unpark(entry)
         return bool(parked)
@@ -155,7 +152,7 @@ class Ledger:
         """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
         if entry.place is Place.SHARED:
             siblings = self._shared[entry.tail]
-            del siblings[entry], self._shared_of[entry.scope.pool][entry]
+            del siblings[entry], self._shared_of[entry.scope.account][entry]
             if not siblings:
                 del self._shared[entry.tail]
 

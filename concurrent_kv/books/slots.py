@@ -19,12 +19,10 @@ import numpy.ma
 import numpy.typing as npt
 
 from ..device.native import Viewed, native
+from ..device.slot_numbers import SlotArray, Slots, as_array
 from ..device.streams import NO_TICKS, Ticks, merge
 
-__all__ = ["ONE", "Reservation", "SlotAllocator", "Slots", "Taken", "as_array"]
-
-SlotArray = npt.NDArray[np.int64]
-Slots = range | SlotArray  # a range where each is the one after the last
+__all__ = ["ONE", "Reservation", "SlotAllocator", "Taken"]
 
 RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
 MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
@@ -39,11 +37,6 @@ class Taken(NamedTuple):
 
 
 Run = tuple[Slots, Ticks]  # free slots that were freed together
-
-
-def as_array(slots: Slots) -> SlotArray:
-    """Some slots as an array."""
-    return np.arange(slots.start, slots.stop, dtype=np.int64) if type(slots) is range else np.asarray(slots)
 
 
 def _as_range(slots: SlotArray) -> range | None:

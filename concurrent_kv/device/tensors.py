@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..books.slots import Slots, as_array
 from ..errors import ClosedError
 from ..locks.gate import gate
 from ..remembered import remembered
@@ -25,6 +24,7 @@ from .layout import KVLayout
 from .moving import upload
 from .native import address_of, native
 from .positions import Correction, PositionSteps, PositionTable
+from .slot_numbers import Slots, as_array
 from .streams import NO_TICKS, Ticks
 
 __all__ = ["Block", "SlotTensor", "in_columns", "plain_torch_state", "writing_to"]

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from ..books.entry import Generation, Scope
+from ..books.records import Generation, Scope
 from ..device.streams import NO_TICKS, Ticks
 from ..errors import ClosedError, InvalidTypeError, RecursiveComputationError
 from ..locks.deadline import Deadline

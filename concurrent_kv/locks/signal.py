@@ -15,20 +15,23 @@ class Signal:
     of CPython 3.10 to 3.12 can block for ever where the time is over before the wait begins.
     """
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_is_set", "_lock")
 
     def __init__(self) -> None:
+        self._is_set = False
         self._lock = threading.Lock()  # free once the signal is set
         self._lock.acquire()
 
     def set(self) -> None:
         """Wake every thread that waits, and let later waits end at once."""
+        self._is_set = True  # first: a thread that has the lock for a moment, on its way out of `wait`, hides it
         with suppress(RuntimeError):  # it was set before, or is by another thread at the same time
             self._lock.release()
 
     def wait(self, timeout: float) -> bool:
         """Wait for `set`; False when `timeout` seconds are over. Blocks for no longer than that."""
-        if not self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
-            return False
-        self.set()  # for the next thread that waits
-        return True
+        if self._is_set:
+            return True
+        if self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
+            self.set()  # for the next thread that waits
+        return self._is_set

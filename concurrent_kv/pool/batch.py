@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import ref
 
 import anyio.lowlevel
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .._checks import positive_int
 from ..books.entries import Described
-from ..books.entry import Entry, Generation, Hold, Scope
+from ..books.records import Entry, Generation, Hold, Scope
 from ..device.moving import upload
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
@@ -25,9 +24,7 @@ from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
 from ..never_copied import is_owned_elsewhere
 from .handle import Handle
-
-if TYPE_CHECKING:
-    from .storage import KVStorage
+from .storage import KVStorage
 
 __all__ = ["Batch"]
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..books.entry import Entry, Scope
 from ..books.index import Index
 from ..books.ledger import wake
+from ..books.records import Entry, Scope
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .room import unpublish
+
+if TYPE_CHECKING:  # as in room.py
+    from .storage import PoolState
 
 __all__ = ["discard", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
@@ -19,9 +22,8 @@ ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mute
 SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
 
 
-def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     """Take `entry` out of the index if it is still the entry of its key."""
-    pool = scope.pool
     ledger = pool.storage.ledger
     part = scope.part_of(entry.key)
     with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
@@ -38,32 +40,31 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     return True
 
 
-def discard(scope: Scope, key: Hashable) -> None:
+def discard(pool: PoolState, scope: Scope, key: Hashable) -> None:
     """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
     # A look without the shard: what is stored under the key later is another entry, and stays.
     entry = scope.entries[scope.part_of(key)].get(key)
     if entry is not None:
-        scope.pool.storage.ledger.abandon(partial(remove, scope, entry))
+        pool.storage.ledger.abandon(partial(remove, pool, scope, entry))
 
 
-def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
+def remove_all(pool: PoolState, scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
     """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
     dead: list[Entry] = []
     index = scope.entries[0]
-    with gate.lock, scope.pool.storage.locks.write(scope.shards, deadline):
-        deadline.check(scope.pool.name)
+    with gate.lock, pool.storage.locks.write(scope.shards, deadline):
+        deadline.check(pool.name)
         missing = index.lacking(keys)
         if missing:
             return missing
-        waiters = take_out(scope, index, index.all_of(keys), dead)
+        waiters = take_out(pool, index, index.all_of(keys), dead)
     wake(waiters)
     del dead
     return []
 
 
-def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
+def take_out(pool: PoolState, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
     """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
-    pool = scope.pool
     ledger = pool.storage.ledger
     gone: list[Entry] = []
     try:
@@ -82,8 +83,8 @@ def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[E
     return waiters
 
 
-def sweep_scopes(scopes: Sequence[Scope], deadline: Deadline) -> None:
-    """Remove every entry of an older generation than its scope's, of scopes of one pool, one shard at a time.
+def sweep_scopes(pool: PoolState, scopes: Sequence[Scope], deadline: Deadline) -> None:
+    """Remove every entry of an older generation than its scope's, of scopes of `pool`, one shard at a time.
 
     Each shard is locked once for many scopes: of thousands, most may be empty.
     """
@@ -93,40 +94,46 @@ def sweep_scopes(scopes: Sequence[Scope], deadline: Deadline) -> None:
     for shards, alike in by_shards.items():
         for begin in range(0, len(alike), SCOPES_PER_HOLD):
             for part, shard in enumerate(shards):
-                _sweep_part(alike[begin : begin + SCOPES_PER_HOLD], part, shard, deadline)
+                _sweep_part(pool, alike[begin : begin + SCOPES_PER_HOLD], part, shard, deadline)
 
 
-def _sweep_part(scopes: Sequence[Scope], part: int, shard: int, deadline: Deadline) -> None:
+def _sweep_part(pool: PoolState, scopes: Sequence[Scope], part: int, shard: int, deadline: Deadline) -> None:
     """The part of `sweep_scopes` that one shard guards."""
     dead: list[Entry] = []
     going: list[Entry] = []
     waiters: list[Any] = []
     try:
-        with gate.lock, scopes[0].pool.storage.locks.write((shard,), deadline):
-            for scope in scopes:
-                index, generation = scope.entries[part], scope.generation
-                if index.cells:
-                    old = [entry for entry in index.values() if entry.generation is not generation]
-                    going += old  # dies outside of the shard, also where a key raises on the way
-                    waiters += take_out(scope, index, old, dead)
+        with gate.lock, pool.storage.locks.write((shard,), deadline):
+            _take_out_old(pool, scopes, part, going, dead, waiters)
     finally:
         wake(waiters)
         # Keys and side data are finalised here, outside of every lock.
         del dead, going
 
 
-def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
+def _take_out_old(
+    pool: PoolState, scopes: Sequence[Scope], part: int, going: list[Entry], dead: list[Entry], waiters: list[Any]
+) -> None:
+    """Take out what is older than its scope, in one part of each scope. The shard's write lock held."""
+    for scope in scopes:
+        index, generation = scope.entries[part], scope.generation
+        if index.cells:
+            old = [entry for entry in index.values() if entry.generation is not generation]
+            going += old  # dies outside of the shard, also where a key raises on the way
+            waiters += take_out(pool, index, old, dead)
+
+
+def sweep_if(pool: PoolState, scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
     """Remove the entries that meet `condition` (no user code); returns how many.
 
     Holds one shard at a time, for work that grows with the entries of that shard; the mutex for bounded work.
     """
-    pool = scope.pool
     removed = 0
     for part, shard in enumerate(scope.shards):
         dead: list[Entry] = []
         with gate.lock, pool.storage.locks.write((shard,), deadline):
             going = scope.entries[part].chosen(condition)
-            waiters = take_out(scope, scope.entries[part], going, dead)
+            waiters = take_out(pool, scope.entries[part], going, dead)
         wake(waiters)
         removed += len(going)
         # Keys and side data are finalised here, outside of every lock.

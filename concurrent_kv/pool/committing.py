@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .._checks import check_keys, check_priorities, check_sides, last_of_each, positive_int, sequence_of
 from ..books.entries import describe
-from ..books.entry import Entry, Generation, Hold, Scope
+from ..books.records import Entry, Generation, Hold, Scope
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensor_checks import check_tensor
@@ -21,11 +20,8 @@ from ..model.overflow import Overflow
 from .batch import Batch
 from .plan import plan_commit, plan_put
 from .reading import gather_entries
+from .storage import KVStorage, PoolState
 from .writing import write
-
-if TYPE_CHECKING:
-    from .core import PoolCore
-    from .storage import KVStorage
 
 __all__ = ["commit_batch", "open_batch", "put_rows"]
 
@@ -95,6 +91,7 @@ def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tens
 
 
 def put_rows(
+    pool: PoolState,
     scope: Scope,
     keys: Sequence[Hashable],
     kv: KeysValues,
@@ -103,7 +100,6 @@ def put_rows(
     deadline: Deadline,
 ) -> bool:
     """Store every row of `kv` under the key of the same position; see `KVPool.put_many`."""
-    pool = scope.pool
     keys = check_keys(keys)
     pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     kv = check_fits(kv, pool.layout, rows=len(keys))
@@ -122,7 +118,7 @@ def put_rows(
 
 
 def commit_batch(
-    pool: PoolCore,
+    pool: PoolState,
     batch: Batch,
     keys: Sequence[Hashable],
     rows: Sequence[int] | None,
@@ -135,8 +131,10 @@ def commit_batch(
     if not isinstance(batch, Batch):
         raise InvalidTypeError(f"batch must be a Batch, got {type(batch).__name__}")
     scope = batch.scope
-    if scope.pool is not pool:
-        raise InvalidArgumentError(f"batch was gathered for {scope.pool.name}, and cannot be committed to {pool.name}")
+    if scope.account is not pool.account:
+        raise InvalidArgumentError(
+            f"batch was gathered for {scope.account.name}, and cannot be committed to {pool.name}"
+        )
     keys = check_keys(keys)
     batch.check_open()
     committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from .._checks import check_seconds, hash_of, positive_int
-from ..books.entry import Entry, Generation, Scope
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
-from ..books.integrity import IntegrityReport, RepairReport, check_integrity, repair
+from ..books.integrity import IntegrityReport, RepairReport
 from ..books.quota import Quota
+from ..books.records import Account, Entry, Generation, Scope
 from ..books.size_arguments import SizeArguments
-from ..books.stats import Counters, PoolStats
+from ..books.stats import PoolStats
 from ..device.layout import KVLayout, slots_of_capacity
-from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
-from ..flights.table import FlightTable
+from ..errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
+from .checking import check_integrity, repair
 from .clearing import sweep_if, sweep_scopes
 from .handle import Handle
-from .storage import KVStorage
-
-if TYPE_CHECKING:
-    from ..search.state import SearchState
+from .storage import KVStorage, PoolState
 
 __all__ = ["PoolCore", "bump_versions"]
 
@@ -41,7 +37,7 @@ def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> N
         )
 
 
-class PoolCore(Handle):
+class PoolCore(PoolState, Handle):
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
 
     instead_of_copy = "share the one object between threads; in another process make a pool there, and send entries"
@@ -65,14 +61,12 @@ class PoolCore(Handle):
             raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         max_entries = positive_int("max_entries", max_entries)
         max_slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
-        self.policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
-        self.layout = layout
-        self.name = name
+        chosen: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
         hash_of(name, "name")
         if storage is not None:
             check_shared_storage(storage, layout, max_slots)
         self.owns_storage = storage is None
-        self.storage = storage or KVStorage(
+        storage = storage or KVStorage(
             layout,
             max_slots,
             headroom_slots=positive_int("writers", writers) * layout.max_tokens,
@@ -80,17 +74,14 @@ class PoolCore(Handle):
             wait_timeout=wait_timeout,
             name=name,
         )
-        self.quota = Quota(max_entries, max_slots, self.storage.ledger.slots.num_slots)
+        quota = Quota(max_entries, max_slots, storage.ledger.slots.num_slots)
         if max_bytes is not None:
-            self.quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
-        self.counters = Counters()
-        self.flights = FlightTable(name)
-        self.closed = False
+            quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
+        super().__init__(storage, Account(name, quota, chosen))
         self._emptied = False
-        self.searches: set[SearchState] = set()  # open ones; guarded by the mutex
-        self.default_scope = Scope(self, name, scope_shards or tuple(range(self.storage.locks.count)))
-        self._scopes: dict[Hashable, Scope] = {name: self.default_scope}  # guarded by the mutex
-        self.storage.pools.append(self)
+        self.default_scope = Scope(self.account, name, scope_shards or tuple(range(storage.locks.count)))
+        self.account.scopes[name] = self.default_scope
+        storage.pools.append(self)
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
@@ -100,9 +91,9 @@ class PoolCore(Handle):
         self.check_open()
         hash_of(name, "name")
         with gate.lock, self.storage.ledger.mutex:
-            scope = self._scopes.get(name)
+            scope = self.account.scopes.get(name)
             if scope is None:
-                scope = self._scopes[name] = Scope(self, name, self.default_scope.shards)
+                scope = self.account.scopes[name] = Scope(self.account, name, self.default_scope.shards)
                 scope.generation = Generation(0, self.default_scope.version)
             return scope
 
@@ -124,39 +115,39 @@ class PoolCore(Handle):
         name = scope.name if isinstance(scope, Scope) else scope
         hash_of(name, "scope")
         with gate.lock, self.storage.ledger.mutex:
-            found = self._scopes.get(name)
-        if isinstance(scope, Scope) and scope.pool is not self:
-            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.pool.name}")
+            found = self.account.scopes.get(name)
+        if isinstance(scope, Scope) and scope.account is not self.account:
+            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.account.name}")
         if found is None or (isinstance(scope, Scope) and found is not scope):
             raise KeyNotFoundError(f"{self.name} has no scope {name!r} to drop")
         if found is self.default_scope:
             raise InvalidArgumentError(f"scope must be another than the default scope of {self.name}, got {name!r}")
         with gate.lock, self.storage.locks.write(found.shards, deadline):
             found.ended = f"the scope {name!r} of {self.name} was dropped"
-        removed = sweep_if(found, lambda entry: True, deadline)
+        removed = sweep_if(self, found, lambda entry: True, deadline)
         # Last: what is cut off before this is found, and finished, by the next call.
         with gate.lock, self.storage.ledger.mutex:
-            if self._scopes.get(name) is found:
-                del self._scopes[name]
+            if self.account.scopes.get(name) is found:
+                del self.account.scopes[name]
         return removed
 
     def scopes(self) -> tuple[Scope, ...]:
         """Every scope, without those of searches."""
         self.storage.check_call()
         with gate.lock, self.storage.ledger.mutex:
-            return tuple(self._scopes.values())
+            return tuple(self.account.scopes.values())
 
     def registered_scopes(self) -> tuple[Scope, ...]:
         """As `scopes`, with the mutex held already."""
-        return tuple(self._scopes.values())
+        return tuple(self.account.scopes.values())
 
     def _scope(self, scope: Scope | None) -> Scope:
         if scope is None:
             return self.default_scope
         if not isinstance(scope, Scope):
             raise InvalidTypeError(f"scope must be a Scope of this pool, got {type(scope).__name__}")
-        if scope.pool is not self:
-            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.pool.name}")
+        if scope.account is not self.account:
+            raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.account.name}")
         ended = scope.why_ended()
         if ended is not None:
             raise ended
@@ -195,7 +186,7 @@ class PoolCore(Handle):
         with gate.lock, self.storage.ledger.mutex:
             _begin_epoch(scopes)
             self.counters.clear_count += 1
-        sweep_scopes(scopes, deadline)
+        sweep_scopes(self, scopes, deadline)
 
     def close(self, *, timeout: float | None = None) -> None:
         """End every search, drop every entry and, for a pool made alone, free the storage. Closing twice is fine.
@@ -212,7 +203,7 @@ class PoolCore(Handle):
             return
         deadline = self.storage.enter_quietly(timeout)
         with gate.lock, self.storage.ledger.mutex:
-            self.closed = True
+            self.account.closed = True
         self.end_searches(f"{self.name} was closed", deadline)
         self.renew(deadline)
         self._emptied = True  # a close that timed out before this is finished by the next
@@ -256,7 +247,7 @@ class PoolCore(Handle):
         """Start every counter from zero."""
         self.storage.check_call()
         with gate.lock, self.storage.ledger.mutex:
-            self.counters = type(self.counters)()
+            self.account.counters = type(self.counters)()
         if self.owns_storage:
             self.storage.locks.reset_contention()
 
@@ -274,11 +265,6 @@ class PoolCore(Handle):
         Returns what operations that were cut off by an asynchronous exception had taken and not given back.
         """
         return repair(self.storage)
-
-    def check_open(self) -> None:
-        """Raise `ClosedError` if the pool or its storage is closed."""
-        if self.closed or self.storage.closed:
-            raise ClosedError(f"{self.name} is closed")
 
     def _enter(self, timeout: float | None) -> Deadline:
         deadline = self.storage.enter(timeout)
@@ -304,7 +290,7 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
     for pool in pools:
         pool.end_searches(reason, deadline)
     for pool in pools:
-        sweep_scopes(pool.scopes(), deadline)
+        sweep_scopes(pool, pool.scopes(), deadline)
 
 
 def _begin_epoch(scopes: Iterable[Scope]) -> None:

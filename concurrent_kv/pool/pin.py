@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 from weakref import ref
 
 import torch
 
-from ..books.entry import Entry, Hold
+from ..books.records import Entry, Hold
 from ..errors import ClosedError
 from ..locks.gate import gate
 from ..model.kv import KeysValues
 from ..never_copied import is_owned_elsewhere
 from .handle import Handle
 from .reading import copy_out
-
-if TYPE_CHECKING:
-    from .storage import KVStorage
+from .storage import PoolState
 
 __all__ = ["Pin"]
 
@@ -32,8 +29,9 @@ class Pin(Handle):
 
     instead_of_copy = "pin the key once more, or take a copy of its tokens with get()"
 
-    def __init__(self, storage: KVStorage, entry: Entry, hold: Hold) -> None:
-        self._storage = storage
+    def __init__(self, pool: PoolState, entry: Entry, hold: Hold) -> None:
+        self._pool = pool
+        self._storage = pool.storage
         self._entry = entry
         self._hold = hold
         hold.owner = ref(self)
@@ -50,7 +48,7 @@ class Pin(Handle):
             ClosedError: the pin or the pool is closed.
         """
         self._storage.enter()
-        self._entry.scope.pool.check_open()
+        self._pool.check_open()
         if self._hold.released:
             raise ClosedError("this pin is closed")
         with self._storage.clock.using(stream):

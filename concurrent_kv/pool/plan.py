@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from ..books.entry import Entry
-from ..books.slots import Slots, as_array
+from ..books.ledger import Ledger
+from ..books.records import Entry
 from ..device.moving import joined_on, upload
 from ..device.native import native
 from ..device.positions import Correction, PositionSteps
+from ..device.slot_numbers import Slots, as_array
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensors import Indices, plain_torch_state
 from ..errors import InvalidArgumentError
 from ..model.kv import KeysValues
 from ..model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
+from .batch import Batch
 from .commit_shape import CommitShape, Drop, commit_shape, share_shape
-
-if TYPE_CHECKING:
-    from ..books.ledger import Ledger
-    from .batch import Batch
-    from .storage import KVStorage
+from .storage import KVStorage
 
 __all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
 

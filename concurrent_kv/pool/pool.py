@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_keys, hash_of
-from ..books.entry import Entry, Hold, Scope
-from ..errors import KeyNotFoundError
-from ..flights.table import Claim
+from ..books.records import Entry, Hold, Scope
+from ..errors import InvalidTypeError, KeyNotFoundError
+from ..flights.table import Claim, FlightState
+from ..flights.waiting import outcome, wait_in_thread
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues
@@ -20,7 +22,7 @@ from .batch import Batch
 from .clearing import discard, remove
 from .committing import commit_batch, open_batch, put_rows
 from .core import PoolCore
-from .loading import claim, get_or_compute
+from .loading import claim, heard_by_all
 from .pin import Pin
 from .reading import copy_out, generations_of, retain
 
@@ -178,7 +180,7 @@ class KVPool(PoolCore):
             entry = self._retain(key, scope, deadline, hold, quiet=True)
             if entry is None:
                 raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
-            return Pin(self.storage, entry, hold)
+            return Pin(self, entry, hold)
         except BaseException:
             self.storage.ledger.release(hold)
             raise
@@ -266,7 +268,7 @@ class KVPool(PoolCore):
                 return self.put(key, kv, side=side, priority=priority, scope=scope, timeout=timeout)
         deadline = self._enter(timeout)
         hash_of(key)
-        return put_rows(self._scope(scope), [key], kv, [side], [priority], deadline)
+        return put_rows(self, self._scope(scope), [key], kv, [side], [priority], deadline)
 
     def put_many(
         self,
@@ -289,7 +291,7 @@ class KVPool(PoolCore):
         """
         with self.storage.clock.using(stream):
             deadline = self._enter(timeout)
-            return put_rows(self._scope(scope), keys, kv, sides, priorities, deadline)
+            return put_rows(self, self._scope(scope), keys, kv, sides, priorities, deadline)
 
     def commit(
         self,
@@ -347,7 +349,7 @@ class KVPool(PoolCore):
                     return None
                 # Copied before it is removed: if the copy fails, the pool is as it was.
                 kv = copy_out(self.storage, entry, to)
-                if remove(entry.scope, entry, deadline):
+                if remove(self, entry.scope, entry, deadline):
                     return kv
 
     def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
@@ -362,7 +364,7 @@ class KVPool(PoolCore):
         """
         self.storage.check_process()
         hash_of(key)
-        discard(self._scope(scope), key)
+        discard(self, self._scope(scope), key)
 
     # One computation for each missing key ----------------------------------------------------------------------------
 
@@ -398,7 +400,42 @@ class KVPool(PoolCore):
         """
         deadline = self._enter(timeout)
         hash_of(key)
-        return get_or_compute(self, self._scope(scope), key, compute, deadline, side, priority)
+        within = self._scope(scope)
+        found = self.get(key, scope=within, timeout=deadline.seconds)
+        while found is None:
+            # Read anew for every attempt: a caller that takes an abandoned computation over computes for the present
+            # generation.
+            joined, mine = claim(self, within, key, within.generation, side, priority)
+            if mine:
+                return self._compute_here(joined, key, within, compute)
+            wait_in_thread(joined.flight, deadline, self.name)
+            if joined.late and joined.flight.state is FlightState.DONE:
+                found = self.peek(key, scope=within, timeout=deadline.left())
+            else:
+                found = outcome(joined, self.storage.clock, self.name)
+        return found
+
+    def _compute_here(
+        self, joined: Claim, key: Hashable, scope: Scope, compute: Callable[[], KeysValues]
+    ) -> KeysValues:
+        """Compute a claimed key in the calling thread, and end its flight in whatever way that ends."""
+        with joined, joined.computing(), heard_by_all(joined):
+            # Another flight may have ended between the caller's lookup and its claim.
+            joined.flight.settling = True
+            kv = self.peek(key, scope=scope)
+            joined.flight.settling = kv is not None
+            if kv is None:
+                kv = compute()
+                if inspect.isawaitable(kv):
+                    if inspect.iscoroutine(kv):
+                        kv.close()
+                    raise InvalidTypeError("compute must return a KeysValues, got an awaitable: await the async pool's")
+                joined.fulfil(kv)
+            else:
+                joined.pass_on(kv)
+        result = outcome(joined, self.storage.clock, self.name)
+        assert result is not None, joined.flight.state is FlightState.DONE
+        return result
 
     def try_claim(
         self, key: Hashable, *, side: object = None, priority: float = 0.0, scope: Scope | None = None

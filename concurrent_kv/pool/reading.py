@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..books.entries import Described, describe
-from ..books.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
+from ..books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..device.tensors import in_columns, plain_torch_state
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues
-
-if TYPE_CHECKING:
-    from .storage import KVStorage
+from .storage import KVStorage
 
 __all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
 
@@ -45,7 +42,7 @@ def retain(
     """Look `wanted` up and add what was found to `hold`, atomically with respect to every write of those keys.
 
     An entry whose epoch or version is not its scope's counts as absent. Every hit is noted with the policy and the
-    statistics of its pool unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
+    statistics of its account unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
     """
     located = [(scope, scope.part_of(key)) for scope, key in wanted]
     ledger = storage.ledger
@@ -77,10 +74,10 @@ def count_hits(found: Sequence[Entry | None]) -> None:
         if entry is not None:
             scope = entry.scope
             hits[scope] = hits.get(scope, 0) + 1
-            if entry.place is Place.HELD and scope.pool.policy.observes_hits:
-                scope.pool.policy.touch(entry)
+            if entry.place is Place.HELD and scope.account.policy.observes_hits:
+                scope.account.policy.touch(entry)
     for scope, number in hits.items():
-        scope.pool.counters.hit_count += number
+        scope.account.counters.hit_count += number
 
 
 def gather_entries(

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..books.entry import Entry, Place, Scope, sorted_shards
 from ..books.ledger import wake
 from ..books.quota import Budget, Quota
-from ..books.slots import Slots
+from ..books.records import Entry, Place, Scope, sorted_shards
+from ..device.slot_numbers import Slots
 from ..device.streams import Ticks
 from ..errors import CapacityError, SearchEndedError, WaitTimeoutError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 
-if TYPE_CHECKING:
-    from .core import PoolCore
+if TYPE_CHECKING:  # without torch, the books and the room of a pool can be imported alone
     from .plan import WritePlan
+    from .storage import PoolState
 
 __all__ = [
     "Ticket",
@@ -49,7 +49,7 @@ class Ticket:
 
 
 def reserve(
-    pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> Ticket:
     """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
     budget = scope.budget
@@ -64,7 +64,7 @@ def reserve(
 
 
 def _freed_by(
-    pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
     with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
@@ -84,7 +84,7 @@ def _present(scope: Scope, keys: Sequence[Hashable], located: Sequence[tuple[Sco
     return [entry for entry in found if entry is not None]
 
 
-def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Ticket:
+def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Ticket:
     """Take slots and quota together, evicting or waiting until both are there."""
     ledger, quota = pool.storage.ledger, pool.quota
     entries = len(plan.keys) - freed[0]
@@ -105,7 +105,7 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
         _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
 
 
-def _take_reserved(pool: PoolCore, budget: Budget, entries: int, slots: int) -> Ticket | None:
+def _take_reserved(pool: PoolState, budget: Budget, entries: int, slots: int) -> Ticket | None:
     """Take room from what a search has left of its reservation; None with nothing taken if that is not enough."""
     with gate.lock, pool.storage.ledger.mutex:
         pool.check_open()
@@ -122,7 +122,7 @@ def _take_reserved(pool: PoolCore, budget: Budget, entries: int, slots: int) -> 
 
 
 def _take_from_budget(
-    pool: PoolCore,
+    pool: PoolState,
     budget: Budget,
     plan: WritePlan,
     look_up_freed: Callable[[], tuple[int, int]],
@@ -164,7 +164,7 @@ def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> t
     return budget.missing(count - freed[0], slots - freed[1])
 
 
-def _extend(pool: PoolCore, budget: Budget, entries: int, slots: int) -> None:
+def _extend(pool: PoolState, budget: Budget, entries: int, slots: int) -> None:
     """Grow a search's budget beyond what it reserved, if the pool has room just now. Mutex held."""
     quota = pool.quota
     if (entries or slots) and quota.fits(entries, slots):
@@ -175,7 +175,7 @@ def _extend(pool: PoolCore, budget: Budget, entries: int, slots: int) -> None:
         quota.reserved_slots += slots
 
 
-def check_budget(pool: PoolCore, budget: Budget, replaced: int) -> None:
+def check_budget(pool: PoolState, budget: Budget, replaced: int) -> None:
     """Raise `CapacityError` unless a search's entries fit once `replaced` of them are gone. Mutex held."""
     over = budget.entries - replaced - budget.max_entries
     if over > 0:
@@ -184,7 +184,7 @@ def check_budget(pool: PoolCore, budget: Budget, replaced: int) -> None:
             raise _budget_error(pool, budget, over, 0)
 
 
-def _budget_error(pool: PoolCore, budget: Budget, entries: int, slots: int) -> CapacityError:
+def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> CapacityError:
     quota = pool.quota
     need_entries, need_slots = budget.max_entries + entries, budget.reservation.size + slots
     other_entries = quota.reserved_entries - budget.max_entries
@@ -201,7 +201,7 @@ def _budget_error(pool: PoolCore, budget: Budget, entries: int, slots: int) -> C
     )
 
 
-def make_room(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> None:
+def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> None:
     """Count `entries` and `slots` more as pending in the pool's quota, evicting or waiting until they fit."""
     ledger, quota = pool.storage.ledger, pool.quota
     while True:
@@ -215,7 +215,7 @@ def make_room(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> N
         _evict_or_wait(pool, victim, waiter, deadline, entries, slots)
 
 
-def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> Budget:
+def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
     """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do."""
     ledger, quota = pool.storage.ledger, pool.quota
     while True:
@@ -268,17 +268,17 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
     )
 
 
-def give_budget_back(pool: PoolCore, budget: Budget) -> None:
+def give_budget_back(pool: PoolState, budget: Budget) -> None:
     """Return what a search reserved; nothing happens the second time. Mutex held."""
+    quota = budget.quota
     slots = pool.storage.ledger.slots.cancel(budget.reservation)
     # No call from the return of that one to the end, so that no asynchronous exception parts what belongs together.
-    quota = pool.quota
     quota.reserved_slots -= slots
     quota.reserved_entries -= budget.max_entries
     budget.max_entries = 0
 
 
-def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:
+def _victim_or_waiter(pool: PoolState, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """A claimed victim, or an event that is set at the next release, or neither: look again. Mutex held."""
     ledger = pool.storage.ledger
     if not may_evict:
@@ -286,7 +286,7 @@ def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> t
     for _ in range(VICTIMS_PER_HOLD):
         victim = pool.policy.pop_victim()
         if victim is None:
-            if want_slots or not ledger.unpark_shared(pool, VICTIMS_PER_HOLD):
+            if want_slots or not ledger.unpark_shared(pool.account, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
         elif victim.pins:
             victim.place = Place.PINNED
@@ -299,7 +299,7 @@ def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> t
 
 
 def _evict_or_wait(
-    pool: PoolCore, victim: Entry | None, waiter: Any, deadline: Deadline, entries: int, slots: int
+    pool: PoolState, victim: Entry | None, waiter: Any, deadline: Deadline, entries: int, slots: int
 ) -> None:
     if victim is not None:
         _evict(pool, victim, deadline)
@@ -323,7 +323,7 @@ def _room_beside_searches(quota: Quota, entries: int, slots: int) -> str:
     return f"; {room} leaves room beside the open searches"
 
 
-def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
+def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:
     """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
     if pool.storage.ledger.abandoned:
         deadline.leave_loop(pool.name)
@@ -337,7 +337,7 @@ def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
     return False
 
 
-def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
+def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
     """Take a claimed victim out of the index, if it is still there and still nobody's."""
     ledger, scope = pool.storage.ledger, victim.scope
     dead: list[Entry] = []
@@ -370,7 +370,7 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
-def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
+def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
     """Books of entries that left the index: policy, the index's reference, and the quota unless that was done before.
 
     Returns the dead. Mutex held.
@@ -400,7 +400,7 @@ def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False
     return dead
 
 
-def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:
+def cancel(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
     ledger = pool.storage.ledger
     with gate.lock, ledger.mutex:

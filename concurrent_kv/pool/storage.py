@@ -8,16 +8,21 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 from .._checks import check_seconds, positive_int
+from ..books.eviction import EvictionPolicy
 from ..books.ledger import Ledger, wake
+from ..books.quota import Quota
+from ..books.records import Account, Entry, OpenSearch
+from ..books.stats import Counters
 from ..device.cuda import backend_for
 from ..device.layout import KVLayout
 from ..device.streams import StreamBackend, StreamClock
 from ..device.tensors import SlotTensor, plain_torch_state
 from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
+from ..flights.table import FlightTable
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.sharded import ShardedRWLock
@@ -26,10 +31,7 @@ from ..model.overflow import DropLazily, Overflow, check_overflow
 from ..never_copied import NeverCopied
 from .commit_shape import Drop
 
-if TYPE_CHECKING:
-    from .core import PoolCore
-
-__all__ = ["KVStorage"]
+__all__ = ["KVStorage", "PoolState"]
 
 logger = logging.getLogger("concurrent_kv")
 
@@ -93,7 +95,7 @@ class KVStorage(NeverCopied):
         self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
         self._no_drop = Drop.of(None, layout.max_tokens)
         self._last_drop: tuple[Callable[[], Overflow | None], Drop] | None = None  # a weak reference: it has tensors
-        self.pools: list[PoolCore] = []
+        self.pools: list[PoolState] = []
         self._pid, self._forks = os.getpid(), _forks
 
     def enter(self, timeout: float | None = None) -> Deadline:
@@ -201,6 +203,47 @@ class KVStorage(NeverCopied):
                 # Of a key that can no longer be compared, say. The operation that came by has nothing to do with it.
                 logger.warning("%s: something that was discarded could not be removed", self.name, exc_info=True)
             _take_off(abandoned, release)
+
+
+class PoolState:
+    """What the protocol needs to know of a pool: its storage, its account, and its computations under way."""
+
+    def __init__(self, storage: KVStorage, account: Account) -> None:
+        self.storage = storage
+        self.layout = storage.layout
+        self.account = account
+        self.name = account.name
+        self.flights = FlightTable(account.name)
+
+    @property
+    def quota(self) -> Quota:
+        """Entries and slots that it may hold."""
+        return self.account.quota
+
+    @property
+    def policy(self) -> EvictionPolicy[Entry]:
+        """Its eviction policy."""
+        return self.account.policy
+
+    @property
+    def counters(self) -> Counters:
+        """What it counts."""
+        return self.account.counters
+
+    @property
+    def searches(self) -> set[OpenSearch]:
+        """The open ones. Mutex held."""
+        return self.account.searches
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self.account.closed
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if the pool or its storage is closed."""
+        if self.account.closed or self.storage.closed:
+            raise ClosedError(f"{self.name} is closed")
 
 
 def _take_off(abandoned: deque[Callable[[Deadline], object]], release: Callable[[Deadline], object]) -> None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ..books.entries import new_entries, occupy
-from ..books.entry import Entry, Generation, Place, Scope, sorted_shards
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
+from ..books.records import Entry, Generation, Place, Scope, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .plan import WritePlan
 from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .core import PoolCore
-    from .storage import KVStorage
+from .storage import KVStorage, PoolState
 
 __all__ = ["write"]
 
@@ -34,7 +30,7 @@ class Outcome(Enum):
     NO_ROOM = "no room"  # what it would have replaced, or shared slots with, has left the pool meanwhile
 
 
-def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
+def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
     """Store what `plan` says, all of it or nothing.
 
     Returns False, with nothing stored, if `scope` was cleared or its version bumped since `generation`.
@@ -89,7 +85,7 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
     return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
 
 
-def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
+def _new_entries(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
     # Policies alone look at fingerprints, and what a search owns is in no policy.
     owned = scope.budget is not None
     fingerprints = [0] * len(plan.keys) if owned else [hash((scope.number, key)) for key in plan.keys]
@@ -101,7 +97,7 @@ def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: Wri
 
 
 def _publish(
-    pool: PoolCore,
+    pool: PoolState,
     scope: Scope,
     generation: Generation,
     entries: list[Entry],
@@ -146,7 +142,7 @@ def _publish(
 
 
 def _enter(
-    pool: PoolCore,
+    pool: PoolState,
     scope: Scope,
     entries: list[Entry],
     cells: list[list[Entry]],
@@ -171,7 +167,7 @@ def _enter(
 
 
 def _admit(
-    pool: PoolCore, scope: Scope, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
+    pool: PoolState, scope: Scope, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
 ) -> tuple[int, int]:
     """Count the new entries in and the old ones out, and name the slots: the ticket is spent then. Mutex held.
 
@@ -200,7 +196,7 @@ def _admit(
     return 0, 0
 
 
-def _count_out(pool: PoolCore, plan: WritePlan, old: list[Entry]) -> None:
+def _count_out(pool: PoolState, plan: WritePlan, old: list[Entry]) -> None:
     if old:
         pool.quota.add(pool.storage.ledger.tables_of(old))
     pool.quota.remove(plan.tables)

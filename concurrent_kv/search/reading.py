@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from ..books.entry import Entry, Hold
+from ..books.records import Entry, Hold
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..pool.reading import generations_of, retain

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
-from ..books.entry import Entry, Hold, Scope
 from ..books.ledger import wake
+from ..books.records import Entry, Hold, Scope
 from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -224,7 +224,7 @@ class Search(Handle):
         state = self._state
         deadline = state.pool.storage.enter(timeout)
         state.check_open()
-        missing = remove_all(state.scope, going, deadline)
+        missing = remove_all(state.pool, state.scope, going, deadline)
         if missing:
             raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
 
@@ -232,7 +232,7 @@ class Search(Handle):
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
         self._state.pool.storage.check_process()
         hash_of(key)
-        discard(self._state.scope, key)
+        discard(self._state.pool, self._state.scope, key)
 
     def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
@@ -250,7 +250,7 @@ class Search(Handle):
             state.check_open()
             roots = state.roots_beside(staying)
             going = state.own.chosen(lambda entry: entry.key not in staying)
-            waiters = take_out(state.scope, state.own, going, dead)
+            waiters = take_out(state.pool, state.own, going, dead)
             entries = list(map(state.roots.pop, roots))
             with gate.lock, ledger.mutex:
                 dead += ledger.drop_from(state.roots_hold, entries)
@@ -288,10 +288,11 @@ class Search(Handle):
         deadline = storage.enter(timeout)
         hash_of(key)
         (env_id,) = self._check_envs([env_id])
-        target = state.init_pools[env_id].default_scope
+        init_pool = state.init_pools[env_id]
+        target = init_pool.default_scope
         generation = target.generation
         if generation.version != state.versions[env_id]:
-            raise SearchEndedError(f"{target.pool.name}: the weights version was bumped since this search was opened")
+            raise SearchEndedError(f"{init_pool.name}: the weights version was bumped since this search was opened")
         check_priorities([priority], 1)
         new_key = key if as_key is SAME_KEY else as_key
         hash_of(new_key, "as_key")
@@ -306,8 +307,8 @@ class Search(Handle):
         try:
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
             with gate.lock, storage.ledger.mutex:
-                state.budget.promoted_to.add(target.pool.quota)
-            return write(target.pool, target, generation, plan, deadline)
+                state.budget.promoted_to.add(init_pool.quota)
+            return write(init_pool, target, generation, plan, deadline)
         finally:
             del entry
             storage.ledger.release(hold)
@@ -399,7 +400,7 @@ def open_search(
     budget = reserve_budget(pool, entries, tokens, deadline)
     # All of a search's keys under one shard: a gather or commit of any number of rows takes one lock.
     shard = number % pool.storage.locks.count
-    scope = Scope(pool, f"search {number}", (shard,), budget=budget)
+    scope = Scope(pool.account, f"search {number}", (shard,), budget=budget)
     state = SearchState(pool, init_pools, number, scope)
     # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
     search = Search(state, ids, order, overflow)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Container, Hashable, Mapping
 from typing import TYPE_CHECKING
 
-from ..books.entry import Entry, Hold, Scope
 from ..books.index import Index
 from ..books.ledger import wake
+from ..books.records import Entry, Hold, Scope
 from ..errors import SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..pool.clearing import sweep_if
 from ..pool.room import give_budget_back
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # as in pool/room.py
     from ..pool.pool import KVPool
 
 __all__ = ["RootKey", "SearchState"]
@@ -104,7 +104,7 @@ class SearchState:
             if self.scope.ended is None:
                 self.scope.ended = reason
             roots, self.roots = self.roots, {}
-        sweep_if(self.scope, lambda entry: True, deadline)
+        sweep_if(self.pool, self.scope, lambda entry: True, deadline)
         with gate.lock, ledger.mutex:
             if self.finished:
                 return

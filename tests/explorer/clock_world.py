@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from concurrent_kv.books.entry import Entry, Hold
 from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.records import Entry, Hold
 from concurrent_kv.device.streams import StreamClock, StreamKey, Ticks
 
 from .parts import ModelEvent, ModelLock

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
-from concurrent_kv.books.slots import Slots, as_array
+from concurrent_kv.device.slot_numbers import Slots, as_array
 from concurrent_kv.device.tensors import Block, Indices, SlotTensor, in_columns
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock

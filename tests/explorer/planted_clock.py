@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv.books.entry import Hold
 from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.records import Hold
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.device.streams import NO_TICKS, StreamClock, Ticks, _Mark
 

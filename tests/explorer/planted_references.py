@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv.books.entry import Entry, Generation, Hold, Scope, sorted_shards
 from concurrent_kv.books.ledger import wake
+from concurrent_kv.books.records import Entry, Generation, Hold, Scope, sorted_shards
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import committing, reading, writing
 from concurrent_kv.pool.clearing import sweep_if
@@ -71,8 +71,8 @@ def references_taken_after_the_shard_was_let_go(patch: Patch) -> None:
 
 
 def index_reference_dropped_twice(patch: Patch) -> None:
-    def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
-        pool, part = scope.pool, scope.part_of(entry.key)
+    def remove(pool: PoolCore, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+        part = scope.part_of(entry.key)
         with pool.storage.locks.write((scope.shards[part],), deadline), pool.storage.ledger.mutex:
             scope.entries[part].pop(entry.key, None)
             unpublish(pool, [entry])
@@ -126,7 +126,7 @@ def epoch_of_a_commit_read_at_the_commit(patch: Patch) -> None:
 def swept_before_the_epoch_is_raised(patch: Patch) -> None:
     def renew(self: PoolCore, deadline: Deadline, scopes: Any = None) -> None:
         for scope in self.scopes():
-            sweep_if(scope, lambda entry: True, deadline)
+            sweep_if(self, scope, lambda entry: True, deadline)
             with self.storage.ledger.mutex:
                 scope.generation = Generation(scope.generation.epoch + 1, scope.generation.version)
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrent_kv.books.entry import Entry, Generation, Hold, Place, Scope, sorted_shards
 from concurrent_kv.books.ledger import Ledger, wake
 from concurrent_kv.books.quota import Quota
-from concurrent_kv.books.slots import Slots
+from concurrent_kv.books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
+from concurrent_kv.device.slot_numbers import Slots
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import room, writing
@@ -180,7 +180,7 @@ def search_marked_as_ended_after_its_sweep(patch: Patch) -> None:
     real = SearchState.end
 
     def end(self: SearchState, reason: str, deadline: Deadline) -> None:
-        sweep_if(self.scope, lambda entry: True, deadline)
+        sweep_if(self.pool, self.scope, lambda entry: True, deadline)
         with patch.context() as no_sweep:
             no_sweep.setattr("concurrent_kv.search.state.sweep_if", lambda *arguments: 0)
             real(self, reason, deadline)

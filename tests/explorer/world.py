@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from concurrent_kv import Batch, KeysValues, KVLayout, KVPool, KVStorage
-from concurrent_kv.books.entry import Entry, Scope
+from concurrent_kv.books.records import Entry, Scope
 from concurrent_kv.errors import ClosedError
 
 from .history import Call, Kind, State, Value, check_linearizable

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionSteps, PositionTable
-from concurrent_kv.books.entry import Hold
+from concurrent_kv.books.records import Hold
 from concurrent_kv.flights.waiting import outcome
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool.plan import plan_share

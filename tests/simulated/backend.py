@@ -110,11 +110,11 @@ def install(patch: pytest.MonkeyPatch, gpu: SimGPU, step: Callable[..., object] 
         def __exit__(self, *error: object) -> None:
             self._stack.close()
 
-    for module in ("cuda", "storage", "moving"):
+    for module in ("device.cuda", "pool.storage", "device.moving"):
         patch.setattr(f"concurrent_kv.{module}.backend_for", backend_for)
     for module in ("aio.offload", "aio.pool"):
         patch.setattr(f"concurrent_kv.{module}.current_streams", Currents)
-    for module in ("layout", "kv"):
+    for module in ("device.layout", "model.kv"):
         patch.setattr(f"concurrent_kv.{module}.SUPPORTED_DEVICES", ("cpu", "cuda", KIND))
 
 

@@ -75,7 +75,7 @@ class GpuWorld:
         self.gpu = gpu
         install(patch, gpu, scheduler.step)
         self.backend = SimStreams(gpu, 0, scheduler.step)
-        patch.setattr("concurrent_kv.pool.loading.wait_in_thread", self._wait_for_flight)
+        patch.setattr("concurrent_kv.pool.pool.wait_in_thread", self._wait_for_flight)
         with self.on(home):
             self.storage = KVStorage(
                 layout_on(gpu),

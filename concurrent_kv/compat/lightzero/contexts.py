@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +12,9 @@ from torch import Tensor
 from ...device.positions import PositionSteps
 from ...model.kv import KeysValues
 from ...model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
+from .attached import Attached
 from .containers import LightZeroKeysValues
 from .session import NodeKey, SearchSession
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
 
 LOST: NodeKey = (-1, "")  # nothing is stored under it
 
@@ -31,7 +29,7 @@ __all__ = [
 ]
 
 
-def node_contexts(world_model: Any, kv: Attachment, latent_state: Any, rows: int, start_pos: Any) -> list[int]:
+def node_contexts(world_model: Any, kv: Attached, latent_state: Any, rows: int, start_pos: Any) -> list[int]:
     """Make the parents' contexts the model's `keys_values_wm`; returns each row's length.
 
     A parent that is neither a node of this search nor a root of its environment gets a context of its own state alone.
@@ -50,9 +48,7 @@ def node_contexts(world_model: Any, kv: Attachment, latent_state: Any, rows: int
     return list(batch.lengths)
 
 
-def root_contexts(
-    world_model: Any, kv: Attachment, last_obs_embeddings: Tensor, rows: int, start_pos: Any
-) -> list[int]:
+def root_contexts(world_model: Any, kv: Attached, last_obs_embeddings: Tensor, rows: int, start_pos: Any) -> list[int]:
     """Make the contexts of the previous roots the model's `keys_values_wm`; returns each row's length."""
     session = kv.session
     batch = session.gather(session.keys_of(last_obs_embeddings[:rows]))
@@ -67,7 +63,7 @@ def root_contexts(
 
 
 def generate_contexts(
-    world_model: Any, kv: Attachment, latent_state: Any, rows: int, start_positions: Sequence[int]
+    world_model: Any, kv: Attached, latent_state: Any, rows: int, start_positions: Sequence[int]
 ) -> list[int]:
     """As `node_contexts` where nothing is looked up: every row gets a context of its own state alone."""
     contexts = LightZeroKeysValues.empty(kv.layout, rows)
@@ -82,7 +78,7 @@ def generate_contexts(
     return [1] * rows
 
 
-def _alone(world_model: Any, kv: Attachment, latent_state: Tensor, start_pos: int) -> KeysValues:
+def _alone(world_model: Any, kv: Attached, latent_state: Tensor, start_pos: int) -> KeysValues:
     """K and V of one state without any history, `[tokens, embed_dim]`, as LightZero computes it on a miss."""
     contexts = LightZeroKeysValues.empty(kv.layout, 1)
     world_model.forward(
@@ -101,7 +97,7 @@ def _run_on(session: SearchSession, rows: int, size: int) -> None:
     session.keys_values_wm = contexts
 
 
-def replace_contexts(kv: Attachment, rows: Mapping[int, KeysValues], *, as_root: bool) -> None:
+def replace_contexts(kv: Attached, rows: Mapping[int, KeysValues], *, as_root: bool) -> None:
     """Let the model run on other contexts in some rows than those that were gathered, and store them so.
 
     `as_root`: the batch will be stored as roots, which are stored whole.
@@ -134,7 +130,7 @@ def replace_contexts(kv: Attachment, rows: Mapping[int, KeysValues], *, as_root:
     session.keys_values_wm_size_list = lengths
 
 
-def commit_nodes(world_model: Any, kv: Attachment, latent_state: Tensor) -> None:
+def commit_nodes(world_model: Any, kv: Attached, latent_state: Tensor) -> None:
     """Store what the model appended as the contexts of its new nodes, sharing their parents' tokens."""
     session = kv.session
     batch, search = session.batch, session.search
@@ -145,7 +141,7 @@ def commit_nodes(world_model: Any, kv: Attachment, latent_state: Tensor) -> None
     session.batch = None
 
 
-def store_roots(world_model: Any, kv: Attachment, latent_state: Tensor) -> None:
+def store_roots(world_model: Any, kv: Attached, latent_state: Tensor) -> None:
     """Store the model's `keys_values_wm` as its environments' roots.
 
     As LightZero stores them: every row has the length of the longest, and a shorter row's padding counts as tokens.

@@ -47,7 +47,7 @@ class LightZeroPool:
     @property
     def _key_to_index(self) -> KeyIndex:
         """The keys stored just now; `.keys()`, `in`, `len()`. May block."""
-        return KeyIndex(lambda: entries_of(self.pool.default_scope), self.pool.clear)
+        return KeyIndex(lambda: entries_of(self.pool, self.pool.default_scope), self.pool.clear)
 
     @property
     def pool_size(self) -> int:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from ...errors import InvalidArgumentError
 from ...locks.gate import gate
 from ...manager import KVCacheManager
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
+from .attached import Attached
 
 __all__ = ["SHARERS", "Sharers", "check_sharing", "clear_pools", "clear_unshared_roots", "same_weights"]
 
@@ -22,14 +20,14 @@ class Sharers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of: WeakKeyDictionary[KVCacheManager, WeakSet[Attachment]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[KVCacheManager, WeakSet[Attached]] = WeakKeyDictionary()
 
-    def add(self, manager: KVCacheManager, attachment: Attachment) -> None:
+    def add(self, manager: KVCacheManager, attachment: Attached) -> None:
         """From here on `attachment` uses `manager`."""
         with gate.lock, self._lock:
             self._of.setdefault(manager, WeakSet()).add(attachment)
 
-    def others(self, manager: KVCacheManager, world_model: Any) -> list[tuple[Attachment, list[Any]]]:
+    def others(self, manager: KVCacheManager, world_model: Any) -> list[tuple[Attached, list[Any]]]:
         """The attachments of a manager that other world models than this one are attached by, and those models."""
         with gate.lock, self._lock:
             attachments = list(self._of.get(manager, ()))
@@ -76,7 +74,7 @@ def clear_unshared_roots(manager: KVCacheManager, env_ids: Iterable[int], world_
             manager.init_pools[env_id].clear()
 
 
-def clear_pools(manager: KVCacheManager, attachment: Attachment) -> None:
+def clear_pools(manager: KVCacheManager, attachment: Attached) -> None:
     """Clear all that an attached model, and the models that share its weights, may have stored. May block.
 
     The roots of models of other weights stay: what made this model's entries stale did nothing to theirs.

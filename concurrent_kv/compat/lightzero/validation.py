@@ -10,20 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...model.hashing import hash_states
 from ...model.kv import KeysValues
+from .attached import Attached
 from .contexts import replace_contexts
 from .divergence import Divergence, ValidationReport, first_difference
 from .released import ReleasedCache
 from .settings import Answer
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
 
 __all__ = ["Validation"]
 
@@ -59,7 +57,7 @@ class Validation:
 
     # A call --------------------------------------------------------------------------------------------------------
 
-    def step(self, world_model: Any, kv: Attachment, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def step(self, world_model: Any, kv: Attached, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """One `forward_recurrent_inference`; `own` is the attached model's."""
         with self._turn:
             cache = self._begin(world_model, kv, "node", arguments[0][-1][0])
@@ -75,7 +73,7 @@ class Validation:
                 self._compare_nodes(cache, kv, outputs[1])
             return self._their_outputs if self.answer == "off" else outputs
 
-    def root(self, world_model: Any, kv: Attachment, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def root(self, world_model: Any, kv: Attached, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """One `wm_forward_for_initial_infererence` while searching; `own` is the attached model's."""
         with self._turn:
             cache = self._begin(world_model, kv, "root", arguments[0])
@@ -88,7 +86,7 @@ class Validation:
             self._compare_roots(cache, kv, arguments[2])
             return self._their_outputs if self.answer == "off" else outputs
 
-    def _begin(self, world_model: Any, kv: Attachment, where: str, states: Any) -> ReleasedCache:
+    def _begin(self, world_model: Any, kv: Attached, where: str, states: Any) -> ReleasedCache:
         if self._released is None:
             self._released = ReleasedCache(world_model, type(world_model).__mro__[1], self._compare_contexts)
         self._model, self._where, self._their_outputs = world_model, where, None
@@ -180,7 +178,7 @@ class Validation:
         is_own = session.search is not None and (self._kv.env_ids[row], key) in session.search
         return cache.why_node(row, key, is_own_node=is_own)
 
-    def _compare_outputs(self, kv: Attachment, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> None:
+    def _compare_outputs(self, kv: Attached, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> None:
         self.report.outputs += 1
         for their, our in zip(theirs, ours, strict=True):
             if isinstance(their, Tensor) and not torch.equal(their, our):
@@ -188,13 +186,13 @@ class Validation:
                 self._note(int(rows[0][0]), "output")
                 return
 
-    def _compare_nodes(self, cache: ReleasedCache, kv: Attachment, latent_state: Tensor) -> None:
+    def _compare_nodes(self, cache: ReleasedCache, kv: Attached, latent_state: Tensor) -> None:
         self._keys = hash_states(latent_state)
         for row, our_row in enumerate(self._our_nodes(kv, latent_state)):
             # Where equal states of two environments took one place, the last one's is there; noted when it is read.
             self._compare_entry(row, cache.stored_node(row, self._keys[row]), our_row)
 
-    def _compare_roots(self, cache: ReleasedCache, kv: Attachment, latent_state: Tensor) -> None:
+    def _compare_roots(self, cache: ReleasedCache, kv: Attached, latent_state: Tensor) -> None:
         self._keys = hash_states(latent_state)
         for row, key in enumerate(self._keys):
             env_id = kv.env_ids[row]
@@ -211,14 +209,14 @@ class Validation:
         elif (found := first_difference(theirs, ours)) is not None:
             self._note(row, "entry", found)
 
-    def _our_nodes(self, kv: Attachment, latent_state: Tensor) -> list[Tensor]:
+    def _our_nodes(self, kv: Attached, latent_state: Tensor) -> list[Tensor]:
         session = kv.session
         keys = session.keys_of(latent_state)
         assert session.search is not None
         with session.search.gather(keys, kv.env_ids[: len(keys)]) as batch:
             return [_last(batch.data[:, :, :, : batch.start], row, batch.lengths[row]) for row in range(len(keys))]
 
-    def _copy_nodes(self, cache: ReleasedCache, kv: Attachment, latent_state: Tensor) -> None:
+    def _copy_nodes(self, cache: ReleasedCache, kv: Attached, latent_state: Tensor) -> None:
         """Store our nodes in the released cache, which raised before it could store its own."""
         cache.put_nodes(hash_states(latent_state), self._our_nodes(kv, latent_state))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
-from ...books.entry import Entry, Scope
 from ...books.index import Index
+from ...books.records import Entry, Scope
 from ...locks.gate import gate
+from ...pool.storage import PoolState
 from .attachment import Attachment
 
 __all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
@@ -43,9 +44,9 @@ class KeyIndex(Mapping[Hashable, int]):
         return f"KeyIndex({dict(self._entries())!r})"
 
 
-def entries_of(scope: Scope) -> Entries:
+def entries_of(pool: PoolState, scope: Scope) -> Entries:
     """The keys of a scope, and the rows of the ledger that their entries have."""
-    storage = scope.pool.storage
+    storage = pool.storage
     deadline = storage.enter()
     found: Entries = []
     for part, shard in enumerate(scope.shards):
@@ -64,7 +65,10 @@ def recur_view(kv: Attachment) -> KeyIndex:
     session = kv.session
 
     def entries() -> Entries:
-        return [] if session.search is None else entries_of(session.search._state.scope)
+        if session.search is None:
+            return []
+        state = session.search._state
+        return entries_of(state.pool, state.scope)
 
     return KeyIndex(entries, kv.forget_nodes)
 
@@ -73,10 +77,12 @@ def init_views(kv: Attachment) -> list[KeyIndex]:
     """The roots of each of the model's environments, by hash. Made anew at every look: cheap, and of its role."""
 
     def view(row: int, env_id: int) -> KeyIndex:
-        scope = kv.manager.init_pools[env_id].default_scope
-        return KeyIndex(
-            lambda: [(_hash_in(key), number) for key, number in entries_of(scope)], lambda: kv.clear_roots(row)
-        )
+        pool = kv.manager.init_pools[env_id]
+
+        def entries() -> Entries:
+            return [(_hash_in(key), number) for key, number in entries_of(pool, pool.default_scope)]
+
+        return KeyIndex(entries, lambda: kv.clear_roots(row))
 
     return [view(row, env_id) for row, env_id in enumerate(kv.env_ids)]
 

@@ -1,4 +1,4 @@
-"""`Entry`, the record of one cached sequence, `Scope`, its namespace, and `Hold`, what keeps entries alive.
+"""The records of the books: `Entry`, one cached sequence, `Scope`, its namespace, `Account`, who pays, and `Hold`.
 
 An entry's life: made (in flight, unknown to anyone), published (its scope's index names it), removed from the index
 (replaced, evicted, popped, released or swept by a clear), dead when the last hold lets go; then its slots are free.
@@ -15,21 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import ref
 
 from ..device.streams import NO_TICKS, Ticks
 from ..errors import ClosedError, SearchEndedError
+from ..locks.deadline import Deadline
 from ..locks.numbers import Numbers
 from ..never_copied import NeverCopied
+from .eviction import EvictionPolicy
 from .index import Cells, Index
+from .quota import Budget, Quota
+from .stats import Counters
 
 if TYPE_CHECKING:
     from ..device.positions import Correction
-    from ..pool.core import PoolCore
-    from .quota import Budget
 
-__all__ = ["Entry", "Generation", "Hold", "Place", "Scope", "sorted_shards"]
+__all__ = ["Account", "Entry", "Generation", "Hold", "OpenSearch", "Place", "Scope", "sorted_shards"]
 
 
 class Generation(NamedTuple):
@@ -124,7 +126,7 @@ class Scope(NeverCopied):
     """A namespace of keys with a life of its own, and its part of the index.
 
     Args:
-        pool: the pool whose quota its entries count against.
+        account: who pays for its entries, unless they have a `budget`.
         name: what it is called in messages and statistics.
         shards: the lock shards that guard its keys, in ascending order; a key's shard is `shards[hash % len]`.
         budget: what a search reserved: its entries are paid from it, and are never victims.
@@ -133,14 +135,14 @@ class Scope(NeverCopied):
     write locks.
     """
 
-    __slots__ = ("budget", "ended", "entries", "generation", "name", "number", "pool", "shards")
+    __slots__ = ("account", "budget", "ended", "entries", "generation", "name", "number", "shards")
 
     instead_of_copy = "pass its name, and ask the pool for it with scope(name)"
 
     def __init__(
-        self, pool: PoolCore, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None
+        self, account: Account, name: Hashable, shards: tuple[int, ...], *, budget: Budget | None = None
     ) -> None:
-        self.pool = pool
+        self.account = account
         self.name = name
         self.number = next(_scope_numbers)
         self.shards = shards
@@ -191,6 +193,51 @@ class Scope(NeverCopied):
 def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
     """The lock shards of (scope, part) pairs, ascending and without repeats."""
     return tuple(sorted({scope.shards[part] for scope, part in located}))
+
+
+class OpenSearch(Protocol):
+    """What the books know of an open search."""
+
+    scope: Scope
+    budget: Budget
+    roots_hold: Hold
+
+    @property
+    def ended(self) -> str | None:
+        """Why it has ended, or is about to be ended; None while it is open."""
+
+    def end(self, reason: str, deadline: Deadline) -> None:
+        """Release everything that it holds."""
+
+    def end_cut_off(self) -> None:
+        """Note the end of a search that nobody will end any more. All locks held."""
+
+
+class Account:
+    """Who pays for room: the quota of one pool, its candidates for eviction, its counters, and its scopes.
+
+    Under the mutex, but for `closed`, which is read without it.
+
+    Attributes:
+        searches: the open ones, whose budgets are set aside of the quota.
+        scopes: by name, without those of searches.
+    """
+
+    def __init__(self, name: str, quota: Quota, policy: EvictionPolicy[Entry]) -> None:
+        self.name = name
+        self.quota = quota
+        self.policy = policy
+        self.counters = Counters()
+        self.closed = False
+        self.searches: set[OpenSearch] = set()
+        self.scopes: dict[Hashable, Scope] = {}
+
+    def all_scopes(self) -> list[Scope]:
+        """Those of searches too. Mutex held."""
+        return [*self.scopes.values(), *(search.scope for search in self.searches)]
+
+    def __repr__(self) -> str:
+        return f"<Account {self.name!r}>"
 
 
 class Hold:

@@ -1,0 +1,48 @@
+"""`Attached`: what the parts of an attachment need to know of the whole."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ...device.layout import KVLayout
+from ...manager import KVCacheManager
+from ...model.overflow import Overflow
+from .session import SearchSession
+
+__all__ = ["Attached"]
+
+
+class Attached(Protocol):
+    """A world model's cache, in the role of the calling thread; see `Attachment`."""
+
+    @property
+    def env_ids(self) -> tuple[int, ...]:
+        """The environments of its manager that it uses, by the model's own number."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of its pools."""
+
+    @property
+    def session(self) -> SearchSession:
+        """The calling thread's search."""
+
+    @property
+    def manager(self) -> KVCacheManager:
+        """Whose pools hold its entries."""
+
+    @property
+    def role_name(self) -> str:
+        """The calling thread's role."""
+
+    def overflow(self, world_model: Any) -> Overflow:
+        """What becomes of a full window."""
+
+    def count(self, world_model: Any, **counts: int) -> None:
+        """Add to the model's own counters."""
+
+    def note_misses(self, missing: int, rows: int) -> None:
+        """Warn, once, of contexts that begin anew."""
+
+    def users(self) -> list[Any]:
+        """The world models that are attached by this."""
