@@ -26,6 +26,7 @@ __all__ = [
     "hash_of",
     "last_of_each",
     "list_or_none",
+    "numbers_or_none",
     "positive_int",
     "sequence_of",
 ]
@@ -155,6 +156,13 @@ def sequence_of(name: str, items: object, what: str) -> list[Any]:
 def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None:
     """`items` as a list, for who may read them twice; None stays None."""
     return None if items is None else sequence_of(name, items, "one item for each key")
+
+
+def numbers_or_none(name: str, items: Sequence[int] | None) -> Sequence[int] | None:
+    """As `list_or_none`; the items of a tensor or array as plain numbers."""
+    if items is not None and hasattr(items, "tolist"):
+        items = items.tolist()
+    return None if items is None else sequence_of(name, items, "whole numbers, one for each row")
 
 
 def check_sides(sides: Sequence[object] | None, rows: int) -> list[object]:

@@ -81,8 +81,9 @@ def scatter(
 ) -> None: ...
 
 # The slot tables [entries, window] of entries that share slots with those of `tables[rows]`: column c is `columns[c]`
-# of the parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are
-# those of the tokens in `taken`, and go into `written_at[slot]`.
+# of the parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere; where there are
+# as many `columns` as cells, each entry has its own. `positions` are those of the tokens in `taken`, and go into
+# `written_at[slot]`.
 def share(
     tables: _Ints,
     rows: list[int],

@@ -10,14 +10,14 @@ from typing import Any
 import anyio.lowlevel
 
 from concurrent_kv import AsyncKVCacheManager, AsyncSearch, KeysValues, KVCacheManager
-from tests.support import append, config, snapshot, stacked, tokens
+from tests.support import HANG_SECONDS, append, config, snapshot, stacked, tokens
 
 
 @dataclass
 class World:
     """A manager with something in each pool, an open search with a child, and what an operation needs at hand."""
 
-    manager: KVCacheManager = field(default_factory=lambda: KVCacheManager(config(), 2, wait_timeout=30.0))
+    manager: KVCacheManager = field(default_factory=lambda: KVCacheManager(config(), 2, wait_timeout=HANG_SECONDS))
 
     async def prepare(self) -> None:
         self.aio = AsyncKVCacheManager(self.manager)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
 
 from concurrent_kv import KVCacheManager, KVLayout, KVPool
-from tests.support import LAYOUT, LOOPS, config, loops_of
+from tests.support import HANG_SECONDS, LAYOUT, LOOPS, config, loops_of
 
 
 class MakePool(Protocol):
@@ -24,7 +25,7 @@ def make_pool() -> Iterator[MakePool]:
     made: list[KVPool] = []
 
     def make(max_entries: int = 4, layout: KVLayout = LAYOUT, **settings: Any) -> KVPool:
-        made.append(KVPool(layout, max_entries, **{"wait_timeout": 5.0, **settings}))
+        made.append(KVPool(layout, max_entries, **{"wait_timeout": HANG_SECONDS, **settings}))
         return made[-1]
 
     yield make
@@ -39,7 +40,7 @@ def make_manager() -> Iterator[MakeManager]:
 
     def make(env_num: int = 2, *, settings: object = None, **arguments: Any) -> KVCacheManager:
         settings = config() if settings is None else settings
-        made.append(KVCacheManager(settings, env_num, **{"wait_timeout": 5.0, **arguments}))
+        made.append(KVCacheManager(settings, env_num, **{"wait_timeout": HANG_SECONDS, **arguments}))
         return made[-1]
 
     yield make
@@ -67,6 +68,20 @@ def loops(request: pytest.FixtureRequest) -> Iterator[str]:
     """The tests of a module that uses this run with each kind of loops that the package has."""
     with loops_of(request.param):
         yield request.param
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal: a shell that runs the tests in the background ignores it.
+
+    Python then leaves SIGINT ignored, as it was when it began, and so does every child that it starts.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

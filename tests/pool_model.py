@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from concurrent_kv import Batch, DropAndCorrect, KeysValues, KVLayout, RaiseOnOverflow
@@ -66,12 +68,15 @@ class TokenSource:
         for row, added in enumerate(new):
             opened.appended[row] += [token.value for token in added]
 
-    def grow(self, opened: OpenBatch, row: int, child: Record, overflow: Overflow | None) -> tuple[int, bool] | None:
+    def grow(
+        self, opened: OpenBatch, row: int, child: Record, overflow: Overflow | None, length: int | None = None
+    ) -> tuple[int, bool] | None:
         """Give `child` the tokens that a commit of `row` gives it; None where that is an overflow.
 
-        Returns how many of them need slots of their own, and whether they were corrected.
+        `length` of the appended ones count, all if left out. Returns how many tokens of the child need slots of their
+        own, and whether they were corrected.
         """
-        gathered, new = opened.tokens(row), opened.appended[row]
+        gathered, new = opened.tokens(row), opened.appended[row][:length]
         total = len(gathered) + len(new)
         dropped, eager = 0, False
         if total >= (LAYOUT.max_tokens + 1 if overflow is None else overflow.limit):
@@ -154,8 +159,18 @@ class OpenBatch:
         record = self.records[row]
         return self.filled.get(row, ()) if record is None else record.tokens
 
-    def committable(self) -> list[int]:
-        return [row for row in range(len(self.records)) if self.tokens(row) and row not in self.committed]
+    def committable(self, ragged: bool = False) -> list[int]:
+        """Rows that can be committed: where `lengths` are said, also those that missed, once something was appended."""
+        left = [row for row in range(len(self.records)) if row not in self.committed]
+        if ragged:
+            return [row for row in left if self.tokens(row) or self.appended[row]]
+        return [row for row in left if self.tokens(row) and self.appended[row]]
+
+    def lengths_of(self, rows: Sequence[int]) -> SearchStrategy[list[int]]:
+        """Numbers of new tokens that these rows can be committed with."""
+        return st.tuples(*[st.integers(0 if self.tokens(row) else 1, len(self.appended[row])) for row in rows]).map(
+            list
+        )
 
     def check_data(self) -> None:
         """Its buffer holds what was gathered, filled and appended, and zeros left of that."""
@@ -225,6 +240,20 @@ class PoolModel:
     def shares_tail(self, record: Record) -> bool:
         return self.names()[record.tail] > 1
 
+    def is_last_sharer(self, record: Record) -> bool:
+        """Whether everything else that names its last token only waits for that, too."""
+        others = self.shared.get(record.tail, [])
+        return len(others) + 1 == self.names()[record.tail] and not any(other.pins for other in others)
+
+    def may_be_last_sharer(self, record: Record) -> bool:
+        """Whether everything that names its last token ends there, and can be evicted."""
+        alive = set(self.published()) | set(self.held)
+        sharers = [other for other in alive if record.tail in other.tokens]
+        return all(
+            other.tail == record.tail and not other.pins and self.index[other.scope].get(other.key) is other
+            for other in sharers
+        )
+
     def fits(self, entries: int, slots: int) -> bool:
         return len(self.published()) + entries <= self.max_entries and self.slots() + slots <= self.max_slots
 
@@ -243,7 +272,7 @@ class PoolModel:
             self.order.remove(victim)
             if victim.pins:
                 self.pinned.append(victim)
-            elif want_slots and self.shares_tail(victim):
+            elif want_slots and self.shares_tail(victim) and not self.is_last_sharer(victim):
                 self.shared.setdefault(victim.tail, []).append(victim)
             else:
                 return victim
@@ -264,9 +293,9 @@ class PoolModel:
     def _after_death(self, dead: Sequence[Record]) -> None:
         names = self.names()
         for token in [token for record in dead for token in record.tokens]:
-            if names[token] == 1:
-                for record in tuple(self.shared.get(token, ())):
-                    self._give_back(record)
+            parked = self.shared.get(token)
+            if parked and names[token] == len(parked):
+                self._give_back(parked[-1])
 
     def touch(self, record: Record) -> None:
         if self.policy == "lru" and record in self.order:
@@ -290,7 +319,9 @@ class PoolModel:
             self.held.remove(record)
             if pinning:
                 record.pins -= 1
-                if not record.pins and record in self.pinned:
+                parked = self.shared.get(record.tail, [])
+                alone = record in parked and len(parked) == self.names()[record.tail]
+                if not record.pins and (record in self.pinned or alone):
                     self._give_back(record)
         alive = set(self.published()) | set(self.held)
         last_first = dict.fromkeys(reversed(records))
@@ -392,7 +423,10 @@ class PoolModel:
                 yield chosen
             return
         evictable = [
-            record for record in model.published() if not record.pins and not (wanted[0] and model.shares_tail(record))
+            record
+            for record in model.published()
+            if not record.pins
+            and not (wanted[0] and model.shares_tail(record) and not model.may_be_last_sharer(record))
         ]
         if fails and not evictable:
             yield chosen

@@ -27,6 +27,8 @@ CONFIG: dict[str, Any] = {
     "max_cache_size": 64,
     "device": "cpu",
 }
+# What only a hang takes so long, on however loaded a machine: for every wait that is to end long before.
+HANG_SECONDS = 120.0
 UNITS = 128  # numbers of one token, at most
 TOKENS = 16  # token indices, at most
 # The modules that choose between compiled loops and others at each call.

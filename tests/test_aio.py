@@ -25,7 +25,7 @@ from concurrent_kv import (
 )
 from tests.async_support import ON_EVERY_LOOP, always_in_workers, shards_held
 from tests.conftest import MakeManager, MakePool
-from tests.support import append, assert_same, child_of, config, row_of, stacked, tokens
+from tests.support import HANG_SECONDS, append, assert_same, child_of, config, row_of, stacked, tokens
 
 pytestmark = ON_EVERY_LOOP
 
@@ -237,7 +237,7 @@ async def test_the_managers_clears_reach_what_they_name(manager: KVCacheManager)
 
 
 async def test_a_manager_can_be_made_by_the_facade(make_manager: MakeManager) -> None:
-    async with AsyncKVCacheManager(config=config(), env_num=2, wait_timeout=5.0) as aio:
+    async with AsyncKVCacheManager(config=config(), env_num=2, wait_timeout=HANG_SECONDS) as aio:
         await aio.set_wm_cache("key", tokens(1, 3))
         assert_same(aio.sync.get_wm_cache("key"), tokens(1, 3))
     with pytest.raises(ClosedError):

@@ -13,6 +13,7 @@ from tests.async_operations import OPERATIONS, World
 from tests.async_support import always_in_workers, join_workers, run_on, shards_held
 from tests.cancelling import WAYS, state_after, states_when_cancelled
 from tests.support import assert_same, tokens
+from tests.threading_support import JOIN_SECONDS
 
 TO_THE_END = {"search.close", "pool's close", "manager's close"}
 
@@ -53,7 +54,7 @@ def test_an_operation_that_wait_for_cuts_off_while_it_waits_for_a_shard_is_not_m
         await world.prepare()
         with shards_held(world.pool.sync) as let_go:
             before = world.aio.offload_stats().worker_count
-            work = asyncio.ensure_future(asyncio.wait_for(OPERATIONS[name](world), 30.0))
+            work = asyncio.ensure_future(asyncio.wait_for(OPERATIONS[name](world), JOIN_SECONDS))
             while world.aio.offload_stats().worker_count == before:
                 await asyncio.sleep(0)
             work.cancel()

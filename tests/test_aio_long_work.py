@@ -20,7 +20,7 @@ from concurrent_kv.search.state import SearchState
 from tests.async_support import LOOPS, always_in_workers, join_workers, run_on
 from tests.conftest import MakeManager, MakePool
 from tests.flight_support import counted_waiters
-from tests.support import append, assert_same, config, layout, stacked, tokens
+from tests.support import HANG_SECONDS, append, assert_same, config, layout, stacked, tokens
 from tests.threading_support import JOIN_SECONDS, Background, Gate
 
 on_every_loop = pytest.mark.parametrize("loop", LOOPS)
@@ -111,7 +111,7 @@ def test_a_search_waits_in_a_worker_for_the_room_of_another(make_manager: MakeMa
 
 @on_every_loop
 def test_many_evictions_are_made_in_a_worker(make_pool: MakePool, loop: str) -> None:
-    pool = make_pool(16, wait_timeout=60.0)
+    pool = make_pool(16, wait_timeout=HANG_SECONDS)
     facade = AsyncKVPool(pool, inline_entries=4)
 
     async def main() -> None:
@@ -119,7 +119,7 @@ def test_many_evictions_are_made_in_a_worker(make_pool: MakePool, loop: str) -> 
             await facade.put(key, tokens(1, 8))
         await facade.put(16, tokens(1, 8))
         assert counts(facade)[1] == 0
-        many = KVCacheManager(config(max_cache_size=64), 1, recur_slots=64 * 8, wait_timeout=60.0)
+        many = KVCacheManager(config(max_cache_size=64), 1, recur_slots=64 * 8, wait_timeout=HANG_SECONDS)
         async with AsyncKVCacheManager(many, inline_entries=4) as manager:
             for key in range(64):
                 await manager.set_recur_cache(key, tokens(1, 8))
@@ -135,7 +135,7 @@ def test_many_evictions_are_made_in_a_worker(make_pool: MakePool, loop: str) -> 
 
 @on_every_loop
 def test_operations_on_many_entries_run_in_a_worker(make_manager: MakeManager, loop: str) -> None:
-    manager = make_manager(wait_timeout=60.0)
+    manager = make_manager(wait_timeout=HANG_SECONDS)
     facade = AsyncKVCacheManager(manager, inline_entries=2)
     pool = facade.recur_pool
 

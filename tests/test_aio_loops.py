@@ -235,7 +235,7 @@ WORK_IN_THE_AIR = """
 
     from concurrent_kv import AsyncKVPool, KVPool
     from concurrent_kv.locks.deadline import Deadline
-    from tests.support import LAYOUT, tokens
+    from tests.support import HANG_SECONDS, LAYOUT, tokens
 
     pool = KVPool(LAYOUT, 4, wait_timeout=2.0)
     aio = AsyncKVPool(pool, inline_bytes=0)
@@ -245,7 +245,7 @@ WORK_IN_THE_AIR = """
     def hold():
         with pool.storage.locks.write(range(pool.storage.locks.count), Deadline(5.0)):
             held.set()
-            leave.wait()
+            leave.wait(HANG_SECONDS)
 
     async def main():
         async with anyio.create_task_group() as group:
@@ -257,11 +257,11 @@ WORK_IN_THE_AIR = """
             await anyio.sleep_forever()
 
     threading.Thread(target=hold, daemon=True).start()
-    held.wait()
+    assert held.wait(HANG_SECONDS)
     loop = threading.Thread(target=lambda: anyio.run(main, backend=sys.argv[1]), daemon=True)
     loop.start()
     threading.Thread(target=lambda: pool.get("key"), daemon=True).start()
-    assert begun.wait(30)
+    assert begun.wait(HANG_SECONDS)
 """
 
 

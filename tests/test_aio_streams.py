@@ -16,6 +16,7 @@ from tests.async_support import LOOPS, run_on
 from tests.simulated.backend import SimStreams, layout_on
 from tests.simulated.fixtures import gpu as gpu
 from tests.simulated.gpu import SimGPU
+from tests.support import HANG_SECONDS
 
 Operation = Callable[[SimGPU, AsyncKVPool], Awaitable[object]]
 
@@ -141,7 +142,7 @@ def test_a_task_that_waits_for_a_batch_holds_no_loop(gpu: SimGPU, loop: str, mon
     go_on = threading.Event()
 
     def synchronize(self: SimStreams, event: Any, seconds: float, is_over: object) -> bool:
-        assert go_on.wait(30)
+        assert go_on.wait(HANG_SECONDS)
         gpu.queues.run_until(lambda: event.place.reached)
         return True
 

@@ -26,7 +26,6 @@ from tests.support import LAYOUT, WINDOW, append, config, tokens
 from tests.threading_support import JOIN_SECONDS, Background
 
 LIMIT = 0.005
-SHORT = 0.5  # seconds after which something has not happened
 SURFACES = ["thread", *LOOPS]
 
 
@@ -52,7 +51,7 @@ THREAD_OPERATIONS: dict[str, Callable[[World], object]] = {
 
 def error_of(surface: str, name: str, hold: Callable[[World], Any], settings: dict[str, Any]) -> Exception:
     """What an operation hears while everything that `hold` takes is held."""
-    world = World(KVCacheManager(config(), 2, wait_timeout=LIMIT, **settings))
+    world = World(KVCacheManager(config(), 2, wait_timeout=JOIN_SECONDS, **settings))
 
     def by_a_thread() -> object:
         if name in THREAD_OPERATIONS:
@@ -62,6 +61,7 @@ def error_of(surface: str, name: str, hold: Callable[[World], Any], settings: di
     async def main() -> Exception:
         await world.prepare()
         with hold(world):
+            world.manager.storage.wait_timeout = LIMIT
             try:
                 if surface == "thread":
                     Background(by_a_thread).result()
@@ -155,7 +155,7 @@ def get_or_compute(pool: KVPool, surface: str) -> KeysValues:
 def test_who_asks_for_a_computation_waits_for_a_shard_no_longer_than_its_own_timeout(
     make_pool: MakePool, surface: str
 ) -> None:
-    pool = make_pool(wait_timeout=SHORT)
+    pool = make_pool(wait_timeout=JOIN_SECONDS)
     with (
         shards_held(pool),
         pytest.raises(WaitTimeoutError, match=r"shard \d+ was not free for reading within 0\.005 s$"),
@@ -178,7 +178,7 @@ def test_a_task_waits_for_a_worker_no_longer_than_its_timeout(pool: KVPool, loop
                 group.start_soon(aio.get, "key")
                 while not aio.offload_stats().worker_count:
                     await anyio.lowlevel.checkpoint()
-                with anyio.move_on_after(SHORT):
+                with anyio.move_on_after(JOIN_SECONDS):
                     with pytest.raises(WaitTimeoutError):
                         await aio.get("key", timeout=LIMIT)
                     heard = True

@@ -31,6 +31,7 @@ from examples.cartpole.roots import CachedRoots
 from examples.cartpole.running import on_the_loop
 from examples.cartpole.shared_model import SharedModel
 from examples.cartpole.tree import Tree
+from tests.support import HANG_SECONDS
 
 SHORT = PlaySettings(envs=4, threads=2, simulations=8, episodes=5, max_steps=7)
 SHORT_ARGUMENTS = [
@@ -38,7 +39,6 @@ SHORT_ARGUMENTS = [
     "--no-progress",
 ]
 ROWS_OF_SHORT = 5 * (7 * 8 + 6)  # of each episode: the parents of all leaves, and the last roots
-LONG_WAIT = 60.0  # seconds; a test that spends them has failed
 
 both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -178,6 +178,7 @@ def test_loops_only_is_played_and_verified(backend: str, tmp_path: Path) -> None
 
 
 @both_backends
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_searches_in_tasks_cleanly(
     backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +253,7 @@ def evaluated(
 def test_a_leaf_waits_for_others_until_the_batch_is_full(
     model: WorldModel, backend: str, row_counts: list[int]
 ) -> None:
-    evaluated(model, backend=backend, envs=3, size=3, wait_seconds=LONG_WAIT, together=True)
+    evaluated(model, backend=backend, envs=3, size=3, wait_seconds=HANG_SECONDS, together=True)
     assert row_counts == [3]
 
 

@@ -240,6 +240,7 @@ def test_books_that_do_not_balance_end_with_a_non_zero_exit(
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_cleanly(backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Planner.plan
     calls = iter(range(10**9))

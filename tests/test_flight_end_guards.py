@@ -14,22 +14,20 @@ from concurrent_kv.flights.table import Claim, Flight, FlightKey, FlightState, F
 from concurrent_kv.locks.deadline import Deadline
 from tests.async_support import shards_held
 from tests.flight_support import counted_waiters
-from tests.guards import Removal, shown_by
+from tests.guards import Removal, patience, shown_by
 from tests.support import LAYOUT, config, tokens
 from tests.threading_support import Background
 
-SHORT = 0.2  # seconds that are waited out where a guard is taken out
-
 
 def new_pool() -> KVPool:
-    return KVPool(LAYOUT, 4, wait_timeout=SHORT)
+    return KVPool(LAYOUT, 4, wait_timeout=patience())
 
 
 # --- how a flight ends ------------------------------------------------------------------------------------------------
 
 
 def what_a_waiter_gets_when(end: Callable[[KVPool, list[Claim]], object]) -> object:
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
+    pool = KVPool(LAYOUT, 4, wait_timeout=patience())
     claims = [pool.try_claim("key")]
     with counted_waiters() as waiters:
         waiting = Background(lambda: pool.get_or_compute("key", lambda: tokens(9, 2)).lengths)
@@ -80,7 +78,7 @@ def test_a_flight_that_ended_without_waking_anybody_would_let_them_wait(
 
 
 def what_comes_of_a_key_whose_computing_thread_was_killed() -> object:
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
+    pool = KVPool(LAYOUT, 4, wait_timeout=patience())
 
     def killed() -> KeysValues:
         raise SystemExit
@@ -182,7 +180,7 @@ def locks_held_while_somebody_is_woken() -> object:
                 for name, lock in (("flights", flights._lock), ("mutex", ledger.mutex))
                 if lock.locked()
             )
-            with locks.write(range(locks.count), Deadline(SHORT)):
+            with locks.write(range(locks.count), Deadline(patience())):
                 pass
 
         claims[0].flight.subscribe(waker)
@@ -223,7 +221,7 @@ def test_wakers_that_are_never_taken_back_would_add_up() -> None:
 
 def whether_a_claim_waits_for_a_shard() -> object:
     """Something dropped unclosed needs a shard to be released, and the shard is held."""
-    manager = KVCacheManager(config(), 1, wait_timeout=SHORT)
+    manager = KVCacheManager(config(), 1, wait_timeout=patience())
     search = [manager.search([0], entries=2)]
     with shards_held(manager.recur_pool):
         search.clear()

@@ -16,15 +16,13 @@ from concurrent_kv.flights.waiting import wait_in_thread
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import loading
 from tests.flight_support import Computation, counted_waiters
-from tests.guards import Removal, shown_by
+from tests.guards import Removal, patience, shown_by
 from tests.support import LAYOUT, tokens
 from tests.threading_support import JOIN_SECONDS, Background
 
-SHORT = 0.2  # seconds that are waited out where a guard is taken out
-
 
 def new_pool() -> KVPool:
-    return KVPool(LAYOUT, 4, wait_timeout=SHORT)
+    return KVPool(LAYOUT, 4, wait_timeout=patience())
 
 
 def runs_of_a_computation_that_ended_between_lookup_and_claim() -> int:
@@ -227,7 +225,7 @@ def test_a_result_passed_on_before_it_is_stored_would_be_missed_by_who_comes_in_
 
 
 def what_a_waiter_gets_whose_entry_was_evicted_before_it_woke() -> object:
-    pool = KVPool(LAYOUT, 1, wait_timeout=SHORT)
+    pool = KVPool(LAYOUT, 1, wait_timeout=patience())
     claim = pool.try_claim("key")
     with counted_waiters() as waiters:
         waiting = Background(lambda: pool.get_or_compute("key", lambda: tokens(9, 3)).lengths)

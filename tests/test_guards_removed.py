@@ -22,6 +22,7 @@ from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
 from concurrent_kv.pool import pin, reading, room, writing
 from concurrent_kv.pool.core import PoolCore
+from tests import guards
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, Gate, GatedPool, filled, value_of
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -41,6 +42,7 @@ def shown_by(scenario: Callable[[], object], promised: object, guard_off: Remova
     """The promise holds with the guard, and is broken without it."""
     assert scenario() == promised
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "_patience", guards.SHORT)
         guard_off(patch)
         assert goes_wrong(scenario, promised), "without its guard the promise should have been broken"
 
@@ -248,7 +250,7 @@ def test_a_write_that_did_not_compare_epochs_would_bring_back_what_a_clear_has_e
 
 def two_keys_read_while_both_are_written() -> set[tuple[float | None, ...]]:
     """What a gather may see: between the locks of a publication, and after it."""
-    pool = GatedPool(4, shards=2, wait_timeout=5.0)
+    pool = GatedPool(4, shards=2, wait_timeout=JOIN_SECONDS)
     first, second = 0, 1  # in different shards
     rows = torch.cat([filled(number).keys for number in (1, 1)], dim=1)
     pool.put_many([first, second], type(filled(0))(rows, rows))
@@ -311,7 +313,7 @@ def read_during_a_copy_into_the_same_shard() -> float | None:
         put = Background(lambda: pool.put("key", filled(2)))
         assert gate.entered.wait(JOIN_SECONDS)
         try:
-            read = value_of(pool.get("key", timeout=0.05))
+            read = value_of(pool.get("key", timeout=guards.patience()))
         finally:
             gate.opened.set()
             put.result()
@@ -339,7 +341,7 @@ def test_a_copy_under_a_lock_would_stop_every_reader_of_the_shard() -> None:
 
 
 def a_put_that_waits_for_a_pin() -> object:
-    pool = GatedPool(1, wait_timeout=1.0)
+    pool = GatedPool(1, wait_timeout=guards.patience())
     pool.put("key", filled(1))
     handle = pool.pin("key")
     put = Background(lambda: pool.put("new", filled(2)))

@@ -13,7 +13,7 @@ from concurrent_kv.books.records import Entry
 from concurrent_kv.eviction import LRU
 from concurrent_kv.locks.deadline import Deadline
 from tests.conftest import MakeManager, MakePool
-from tests.support import LAYOUT, WINDOW, append, assert_same, config, store, tokens
+from tests.support import HANG_SECONDS, LAYOUT, WINDOW, append, assert_same, config, store, tokens
 
 
 def test_a_pin_dropped_while_a_writer_waits_for_room_lets_it_go_on(make_pool: MakePool) -> None:
@@ -30,10 +30,10 @@ def test_a_pin_dropped_while_a_writer_waits_for_room_lets_it_go_on(make_pool: Ma
 
     pool.storage.ledger.waiter = registered  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as executor:
-        write = executor.submit(pool.put, "b", tokens(2, 2), timeout=30.0)
-        assert waiting.wait(30.0)
+        write = executor.submit(pool.put, "b", tokens(2, 2), timeout=HANG_SECONDS)
+        assert waiting.wait(HANG_SECONDS)
         pins.clear()
-        assert write.result(30.0)
+        assert write.result(HANG_SECONDS)
     assert "a" not in pool
 
 
@@ -87,11 +87,11 @@ def test_a_batch_closed_by_many_threads_gives_its_buffer_back_once(make_pool: Ma
             barrier = threading.Barrier(4)
 
             def close(batch: object = batch, barrier: threading.Barrier = barrier) -> None:
-                barrier.wait(30.0)
+                barrier.wait(HANG_SECONDS)
                 batch.close()  # type: ignore[attr-defined]
 
             for done in [executor.submit(close) for _ in range(4)]:
-                done.result(30.0)
+                done.result(HANG_SECONDS)
             with pool.gather(["a"]) as first, pool.gather(["b"]) as second:
                 assert first.data.data_ptr() != second.data.data_ptr()
 
@@ -134,15 +134,15 @@ def test_a_version_bump_that_times_out_has_bumped_every_pool_and_ended_every_sea
     def hold_a_shard() -> None:
         with locks.read(manager.init_pools[0].default_scope.shards, Deadline(0.0)):
             held.set()
-            assert done.wait(30.0)
+            assert done.wait(HANG_SECONDS)
 
     with ThreadPoolExecutor(1) as executor:
         holder = executor.submit(hold_a_shard)
-        assert held.wait(30.0)
+        assert held.wait(HANG_SECONDS)
         with pytest.raises(WaitTimeoutError):
             manager.bump_version()
         done.set()
-        holder.result(30.0)
+        holder.result(HANG_SECONDS)
     assert manager.get_init_cache(0, "root") is None
     assert manager.get_recur_cache("key") is None
     with pytest.raises(SearchEndedError, match="version"):

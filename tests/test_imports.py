@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.support import HANG_SECONDS
+
 OPERATIONS = """
 import sys
 import torch
@@ -36,5 +38,7 @@ print(sorted(set(sys.modules) - before))
 
 def test_no_operation_imports_anything() -> None:
     """An import takes milliseconds, some under the mutex; and one that is cut off blocks every later one."""
-    done = subprocess.run([sys.executable, "-c", OPERATIONS], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OPERATIONS], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -21,6 +21,7 @@ from concurrent_kv import (
 )
 from tests.conftest import MakeManager, MakePool
 from tests.support import (
+    HANG_SECONDS,
     LAYOUT,
     WINDOW,
     OperatorCalls,
@@ -345,7 +346,7 @@ def test_eight_threads_on_one_pool_read_no_wrong_or_torn_entry(make_pool: MakePo
     failures: list[str] = []
 
     def work(number: int) -> None:
-        start.wait()
+        start.wait(HANG_SECONDS)
         for step in range(60):
             key = (number * 7 + step) % 12
             if step % 3 == 0:
@@ -358,7 +359,8 @@ def test_eight_threads_on_one_pool_read_no_wrong_or_torn_entry(make_pool: MakePo
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(HANG_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
     assert failures == []
 
 

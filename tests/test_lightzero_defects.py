@@ -30,11 +30,11 @@ from concurrent_kv.compat.lightzero import (
     detach,
 )
 from tests.lightzero_support import SHAPES, Walk, make_world_model
+from tests.support import HANG_SECONDS
 
 ONE = replace(SHAPES["cartpole"], env_num=1)
 TWO = replace(SHAPES["cartpole"], env_num=2)
 ABSOLUTE = replace(SHAPES["lunarlander"], env_num=1, embed_dim=64, num_heads=2)
-SECONDS = 60
 ROUNDING = 1e-5  # between batches of different sizes
 FAR = 1e-3
 
@@ -226,7 +226,7 @@ def test_23_another_groups_start_leaves_a_searchs_nodes_alone() -> None:
         truth = recomputed(theirs, path_of(mine, 0, (action_of(mine, 0, 0), 1)))
         group = threading.Thread(target=others.root, args=([theirs, ours],))
         group.start()
-        group.join(SECONDS)
+        group.join(HANG_SECONDS)
         with pytest.raises(TypeError, match="list indices"):
             contexts_of(theirs, child)
         assert torch.allclose(contexts_of(ours, child)[0], truth, atol=ROUNDING)

@@ -23,7 +23,7 @@ from concurrent_kv.compat.lightzero import (
     from_lightzero,
     to_lightzero,
 )
-from tests.support import config
+from tests.support import HANG_SECONDS, config
 
 LAYERS, HEADS, WINDOW, HEAD_DIM = 2, 2, 8, 3
 
@@ -76,7 +76,7 @@ def manager() -> Iterator[LightZeroKVCacheManager]:
 
 def test_importing_it_imports_no_lightzero() -> None:
     code = "import sys, concurrent_kv.compat.lightzero; sys.exit('lzero' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANG_SECONDS, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("size", [1, 5, WINDOW])

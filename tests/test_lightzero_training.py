@@ -17,7 +17,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv.compat.lightzero import DEFECTS
 
-SECONDS = 400
+SECONDS = 1800
 PROJECT = Path(__file__).resolve().parents[1]
 
 

@@ -20,7 +20,7 @@ from concurrent_kv.device.native import native
 from concurrent_kv.device.tensors import Indices, SlotTensor
 from concurrent_kv.model.hashing import hash_states
 from tests.native_support import needs_native, random_bits, random_numbers, same_bits, without_native
-from tests.support import NATIVE_USERS
+from tests.support import HANG_SECONDS, NATIVE_USERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -256,7 +256,7 @@ print(manager.check_integrity())
 def test_a_search_works_where_the_environment_switches_the_module_off() -> None:
     environment = os.environ | {"CONCURRENT_KV_NATIVE": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", SEARCH], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", SEARCH], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == 0, done.stderr
     assert "IntegrityReport" in done.stdout

@@ -20,7 +20,7 @@ from tests.native_support import needs_native
 from tests.simulated.backend import SimStreams
 from tests.simulated.fixtures import gpu as gpu
 from tests.simulated.gpu import SimGPU
-from tests.support import LAYOUT, WINDOW, OperatorCalls
+from tests.support import HANG_SECONDS, LAYOUT, WINDOW, OperatorCalls
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -140,7 +140,7 @@ def test_others_run_while_a_large_copy_is_made() -> None:
     asked, done, over = threading.Event(), threading.Event(), threading.Event()
 
     def answer() -> None:
-        while asked.wait(30.0) and not over.is_set():
+        while asked.wait(HANG_SECONDS) and not over.is_set():
             asked.clear()
             done.set()
 
@@ -156,12 +156,12 @@ def test_others_run_while_a_large_copy_is_made() -> None:
             seen = done.is_set()
             if seen:
                 break
-            done.wait(30.0)
+            done.wait(HANG_SECONDS)
     finally:
         sys.setswitchinterval(interval)
         over.set()
         asked.set()
-        other.join(30.0)
+        other.join(HANG_SECONDS)
     assert seen, "nobody else ran during copies of 16 MiB"
 
 

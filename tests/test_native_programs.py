@@ -58,8 +58,9 @@ LAZY: dict[str, Overflow] = {
 }
 
 keys = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=4)
-names = ["put", "put many", "get", *["commit"] * 6, *["commit some"] * 2, "pop", "pin", "unpin", "clear"]
-search_names = [*["commit"] * 6, *["commit some"] * 2, "release", "keep", "promote", "root", "reopen"]
+commits = [*["commit"] * 6, *["commit some"] * 2, *["commit ragged"] * 3]
+names = ["put", "put many", "get", *commits, "pop", "pin", "unpin", "clear"]
+search_names = [*commits, "release", "keep", "promote", "root", "reopen"]
 
 
 def steps_of(kinds: list[str], policies: list[str]) -> st.SearchStrategy[list[Step]]:
@@ -114,6 +115,11 @@ def appended(batch: Batch, keys: list[int], some: bool) -> tuple[object, list[in
     return data, chosen, [(keys[0] + 1 + number) % KEYS for number in range(len(chosen))]
 
 
+def lengths_of(rows: list[int], count: int, ragged: bool) -> list[int] | None:
+    """Different numbers of the `count` appended tokens, 0 among them, or None where all rows got all of them."""
+    return [(count + row) % (count + 1) for row in rows] if ragged else None
+
+
 class PoolProgram:
     """Steps on one pool, which has room for a few entries only."""
 
@@ -165,7 +171,9 @@ class PoolProgram:
         with pool.gather(asked) as batch:
             append(batch, [self.value + row for row in range(len(asked))], count)
             before, chosen, new = appended(batch, asked, what == "commit some")
-            return before, batch.lengths, pool.commit(new, batch, rows=chosen, overflow=self.policies.get(policy))
+            lengths = lengths_of(chosen, count, what == "commit ragged")
+            done = pool.commit(new, batch, rows=chosen, lengths=lengths, overflow=self.policies.get(policy))
+            return before, batch.lengths, done
 
 
 class SearchProgram:
@@ -220,7 +228,9 @@ class SearchProgram:
         with search.gather(asked, envs) as batch:
             append(batch, [self.value + row for row in range(len(asked))], count)
             before, chosen, new = appended(batch, asked, what == "commit some")
-            return before, batch.lengths, search.commit(new, batch, rows=chosen, overflow=self.policies.get(policy))
+            lengths = lengths_of(chosen, count, what == "commit ragged")
+            search.commit(new, batch, rows=chosen, lengths=lengths, overflow=self.policies.get(policy))
+            return before, batch.lengths
 
 
 @settings(max_examples=80, deadline=None)

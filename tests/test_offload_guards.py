@@ -30,19 +30,16 @@ from concurrent_kv.flights.waiting import wait_in_thread
 from concurrent_kv.locks.deadline import Deadline
 from tests.async_support import LOOPS, SeenPool, run_on, shards_held
 from tests.flight_support import counted_waiters
-from tests.guards import shown_by
+from tests.guards import patience, shown_by
 from tests.support import LAYOUT, tokens
 from tests.threading_support import JOIN_SECONDS, Background
-
-SHORT = 0.2  # seconds that are waited out where a guard is taken out
-
 
 # --- where an operation runs -----------------------------------------------------------------------------------------
 
 
 def whether_a_loop_waits_for_a_shard_on_its_own_thread() -> object:
     pool = SeenPool()
-    pool.storage.wait_timeout = SHORT
+    pool.storage.wait_timeout = patience()
     aio = AsyncKVPool(pool)
     ended: list[object] = []
 
@@ -134,7 +131,7 @@ class VarOfAllLoops:
 
 
 def two_loops_with_one_facade() -> object:
-    aio = AsyncKVPool(KVPool(LAYOUT, 4, wait_timeout=SHORT), max_workers=1, inline_bytes=0)
+    aio = AsyncKVPool(KVPool(LAYOUT, 4, wait_timeout=patience()), max_workers=1, inline_bytes=0)
     try:
         return [run_on(loop, aio.put, loop, tokens(1, 2)) for loop in ("asyncio", "trio")]
     except Exception as error:  # of whatever kind: one loop's primitives were used in another
@@ -158,7 +155,7 @@ def whether_a_task_can_store_what_a_computation_waits_for() -> object:
 
     def waits() -> KeysValues:
         begun.set()
-        in_time.append(stored.wait(10 * SHORT))
+        in_time.append(stored.wait(patience()))
         return tokens(1, 2)
 
     async def main() -> None:
@@ -263,7 +260,7 @@ Asking = Callable[[KVPool, AsyncKVPool], Callable[[], Any]]
 
 
 def answer_to_who_asks_for_what_it_computes(asking: Asking) -> object:
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
+    pool = KVPool(LAYOUT, 4, wait_timeout=patience())
     aio = AsyncKVPool(pool)
     return run_on("asyncio", aio.get_or_compute, "key", asking(pool, aio)) is not None
 
@@ -284,7 +281,7 @@ def test_a_computation_that_is_not_known_as_such_would_wait_for_itself_also_thro
 
 
 def what_others_hear_when_the_loop_of_a_waiter_has_ended(loop: str) -> object:
-    pool = KVPool(LAYOUT, 4, wait_timeout=SHORT)
+    pool = KVPool(LAYOUT, 4, wait_timeout=patience())
     aio = AsyncKVPool(pool)
     claim = pool.try_claim("key")
     kept: list[Waker] = []

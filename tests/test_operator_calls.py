@@ -41,7 +41,9 @@ def overflow_of(kind: str, layout: KVLayout) -> Overflow | None:
     return kinds[kind]()
 
 
-def calls(rows: int, layers: int, kind: str, lengths: tuple[int, ...] = (5,)) -> dict[str, list[str]]:
+def calls(
+    rows: int, layers: int, kind: str, lengths: tuple[int, ...] = (5,), new_lengths: list[int] | None = None
+) -> dict[str, list[str]]:
     """Names of the operator calls of a gather, of the commit of its children, and of a gather of those."""
     layout = KVLayout(layers, 2, 3, WINDOW)
     with KVPool(layout, 4 * rows) as pool:
@@ -56,7 +58,7 @@ def calls(rows: int, layers: int, kind: str, lengths: tuple[int, ...] = (5,)) ->
             batch.append(layer, new, new)
         children = [("child", row) for row in range(rows)]
         with OperatorCalls() as commit:
-            pool.commit(children, batch, overflow=overflow)
+            pool.commit(children, batch, lengths=None if new_lengths is None else new_lengths[:rows], overflow=overflow)
         with OperatorCalls() as again:
             pool.gather(children).close()
         pool.check_integrity()
@@ -75,6 +77,27 @@ def test_calls_are_the_same_for_rows_of_unequal_lengths_some_of_which_overflow(k
     lengths = (1, 3, 4) if kind == "plain" else (1, 5, 3, 6)
     counted = {(rows, layers): calls(rows, layers, kind, lengths) for rows in (4, 64) for layers in LAYERS}
     assert len({str(names) for names in counted.values()}) == 1, counted
+
+
+@pytest.mark.parametrize("kind", ["plain", "rotary", "eager", "lazy"])
+def test_calls_are_the_same_for_rows_that_got_different_numbers_of_tokens(kind: str) -> None:
+    lengths = (1, 3, 4) if kind == "plain" else (1, 5, 3, 6)
+    counted = {
+        (rows, layers): calls(rows, layers, kind, lengths, [2, 0, 1, 2] * 16) for rows in (4, 64) for layers in LAYERS
+    }
+    assert len({str(names) for names in counted.values()}) == 1, counted
+    assert len(launching(next(iter(counted.values()))["commit"])) <= AT_MOST["torch"]
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_tokens_of_all_layers_are_appended_by_two_copies(layers: int) -> None:
+    layout = KVLayout(layers, 2, 3, WINDOW)
+    with KVPool(layout, 2) as pool, pool.gather(["missing"]) as batch:
+        new = torch.ones(layers, 1, 2, 2, 3)
+        with OperatorCalls() as appended:
+            batch.append_layers(new, new)
+        pool.check_integrity()
+    assert len(launching(appended.names)) == 2
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 5, 3, 6)], ids=["equal", "unequal"])

@@ -11,6 +11,7 @@ import torch
 from concurrent_kv import InvalidArgumentError, KeysValues, KVPool, WaitTimeoutError
 from tests.conftest import MakePool
 from tests.support import (
+    HANG_SECONDS,
     LAYOUT,
     POLICIES,
     WINDOW,
@@ -316,7 +317,7 @@ def test_slots_of_every_dtype_cost_what_the_layout_says(make_pool: MakePool) -> 
 
 
 def test_replacing_more_than_the_headroom_at_once_evicts_instead_of_waiting_for_nobody(make_pool: MakePool) -> None:
-    pool = make_pool(64, wait_timeout=60.0)
+    pool = make_pool(64, wait_timeout=HANG_SECONDS)
     keys = list(range(64))
     for value in (1, 2):  # first into an empty pool, then over what is there
         assert pool.put_many(keys, stacked(*[tokens(value, WINDOW) for _ in keys]))

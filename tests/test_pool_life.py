@@ -13,7 +13,7 @@ import pytest
 
 from concurrent_kv import ClosedError, InvalidArgumentError, KVPool, KVStorage, PoolStats
 from tests.conftest import MakePool
-from tests.support import LAYOUT, append, assert_same, stacked, store, tokens
+from tests.support import HANG_SECONDS, LAYOUT, append, assert_same, stacked, store, tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -248,7 +248,7 @@ IN_A_CHILD: dict[str, Callable[..., Any]] = {
 
 def test_a_forked_child_that_touches_a_pool_gets_a_clear_error() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=HANG_SECONDS, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -268,7 +268,7 @@ def test_a_pool_made_in_the_child_works() -> None:
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_SECONDS, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 

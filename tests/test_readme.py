@@ -12,22 +12,30 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from tests.support import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parent.parent
 SHELL = {"sh", "bash", "shell", "console"}
 DATA = {"json", "text", "toml"}
 
-BLOCKS = [token for token in MarkdownIt().parse((ROOT / "README.md").read_text("utf-8")) if token.type == "fence"]
+
+def blocks_of(page: str) -> list[Token]:
+    return [token for token in MarkdownIt().parse((ROOT / page).read_text("utf-8")) if token.type == "fence"]
+
+
+README, WINDOWS = "README.md", "docs/windows.md"
+BLOCKS = blocks_of(README)
 
 
 def language_of(block: Token) -> str:
     return (block.info.split() or [""])[0]
 
 
-def blocks_in(*languages: str) -> list[object]:
-    """The blocks in these languages as pytest parameters, named by the line on which they open."""
+def blocks_in(*languages: str, page: str = README) -> list[object]:
+    """A page's blocks in these languages as pytest parameters, named by the line on which they open."""
     return [
-        pytest.param(block.content, id=f"line {block.map[0] + 1}")
-        for block in BLOCKS
+        pytest.param(block.content, id=f"{page}, line {block.map[0] + 1}")
+        for block in blocks_of(page)
         if block.map is not None and language_of(block) in languages
     ]
 
@@ -52,11 +60,13 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     assert any(re.match(r"make test\b", command) for command in commands)
 
 
-@pytest.mark.parametrize("code", blocks_in("python"))
+@pytest.mark.parametrize("code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS)])
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     script = tmp_path / "readme_block.py"
     script.write_text(code, "utf-8")
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert result.returncode == 0, result.stderr
 
 

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import KVLayout, KVPool
 from concurrent_kv.device import tensors
-from concurrent_kv.pool import commit_shape as shapes
 from concurrent_kv.remembered import remembered
-from tests.support import append, stacked, tokens
 from tests.threading_support import Background
 
 
@@ -97,30 +94,8 @@ def test_threads_that_meet_get_right_results_and_keep_to_the_bound() -> None:
     assert len(made_of.kept) <= 20
 
 
-def test_commits_of_many_lengths_in_a_long_window_leave_a_bounded_number_of_bytes() -> None:
-    window, rows = 512, 128
-    chosen = random.Random(1)
-    for _ in range(300):
-        lengths = tuple(chosen.randrange(1, window - 2) for _ in range(rows))
-        shapes.commit_shape(
-            tuple(range(rows)), lengths, (True,) * rows, 2, max(lengths) + 2, window, shapes.Drop.of(None, window)
-        )
-        assert kept_bytes(shapes.commit_shape) <= shapes.REMEMBERED_BYTES
-    for length in range(1, window):
-        tensors._columns_of(window, length, window)
-        shapes.share_shape(length, window)
-    assert kept_bytes(tensors._columns_of) <= tensors.REMEMBERED_BYTES
-    assert kept_bytes(shapes.share_shape) <= shapes.REMEMBERED_BYTES
-
-
-def test_a_commit_repeated_in_a_search_uses_what_was_kept() -> None:
-    layout = KVLayout(2, 2, 3, 16)
-    with KVPool(layout, 8) as pool:
-        shapes.commit_shape.kept.clear()  # type: ignore[attr-defined]
-        pool.put_many(["a", "b"], stacked(tokens(1, 3, layout=layout), tokens(2, 3, layout=layout)))
-        for number in range(4):
-            with pool.gather(["a", "b"]) as batch:
-                append(batch, [3, 4])
-                pool.commit([(number, 0), (number, 1)], batch)
-        assert len(shapes.commit_shape.kept) == 2  # type: ignore[attr-defined]  # of the puts, of the commits
-        pool.check_integrity()
+def test_columns_of_all_kinds_in_a_long_window_leave_a_bounded_number_of_bytes() -> None:
+    window = 512
+    for end in range(1, window):
+        assert len(tensors._columns_of(window, end, window)) == window
+        assert kept_bytes(tensors._columns_of) <= tensors.REMEMBERED_BYTES

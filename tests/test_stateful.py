@@ -238,13 +238,14 @@ class PoolMachine(RuleBasedStateMachine):
         opened = self.any_batch(data)
         self.source.append(opened, min(tokens, opened.batch.room))
 
-    @precondition(lambda self: any(opened.appended[0] and opened.committable() for opened in self.batches))
+    @precondition(lambda self: any(opened.committable(ragged) for opened in self.batches for ragged in (False, True)))
     @rule(data=st.data(), overflow=st.sampled_from(sorted(OVERFLOWS)), priority=priorities)
     def commit(self, data: st.DataObject, overflow: str, priority: float) -> None:
-        ready = [opened for opened in self.batches if opened.appended[0] and opened.committable()]
-        opened = ready[data.draw(st.integers(0, len(ready) - 1))]
+        ready = [(opened, ragged) for opened in self.batches for ragged in (False, True) if opened.committable(ragged)]
+        opened, ragged = ready[data.draw(st.integers(0, len(ready) - 1))]
         del ready
-        rows = data.draw(st.lists(st.sampled_from(opened.committable()), min_size=1, max_size=3, unique=True))
+        rows = data.draw(st.lists(st.sampled_from(opened.committable(ragged)), min_size=1, max_size=3, unique=True))
+        lengths = data.draw(opened.lengths_of(rows)) if ragged else None
         children = [Record(data.draw(keys), opened.scope, (), object(), priority) for _ in rows]
 
         def call() -> bool:
@@ -252,14 +253,18 @@ class PoolMachine(RuleBasedStateMachine):
                 [child.key for child in children],
                 opened.batch,
                 rows=rows,
+                lengths=lengths,
                 overflow=OVERFLOWS[overflow],
                 sides=[child.side for child in children],
                 priorities=[priority] * len(rows),
             )
 
         last = last_of_each(children)
-        grow = self.source.grow
-        grown = [grow(opened, rows[children.index(child)], child, OVERFLOWS[overflow]) for child in last]
+        grown = []
+        for child in last:
+            place = children.index(child)
+            length = None if lengths is None else lengths[place]
+            grown.append(self.source.grow(opened, rows[place], child, OVERFLOWS[overflow], length))
         own = [size for size in grown if size is not None]
         if len(own) < len(grown):
             with pytest.raises(WindowOverflowError):

@@ -280,28 +280,36 @@ class SearchMachine(RuleBasedStateMachine):
         self.expand(*self.one_batch(number), data, length, tokens)
 
     def expand(self, opened: OpenSearch, batch: OpenBatch, data: st.DataObject, length: int, tokens: int) -> None:
-        if not batch.appended[0]:
+        ragged = data.draw(st.booleans())
+        if not batch.appended[0] and not ragged:
             for row in [row for row in range(len(batch.records)) if not batch.tokens(row)]:
                 filled = self.source.fresh(length)
                 batch.batch.fill(row, kv_of(filled))
                 batch.filled[row] = filled
         self.source.append(batch, min(tokens, batch.batch.room))
-        if batch.appended[0] and batch.committable():
-            self.commit(opened, batch, data)
+        if batch.committable(ragged):
+            self.commit(opened, batch, data, ragged)
         elif not batch.batch.room:
             batch.batch.close()
             opened.batches.remove(batch)
 
-    def commit(self, opened: OpenSearch, batch: OpenBatch, data: st.DataObject) -> None:
-        rows = data.draw(st.lists(st.sampled_from(batch.committable()), min_size=1, max_size=3, unique=True))
+    def commit(self, opened: OpenSearch, batch: OpenBatch, data: st.DataObject, ragged: bool) -> None:
+        rows = data.draw(st.lists(st.sampled_from(batch.committable(ragged)), min_size=1, max_size=3, unique=True))
+        lengths = data.draw(batch.lengths_of(rows)) if ragged else None
         children = [Record(data.draw(keys), "search", (), object()) for _ in rows]
 
         def call() -> None:
             sides = [child.side for child in children]
-            opened.search.commit([child.key for child in children], batch.batch, rows=rows, sides=sides)
+            opened.search.commit(
+                [child.key for child in children], batch.batch, rows=rows, lengths=lengths, sides=sides
+            )
 
         last_ones = last_of_each(children)
-        grown = [self.source.grow(batch, rows[children.index(child)], child, OVERFLOW) for child in last_ones]
+        grown = []
+        for child in last_ones:
+            place = children.index(child)
+            length = None if lengths is None else lengths[place]
+            grown.append(self.source.grow(batch, rows[place], child, OVERFLOW, length))
         sizes = [size for size in grown if size is not None]
         if len(sizes) < len(grown):
             with pytest.raises(WindowOverflowError):

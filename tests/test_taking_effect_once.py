@@ -12,7 +12,7 @@ import pytest
 from concurrent_kv import ClosedError, KVCacheManager, KVPool, KVStorage, WaitTimeoutError
 from concurrent_kv.locks.deadline import Deadline
 from tests.conftest import MakeManager
-from tests.support import LAYOUT, append, tokens
+from tests.support import HANG_SECONDS, LAYOUT, append, tokens
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -25,16 +25,16 @@ def shards_read_elsewhere(manager: KVCacheManager, shards: tuple[int, ...]) -> I
     def hold() -> None:
         with manager.storage.locks.read(shards, Deadline(10.0)):
             held.set()
-            assert done.wait(30.0)
+            assert done.wait(HANG_SECONDS)
 
     with ThreadPoolExecutor(1) as executor:
         holder = executor.submit(hold)
-        assert held.wait(30.0)
+        assert held.wait(HANG_SECONDS)
         try:
             yield
         finally:
             done.set()
-            holder.result(30.0)
+            holder.result(HANG_SECONDS)
 
 
 def test_a_keep_that_times_out_keeps_everything(make_manager: MakeManager) -> None:
@@ -71,7 +71,7 @@ def test_a_claim_can_be_let_go_inside_the_lock_of_the_flights() -> None:
     with KVPool(LAYOUT, 2) as pool:
         claim = pool.try_claim("key")
         with ThreadPoolExecutor(1) as executor, pool.flights._lock:  # as a collection inside a join would
-            executor.submit(claim.abandon).result(30.0)
+            executor.submit(claim.abandon).result(HANG_SECONDS)
         assert pool.try_claim("key").mine
 
 
@@ -91,8 +91,8 @@ def test_who_waits_for_a_computation_hears_that_the_shared_storage_was_closed() 
         patch = pytest.MonkeyPatch()
         patch.setattr(type(claim.flight), "subscribe", lambda flight, waker: subscribed(waker))
         waiter = executor.submit(pool.get_or_compute, "key", lambda: tokens(1, 1))
-        assert asked.wait(30.0)
+        assert asked.wait(HANG_SECONDS)
         patch.undo()
         storage.close()
         with pytest.raises(ClosedError):
-            waiter.result(30.0)
+            waiter.result(HANG_SECONDS)

@@ -55,7 +55,7 @@ def pools() -> Iterator[Callable[..., KVPool]]:
     made: list[KVPool] = []
 
     def make(max_entries: int, **options: object) -> KVPool:
-        made.append(KVPool(LAYOUT, max_entries, **{"shards": 3, "wait_timeout": 30.0, **options}))  # type: ignore[arg-type]
+        made.append(KVPool(LAYOUT, max_entries, **{"shards": 3, "wait_timeout": JOIN_SECONDS, **options}))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -75,7 +75,7 @@ def manager() -> Iterator[KVCacheManager]:
         "max_cache_size": 130,
         "device": "cpu",
     }
-    made = KVCacheManager(config, 3, init_entries=4, wait_timeout=30.0, shards=4, writers=16)
+    made = KVCacheManager(config, 3, init_entries=4, wait_timeout=JOIN_SECONDS, shards=4, writers=16)
     yield made
     made.check_integrity()
     made.close()

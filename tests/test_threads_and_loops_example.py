@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.threads_and_loops import main
+from tests.support import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,6 @@ def test_each_result_is_computed_once_where_it_was_claimed_and_reaches_the_other
 
 def test_the_example_runs_as_its_docstring_says() -> None:
     command = [sys.executable, "-m", "examples.threads_and_loops", "--backend", "trio"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     assert "3 results stored" in done.stdout

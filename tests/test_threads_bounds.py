@@ -42,7 +42,7 @@ def pools() -> Iterator[Callable[..., GatedPool]]:
 
 @pytest.fixture
 def manager() -> Iterator[KVCacheManager]:
-    made = KVCacheManager(CONFIG, 2, wait_timeout=20.0)
+    made = KVCacheManager(CONFIG, 2, wait_timeout=JOIN_SECONDS)
     made.set_init_cache(0, "root", filled(1, 2))
     yield made
     made.check_integrity()
@@ -120,7 +120,7 @@ def test_two_writers_whose_old_entries_were_evicted_do_not_wait_for_each_other(
     pools: Callable[..., GatedPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each replaces 1 token by 4 in a pool of 6 slots, and counted on the room of its old entry, which then leaves.
-    pool = pools(4, max_slots=6, headroom=16, wait_timeout=2.0)
+    pool = pools(4, max_slots=6, headroom=16, wait_timeout=JOIN_SECONDS)
     pool.put(0, filled(0, 1))
     pool.put(1, filled(1, 1))
     both = threading.Barrier(2)
@@ -143,7 +143,7 @@ def test_two_writers_whose_old_entries_were_evicted_do_not_wait_for_each_other(
 def test_while_a_copy_runs_every_other_operation_on_its_shard_goes_on(
     pools: Callable[..., GatedPool], kind: str
 ) -> None:
-    pool = pools(4, shards=1, wait_timeout=5.0, headroom=4 * WINDOW)
+    pool = pools(4, shards=1, wait_timeout=JOIN_SECONDS, headroom=4 * WINDOW)
     pool.put(0, filled(1))
     pool.put(1, filled(2))
     with pool.gated.hold_up(kind) as gate:

@@ -13,10 +13,11 @@ from concurrent_kv import KeysValues, KVLayout, KVPool, KVStorage
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
+from tests.support import HANG_SECONDS
 
 LAYOUT = KVLayout(num_layers=2, num_heads=1, head_dim=4, max_tokens=4)
 WINDOW = LAYOUT.max_tokens
-JOIN_SECONDS = 60.0  # only ever waited out by a test that fails
+JOIN_SECONDS = HANG_SECONDS  # only ever waited out by a test that fails
 VERSIONS = 1024  # of one key
 
 

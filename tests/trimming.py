@@ -20,7 +20,7 @@ from concurrent_kv import (
     Search,
 )
 from concurrent_kv.model.overflow import Overflow
-from tests.support import LAYOUT, WINDOW, config, slots_in_use
+from tests.support import HANG_SECONDS, LAYOUT, WINDOW, config, slots_in_use
 
 LAYERS, HEADS, HEAD_DIM = LAYOUT.num_layers, LAYOUT.num_heads, LAYOUT.head_dim
 KINDS = ("rotary", "eager", "lazy", "stepwise")
@@ -90,28 +90,41 @@ class Reference:
         self.manager.set_init_cache(0, key, KeysValues.from_packed(self.rows[key][:, None]))
         self.slots += length
 
-    def step(self, parents: list[object], children: list[object], new: int, fills: dict[int, int]) -> None:
-        """Gather, fill what is said to miss, append `new` tokens to each row, commit; on both sides."""
+    def step(
+        self,
+        parents: list[object],
+        children: list[object],
+        new: int,
+        fills: dict[int, int],
+        lengths: list[int] | None = None,
+    ) -> None:
+        """Gather, fill what is said to miss, append `new` tokens to each row, commit; on both sides.
+
+        `fills` are tokens by row, 0 for a row that holds only what is appended to it; `lengths` how many of the
+        appended ones each row is committed with.
+        """
         keys = [("missing", child) if row in fills else parents[row] for row, child in enumerate(children)]
         batch = self.search.gather(keys, [0] * len(keys))
         before = []
         for row in range(len(keys)):
             if row in fills:
                 before.append(self.tokens(fills[row]))
-                batch.fill(row, KeysValues.from_packed(before[row][:, None]))
+                if fills[row]:
+                    batch.fill(row, KeysValues.from_packed(before[row][:, None]))
             else:
                 before.append(self.rows[parents[row]])
         self.check_batch(batch, before)
         added = self.noise(2 * LAYERS, len(keys), HEADS, new, HEAD_DIM)
-        for layer in range(LAYERS):
-            batch.append(layer, added[layer], added[LAYERS + layer])
-        self.search.commit(children, batch, overflow=self.overflow)
+        if new:
+            batch.append_layers(added[:LAYERS], added[LAYERS:])
+        self.search.commit(children, batch, lengths=lengths, overflow=self.overflow)
         for row, child in enumerate(children):
-            whole = torch.cat([before[row], added[:, row]], dim=2)
+            got = new if lengths is None else lengths[row]
+            whole = torch.cat([before[row], added[:, row, :, :got]], dim=2)
             kept = trimmed(whole, self.limit, self.count, corrected=self.kind != "rotary")
             over = whole.shape[2] >= self.limit
             copied = row in fills or (over and self.kind == "eager")
-            self.slots += kept.shape[2] if copied else min(new, kept.shape[2])
+            self.slots += kept.shape[2] if copied else min(got, kept.shape[2])
             self.rows[child] = kept
 
     def check_batch(self, batch: Batch, expected: list[Tensor]) -> None:
@@ -140,4 +153,4 @@ class Reference:
 
 def roomy_manager() -> KVCacheManager:
     """A manager that never runs out of room in these tests."""
-    return KVCacheManager(config(max_cache_size=2000), 1, init_entries=64, recur_slots=4000, wait_timeout=5.0)
+    return KVCacheManager(config(max_cache_size=2000), 1, init_entries=64, recur_slots=4000, wait_timeout=HANG_SECONDS)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._checks import check_keys, check_seconds, hash_of, list_or_none
+from .._checks import check_keys, check_seconds, hash_of, list_or_none, numbers_or_none
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
 from ..books.stats import PoolStats
@@ -210,6 +210,7 @@ class AsyncKVPool(NeverCopied):
         batch: Batch,
         *,
         rows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         priorities: Sequence[float] | None = None,
@@ -225,6 +226,7 @@ class AsyncKVPool(NeverCopied):
             copied_bytes=len(keys) * self._entry_bytes,
             entries=len(keys),
             rows=list_or_none("rows", rows),
+            lengths=numbers_or_none("lengths", lengths),
             overflow=overflow,
             sides=list_or_none("sides", sides),
             priorities=list_or_none("priorities", priorities),

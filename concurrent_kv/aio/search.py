@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .._checks import check_env_ids, check_keys, list_or_none
+from .._checks import check_env_ids, check_keys, list_or_none, numbers_or_none
 from ..errors import ClosedError
 from ..model.overflow import Overflow
 from ..never_copied import NeverCopied
@@ -81,6 +81,7 @@ class AsyncSearch(NeverCopied):
         batch: Batch,
         *,
         rows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         timeout: float | None = None,
@@ -95,6 +96,7 @@ class AsyncSearch(NeverCopied):
             copied_bytes=len(keys) * self._offload.storage.layout.bytes_per_entry,
             entries=len(keys),
             rows=list_or_none("rows", rows),
+            lengths=numbers_or_none("lengths", lengths),
             overflow=overflow,
             sides=list_or_none("sides", sides),
             timeout=timeout,

@@ -210,7 +210,7 @@ def _settle_places(ledger: Ledger, account: Account, published: list[Entry]) -> 
             entry.place = Place.EXEMPT
         elif entry in policy:
             entry.place = Place.HELD
-        elif entry.place is Place.SHARED and ledger.shares_tail(entry):
+        elif entry.place is Place.SHARED and ledger.shares_tail(entry) and not ledger.is_last_sharer(entry):
             ledger.park_shared(entry)
         elif entry.place is not Place.PINNED or not entry.pins:
             # It was on its way out, or set aside for a reason that is over: it has had its turn, and is next.

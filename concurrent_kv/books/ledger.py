@@ -161,11 +161,20 @@ class Ledger:
         self._shared.clear()
         self._shared_of.clear()
 
+    def is_last_sharer(self, entry: Entry) -> bool:
+        """Whether all others that name the last token of `entry` are parked for it, and none is pinned. Mutex held.
+
+        Each of them would wait for the others to go: that the first of them goes is what frees the token in the end.
+        """
+        parked = self._shared.get(entry.tail, ())
+        return len(parked) + 1 == self.slots.counts[entry.tail] and not any(other.pins for other in parked)
+
     def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
-        flat = tables.ravel()
-        for slot in flat[self.slots.counts[flat] == 1].tolist():
-            for entry in tuple(self._shared.get(slot, ())):
-                self.unpark(entry)
+        for slot in tables[tables > 0].tolist():
+            parked = self._shared.get(slot)
+            # The last one that is left, or one of several that only wait for each other.
+            if parked and len(parked) == self.slots.counts[slot]:
+                self.unpark(next(reversed(parked)))
 
     # Holds -------------------------------------------------------------------------------------------------------
 
@@ -203,7 +212,10 @@ class Ledger:
         if hold.pinning:
             for entry in entries:
                 entry.pins -= 1
-                if not entry.pins and entry.place is Place.PINNED:
+                if entry.pins:
+                    continue
+                parked = self._shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
+                if entry.place is Place.PINNED or (parked and len(parked) == self.slots.counts[entry.tail]):
                     self.unpark(entry)
         return self.let_go(entries)
 

@@ -9,8 +9,9 @@
 /* share(tables, rows, columns, shared, own, taken, positions, written_at) -> slot tables [entries, window], in bytes
  *
  * The slot tables of entries that share slots with the entries of `tables[rows]`: column c is `columns[c]` of the
- * parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere. `positions` are those
- * of the tokens in `taken`, and go into `written_at[slot]`.
+ * parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere; where there are as many
+ * `columns` as cells, each entry has its own. `positions` are those of the tokens in `taken`, and go into
+ * `written_at[slot]`.
  */
 static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -33,7 +34,8 @@ static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     Py_ssize_t window = a[TABLES].shape[1], tokens = taken.count, next = 0;
     const char *shared = a[SHARED].buf, *own = a[OWN].buf;
     Py_ssize_t cells = entries * window, owned = 0;
-    int fits = a[COLUMNS].shape[0] == window && a[POSITIONS].shape[0] == tokens && a[SHARED].len == cells &&
+    Py_ssize_t step = a[COLUMNS].shape[0] == window ? 0 : window; /* from one entry's columns to the next one's */
+    int fits = (!step || a[COLUMNS].shape[0] == cells) && a[POSITIONS].shape[0] == tokens && a[SHARED].len == cells &&
                a[OWN].len == cells;
     for (Py_ssize_t i = 0; fits && i < cells; i++)
         owned += own[i] != 0;
@@ -50,7 +52,7 @@ static PyObject *share(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     int64_t *written_at = a[WRITTEN_AT].buf, *out = (int64_t *)PyByteArray_AS_STRING(result);
     for (Py_ssize_t i = 0; i < tokens; i++)
         written_at[slot_of(&taken, i)] = positions[i];
-    for (Py_ssize_t entry = 0; entry < entries; entry++)
+    for (Py_ssize_t entry = 0; entry < entries; entry++, columns += step)
         for (Py_ssize_t column = 0; column < window; column++, own++, shared++)
             *out++ = *own ? slot_of(&taken, next++) : *shared ? tables[rows[entry] * window + columns[column]] : 0;
 done:

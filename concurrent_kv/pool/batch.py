@@ -11,7 +11,7 @@ import anyio.to_thread
 import numpy as np
 from torch import Tensor
 
-from .._checks import positive_int
+from .._checks import numbers_or_none, positive_int
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
 from ..device.moving import upload
@@ -140,7 +140,10 @@ class Batch(Handle):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Valid tokens of each row, appended ones included; 0 for a miss that was not filled."""
+        """Valid tokens of each row, appended ones included; 0 for a miss that was not filled.
+
+        A commit with `lengths=` says that fewer of the appended ones are valid, and that those appended to a miss are.
+        """
         new = self.end - self._start
         return tuple([length + new if length else 0 for length in self._gathered] if new else self._gathered)
 
@@ -189,13 +192,49 @@ class Batch(Handle):
         self._ends[layer] = new_end
         return all_keys.narrow(2, 0, new_end), all_values.narrow(2, 0, new_end)
 
+    def append_layers(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new tokens after each row's newest, in all layers at once: two copies, whatever the layers.
+
+        Args:
+            keys, values: `[layers, batch, heads, tokens, head_dim]`.
+
+        Returns all layers' keys and values up to and including them, `[layers, batch, heads, columns, head_dim]`
+        (views).
+
+        Raises:
+            WindowOverflowError: no room is left for them.
+            InvalidArgumentError: wrong shape, or some layers have more new tokens than others.
+            ClosedError: the batch is closed.
+        """
+        self.check_open()
+        ends = self._ends
+        if ends.count(ends[0]) < len(ends):
+            raise InvalidArgumentError(
+                f"batch has layers with different numbers of new tokens, which end at {ends}: append() to those that "
+                "have fewer first"
+            )
+        tokens = self._check_new(keys, values, layers=self._layers)
+        end = ends[0]
+        new_end = self._check_room(end, tokens)
+        if self._uses is not None:
+            self.use_here(keys, values)
+        all_keys, all_values = self.keys, self.values
+        with writing_to(self.data):
+            all_keys.narrow(3, end, tokens).copy_(keys)
+            all_values.narrow(3, end, tokens).copy_(values)
+        self._ends = [new_end] * self._layers
+        return all_keys.narrow(3, 0, new_end), all_values.narrow(3, 0, new_end)
+
     def _parts_of(self, layer: int) -> tuple[Tensor, Tensor]:
         if not self._parts:
             self._parts = self.data.unbind(0)
         return self._parts[layer], self._parts[self._layers + layer]
 
-    def _check_new(self, keys: Tensor, values: Tensor) -> int:
-        """The number of tokens in new keys and values of one layer, or an error that says why they do not fit."""
+    def _check_new(self, keys: Tensor, values: Tensor, layers: int | None = None) -> int:
+        """The number of tokens in new keys and values, or an error that says why they do not fit.
+
+        They are of one layer, or stacked of so many `layers`.
+        """
         data = self.data
         for name, tensor in (("keys", keys), ("values", values)):
             check_tensor(name, tensor)
@@ -203,12 +242,15 @@ class Batch(Handle):
                 raise InvalidArgumentError(
                     f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"
                 )
-        tokens = keys.shape[2] if keys.dim() == 4 else -1
-        expected = (*data.shape[1:3], tokens, data.shape[4])
+        stacked = () if layers is None else (layers,)
+        tokens = keys.shape[-2] if keys.dim() == 4 + len(stacked) else -1
+        _, batch, heads, _, head_dim = data.shape
+        expected = (*stacked, batch, heads, tokens, head_dim)
         if keys.shape != expected or values.shape != expected:
+            first = "" if layers is None else f"layers={layers}, "
             raise InvalidArgumentError(
-                f"keys and values must have the shape [batch={expected[0]}, heads={expected[1]}, tokens, "
-                f"head_dim={expected[3]}], got {tuple(keys.shape)} and {tuple(values.shape)}"
+                f"keys and values must have the shape [{first}batch={batch}, heads={heads}, tokens, "
+                f"head_dim={head_dim}], got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
         return tokens
 
@@ -308,24 +350,55 @@ class Batch(Handle):
             return range(len(self._committed))
         return [row for row, committed in enumerate(self._committed) if not committed]
 
-    def check_committable(self, rows: Sequence[int]) -> int:
-        """New tokens of each row, or an error that says why `rows` cannot be committed."""
+    def check_committable(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> int | tuple[int, ...]:
+        """New tokens of every row, or of each; or an error that says why `rows` cannot be committed.
+
+        `lengths`: how many each of `rows` got, of those appended; all of them if left out.
+        """
         self.check_open()
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
             raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")
         new = ends[0] - self._start
+        gathered, committed = self._gathered, self._committed
+        if lengths is not None:
+            return self._check_new_lengths(rows, lengths, new)
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
-        gathered, committed = self._gathered, self._committed
         if 0 not in gathered and True not in committed:
             return new
         for row in rows:
             if not gathered[row]:
-                raise InvalidArgumentError(f"row {row} missed and was not filled: there is nothing to commit")
-            if committed[row]:
-                raise InvalidArgumentError(f"row {row} was committed before")
+                raise InvalidArgumentError(
+                    f"row {row} missed and was not filled: fill() it, or say in lengths= how many of the appended "
+                    "tokens are its whole content"
+                )
+            self._check_not_committed(row)
         return new
+
+    def _check_new_lengths(self, rows: Sequence[int], lengths: Sequence[int], new: int) -> int | tuple[int, ...]:
+        checked = numbers_or_none("lengths", lengths) or []
+        if len(checked) != len(rows):
+            raise InvalidArgumentError(
+                f"lengths must have one number for each of {len(rows)} committed rows, got {len(checked)}"
+            )
+        for row, length in zip(rows, checked, strict=True):
+            if positive_int("lengths", length, minimum=0) > new:
+                raise InvalidArgumentError(
+                    f"lengths must be at most the {new} tokens appended to every row, got {length} for row {row}"
+                )
+            if not length and not self._gathered[row]:
+                raise InvalidArgumentError(
+                    f"lengths must be at least 1 for row {row}, which missed and was not filled, got 0"
+                )
+            self._check_not_committed(row)
+        # As whole numbers of Python's own, in whatever they came: commits of the same lengths have the same shape.
+        of_each = tuple([int(length) for length in checked])
+        return of_each[0] if of_each.count(of_each[0]) == len(of_each) else of_each
+
+    def _check_not_committed(self, row: int) -> None:
+        if self._committed[row]:
+            raise InvalidArgumentError(f"row {row} was committed before")
 
     def gathered(self, row: int) -> int:
         """Tokens that a row had before the new ones."""

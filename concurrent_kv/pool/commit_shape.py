@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +12,14 @@ from ..device.native import native
 from ..device.tensors import Block, Indices
 from ..errors import WindowOverflowError
 from ..model.overflow import DropAndCorrect, Overflow, RaiseOnOverflow
-from ..remembered import remembered
 
 __all__ = ["CommitShape", "Drop", "commit_shape", "share_shape"]
 
-REMEMBERED = 256  # shapes; the commits of a search repeat a few
-REMEMBERED_BYTES = 16 << 20  # of their arrays, which grow with rows times window
+# Of shapes; the commits of a search repeat a few.
+REMEMBERED = 256
+REMEMBERED_BYTES = 8 << 20
+BYTES_OF_ENTRY = 64  # in lists, and in the tuples that it was made of
+BYTES_OF_SHAPE = 2048  # its arrays' own records, and its own
 
 
 class Drop(NamedTuple):
@@ -43,7 +46,9 @@ class CommitShape(NamedTuple):
     lengths: list[int]  # [entries] tokens of each new entry
     over: list[bool]  # [entries] whether it overflowed
     sharing: list[int]  # entries that share slots with their parents
-    parents: Indices  # [window] columns of the parents' tables that become the columns of theirs
+    # [window], or [entries * window] where they got different numbers of tokens: columns of the parents' tables that
+    # become the columns of theirs.
+    parents: Indices
     shared: npt.NDArray[np.bool_]  # [entries, window] which of these are shared
     own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
     written_at: Indices  # [own tokens] position that each one's bytes are for
@@ -55,47 +60,119 @@ class CommitShape(NamedTuple):
     # What compiled code takes for `parents`, `shared`, `own` and `written_at`.
     views: tuple[Any, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays and lists, and of what it was made of."""
+        arrays = (self.parents, self.shared, self.own, self.written_at, self.rows, self.columns)
+        return sum(array.nbytes for array in arrays) + BYTES_OF_ENTRY * len(self.lengths) + BYTES_OF_SHAPE
 
-def _bytes_of(shape: CommitShape) -> int:
-    arrays = (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns)
-    return sum([array.nbytes for array in arrays])
+
+class _Remembered:
+    """Shapes by what they were made of, bounded in number and in bytes, without a lock.
+
+    Two generations: what is looked up moves into the younger one, and when that is full, the older one is forgotten.
+    Every step is one operation on a dict or one assignment: a finaliser, a signal handler or an asynchronous exception
+    at any point leaves a table that works, and threads that write at once lose a shape, which is made again.
+    """
+
+    def __init__(self, shapes: int, nbytes: int) -> None:
+        self._most, self._most_bytes = shapes // 2, nbytes // 2  # of one generation
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._young: dict[tuple[Any, ...], CommitShape] = {}
+        self._old: dict[tuple[Any, ...], CommitShape] = {}
+        self._young_bytes = 0
+
+    def get(self, key: tuple[Any, ...]) -> CommitShape | None:
+        """The shape that was made of `key`, if it is remembered."""
+        found = self._young.get(key)
+        if found is None:
+            found = self._old.get(key)
+            if found is not None:
+                self.add(key, found)
+        return found
+
+    def add(self, key: tuple[Any, ...], shape: CommitShape) -> None:
+        """Remember a shape, unless it is as large as a whole generation."""
+        nbytes = shape.nbytes
+        if nbytes > self._most_bytes:
+            return
+        if len(self._young) >= self._most or self._young_bytes + nbytes > self._most_bytes:
+            self._old, self._young, self._young_bytes = self._young, {}, 0
+        self._young[key] = shape
+        self._young_bytes += nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is remembered."""
+        shapes = {id(shape): shape for shape in [*self._young.values(), *self._old.values()]}
+        return sum(shape.nbytes for shape in shapes.values())
+
+    def __len__(self) -> int:
+        return len(self._young.keys() | self._old.keys())
 
 
-@remembered(most_bytes=REMEMBERED_BYTES, most=REMEMBERED, size_of=_bytes_of)
+remembered = _Remembered(REMEMBERED, REMEMBERED_BYTES)
+
+
 def commit_shape(
-    rows: tuple[int, ...],
+    rows: Sequence[int],
     gathered: tuple[int, ...],
     hits: tuple[bool, ...],
-    new: int,
-    end: int,
+    new: int | tuple[int, ...],
+    start: int,
     window: int,
     drop: Drop,
 ) -> CommitShape:
-    """The shape of a commit of `rows` that had `gathered` tokens each and got `new` ones, up to column `end`.
+    """The shape of a commit of `rows` that had `gathered` tokens each, up to column `start`, and got `new` ones.
+
+    `new` is one number for all rows, or one for each.
 
     Raises:
         WindowOverflowError: a row grew too long.
     """
-    total = np.array(gathered, dtype=np.int64) + new
+    key = (rows, gathered, hits, new, start, window, drop)
+    shape = remembered.get(key)
+    if shape is None:
+        shape = _commit_shape(rows, np.array(gathered, dtype=np.int64), np.array(hits), new, start, window, drop)
+        remembered.add(key, shape)
+    return shape
+
+
+def _commit_shape(
+    rows: Sequence[int],
+    gathered: Indices,
+    hits: npt.NDArray[np.bool_],
+    new: int | tuple[int, ...],
+    start: int,
+    window: int,
+    drop: Drop,
+) -> CommitShape:
+    added = np.broadcast_to(np.array(new, dtype=np.int64), gathered.shape)
+    total = gathered + added
     over = total >= drop.limit
     _check_lengths(total, over, drop)
-    whole = ~np.array(hits) | (over & drop.corrects)
+    whole = ~hits | (over & drop.corrects)
     # The corrected rows first, so that their tokens are one range of the copy.
     order = np.argsort(~over, kind="stable") if drop.corrects else np.arange(len(rows))
-    total, over, whole = total[order], over[order], whole[order]
+    added, total, over, whole = added[order], total[order], over[order], whole[order]
     kept = total - drop.tokens * over
     first = window - kept  # column of a table at which an entry begins
     columns = np.arange(window)
-    own = columns >= (window - np.where(whole, kept, np.minimum(new, kept)))[:, None]
+    owned = np.where(whole, kept, np.minimum(added, kept))
+    own = columns >= (window - owned)[:, None]
     which, at = np.nonzero(own)
     moved = drop.tokens * (over & (not drop.corrects))  # written for a position that the drop has left behind
     shared = ~own & (columns >= first[:, None]) & ~whole[:, None]
-    parents = np.minimum(columns + new, window - 1)
+    shifts = added[:1] if (added == added[0]).all() else added
+    parents = np.minimum(columns + shifts[:, None], window - 1).ravel()
     from_rows = np.array(rows, dtype=np.int64)[order][which]
-    from_columns = at - window + end
+    from_columns = at - window + start + added[which]
     corrected = kept[over].tolist() if drop.corrects else []
-    # A block is corrected as a whole or not at all.
-    block = _block_of(from_rows, from_columns) if len(corrected) in (0, len(rows)) else None
+    # A block has as many tokens of every row, and is corrected as a whole or not at all.
+    is_even = len(corrected) in (0, len(rows)) and (owned == owned[0]).all()
     shape = CommitShape(
         order=order.tolist(),
         lengths=kept.tolist(),
@@ -107,36 +184,23 @@ def commit_shape(
         written_at=at - first[which] + moved[which],
         rows=from_rows,
         columns=from_columns,
-        block=block,
+        block=_block_of(from_rows, from_columns) if is_even else None,
         corrected=corrected,
         moved=int(kept[over].max(initial=0)),
     )
     return _read_only(shape)
 
 
-@remembered(most_bytes=REMEMBERED_BYTES, most=REMEMBERED, size_of=_bytes_of)
 def share_shape(length: int, window: int) -> CommitShape:
     """The shape of one entry of `length` tokens that shares them all with another."""
-    none = np.empty(0, dtype=np.int64)
-    columns = np.arange(window)
-    shared = (columns >= window - length)[None]
-    return _read_only(
-        CommitShape(
-            order=[0],
-            lengths=[length],
-            over=[False],
-            sharing=[0],
-            parents=columns,
-            shared=shared,
-            own=np.zeros_like(shared),
-            written_at=none,
-            rows=none,
-            columns=none,
-            block=None,
-            corrected=[],
-            moved=0,
-        )
-    )
+    key = (length, window)
+    shape = remembered.get(key)
+    if shape is None:
+        # As a commit of a row that hit, and got nothing.
+        (gathered, hits), drop = (np.array([length]), np.array([True])), Drop.of(None, window)
+        shape = _commit_shape(range(1), gathered, hits, 0, length, window, drop)
+        remembered.add(key, shape)
+    return shape
 
 
 def _read_only(shape: CommitShape) -> CommitShape:

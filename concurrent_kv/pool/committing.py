@@ -122,6 +122,7 @@ def commit_batch(
     batch: Batch,
     keys: Sequence[Hashable],
     rows: Sequence[int] | None,
+    lengths: Sequence[int] | None,
     overflow: Overflow | None,
     sides: Sequence[object] | None,
     priorities: Sequence[float] | None,
@@ -146,11 +147,12 @@ def commit_batch(
     if not ledger.use(batch.hold):
         raise batch.why_closed()
     try:
-        new = batch.check_committable(committed)
+        new = batch.check_committable(committed, lengths)
         last, going = last_of_each(keys), committed
         if len(last) < len(keys):
             keys, going = [keys[i] for i in last], [committed[i] for i in last]
             items, ranks = [items[i] for i in last], [ranks[i] for i in last]
+            new = new if isinstance(new, int) else tuple([new[i] for i in last])
         plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
         batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)

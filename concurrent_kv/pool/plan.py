@@ -101,7 +101,11 @@ class WritePlan:
         shape = self.shape
         if not shape.sharing:
             return np.zeros(shape.own.shape, dtype=np.int64)
-        return np.where(shape.shared, tables.take(self.parents, axis=0).take(shape.parents, axis=1), 0)
+        if len(shape.parents) == tables.shape[1]:  # all got as many tokens
+            theirs = tables.take(self.parents, axis=0).take(shape.parents, axis=1)
+        else:
+            theirs = tables[np.array(self.parents)[:, None], shape.parents.reshape(shape.own.shape)]
+        return np.where(shape.shared, theirs, 0)
 
 
 def plan_put(
@@ -137,14 +141,17 @@ def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, pr
 def plan_commit(
     storage: KVStorage,
     batch: Batch,
-    new: int,
+    new: int | tuple[int, ...],
     keys: list[Hashable],
     rows: Sequence[int],
     overflow: Overflow | None,
     sides: list[object],
     priorities: list[float],
 ) -> WritePlan:
-    """Store the `new` tokens of a batch's rows, sharing the gathered slots where the bytes stay the same."""
+    """Store the new tokens of a batch's rows, sharing the gathered slots where the bytes stay the same.
+
+    `new` is how many every row got, or how many each of them.
+    """
     window = storage.layout.max_tokens
     drop = storage.drop_of(overflow)
     if type(rows) is range:  # the whole batch
@@ -155,7 +162,7 @@ def plan_commit(
         table_rows, inherited = [batch.table_rows[row] for row in rows], [batch.corrections[row] for row in rows]
     if storage.corrects_lazily:
         hits = _shareable(inherited, hits, overflow)
-    shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start + new, window, drop)
+    shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start, window, drop)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]

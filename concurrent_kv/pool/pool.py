@@ -299,6 +299,7 @@ class KVPool(PoolCore):
         batch: Batch,
         *,
         rows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         priorities: Sequence[float] | None = None,
@@ -309,8 +310,13 @@ class KVPool(PoolCore):
 
         Args:
             keys: one for each committed row.
-            batch: an open batch with tokens appended. It closes when every row has been committed.
+            batch: an open batch, with tokens appended unless `lengths` are all 0. It closes when every row has been
+                committed.
             rows: which rows, in the order of `keys`; all that are left if not given.
+            lengths: new tokens of each committed row, in the order of `keys`, of the columns appended to all of them: a
+                row that ended early has its first `lengths[i]`. All of them if not given. With 0 a row that hit is
+                stored once more, sharing every slot. A row that missed needs no `fill` then: what was appended to it
+                is all it holds, 1 token at least.
             overflow: what happens to rows that outgrow the window; an error if left out.
             sides, priorities: as in `put`, one for each row.
             stream: as in `get`; it is ordered after what went through the batch's methods on other streams.
@@ -324,10 +330,17 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.commit(
-                    keys, batch, rows=rows, overflow=overflow, sides=sides, priorities=priorities, timeout=timeout
+                    keys,
+                    batch,
+                    rows=rows,
+                    lengths=lengths,
+                    overflow=overflow,
+                    sides=sides,
+                    priorities=priorities,
+                    timeout=timeout,
                 )
         deadline = self._enter(timeout)
-        return commit_batch(self, batch, keys, rows, overflow, sides, priorities, deadline)
+        return commit_batch(self, batch, keys, rows, lengths, overflow, sides, priorities, deadline)
 
     def pop(
         self,

@@ -290,7 +290,7 @@ def _victim_or_waiter(pool: PoolState, may_evict: bool, *, want_slots: bool) -> 
                 return None, ledger.waiter()
         elif victim.pins:
             victim.place = Place.PINNED
-        elif want_slots and ledger.shares_tail(victim):
+        elif want_slots and ledger.shares_tail(victim) and not ledger.is_last_sharer(victim):
             ledger.park_shared(victim)
         else:
             victim.place = Place.CLAIMED

@@ -182,6 +182,7 @@ class Search(Handle):
         batch: Batch,
         *,
         rows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
         overflow: Overflow | None = None,
         sides: Sequence[object] | None = None,
         timeout: float | None = None,
@@ -193,6 +194,7 @@ class Search(Handle):
             keys: one for each committed row; a key that comes twice gets the last of its rows.
             batch: an open batch of this search's `gather`. It closes when every row has been committed.
             rows: which rows, in the order of `keys`; all that are left if not given.
+            lengths: new tokens of each row, where some ended early; see `KVPool.commit`.
             overflow: what happens to rows that outgrow the window; the search's own policy if left out, and an error
                 where that has none.
             sides: side data, one item for each row.
@@ -207,12 +209,14 @@ class Search(Handle):
         state = self._state
         if stream is not None:
             with state.pool.storage.clock.using(stream):
-                return self.commit(keys, batch, rows=rows, overflow=overflow, sides=sides, timeout=timeout)
+                return self.commit(
+                    keys, batch, rows=rows, lengths=lengths, overflow=overflow, sides=sides, timeout=timeout
+                )
         deadline = state.pool.storage.enter(timeout)
         state.check_open()
         if getattr(batch, "scope", state.scope) is not state.scope:
             raise InvalidArgumentError("batch was gathered by another search or pool, and cannot be committed here")
-        commit_batch(state.pool, batch, keys, rows, overflow or self._overflow, sides, None, deadline)
+        commit_batch(state.pool, batch, keys, rows, lengths, overflow or self._overflow, sides, None, deadline)
 
     def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """Remove some of the search's own entries; their room can be used again at once. May block.

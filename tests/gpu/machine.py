@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from concurrent_kv import KeysValues, KVLayout, KVPool, KVStorage
+from tests.support import HANG_SECONDS
 
 __all__ = ["LAYOUT", "Machine", "tokens"]
 
@@ -44,7 +45,7 @@ class Machine:
     def pool(self, entries: int, *, headroom: int = LAYOUT.max_tokens, **settings: Any) -> KVPool:
         """A pool with room for so many whole entries, and slots for `headroom` tokens more."""
         slots = entries * LAYOUT.max_tokens
-        storage = KVStorage(self.layout, slots, headroom_slots=headroom, wait_timeout=60.0)
+        storage = KVStorage(self.layout, slots, headroom_slots=headroom, wait_timeout=HANG_SECONDS)
         pool = KVPool(self.layout, entries, max_slots=slots, storage=storage, **settings)
         pool.owns_storage = True  # closed with it
         return pool

@@ -6,12 +6,12 @@ import random
 import threading
 
 from concurrent_kv import Batch, KVPool
+from tests.support import HANG_SECONDS
 
 from .machine import LAYOUT, Machine, tokens
 
 __all__ = ["run_random_program"]
 
-JOIN_SECONDS = 120.0
 KEYS = range(6)
 
 
@@ -39,7 +39,7 @@ def run_random_program(machine: Machine, seed: int, *, threads: int = 4, steps: 
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(JOIN_SECONDS)
+        worker.join(HANG_SECONDS)
     if errors:
         raise errors[0]
     assert not any(worker.is_alive() for worker in workers), "a thread hangs"

@@ -10,6 +10,7 @@ import torch
 from concurrent_kv import KeysValues, StreamCaptureError
 from concurrent_kv.device.cuda import CudaStreams
 from tests.simulated.sites import left_out
+from tests.support import HANG_SECONDS
 
 from .machine import Machine
 from .programs import PROGRAMS, names, packed, put
@@ -91,7 +92,7 @@ def test_a_pool_is_used_while_a_graph_is_captured_elsewhere_and_refuses_to_be_pa
         with pytest.raises(StreamCaptureError):
             pool.get(0)
         reader.start()
-        reader.join(60.0)
+        reader.join(HANG_SECONDS)
     assert beside
     graph.replay()
     assert not machine.wrong()

@@ -93,7 +93,7 @@ def filled_on_another(world: GpuWorld) -> None:
     world.gather([B, C], on=1)
 
 
-def appended_from_elsewhere(world: GpuWorld) -> None:
+def appended_from_elsewhere(world: GpuWorld, to_all_layers: bool = False) -> None:
     """New tokens are made on another stream than the one they are appended in, and dropped at once."""
     with world.on(1), world.noted(Kind.READ, [A]) as read:
         batch = world.pool.gather([A])
@@ -103,7 +103,10 @@ def appended_from_elsewhere(world: GpuWorld) -> None:
         mirrored = -new
     world.after(3, 2)
     with world.on(2):
-        batch.append(0, new, mirrored)
+        if to_all_layers:
+            batch.append_layers(new[None], mirrored[None])
+        else:
+            batch.append(0, new, mirrored)
         del new, mirrored
         with world.noted(Kind.WRITE, [B], [(*value(A + 1), 66)]) as commit:
             commit.since, commit.stored = read.began, world.pool.commit([B], batch)

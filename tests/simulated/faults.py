@@ -57,6 +57,7 @@ LEFT_OUT = [
     left_out("batch.py", "padding", "use_here", "padding"),
     left_out("batch.py", "padding", "protect", "padding"),
     left_out("batch.py", "append", "use_here", "appended from elsewhere"),
+    left_out("batch.py", "append_layers", "use_here", "appended to all layers from elsewhere"),
     left_out("batch.py", "advance", "use_here", "written in place on another"),
     left_out("batch.py", "fill", "use_here", "filled on another"),
     left_out("batch.py", "use_here", "join", "commit on another, gather again"),

@@ -169,6 +169,11 @@ GPU_PROGRAMS = [
     gpu_program("written in place on another", batch_acts.written_in_place, before=stored(A)),
     gpu_program("filled on another", batch_acts.filled_on_another, before=stored(A)),
     gpu_program("appended from elsewhere", batch_acts.appended_from_elsewhere, before=stored(A)),
+    gpu_program(
+        "appended to all layers from elsewhere",
+        lambda w: batch_acts.appended_from_elsewhere(w, to_all_layers=True),
+        before=stored(A),
+    ),
     gpu_program("padding", batch_acts.padded_and_dropped, before=lambda w: w.store({A: value(1, 1), B: value(2)})),
     gpu_program("batch waited for by the host", batch_acts.waited_for),
     gpu_program(

@@ -87,7 +87,8 @@ def steps(draw: st.DrawFn, streams: int, number: int) -> Step:
     children = {
         child: (parent, 10 * number + 5) for child, parent in zip(keys, draw(st.permutations(keys)), strict=True)
     }
-    return Step("extend", (children,), {name: draw(on) for name in ("on", "model", "commit")})
+    lengths = draw(st.none() | st.lists(st.integers(0, 1), min_size=len(keys), max_size=len(keys)))
+    return Step("extend", (children,), {name: draw(on) for name in ("on", "model", "commit")} | {"lengths": lengths})
 
 
 @st.composite

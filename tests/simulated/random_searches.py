@@ -105,7 +105,10 @@ class _Steps:
         parents = [draw(st.sampled_from((A, A, B, *own, *children))) for _ in children]
         labels = [label, next(self.labels)]
         between = draw(st.booleans() if name == self.mine else st.just(False))
+        lengths = draw(st.none() | st.lists(st.integers(0, 1), min_size=2, max_size=2))
         options = {
+            "lengths": lengths,
+            "from_nothing": lengths is not None and draw(st.booleans()),
             **{stream: draw(on) for stream in ("on", "model", "commit", "fill_on")},
             "one_by_one": draw(st.booleans()),
             **({"between": self.step(BETWEEN)} if between else {}),

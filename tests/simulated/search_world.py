@@ -131,9 +131,14 @@ class GpuSearchWorld(GpuWorld):
         commit: int,
         fill_on: int,
         one_by_one: bool = False,
+        lengths: Sequence[int] | None = None,
+        from_nothing: bool = False,
         between: Callable[[GpuSearchWorld], object] = lambda world: None,
     ) -> None:
-        """Gather parents, give misses two tokens, append, and commit children `{child: (parent, label)}`."""
+        """Gather parents, give misses two tokens, append, and commit children `{child: (parent, label)}`.
+
+        With `lengths`, 0 or 1 of each row, misses can be left to what is appended to them `from_nothing`.
+        """
         known = self.searches.get(name)
         if known is None:
             return
@@ -143,7 +148,7 @@ class GpuSearchWorld(GpuWorld):
         labels = [label for _, label in children.values()]
         with self.on(fill_on):
             for row, label in enumerate(labels):
-                if not batch.hits[row]:
+                if not batch.hits[row] and not from_nothing:
                     filled[row] = (label + 1, label + 2)
                     batch.fill(row, self.source(filled[row]))
         if not batch.room:
@@ -151,22 +156,28 @@ class GpuSearchWorld(GpuWorld):
             return
         with self.on(model):
             append(self, batch, labels)
-        grown = [self._grown(known, read, row, filled.get(row), label) for row, label in enumerate(labels)]
+        given = [1] * len(labels) if lengths is None else lengths[: len(labels)]
+        new_tokens = [length if row in filled or batch.hits[row] else 1 for row, length in enumerate(given)]
+        grown = [
+            self._grown(known, read, row, filled.get(row), (label,)[: new_tokens[row]])
+            for row, label in enumerate(labels)
+        ]
         rows = [[row] for row in range(len(labels))] if one_by_one else [list(range(len(labels)))]
         for number, some in enumerate(rows):
             new = {child: grown[row] for row, child in enumerate(children) if row in some}
             if known.shared:  # before others can find it
                 known.own.update(new)
             with self.on(model if number % 2 else commit):
-                known.search.commit(list(new), batch, rows=some)
+                of_some = None if lengths is None else [new_tokens[row] for row in some]
+                known.search.commit(list(new), batch, rows=some, lengths=of_some)
             known.own.update(new)
 
-    def _grown(self, known: _Known, read: Call, row: int, filled: Value | None, label: int) -> _Stored:
+    def _grown(self, known: _Known, read: Call, row: int, filled: Value | None, new: Value) -> _Stored:
         stored = _Stored()
         drops = known.drops  # nothing here may keep the search, which can be dropped
 
         def resolve() -> None:
-            whole = (*(filled or read.seen[row] or ()), label)
+            whole = (*(filled or read.seen[row] or ()), *new)
             stored.value = whole[DROPPED:] if drops and len(whole) >= WINDOW else whole
 
         self.look_at_end(resolve)

@@ -238,9 +238,18 @@ class GpuWorld:
             batch.close()
 
     def extend(
-        self, children: Mapping[int, tuple[int, int]], *, on: int, model: int | None = None, commit: int | None = None
+        self,
+        children: Mapping[int, tuple[int, int]],
+        *,
+        on: int,
+        model: int | None = None,
+        commit: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> bool | None:
-        """Gather parents, append, and commit children `{child: (parent, label)}`, each on a stream of its own."""
+        """Gather parents, append, and commit children `{child: (parent, label)}`, each on a stream of its own.
+
+        With `lengths`, 0 or 1 of each row, a parent that is missed counts as one without tokens, and gets its child 1.
+        """
         model = on if model is None else model
         parents = [parent for parent, _ in children.values()]
         labels = [label for _, label in children.values()]
@@ -248,18 +257,22 @@ class GpuWorld:
             with self.noted(Kind.READ, parents) as read:
                 batch = self.pool.gather(parents)
             self.look_at_batch(read, batch)
-        if not all(batch.hits) or max(batch.lengths) == WINDOW:
+        too_many = len(children) > self.pool.quota.max_entries
+        if (not all(batch.hits) and (lengths is None or too_many)) or max(batch.lengths) == WINDOW:
             batch.close()
             return None
+        if lengths is not None:
+            lengths = [length if hit else 1 for length, hit in zip(lengths, batch.hits, strict=False)]
         with self.on(model):
             new = torch.tensor(labels, dtype=torch.float32).view(-1, 1, 1, 1).to(self.gpu.devices[0])
             batch.append(0, new, -new)
             del new
         with self.on(model if commit is None else commit), self.noted(Kind.WRITE, list(children)) as write:
-            write.since, write.stored = read.began, self.pool.commit(list(children), batch)
+            write.since, write.stored = read.began, self.pool.commit(list(children), batch, lengths=lengths)
 
         def resolve() -> None:
-            write.writes = tuple((*row, label) for row, label in zip(read.seen, labels, strict=True) if row is not None)
+            new = [(label,)[:length] for label, length in zip(labels, lengths or [1] * len(labels), strict=True)]
+            write.writes = tuple((*(row or ()), *added) for row, added in zip(read.seen, new, strict=True))
 
         self.look_at_end(resolve)
         return write.stored
