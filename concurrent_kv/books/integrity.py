@@ -139,6 +139,8 @@ def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
         found.append(f"{pool.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
     if quota.pending_entries or quota.pending_slots:
         found.append(f"{pool.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
+    if len(quota.turns):
+        found.append(f"{pool.name} has {len(quota.turns)} operations waiting for room")
     if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
         found.append(f"{pool.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
     held = set(pool.policy)
@@ -232,6 +234,7 @@ def _drop_nameless(scope: Scope) -> None:
 def _repair_pool(pool: PoolCore, published: list[Entry]) -> None:
     quota = pool.quota
     quota.pending_entries = quota.pending_slots = 0
+    quota.turns.clear()
     own = [entry for entry in published if entry.scope.budget is None]
     quota.counts = _slot_counts(pool.storage, own)
     quota.entries, quota.slots = len(own), int(np.count_nonzero(quota.counts))

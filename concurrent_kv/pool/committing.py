@@ -156,6 +156,7 @@ def commit_batch(
             keys, going = [keys[i] for i in last], [committed[i] for i in last]
             items, ranks = [items[i] for i in last], [ranks[i] for i in last]
         plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
+        plan.since = batch.opened
         batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:

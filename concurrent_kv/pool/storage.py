@@ -110,7 +110,8 @@ class KVStorage:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         if self.ledger.abandoned and not deadline.on_loop:
-            self.drain_abandoned(deadline)
+            # Without a wait: a shard that is busy would cost this operation the time for its own.
+            self.drain_abandoned(deadline.part(0.0))
         return deadline
 
     def enter_quietly(self, timeout: float | None = None) -> Deadline:
@@ -176,28 +177,32 @@ class KVStorage:
         self.check_process()
         gate.check(self.name)
 
-    def drain_abandoned(self, deadline: Deadline) -> None:
-        """Release what was dropped without being closed."""
+    def drain_abandoned(self, deadline: Deadline) -> bool:
+        """Release what was dropped without being closed, as far as its shards get free in time.
+
+        Returns whether anything was released.
+        """
         abandoned = self.ledger.abandoned
-        while abandoned:
+        released = False
+        for _ in range(len(abandoned)):
             # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
             # in between.
             try:
                 release = abandoned[0]
             except IndexError:  # another thread was faster
-                return
+                break
             try:
                 release(deadline)
+                released = True
             except WaitTimeoutError:
                 # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
-                _take_off(abandoned, release)
-                return
             except Exception:
                 # Of a key that can no longer be compared, say. The operation that came by has nothing to do with it.
                 logger.warning("%s: something that was discarded could not be removed", self.name, exc_info=True)
             _take_off(abandoned, release)
+        return released
 
 
 def _take_off(abandoned: deque[Callable[[Deadline], object]], release: Callable[[Deadline], object]) -> None:
