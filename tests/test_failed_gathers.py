@@ -16,7 +16,7 @@ from tests.support import WINDOW, assert_same, row_of, tokens
 OLD, NEW = tokens(1, 2), tokens(2, 3)
 
 
-class GatherFailed(Exception):
+class FailedGatherError(Exception):
     pass
 
 
@@ -47,10 +47,10 @@ def test_a_gather_whose_copy_fails_adopts_no_root(make_manager: MakeManager) -> 
         with pytest.MonkeyPatch.context() as patch:
 
             def failing(*arguments: Any, **options: Any) -> Any:
-                raise GatherFailed
+                raise FailedGatherError
 
             patch.setattr(committing, "gather_entries", failing)
-            with pytest.raises(GatherFailed):
+            with pytest.raises(FailedGatherError):
                 search.gather(["root"], [0])
         assert search.held == 0
         gathered_after_a_failure(manager, search, InvalidArgumentError, room=99)
@@ -76,7 +76,7 @@ def test_of_two_gathers_of_one_root_the_later_finds_what_the_first_adopted(make_
     manager.init_pools[0].put("root", OLD)
     with manager.search([0]) as search:
         with pytest.MonkeyPatch.context() as patch:
-            open_batch = search_module.open_batch
+            open_batch = committing.open_batch
 
             def adopted_by_another_meanwhile(*arguments: Any) -> Any:
                 patch.setattr(search_module, "open_batch", open_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .._checks import check_seconds, hash_of, positive_int
@@ -26,17 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["PoolCore", "bump_versions"]
 
 
-def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> None:
-    """Raise unless a pool of `layout` and `max_slots` has room in `storage` beside the pools that are there."""
+def check_shared_storage(storage: object, layout: KVLayout) -> None:
+    """Raise unless a pool of `layout` can be made over `storage`."""
     if not isinstance(storage, KVStorage):
         raise InvalidTypeError(f"storage must be a KVStorage, got {type(storage).__name__}")
     if storage.layout != layout:
         raise InvalidArgumentError(f"layout must be that of the storage, {storage.layout}, got {layout}")
+    storage.check_call()
+    if storage.closed:
+        raise ClosedError(f"{storage.name} is closed")
+
+
+def _check_room(storage: KVStorage, max_slots: int) -> None:
+    """Raise unless a pool of `max_slots` has room in `storage` beside the pools that are there. Mutex held."""
     total = storage.ledger.slots.num_slots - storage.headroom_slots
     left = total - sum(pool.quota.max_slots for pool in storage.pools)
     if max_slots > left:
         raise InvalidArgumentError(
-            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are not some pool's yet"
+            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are no open pool's"
         )
 
 
@@ -67,7 +75,7 @@ class PoolCore(Handle):
         self.name = name
         hash_of(name, "name")
         if storage is not None:
-            check_shared_storage(storage, layout, max_slots)
+            check_shared_storage(storage, layout)
         self.owns_storage = storage is None
         self.storage = storage or KVStorage(
             layout,
@@ -85,7 +93,9 @@ class PoolCore(Handle):
         self.searches: set[SearchState] = set()  # open ones; guarded by the mutex
         self.default_scope = Scope(self, name, scope_shards or tuple(range(self.storage.locks.count)))
         self._scopes: dict[Hashable, Scope] = {name: self.default_scope}  # guarded by the mutex
-        self.storage.pools.append(self)
+        with gate.lock, self.storage.ledger.mutex:
+            _check_room(self.storage, max_slots)
+            self.storage.pools.append(self)
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
@@ -169,6 +179,10 @@ class PoolCore(Handle):
             self.closed = True
         self.end_searches(f"{self.name} was closed", deadline)
         self.renew(deadline)
+        if not self.owns_storage:
+            # What handles still hold of it comes back when they let go.
+            with gate.lock, self.storage.ledger.mutex, suppress(ValueError):  # of two closes at once
+                self.storage.pools.remove(self)
         self._emptied = True  # a close that timed out before this is finished by the next
         if self.owns_storage:
             self.storage.close(deadline.left())

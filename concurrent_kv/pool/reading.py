@@ -44,13 +44,17 @@ def retain(
 ) -> list[Entry | None]:
     """Look `wanted` up and add what was found to `hold`, atomically with respect to every write of those keys.
 
-    An entry whose epoch or version is not its scope's counts as absent. Every hit is noted with the policy and the
+    An entry whose epoch or version is not its scope's counts as absent; while a pool is being closed nothing does, and
+    `ClosedError` is raised where something is not there any more. Every hit is noted with the policy and the
     statistics of its pool unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
     """
     located = [(scope, scope.part_of(key)) for scope, key in wanted]
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
         found = _look_up(located, wanted, generations)
+        if None in found:
+            for scope, _ in wanted:
+                scope.pool.check_open()  # under the shard: what a close has swept from here was not removed by anybody
         hits = list(filter(None, found))
         with gate.lock, ledger.mutex:
             ledger.extend(hold, hits)

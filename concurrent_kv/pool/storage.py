@@ -135,7 +135,7 @@ class KVStorage:
             self.closed = True
             waiters = self.ledger.take_waiters()
         wake(waiters)
-        for pool in self.pools:
+        for pool in tuple(self.pools):
             pool.flights.close()
         if not self.clock.synchronize(self.clock.everything(), seconds):
             raise WaitTimeoutError(f"{self.name}: the device still used the slots after {seconds:g} s; close again")

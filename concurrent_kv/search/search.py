@@ -166,7 +166,10 @@ class Search(Handle):
         state = self._state
         deadline = state.pool.storage.enter(timeout)
         with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
-            return key in state.own
+            if key in state.own:
+                return True
+            state.check_open()  # under the shard: its end may have swept the key
+            return False
 
     def __contains__(self, key: Hashable) -> bool:
         """As `contains`."""
@@ -177,6 +180,7 @@ class Search(Handle):
         state = self._state
         deadline = state.pool.storage.enter(timeout)
         with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+            state.check_open()
             items = state.own.listed()
         return [key for key, _ in items]
 
@@ -245,6 +249,7 @@ class Search(Handle):
         state.check_open()
         missing = remove_all(state.scope, going, deadline)
         if missing:
+            state.check_open()  # its end may have swept them
             raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
 
     def discard(self, key: Hashable) -> None:
