@@ -112,6 +112,8 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
         found.append(f"{account.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
     if quota.pending_entries or quota.pending_slots:
         found.append(f"{account.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
+    if len(quota.turns):
+        found.append(f"{account.name} has {len(quota.turns)} operations waiting for room")
     if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
         found.append(f"{account.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
     held = set(account.policy)
@@ -190,6 +192,7 @@ def _drop_nameless(scope: Scope) -> None:
 def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) -> None:
     quota = account.quota
     quota.pending_entries = quota.pending_slots = 0
+    quota.turns.clear()
     own = [entry for entry in published if entry.scope.budget is None]
     quota.counts = _slot_counts(ledger, own)
     quota.entries, quota.slots = len(own), int(np.count_nonzero(quota.counts))

@@ -222,6 +222,10 @@ class Ledger:
     def abandon(self, release: Callable[[Deadline], object]) -> None:
         """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
         self.abandoned.append(release)
+        self.stir()
+
+    def stir(self) -> None:
+        """Have everybody who waits for room look again. For finalisers: takes no lock."""
         for waiter in tuple(self._waiters):
             waiter.set()
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..errors import CapacityError
 from .size_arguments import SizeArguments
 from .slots import ONE, Reservation
+from .turns import Turns
 
 __all__ = ["Budget", "Quota"]
 
@@ -37,6 +38,7 @@ class Quota:
         self.pending_slots = 0
         self.reserved_entries = 0
         self.reserved_slots = 0
+        self.turns = Turns()
         self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
 
     def fits(self, entries: int, slots: int) -> bool:

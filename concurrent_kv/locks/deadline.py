@@ -54,14 +54,16 @@ class Deadline:
 
     Attributes:
         seconds: how long it was to be.
+        started: when it began, in seconds of the monotonic clock.
         caller: the task that the operation runs for, if it does for one.
     """
 
-    __slots__ = ("_at", "_steps", "caller", "seconds")
+    __slots__ = ("_at", "_steps", "caller", "seconds", "started")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._at = time.monotonic() + seconds
+        self.started = time.monotonic()
+        self._at = self.started + seconds
         self.caller = caller.get()
         self._steps = 0
 
@@ -84,8 +86,15 @@ class Deadline:
         if self.cancelled:
             raise WaitTimeoutError(f"{name}: the operation was cancelled before it took effect")
 
-    def wait_on(self, event: Any) -> bool:
-        """Wait for an event, or for the caller to leave; False when the time is over. Lends the worker's place."""
+    def part(self, seconds: float) -> Deadline:
+        """A deadline in `seconds`, if that is sooner: for something that this operation only does on its way."""
+        return Deadline(min(seconds, self.left()))
+
+    def wait_on(self, event: Any, at_most: float | None = None) -> bool:
+        """Wait for an event, or for the caller to leave; False when the time, or `at_most` seconds, are over.
+
+        Lends the worker's place.
+        """
         before = None
         if self.caller is not None:
             # A finaliser's own operation may run in the middle of this one, for the same task.
@@ -93,7 +102,8 @@ class Deadline:
         try:
             with lend_place.get()():
                 # Looked at after the event was named, so that who leaves from here on sets it.
-                return bool(event.wait(self.left()))
+                left = self.left()
+                return bool(event.wait(left if at_most is None else min(left, at_most)))
         finally:
             if self.caller is not None:
                 self.caller.waits_on = before

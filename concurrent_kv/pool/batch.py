@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from weakref import ref
@@ -84,6 +85,7 @@ class Batch(Handle):
         hold.owner = ref(self)
         self._owns_buffer = owns_buffer
         self._uses = uses  # None on a CPU
+        self.opened = time.monotonic()  # the place of its commit among those who wait for room
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers

@@ -154,6 +154,7 @@ def commit_batch(
             items, ranks = [items[i] for i in last], [ranks[i] for i in last]
             new = new if isinstance(new, int) else tuple([new[i] for i in last])
         plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
+        plan.since = batch.opened
         batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 
 from .._checks import check_seconds, hash_of, positive_int
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
@@ -12,7 +13,7 @@ from ..books.records import Account, Entry, Generation, Scope
 from ..books.size_arguments import SizeArguments
 from ..books.stats import PoolStats
 from ..device.layout import KVLayout, slots_of_capacity
-from ..errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError
+from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .checking import check_integrity, repair
@@ -23,17 +24,24 @@ from .storage import KVStorage, PoolState
 __all__ = ["PoolCore", "bump_versions"]
 
 
-def check_shared_storage(storage: object, layout: KVLayout, max_slots: int) -> None:
-    """Raise unless a pool of `layout` and `max_slots` has room in `storage` beside the pools that are there."""
+def check_shared_storage(storage: object, layout: KVLayout) -> None:
+    """Raise unless a pool of `layout` can be made over `storage`."""
     if not isinstance(storage, KVStorage):
         raise InvalidTypeError(f"storage must be a KVStorage, got {type(storage).__name__}")
     if storage.layout != layout:
         raise InvalidArgumentError(f"layout must be that of the storage, {storage.layout}, got {layout}")
+    storage.check_call()
+    if storage.closed:
+        raise ClosedError(f"{storage.name} is closed")
+
+
+def _check_room(storage: KVStorage, max_slots: int) -> None:
+    """Raise unless a pool of `max_slots` has room in `storage` beside the pools that are there. Mutex held."""
     total = storage.ledger.slots.num_slots - storage.headroom_slots
     left = total - sum(pool.quota.max_slots for pool in storage.pools)
     if max_slots > left:
         raise InvalidArgumentError(
-            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are not some pool's yet"
+            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are no open pool's"
         )
 
 
@@ -64,7 +72,7 @@ class PoolCore(PoolState, Handle):
         chosen: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
         hash_of(name, "name")
         if storage is not None:
-            check_shared_storage(storage, layout, max_slots)
+            check_shared_storage(storage, layout)
         self.owns_storage = storage is None
         storage = storage or KVStorage(
             layout,
@@ -81,7 +89,9 @@ class PoolCore(PoolState, Handle):
         self._emptied = False
         self.default_scope = Scope(self.account, name, scope_shards or tuple(range(storage.locks.count)))
         self.account.scopes[name] = self.default_scope
-        storage.pools.append(self)
+        with gate.lock, storage.ledger.mutex:
+            _check_room(storage, max_slots)
+            storage.pools.append(self)
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
@@ -206,6 +216,10 @@ class PoolCore(PoolState, Handle):
             self.account.closed = True
         self.end_searches(f"{self.name} was closed", deadline)
         self.renew(deadline)
+        if not self.owns_storage:
+            # What handles still hold of it comes back when they let go.
+            with gate.lock, self.storage.ledger.mutex, suppress(ValueError):  # of two closes at once
+                self.storage.pools.remove(self)
         self._emptied = True  # a close that timed out before this is finished by the next
         if self.owns_storage:
             self.storage.close(deadline.left())

@@ -37,6 +37,7 @@ class WritePlan:
         shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
             after them.
         foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
+        since: when the operation came, if before its deadline began: a commit came with its gather.
         placed: their slot tables, once there are some: as an array, or as the bytes of one.
     """
 
@@ -44,6 +45,7 @@ class WritePlan:
     runs = 0
     shared_writes: Ticks = NO_TICKS
     foreign_slots = 0
+    since: float | None = None
     placed: Indices | bytearray
 
     def __init__(

@@ -135,6 +135,7 @@ class KVPool(PoolCore):
         for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
             with gate.lock, self.storage.locks.read((shard,), deadline):
                 items = part.listed()
+            self.check_open()  # after the look: a close may have swept this shard
             found += [key for key, entry in items if entry.generation is generation]
             del items  # keys and side data are finalised here, outside of the shard
         return found

@@ -13,6 +13,7 @@ from ..books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..device.tensors import in_columns, plain_torch_state
+from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues
@@ -41,19 +42,29 @@ def retain(
 ) -> list[Entry | None]:
     """Look `wanted` up and add what was found to `hold`, atomically with respect to every write of those keys.
 
-    An entry whose epoch or version is not its scope's counts as absent. Every hit is noted with the policy and the
+    An entry whose epoch or version is not its scope's counts as absent; while a pool is being closed nothing does, and
+    `ClosedError` is raised where something is not there any more. Every hit is noted with the policy and the
     statistics of its account unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
     """
     located = [(scope, scope.part_of(key)) for scope, key in wanted]
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
         found = _look_up(located, wanted, generations)
+        if None in found:
+            _check_open(storage, wanted)  # under the shard: what a close has swept from here, no operation removed
         hits = list(filter(None, found))
         with gate.lock, ledger.mutex:
             ledger.extend(hold, hits)
             if not quiet:
                 count_hits(found)
     return found
+
+
+def _check_open(storage: KVStorage, wanted: Wanted) -> None:
+    """Raise `ClosedError` if a pool that is looked into is closed, or is being closed."""
+    for scope, _ in wanted:
+        if storage.closed or scope.account.closed:
+            raise ClosedError(f"{scope.account.name} is closed")
 
 
 def _look_up(

@@ -12,6 +12,7 @@ import numpy as np
 from ..books.ledger import wake
 from ..books.quota import Budget, Quota
 from ..books.records import Entry, Place, Scope, sorted_shards
+from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import Slots
 from ..device.streams import Ticks
 from ..errors import CapacityError, SearchEndedError, WaitTimeoutError
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
+DRAIN_SECONDS = 0.02  # who waits for room looks so often whether what was dropped can be released by now
 
 
 @dataclass
@@ -89,20 +91,30 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
     ledger, quota = pool.storage.ledger, pool.quota
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
-    while True:
-        with gate.lock, ledger.mutex:
-            pool.check_open()
-            if quota.fits(entries, slots):
-                taken = ledger.slots.allocate(plan.num_slots)
-                if taken is not None:
-                    quota.pending_entries += entries
-                    quota.pending_slots += slots
-                    return Ticket(entries, slots, *taken)
-            # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room.
-            # (Not where that can never be: the headroom is for a few windows at a time.)
-            may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
-            victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
-        _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
+    # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room. Nor does it
+    # queue: it takes nothing that others wait for.
+    # (Not where that can never be: the headroom is for a few windows at a time.)
+    may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
+    turn = Turn(deadline.started if plan.since is None else plan.since)
+    try:
+        while True:
+            with gate.lock, ledger.mutex:
+                pool.check_open()
+                if (not may_evict or quota.turns.is_first(turn)) and quota.fits(entries, slots):
+                    taken = ledger.slots.allocate(plan.num_slots)
+                    if taken is not None:
+                        quota.pending_entries += entries
+                        quota.pending_slots += slots
+                        return Ticket(entries, slots, *taken)
+                if may_evict:
+                    turn.stalled = not quota.can_ever_fit(entries, slots)
+                    victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
+                else:
+                    victim, waiter = None, ledger.waiter()
+            _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots, turn)
+    finally:
+        if turn.joined:
+            _leave(pool, turn)
 
 
 def _take_reserved(pool: PoolState, budget: Budget, entries: int, slots: int) -> Ticket | None:
@@ -156,7 +168,8 @@ def _take_from_budget(
                 continue
             elif not quota.can_ever_fit(entries_short, slots_short):
                 raise _budget_error(pool, budget, entries_short, slots_short)
-            victim, waiter = _victim_or_waiter(pool, True, want_slots=not entries_short)
+            # Ahead of the queue: who waits there may wait for what this search holds.
+            victim, waiter = _victim_or_waiter(pool, want_slots=not entries_short)
         _evict_or_wait(pool, victim, waiter, deadline, count, slots)
 
 
@@ -201,43 +214,61 @@ def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> 
     )
 
 
-def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> None:
-    """Count `entries` and `slots` more as pending in the pool's quota, evicting or waiting until they fit."""
+def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, since: float | None = None) -> None:
+    """Count `entries` and `slots` more as pending in the pool's quota, evicting or waiting until they fit.
+
+    In the turn of an operation that came at `since`, with the `deadline` if left out.
+    """
     ledger, quota = pool.storage.ledger, pool.quota
-    while True:
-        with gate.lock, ledger.mutex:
-            pool.check_open()
-            if quota.fits(entries, slots):
-                quota.pending_entries += entries
-                quota.pending_slots += slots
-                return
-            victim, waiter = _victim_or_waiter(pool, True, want_slots=quota.fits(entries, 0))
-        _evict_or_wait(pool, victim, waiter, deadline, entries, slots)
+    turn = Turn(deadline.started if since is None else since)
+    try:
+        while True:
+            with gate.lock, ledger.mutex:
+                pool.check_open()
+                if quota.turns.is_first(turn) and quota.fits(entries, slots):
+                    quota.pending_entries += entries
+                    quota.pending_slots += slots
+                    return
+                turn.stalled = not quota.can_ever_fit(entries, slots)
+                victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
+            _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
+    finally:
+        if turn.joined:
+            _leave(pool, turn)
 
 
 def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
     """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do."""
     ledger, quota = pool.storage.ledger, pool.quota
-    while True:
-        with gate.lock, ledger.mutex:
-            pool.check_open()
-            if entries > quota.max_entries or slots > quota.max_slots:
-                break  # no waiting will help
-            if quota.fits(entries, slots):
-                reservation = ledger.slots.reserve(slots)
-                if reservation is not None:
-                    quota.reserved_entries += entries
-                    quota.reserved_slots += slots
-                    return Budget(quota, reservation, entries)
-            may_evict = quota.can_ever_fit(entries, slots)
-            victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
-        if victim is not None:
-            _evict(pool, victim, deadline)
-        elif waiter is None:
-            deadline.step(pool.name, VICTIMS_PER_HOLD)
-        elif not _wait(pool, waiter, deadline):
-            deadline.leave_loop(pool.name)
-            break
+    turn = Turn(deadline.started, reserves=True)
+    try:
+        while True:
+            with gate.lock, ledger.mutex:
+                pool.check_open()
+                if entries > quota.max_entries or slots > quota.max_slots:
+                    break  # no waiting will help
+                if quota.turns.is_first(turn) and quota.fits(entries, slots):
+                    reservation = ledger.slots.reserve(slots)
+                    if reservation is not None:
+                        quota.reserved_entries += entries
+                        quota.reserved_slots += slots
+                        return Budget(quota, reservation, entries)
+                turn.stalled = not quota.can_ever_fit(entries, slots)
+                quota.turns.join(turn, ledger.stir)  # as it needs room for many: others take none of it from here on
+                if turn.stalled:
+                    victim, waiter = None, ledger.waiter()
+                else:
+                    victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
+            if victim is not None:
+                _evict(pool, victim, deadline)
+            elif waiter is None:
+                deadline.step(pool.name, VICTIMS_PER_HOLD)
+            elif not _wait(pool, waiter, deadline):
+                deadline.leave_loop(pool.name)
+                break
+    finally:
+        if turn.joined:
+            _leave(pool, turn)
     with gate.lock, ledger.mutex:
         reserved_entries, reserved_slots = quota.reserved_entries, quota.reserved_slots
         need_entries, need_slots = reserved_entries + entries, reserved_slots + slots
@@ -278,11 +309,31 @@ def give_budget_back(pool: PoolState, budget: Budget) -> None:
     budget.max_entries = 0
 
 
-def _victim_or_waiter(pool: PoolState, may_evict: bool, *, want_slots: bool) -> tuple[Entry | None, Any]:
+def _next_for(pool: PoolState, turn: Turn, *, want_slots: bool) -> tuple[Entry | None, Any]:
+    """As `_victim_or_waiter`, for an operation in its turn: it waits while another is before it. Mutex held."""
+    turns = pool.quota.turns
+    if not turns.is_first(turn):
+        turns.join(turn, pool.storage.ledger.stir)
+        return None, pool.storage.ledger.waiter()
+    victim, waiter = _victim_or_waiter(pool, want_slots=want_slots)
+    turn.evicted += victim is not None
+    if waiter is not None or turn.evicted > EVICTIONS_BEFORE_QUEUE:
+        turns.join(turn, pool.storage.ledger.stir)
+    return victim, waiter
+
+
+def _leave(pool: PoolState, turn: Turn) -> None:
+    """Let the next in the queue have what is free."""
+    ledger = pool.storage.ledger
+    with gate.lock, ledger.mutex:
+        pool.quota.turns.leave(turn)
+        waiters = ledger.take_waiters()
+    wake(waiters)
+
+
+def _victim_or_waiter(pool: PoolState, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """A claimed victim, or an event that is set at the next release, or neither: look again. Mutex held."""
     ledger = pool.storage.ledger
-    if not may_evict:
-        return None, ledger.waiter()
     for _ in range(VICTIMS_PER_HOLD):
         victim = pool.policy.pop_victim()
         if victim is None:
@@ -299,7 +350,13 @@ def _victim_or_waiter(pool: PoolState, may_evict: bool, *, want_slots: bool) -> 
 
 
 def _evict_or_wait(
-    pool: PoolState, victim: Entry | None, waiter: Any, deadline: Deadline, entries: int, slots: int
+    pool: PoolState,
+    victim: Entry | None,
+    waiter: Any,
+    deadline: Deadline,
+    entries: int,
+    slots: int,
+    turn: Turn | None = None,
 ) -> None:
     if victim is not None:
         _evict(pool, victim, deadline)
@@ -307,11 +364,14 @@ def _evict_or_wait(
         deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
     elif not _wait(pool, waiter, deadline):
         quota = pool.quota
+        why = "nothing can be evicted (pinned, or held by open batches)"
+        if turn is not None and not quota.turns.is_first(turn):
+            why = "others who came before wait for the room of many (a search that opens, say)"
         raise WaitTimeoutError(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
             f"{quota.max_entries} entries and {quota.max_slots} slots, {quota.entries} and {quota.slots} are stored, "
-            f"{quota.reserved_entries} and {quota.reserved_slots} reserved by searches, and nothing can be evicted "
-            f"(pinned, or held by open batches){_room_beside_searches(quota, entries, slots)}"
+            f"{quota.reserved_entries} and {quota.reserved_slots} reserved by searches, and {why}"
+            f"{_room_beside_searches(quota, entries, slots)}"
         )
 
 
@@ -325,16 +385,21 @@ def _room_beside_searches(quota: Quota, entries: int, slots: int) -> str:
 
 def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:
     """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
-    if pool.storage.ledger.abandoned:
-        deadline.leave_loop(pool.name)
-        # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
-        pool.storage.drain_abandoned(deadline)
-        return True
-    if deadline.wait_on(waiter) and not deadline.cancelled:
-        return True
-    with gate.lock, pool.storage.ledger.mutex:
-        pool.storage.ledger.forget_waiter(waiter)
-    return False
+    ledger = pool.storage.ledger
+    at_most = None
+    try:
+        if ledger.abandoned:
+            deadline.leave_loop(pool.name)
+            # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
+            if pool.storage.drain_abandoned(deadline.part(DRAIN_SECONDS)):
+                return True
+            at_most = DRAIN_SECONDS  # its shard is busy, and whoever leaves that wakes nobody
+        return (deadline.wait_on(waiter, at_most) or (at_most is not None and deadline.left() > 0)) and (
+            not deadline.cancelled
+        )
+    finally:
+        with gate.lock, ledger.mutex:
+            ledger.forget_waiter(waiter)
 
 
 def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:

@@ -115,7 +115,8 @@ class KVStorage(NeverCopied):
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         if self.ledger.abandoned and not deadline.on_loop:
-            self.drain_abandoned(deadline)
+            # Without a wait: a shard that is busy would cost this operation the time for its own.
+            self.drain_abandoned(deadline.part(0.0))
         return deadline
 
     def enter_quietly(self, timeout: float | None = None) -> Deadline:
@@ -139,7 +140,7 @@ class KVStorage(NeverCopied):
             self.closed = True
             waiters = self.ledger.take_waiters()
         wake(waiters)
-        for pool in self.pools:
+        for pool in tuple(self.pools):
             pool.flights.close()
         if not self.clock.synchronize(self.clock.everything(), seconds):
             raise WaitTimeoutError(f"{self.name}: the device still used the slots after {seconds:g} s; close again")
@@ -181,28 +182,32 @@ class KVStorage(NeverCopied):
         self.check_process()
         gate.check(self.name)
 
-    def drain_abandoned(self, deadline: Deadline) -> None:
-        """Release what was dropped without being closed."""
+    def drain_abandoned(self, deadline: Deadline) -> bool:
+        """Release what was dropped without being closed, as far as its shards get free in time.
+
+        Returns whether anything was released.
+        """
         abandoned = self.ledger.abandoned
-        while abandoned:
+        released = False
+        for _ in range(len(abandoned)):
             # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
             # in between.
             try:
                 release = abandoned[0]
             except IndexError:  # another thread was faster
-                return
+                break
             try:
                 release(deadline)
+                released = True
             except WaitTimeoutError:
                 # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
-                _take_off(abandoned, release)
-                return
             except Exception:
                 # Of a key that can no longer be compared, say. The operation that came by has nothing to do with it.
                 logger.warning("%s: something that was discarded could not be removed", self.name, exc_info=True)
             _take_off(abandoned, release)
+        return released
 
 
 class PoolState:

@@ -68,7 +68,7 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
             if outcome is not Outcome.NO_ROOM:
                 break
-            make_room(pool, *missing, deadline)
+            make_room(pool, *missing, deadline, plan.since)
             ticket.entries, ticket.slots = missing
     except BaseException:
         cancel(pool, scope, ticket, used)

@@ -10,7 +10,7 @@ from ..locks.gate import gate
 from ..pool.reading import generations_of, retain
 from .state import RootKey, SearchState
 
-__all__ = ["adopted", "own", "retain_here", "retain_roots"]
+__all__ = ["adopt", "adopted", "own", "retain_here", "retain_roots"]
 
 Lookup = Callable[[SearchState, list[Entry | None], list[Hashable], Sequence[Hashable]], list[Entry]]
 
@@ -85,11 +85,11 @@ def retain_roots(
     env_ids: Sequence[Hashable],
     hold: Hold,
     deadline: Deadline,
-) -> None:
-    """Look missing rows up in their environments' init pools, and adopt what is found there."""
+) -> dict[RootKey, Entry]:
+    """Look missing rows up in their environments' init pools; returns what was found there, for `adopt`."""
     missing = [row for row, entry in enumerate(found) if entry is None] if None in found else []
     if not missing:
-        return
+        return {}
     storage = state.pool.storage
     wanted = [(state.init_pools[env_ids[row]].default_scope, keys[row]) for row in missing]
     generations = generations_of([scope for scope, _ in wanted])
@@ -99,10 +99,21 @@ def retain_roots(
         found[row] = entry
         if entry is not None:
             new[env_ids[row], keys[row]] = entry
-    if new:
-        # `hold` keeps them alive until the search does.
-        with gate.lock, storage.locks.write(state.scope.shards, deadline):
-            state.check_open()
-            adopted_now = state.adopt(new)
-            with gate.lock, storage.ledger.mutex:
-                storage.ledger.extend(state.roots_hold, adopted_now)
+    return new
+
+
+def adopt(state: SearchState, new: dict[RootKey, Entry], deadline: Deadline) -> bool:
+    """Keep what `retain_roots` found until the search ends; the caller's hold keeps it until then.
+
+    Called when nothing else of the gather can fail. Returns False, with nothing adopted, if another thread adopted
+    another entry under one of these keys meanwhile: that is the root, and has to be looked up.
+    """
+    storage = state.pool.storage
+    with gate.lock, storage.locks.write(state.scope.shards, deadline):
+        state.check_open()
+        if any(state.roots.get(root, entry) is not entry for root, entry in new.items()):
+            return False
+        adopted_now = state.adopt(new)
+        with gate.lock, storage.ledger.mutex:
+            storage.ledger.extend(state.roots_hold, adopted_now)
+    return True

@@ -28,8 +28,8 @@ from ..pool.pool import KVPool
 from ..pool.reading import count_hits
 from ..pool.room import give_budget_back, reserve_budget
 from ..pool.writing import write
-from .reading import adopted, own, retain_here, retain_roots
-from .state import SearchState
+from .reading import adopt, adopted, own, retain_here, retain_roots
+from .state import RootKey, SearchState
 
 __all__ = ["LookupOrder", "Search"]
 
@@ -113,19 +113,41 @@ class Search(Handle):
         env_ids = self._check_envs(env_ids)
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
+        own_first = (self._order if order is None else check_order(order)) == "own_first"
+        while (batch := self._gather(keys, env_ids, own_first, room, out, deadline)) is None:
+            pass  # another thread adopted another root under one of the keys, which no later gather can do again
+        return batch
+
+    def _gather(
+        self,
+        keys: list[Hashable],
+        env_ids: Sequence[Hashable],
+        own_first: bool,
+        room: int | None,
+        out: Tensor | None,
+        deadline: Deadline,
+    ) -> Batch | None:
+        """One attempt at a gather; None where another thread adopted another root meanwhile."""
+        state = self._state
+        storage = state.pool.storage
         generation = state.scope.generation
         hold = Hold("batch", [])
         found: list[Entry | None] = [None] * len(keys)
+        new: dict[RootKey, Entry] = {}
         try:
-            if (self._order if order is None else check_order(order)) == "own_first":
+            if own_first:
                 retain_here(state, found, keys, env_ids, OWN_FIRST, hold, deadline)
                 if None in found:
-                    retain_roots(state, found, keys, env_ids, hold, deadline)
+                    new = retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
                 retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
-                retain_roots(state, found, keys, env_ids, hold, deadline)
+                new = retain_roots(state, found, keys, env_ids, hold, deadline)
                 retain_here(state, found, keys, env_ids, (own,), hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
+            # Only now, as a gather that fails must leave the search as it was.
+            if new and not adopt(state, new, deadline):
+                batch.close()
+                return None
             roots, missing, counters = batch.others, found.count(None), state.pool.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with gate.lock, storage.ledger.mutex:
@@ -147,7 +169,10 @@ class Search(Handle):
         state = self._state
         deadline = state.pool.storage.enter(timeout)
         with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
-            return key in state.own
+            if key in state.own:
+                return True
+            state.check_open()  # under the shard: its end may have swept the key
+            return False
 
     def __contains__(self, key: Hashable) -> bool:
         """As `contains`."""
@@ -158,6 +183,7 @@ class Search(Handle):
         state = self._state
         deadline = state.pool.storage.enter(timeout)
         with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+            state.check_open()
             items = state.own.listed()
         return [key for key, _ in items]
 
@@ -230,6 +256,7 @@ class Search(Handle):
         state.check_open()
         missing = remove_all(state.pool, state.scope, going, deadline)
         if missing:
+            state.check_open()  # its end may have swept them
             raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
 
     def discard(self, key: Hashable) -> None:

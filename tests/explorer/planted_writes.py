@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -124,7 +124,7 @@ def slots_reserved_one_at_a_time(patch: Patch) -> None:
             with pool.storage.ledger.mutex:
                 one = pool.storage.ledger.slots.allocate(1) if pool.quota.fits(0, 1) else None
                 if one is None:
-                    victim, waiter = room._victim_or_waiter(pool, True, want_slots=True)
+                    victim, waiter = room._victim_or_waiter(pool, want_slots=True)
                 else:
                     pool.quota.pending_slots += 1
                     taken.append(one[0])
@@ -136,26 +136,19 @@ def slots_reserved_one_at_a_time(patch: Patch) -> None:
 
 
 class _LateWaiter:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, register: Callable[[Ledger], Any]) -> None:
         self._ledger = ledger
+        self._register = register
 
     def wait(self, timeout: float) -> bool:
         with self._ledger.mutex:
-            event = self._ledger.waiter()
+            event = self._register(self._ledger)
         return bool(event.wait(timeout))
 
 
 def waiter_registered_after_the_mutex_was_let_go(patch: Patch) -> None:
-    real = room._victim_or_waiter
-
-    def victim_or_waiter(pool: PoolCore, *rest: Any, **options: Any) -> tuple[Entry | None, Any]:
-        ledger = pool.storage.ledger
-        registered = len(ledger._waiters)
-        victim, waiter = real(pool, *rest, **options)
-        del ledger._waiters[registered:]
-        return victim, None if waiter is None else _LateWaiter(ledger)
-
-    patch.setattr("concurrent_kv.pool.room._victim_or_waiter", victim_or_waiter)
+    real = Ledger.waiter
+    patch.setattr(Ledger, "waiter", lambda self: _LateWaiter(self, real))
 
 
 def release_that_wakes_nobody(patch: Patch) -> None:

@@ -53,6 +53,7 @@ OWNERS = {
 OF_OTHERS = {
     ("table.py", "settle"),
     ("loading.py", "join"),
+    ("room.py", "join"),
     ("model.py", "share"),
     ("plan.py", "share"),
     ("attach.py", "share"),

@@ -1,0 +1,79 @@
+"""`Turns`: who waits for room in a pool, in the order of arrival. What is freed meanwhile is for the first of them.
+
+Every method is called with the ledger's mutex held. Nobody in the queue holds any of the pool's room: what is free
+while somebody waits can only be taken by the first, so that it adds up to what the first needs, however much that is.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from weakref import ref
+
+__all__ = ["Turn", "Turns"]
+
+EVICTIONS_BEFORE_QUEUE = 8  # in vain, as others took the room: the next victims' room is kept
+
+
+class Turn:
+    """One operation that needs room; it joins the queue when it has to wait, or to evict many.
+
+    Attributes:
+        since: when it came, in seconds of the monotonic clock; a commit came with its gather.
+        reserves: whether it sets room aside, as a search does, for as long as that is open.
+        joined: whether it has joined the queue and not left it.
+        evicted: victims that it took without getting its room.
+        stalled: whether it cannot fit before others give back what they reserved. Writes need not wait for that: what
+            they store can be evicted.
+    """
+
+    __slots__ = ("__weakref__", "evicted", "joined", "reserves", "since", "stalled")
+
+    def __init__(self, since: float, *, reserves: bool = False) -> None:
+        self.since = since
+        self.reserves = reserves
+        self.joined = False
+        self.evicted = 0
+        self.stalled = False
+
+
+class Turns:
+    """The queue of one pool. A turn whose operation was cut off and is gone counts no more."""
+
+    def __init__(self) -> None:
+        self._queue: list[tuple[float, int, ref[Turn]]] = []
+        self._joined = 0
+
+    def is_first(self, turn: Turn) -> bool:
+        """Whether nobody who came before `turn` waits for the room that it wants."""
+        if not self._queue:
+            return True
+        for since, _, waiting in self._queue:
+            other = waiting()
+            if other is turn or since > turn.since:
+                return True
+            if other is not None and (turn.reserves or not other.stalled):
+                return False
+        return True
+
+    def join(self, turn: Turn, when_gone: Callable[[], None]) -> None:
+        """Wait from now on; nothing happens the second time.
+
+        `when_gone` is called if its operation is cut off and never leaves: at any point of any thread.
+        """
+        if not turn.joined:
+            self._joined += 1  # orders those of one moment, as turns cannot be compared
+            insort(self._queue, (turn.since, self._joined, ref(turn, lambda _: when_gone())))
+            turn.joined = True
+
+    def leave(self, turn: Turn) -> None:
+        """Wait no longer: the next is the first."""
+        turn.joined = False
+        self._queue = [place for place in self._queue if place[2]() not in (None, turn)]
+
+    def clear(self) -> None:
+        """Forget all who waited; for `repair`, which runs while nobody does."""
+        self._queue.clear()
+
+    def __len__(self) -> int:
+        return sum(waiting() is not None for _, _, waiting in self._queue)
