@@ -334,6 +334,7 @@ class Batch(Handle):
 
     def end_commit(self, rows: Sequence[int]) -> None:
         """Note commits, and stop using the hold; the batch closes when no row is left."""
+        self._storage.check_process()
         committed = self._committed
         if len(rows) == len(committed):
             self._committed = [True] * len(committed)
@@ -376,6 +377,7 @@ class Batch(Handle):
         Raises:
             WaitTimeoutError: they were not there within `timeout` seconds (those of the storage if left out).
         """
+        self._storage.check_process()
         ticks = NO_TICKS if self._uses is None else self._uses.gathered
         seconds = self._storage.wait_timeout if timeout is None else timeout
         if not self._storage.clock.synchronize(ticks, seconds):
@@ -383,6 +385,7 @@ class Batch(Handle):
 
     async def ready(self, timeout: float | None = None) -> None:
         """As `synchronize`, without holding the event loop."""
+        self._storage.check_process()
         await anyio.lowlevel.checkpoint()
         if self._uses is not None:
             # Abandoned where its task is cancelled: it only looks, and its wait is bounded.
@@ -417,6 +420,7 @@ class Batch(Handle):
                 self._storage.tensor.return_buffer(self.data, ready)
 
     def _check_open(self) -> None:
+        self._storage.check_process()
         if self.hold.released:
             raise ClosedError(BATCH_CLOSED)
 

@@ -87,7 +87,7 @@ class PoolCore(Handle):
         )
         self.quota = Quota(max_entries, max_slots, self.storage.ledger.slots.num_slots)
         self.counters = Counters()
-        self.flights = FlightTable(name)
+        self.flights = FlightTable(name, check_process=self.storage.check_process)
         self.closed = False
         self._emptied = False
         self.searches: set[SearchState] = set()  # open ones; guarded by the mutex
@@ -146,6 +146,7 @@ class PoolCore(Handle):
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
+        self.storage.check_process()
         with gate.lock, self.storage.ledger.mutex:
             searches = list(self.searches)
         for search in searches:

@@ -182,6 +182,7 @@ class KVStorage:
 
         Returns whether anything was released.
         """
+        self.check_process()
         abandoned = self.ledger.abandoned
         released = False
         for _ in range(len(abandoned)):
