@@ -104,7 +104,11 @@ class SearchEndedError(ClosedError):
 
 
 class WrongProcessError(KVCacheError, RuntimeError):
-    """A pool was used in a process other than the one that made it (a forked child, for example)."""
+    """A pool was used in a process other than the one that made it (a forked child, for example).
+
+    What needs no lock and no slot does not raise it: `closed`, `held`, `hits` and other plain facts, views of a batch's
+    buffer (a fork has a copy of it, on a CPU), and `abandon`, which only leaves a note that the child never reads.
+    """
 
 
 class IntegrityError(KVCacheError, RuntimeError):

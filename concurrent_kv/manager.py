@@ -334,6 +334,7 @@ class KVCacheManager(Handle):
 
     def step(self) -> None:
         """Note one environment step: with `log_every_steps=N`, every N-th logs the statistics."""
+        self.storage.check_process()
         number = next(self._steps)
         if self._log_every_steps and number % self._log_every_steps == 0:
             self._log("step", number)

@@ -291,3 +291,45 @@ def test_who_was_not_woken_still_gets_the_result_at_the_end_of_its_time(make_poo
         patch.setattr(Flight, "wake", lambda self: None)
         claim.fulfil(tokens(1, 2))
         assert_same(waiter.result(), tokens(1, 2))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_closes_take_no_more_workers_than_there_are(make_manager: MakeManager, loop: str) -> None:
+    manager = make_manager(env_num=1)
+    facade = AsyncKVCacheManager(manager, max_workers=2)
+    counted, most = [0], [0]
+    counting, two = threading.Lock(), threading.Barrier(2)
+
+    def close() -> None:
+        with counting:
+            counted[0] += 1
+            most[0] = max(most[0], counted[0])
+        two.wait(JOIN_SECONDS)  # both workers are at it
+        with counting:
+            counted[0] -= 1
+
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(40):
+                tasks.start_soon(facade._offload.to_the_end, close)
+
+    run_on(loop, main)
+    assert most[0] == 2
+    join_workers()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_close_is_not_given_up_for_want_of_a_worker(make_pool: MakePool, loop: str) -> None:
+    offload = AsyncKVPool(make_pool(wait_timeout=0.1), max_workers=1)._offload
+    gate, closed = Gate(), threading.Event()
+
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(offload.to_the_end, gate.pass_through)
+            assert await anyio.to_thread.run_sync(gate.entered.wait, JOIN_SECONDS)
+            await offload.to_the_end(closed.set)
+            assert closed.is_set()
+            gate.opened.set()
+
+    run_on(loop, main)
+    join_workers()

@@ -65,7 +65,7 @@ class Offload:
         inline_wait_seconds: how long an operation may wait for a lock on the loop's own thread.
         inline_bytes: the largest copy that is made on the loop's own thread. (On a GPU copies are only issued there.)
         inline_entries: the most entries that an operation on the loop's own thread looks up, stores or removes.
-        max_workers: worker threads of each event loop for operations, and as many for what users compute.
+        max_workers: worker threads of each event loop for operations, as many for what users compute, and for closes.
     """
 
     def __init__(
@@ -87,6 +87,9 @@ class Offload:
         # which may wait for what other tasks do: those must find a worker for their reads and writes meanwhile.
         self._limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv operations")
         self._computing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv computations")
+        # And one for what closes, which gives room to those who have the others' workers: it queues behind its own kind
+        # only, whose waits are bounded.
+        self._closing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv closes")
         self._counter_lock = threading.Lock()
         self._inline_count = 0
         self._worker_count = 0
@@ -208,6 +211,7 @@ class Offload:
         ended = anyio.Event()
         begun = False
         call_soon = call_soon_here()
+        limiter = self._limiter_here(self._closing_limiter)
 
         def work() -> None:
             nonlocal begun
@@ -226,9 +230,10 @@ class Offload:
                     if begun:
                         await ended.wait()
                     else:
-                        # Queues for nobody's worker: what closes gives room to those who have them.
-                        await self._in_worker(work, None, limiter=anyio.CapacityLimiter(1), revocable=False)
+                        await self._in_worker(work, None, limiter=limiter, revocable=False)
                         break
+                except WaitTimeoutError:  # `work` raises nothing: no worker was free
+                    limiter = anyio.CapacityLimiter(1)  # a close is never given up for want of one
                 except anyio.get_cancelled_exc_class() as error:  # asyncio's own, which ignores the shield
                     cancelled.append(error)
         # Popped: the frame that an error comes through must not name it.

@@ -161,8 +161,14 @@ class Flight:
 class FlightTable:
     """The flights of one pool."""
 
-    def __init__(self, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
+    def __init__(
+        self,
+        name: str,
+        lock_factory: Callable[[], Any] = threading.Lock,
+        check_process: Callable[[], None] = lambda: None,
+    ) -> None:
         self.name = name
+        self.check_process = check_process  # raises in a forked child, where nobody releases the lock
         self._lock = lock_factory()
         self._flights: dict[FlightKey, Flight] = {}
         self._closed = False
@@ -316,7 +322,7 @@ class Claim(NeverCopied):
         Returns False if the pool did not keep it: its scope was cleared, or its version bumped, meanwhile.
 
         Raises:
-            ClosedError: the claim is not the caller's, or is over.
+            ClosedError: the claim is not the caller's, or is over. WrongProcessError.
             ReentrantCallError: the calling thread is inside a critical section; `abandon` works there.
             InvalidArgumentError, WaitTimeoutError, ...: see `KVPool.put`; the claim is still open then.
         """
@@ -371,6 +377,7 @@ class Claim(NeverCopied):
         return _Computing(self.flight)
 
     def _check_mine(self) -> None:
+        self._table.check_process()
         gate.check(self._table.name)
         if not self.mine or self.over:
             raise ClosedError("this claim is over" if self.mine else "this key is being computed by somebody else")

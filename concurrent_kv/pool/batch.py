@@ -415,6 +415,7 @@ class Batch(Handle):
 
     def end_commit(self, rows: Sequence[int]) -> None:
         """Note commits, and stop using the hold; the batch closes when no row is left."""
+        self._storage.check_process()
         committed = self._committed
         if len(rows) == len(committed):
             self._committed = [True] * len(committed)
@@ -457,6 +458,7 @@ class Batch(Handle):
         Raises:
             WaitTimeoutError: they were not there within `timeout` seconds (those of the storage if left out).
         """
+        self._storage.check_process()
         ticks = NO_TICKS if self._uses is None else self._uses.gathered
         seconds = self._storage.wait_timeout if timeout is None else timeout
         if not self._storage.clock.synchronize(ticks, seconds):
@@ -464,6 +466,7 @@ class Batch(Handle):
 
     async def ready(self, timeout: float | None = None) -> None:
         """As `synchronize`, without holding the event loop."""
+        self._storage.check_process()
         await anyio.lowlevel.checkpoint()
         if self._uses is not None:
             # Abandoned where its task is cancelled: it only looks, and its wait is bounded.
@@ -499,6 +502,7 @@ class Batch(Handle):
 
     def check_open(self) -> None:
         """Raise `ClosedError` if it is closed; `SearchEndedError`, which says why, if its search has ended."""
+        self._storage.check_process()
         if self.hold.released:
             raise self.why_closed()
 

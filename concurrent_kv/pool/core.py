@@ -184,6 +184,7 @@ class PoolCore(PoolState, Handle):
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
+        self.storage.check_process()
         with gate.lock, self.storage.ledger.mutex:
             searches = list(self.searches)
         for search in searches:

@@ -188,6 +188,7 @@ class KVPool(PoolCore):
 
     def count_misses(self, number: int) -> None:
         """Count rows that nobody had."""
+        self.storage.check_process()
         if number:
             with gate.lock, self.storage.ledger.mutex:
                 self.counters.miss_count += number

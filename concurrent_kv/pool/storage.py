@@ -187,6 +187,7 @@ class KVStorage(NeverCopied):
 
         Returns whether anything was released.
         """
+        self.check_process()
         abandoned = self.ledger.abandoned
         released = False
         for _ in range(len(abandoned)):
@@ -218,7 +219,7 @@ class PoolState:
         self.layout = storage.layout
         self.account = account
         self.name = account.name
-        self.flights = FlightTable(account.name)
+        self.flights = FlightTable(account.name, check_process=storage.check_process)
 
     @property
     def quota(self) -> Quota:
