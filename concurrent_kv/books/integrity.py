@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..device.streams import Ticks
-from ..errors import IntegrityError
+from ..errors import IntegrityError, shown
 from ..locks.gate import gate
 from .entry import Entry, Place, Scope
 from .ledger import wake
@@ -36,6 +36,17 @@ class RepairReport(NamedTuple):
     slots: int
     entries: int
     pending_writes: int
+
+
+class Problem(NamedTuple):
+    """One contradiction. It becomes a text where no lock is held, as a key's `__repr__` may do anything."""
+
+    what: str
+    entry: Entry | None = None
+
+    def text(self) -> str:
+        """What the error says of it."""
+        return self.what if self.entry is None else f"{shown(self.entry.key)} {self.what}"
 
 
 class _Recount(NamedTuple):
@@ -87,21 +98,22 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     deadline = storage.enter_quietly()
     zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
     with gate.lock, storage.locks.read(range(storage.locks.count), deadline), ledger.mutex:
-        problems, report = _compare(storage)
+        recount = _recount(storage)
+        problems, report = _compare(storage, recount)
+    del recount  # here, where no lock is held: keys and side data may be finalised
     if not zero_slot_is_zero:
-        problems.append("slot 0, which serves all padding, is not zero")
+        problems.append(Problem("slot 0, which serves all padding, is not zero"))
     if problems:
-        raise IntegrityError(tuple(problems))
+        raise IntegrityError(tuple([problem.text() for problem in problems]))
     return report
 
 
-def _compare(storage: KVStorage) -> tuple[list[str], IntegrityReport]:
+def _compare(storage: KVStorage, recount: _Recount) -> tuple[list[Problem], IntegrityReport]:
     """All locks held."""
     ledger = storage.ledger
-    recount = _recount(storage)
     alive = recount.alive()
     counts = _slot_counts(storage, alive)
-    problems = ledger.slots.problems(counts)
+    problems = [Problem(text) for text in ledger.slots.problems(counts)]
     problems += _entry_problems(storage, recount, alive)
     for pool, entries in recount.published.items():
         problems += _pool_problems(pool, entries)
@@ -109,68 +121,72 @@ def _compare(storage: KVStorage) -> tuple[list[str], IntegrityReport]:
     return problems, report
 
 
-def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -> list[str]:
+def _entry_problems(storage: KVStorage, recount: _Recount, alive: list[Entry]) -> list[Problem]:
     found = []
     tables = storage.ledger.tables_of(alive) if alive else np.zeros((0, 1), dtype=np.int64)
     lengths = np.count_nonzero(tables, axis=1)
     for entry, length, tail in zip(alive, lengths.tolist(), tables[:, -1].tolist(), strict=True):
         if entry.refs != recount.references(entry):
-            found.append(f"{entry.key!r} counts {entry.refs} references, {recount.references(entry)} hold it")
+            found.append(Problem(f"counts {entry.refs} references, {recount.references(entry)} hold it", entry))
         if entry.pins != recount.pinned[entry]:
-            found.append(f"{entry.key!r} counts {entry.pins} pins, {recount.pinned[entry]} pin it")
+            found.append(Problem(f"counts {entry.pins} pins, {recount.pinned[entry]} pin it", entry))
         if length != entry.length or tail != entry.tail:
-            found.append(f"{entry.key!r} has {entry.length} tokens, its table {length}")
+            found.append(Problem(f"has {entry.length} tokens, its table {length}", entry))
     rows = [entry.row for entry in alive]
     if len(set(rows)) != len(rows):
-        found.append("two entries have the same row of the slot tables")
+        found.append(Problem("two entries have the same row of the slot tables"))
     if not storage.ledger.free_rows().isdisjoint(rows):
-        found.append("an entry's row of the slot tables is free")
+        found.append(Problem("an entry's row of the slot tables is free"))
     return found
 
 
-def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[str]:
+def _pool_problems(pool: PoolCore, published: list[Entry]) -> list[Problem]:
     quota, ledger = pool.quota, pool.storage.ledger
     own = [entry for entry in published if entry.scope.budget is None]
-    found = []
+    found: list[Problem] = []
     counts = _slot_counts(pool.storage, own)
+
+    def note(text: str, entry: Entry | None = None) -> None:
+        found.append(Problem(text, entry))
+
     if quota.entries != len(own):
-        found.append(f"{pool.name} counts {quota.entries} entries, {len(own)} are in its index")
+        note(f"{pool.name} counts {quota.entries} entries, {len(own)} are in its index")
     if quota.slots != np.count_nonzero(counts) or not np.array_equal(quota.counts[1:], counts[1:]):
-        found.append(f"{pool.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
+        note(f"{pool.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
     if quota.pending_entries or quota.pending_slots:
-        found.append(f"{pool.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
+        note(f"{pool.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
     if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
-        found.append(f"{pool.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
+        note(f"{pool.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
     held = set(pool.policy)
     for entry in published:
         if (entry.place is Place.HELD) != (entry in held):
-            found.append(f"{entry.key!r} is in place {entry.place.name}, the policy says otherwise")
+            note(f"is in place {entry.place.name}, the policy says otherwise", entry)
         if entry.place in (Place.NONE, Place.CLAIMED):
-            found.append(f"{entry.key!r} is published, but in place {entry.place.name}")
+            note(f"is published, but in place {entry.place.name}", entry)
         if entry.place is Place.PINNED and not entry.pins:
-            found.append(f"{entry.key!r} is set aside as pinned, and nobody pins it")
+            note("is set aside as pinned, and nobody pins it", entry)
         if entry.place is Place.SHARED and not ledger.shares_tail(entry):
-            found.append(f"{entry.key!r} is set aside as shared, and shares nothing")
+            note("is set aside as shared, and shares nothing", entry)
     if not held <= set(own):
-        found.append(f"the policy of {pool.name} holds entries that are not in its index")
+        note(f"the policy of {pool.name} holds entries that are not in its index")
     for search in pool.searches:
         entries = [entry for entry in published if entry.scope is search.scope]
         if search.budget.entries != len(entries):
-            found.append(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
+            note(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
     budgets = [search.budget for search in pool.searches]
     reserved = (sum(budget.max_entries for budget in budgets), sum(budget.reservation.size for budget in budgets))
     if (quota.reserved_entries, quota.reserved_slots) != reserved:
-        found.append(
+        note(
             f"{pool.name} counts {quota.reserved_entries} entries and {quota.reserved_slots} slots as reserved, "
             f"its searches {reserved}"
         )
-    found += [
-        f"{entry.key!r} is in the index of {scope.name!r} under another key or scope"
-        for scope in _scopes(pool)
-        for part in scope.entries
-        for key, entry in part.items()
-        if entry.scope is not scope or key is not entry.index_key  # by identity: no user code in the mutex
-    ]
+    for scope in _scopes(pool):
+        for number, part in enumerate(scope.entries):
+            for entry in part.misplaced():
+                note("is in the index under another key's hash", entry)
+            for entry in part.values():
+                if entry.scope is not scope or scope.part_of(entry.key_hash) != number:
+                    note("is in the index of another scope or shard", entry)
     return found
 
 
@@ -180,17 +196,23 @@ def repair(storage: KVStorage) -> RepairReport:
     deadline = storage.enter_quietly()
     used = storage.clock.everything()
     with gate.lock, storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
-        report = _rebuild(storage, used)
+        # Until no lock is held: what is dropped in here, and dies, has keys and side data.
+        kept: list[object] = []
+        report = _rebuild(storage, used, kept)
         waiters = ledger.take_waiters()
     wake(waiters)
+    del kept
     for pool in storage.pools:
         pool.flights.abandon_orphans()
     return report
 
 
-def _rebuild(storage: KVStorage, used: Ticks) -> RepairReport:
-    """All locks held."""
+def _rebuild(storage: KVStorage, used: Ticks, kept: list[object]) -> RepairReport:
+    """All locks held. What the caller has to keep until it has let go of them joins `kept`."""
     ledger = storage.ledger
+    kept += ledger.holds
+    for pool in storage.pools:
+        kept += pool.policy
     for hold in list(ledger.holds):
         hold.users = 0
         if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
@@ -200,8 +222,10 @@ def _rebuild(storage: KVStorage, used: Ticks) -> RepairReport:
         for search in list(pool.searches):
             if search.roots_hold.released or search.ended is not None:
                 search.end_cut_off()
+                kept += search.own.values()
+                search.own.clear()  # an entry and its scope name each other
         for scope in _scopes(pool):
-            _drop_nameless(scope)
+            _drop_nameless(scope, kept)
     recount = _recount(storage)
     entries = pending = 0
     for pool, published in recount.published.items():
@@ -222,11 +246,13 @@ def _rebuild(storage: KVStorage, used: Ticks) -> RepairReport:
     return RepairReport(slots, entries, pending)
 
 
-def _drop_nameless(scope: Scope) -> None:
-    """Take out entries that were cut off before they were given slots."""
+def _drop_nameless(scope: Scope, kept: list[object]) -> None:
+    """Take out entries that were cut off before they were given slots, and cells that were cut off before that."""
     for part in scope.entries:
-        for key in [key for key, entry in part.items() if entry.row < 0]:
-            del part[key]
+        part.drop_empty()
+        for entry in [entry for entry in part.values() if entry.row < 0]:
+            kept.append(entry)
+            part.remove(entry)
 
 
 def _repair_pool(pool: PoolCore, published: list[Entry]) -> None:

@@ -24,7 +24,7 @@ from weakref import ref
 
 from ..books.entry import Generation, Scope
 from ..device.streams import NO_TICKS, Ticks
-from ..errors import ClosedError, RecursiveComputationError
+from ..errors import ClosedError, RecursiveComputationError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 
@@ -220,7 +220,7 @@ class FlightTable:
 
 def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
     return RecursiveComputationError(
-        f"{name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+        f"{name}: the computation of {shown(key)} asked for {shown(key)} itself, and would wait for its own end"
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ..device.streams import StreamClock
 from ..device.tensors import plain_torch_state
-from ..errors import ClosedError, RecursiveComputationError, WaitTimeoutError
+from ..errors import ClosedError, RecursiveComputationError, WaitTimeoutError, shown
 from ..locks.deadline import Deadline, lend_place
 from ..locks.signal import Signal
 from ..model.kv import KeysValues
@@ -30,7 +30,7 @@ def waiting_for(flight: Flight, name: str) -> Iterator[None]:
             own.waits_for.append(flight)
         if computing and flight.needs_one_of(computing):
             raise RecursiveComputationError(
-                f"{name}: the computation of {flight.key[1]!r} waits for the one that asks for it, for ever"
+                f"{name}: the computation of {shown(flight.key[1])} waits for the one that asks for it, for ever"
             )
         with lend_place.get()():
             yield
@@ -61,7 +61,8 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
     """What somebody who waited in vain for a flight hears."""
     return WaitTimeoutError(
-        f"{name}: the computation of {flight.key[1]!r} by another caller was not over within {deadline.seconds:g} s"
+        f"{name}: the computation of {shown(flight.key[1])} by another caller was not over within "
+        f"{deadline.seconds:g} s"
     )
 
 
@@ -84,5 +85,5 @@ def outcome(flight: Flight, clock: StreamClock, name: str) -> KeysValues | None:
         assert flight.error is not None
         raise flight.error
     if flight.state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {flight.key[1]!r} was being computed")
+        raise ClosedError(f"{name} was closed while {shown(flight.key[1])} was being computed")
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,11 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     """Take `entry` out of the index if it is still the entry of its key."""
     pool = scope.pool
     ledger = pool.storage.ledger
-    part = scope.part_of(entry.key)
+    part = scope.part_of(entry.key_hash)
     with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
         deadline.check(pool.name)
-        if scope.entries[part].get(entry.key) is not entry:
+        if not scope.entries[part].remove(entry):
             return False
-        del scope.entries[part][entry.key]
         with gate.lock, ledger.mutex:
             dead = unpublish(pool, [entry])
             pool.counters.removal_count += 1
@@ -40,7 +39,7 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
 def discard(scope: Scope, key: Hashable) -> None:
     """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
     # A look without the shard: what is stored under the key later is another entry, and stays.
-    entry = scope.entries[scope.part_of(key)].get(key)
+    entry = scope.entries[scope.part_of(hash(key))].get(key)
     if entry is not None:
         scope.pool.storage.ledger.abandon(partial(remove, scope, entry))
 
@@ -51,34 +50,39 @@ def remove_all(scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> 
     index = scope.entries[0]
     with gate.lock, scope.pool.storage.locks.write(scope.shards, deadline):
         deadline.check(scope.pool.name)
-        missing = index.lacking(keys)
-        if missing:
-            return missing
-        waiters = take_out(scope, index, index.all_of(keys), dead)
+        going = index.find_each(keys)
+        if None in going:
+            return _lacking(keys, going)
+        waiters = take_out(scope, index, going, dead)
     wake(waiters)
-    del dead
+    # Also what is not among the dead may die here: whoever else held it may have let go of it meanwhile.
+    del dead, going
     return []
 
 
-def take_out(scope: Scope, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
-    """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
+def _lacking(keys: Collection[Hashable], found: list[Entry | None]) -> list[Hashable]:
+    return [key for key, entry in zip(keys, found, strict=True) if entry is None]
+
+
+def take_out(scope: Scope, index: Index[Entry], going: Sequence[Entry | None], dead: list[Entry]) -> list[Any]:
+    """Take entries out and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held.
+
+    The caller keeps `going` until it has let go of the shard: what another thread still reads dies with the last of
+    the two.
+    """
     pool = scope.pool
     ledger = pool.storage.ledger
-    gone: list[Entry] = []
-    try:
-        _delete(index, going, gone)
-    finally:
-        # Of what is gone, also if a key's own `__eq__` raised on the way. The newest first: what they share with older
-        # ones goes with those, and the slots that were written together are free together.
-        gone.reverse()
-        for begin in range(0, len(gone), ENTRIES_PER_HOLD):
-            some = gone[begin : begin + ENTRIES_PER_HOLD]
-            with gate.lock, ledger.mutex:
-                dead += unpublish(pool, some)
-                pool.counters.removal_count += len(some)
+    gone = [entry for entry in going if entry is not None and index.remove(entry)]
+    # The newest first: what they share with older ones goes with those, and the slots that were written together are
+    # free together.
+    gone.reverse()
+    for begin in range(0, len(gone), ENTRIES_PER_HOLD):
+        some = gone[begin : begin + ENTRIES_PER_HOLD]
         with gate.lock, ledger.mutex:
-            waiters = ledger.take_waiters()
-    return waiters
+            dead += unpublish(pool, some)
+            pool.counters.removal_count += len(some)
+    with gate.lock, ledger.mutex:
+        return ledger.take_waiters()
 
 
 def sweep(scope: Scope, deadline: Deadline) -> None:
@@ -103,14 +107,3 @@ def sweep_if(scope: Scope, condition: Callable[[Entry], bool], deadline: Deadlin
         # Keys and side data are finalised here, outside of every lock.
         del dead, going
     return removed
-
-
-def _delete(index: Index[Entry], going: list[Entry], gone: list[Entry]) -> None:
-    """Delete entries from an index, adding each to `gone`; without a look at any key where nothing stays."""
-    if len(going) == len(index):
-        index.clear()
-        gone += going
-        return
-    for entry in going:
-        del index[entry.key]
-        gone.append(entry)

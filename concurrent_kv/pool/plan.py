@@ -40,6 +40,7 @@ class WritePlan:
         shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
             after them.
         foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
+        hashes: of the keys, each asked for once: where an entry is looked up, and found again when it goes.
         placed: their slot tables, once there are some: as an array, or as the bytes of one.
     """
 
@@ -60,6 +61,7 @@ class WritePlan:
         source: Tensor | None,
     ) -> None:
         self.keys = keys
+        self.hashes = list(map(hash, keys))
         self.sides = sides
         self.priorities = priorities
         self.corrections = corrections

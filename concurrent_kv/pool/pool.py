@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_keys, hash_of
 from ..books.entry import Entry, Hold, Scope
-from ..errors import KeyNotFoundError
+from ..errors import KeyNotFoundError, shown
 from ..flights.table import Claim
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -177,7 +177,7 @@ class KVPool(PoolCore):
         try:
             entry = self._retain(key, scope, deadline, hold, quiet=True)
             if entry is None:
-                raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
+                raise KeyNotFoundError(f"{self.name} has no entry for {shown(key)} to pin")
             return Pin(self.storage, entry, hold)
         except BaseException:
             self.storage.ledger.release(hold)

@@ -47,10 +47,11 @@ def retain(
     An entry whose epoch or version is not its scope's counts as absent. Every hit is noted with the policy and the
     statistics of its pool unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
     """
-    located = [(scope, scope.part_of(key)) for scope, key in wanted]
+    hashes = [hash(key) for _, key in wanted]
+    located = [(scope, scope.part_of(key_hash)) for (scope, _), key_hash in zip(wanted, hashes, strict=True)]
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
-        found = _look_up(located, wanted, generations)
+        found = _look_up(located, wanted, hashes, generations)
         hits = list(filter(None, found))
         with gate.lock, ledger.mutex:
             ledger.extend(hold, hits)
@@ -60,12 +61,15 @@ def retain(
 
 
 def _look_up(
-    located: Sequence[tuple[Scope, int]], wanted: Wanted, generations: dict[Scope, Generation]
+    located: Sequence[tuple[Scope, int]],
+    wanted: Wanted,
+    hashes: Sequence[int],
+    generations: dict[Scope, Generation],
 ) -> list[Entry | None]:
     """The entries of `wanted` that are of the present generations. The shards held."""
     found: list[Entry | None] = []
-    for (scope, part), (_, key) in zip(located, wanted, strict=True):
-        entry = scope.entries[part].get(key)
+    for (scope, part), (_, key), key_hash in zip(located, wanted, hashes, strict=True):
+        entry = scope.entries[part].get(key, key_hash)
         found.append(None if entry is None or entry.generation is not generations[scope] else entry)
     return found
 

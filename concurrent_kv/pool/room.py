@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def _freed_by(
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
     with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
-        replaced = _present(scope, plan.keys, located)
+        replaced = _present(scope, plan, located)
         if not replaced:
             return 0, 0
         ledger = pool.storage.ledger
@@ -78,9 +78,10 @@ def _freed_by(
     return len(replaced), slots
 
 
-def _present(scope: Scope, keys: Sequence[Hashable], located: Sequence[tuple[Scope, int]]) -> list[Entry]:
-    """The entries that `keys` have now. Their shards held."""
-    found = (scope.entries[part].get(key) for (_, part), key in zip(located, keys, strict=True))
+def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
+    """The entries that a plan's keys have now. Their shards held."""
+    keys = zip(located, plan.keys, plan.hashes, strict=True)
+    found = (scope.entries[part].get(key, key_hash) for (_, part), key, key_hash in keys)
     return [entry for entry in found if entry is not None]
 
 
@@ -103,6 +104,7 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
             may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
+        del victim  # here, where no lock is held: it may be the last to name the entry
 
 
 def _take_reserved(pool: PoolCore, budget: Budget, entries: int, slots: int) -> Ticket | None:
@@ -158,6 +160,7 @@ def _take_from_budget(
                 raise _budget_error(pool, budget, entries_short, slots_short)
             victim, waiter = _victim_or_waiter(pool, True, want_slots=not entries_short)
         _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+        del victim  # as in `_take`
 
 
 def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> tuple[int, int]:
@@ -207,6 +210,7 @@ def make_room(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> N
                 return
             victim, waiter = _victim_or_waiter(pool, True, want_slots=quota.fits(entries, 0))
         _evict_or_wait(pool, victim, waiter, deadline, entries, slots)
+        del victim  # as in `_take`
 
 
 def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> Budget:
@@ -232,6 +236,7 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
         elif not _wait(pool, waiter, deadline):
             deadline.leave_loop(pool.name)
             break
+        del victim  # as in `_take`
     with gate.lock, ledger.mutex:
         need_entries, need_slots = quota.reserved_entries + entries, quota.reserved_slots + slots
         if quota.can_ever_fit(entries, slots):
@@ -316,20 +321,16 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     waiters: list[Any] = []
     try:
         deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
-        part = scope.part_of(victim.key)
-        with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
-            if scope.entries[part].get(victim.key) is not victim:
+        part = scope.part_of(victim.key_hash)
+        with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline), ledger.mutex:
+            if victim.pins:
+                victim.place = Place.PINNED
                 return
-            with gate.lock, ledger.mutex:
-                if victim.pins:
-                    victim.place = Place.PINNED
-                    return
-            # Not in the mutex, as it may compare keys. Nobody can find the entry in order to pin it meanwhile.
-            del scope.entries[part][victim.key]
-            with gate.lock, ledger.mutex:
-                dead = unpublish(pool, [victim])
-                pool.counters.eviction_count += 1
-                waiters = ledger.take_waiters()
+            if not scope.entries[part].remove(victim):
+                return
+            dead = unpublish(pool, [victim])
+            pool.counters.eviction_count += 1
+            waiters = ledger.take_waiters()
     except BaseException:
         with gate.lock, ledger.mutex:
             if victim.place is Place.CLAIMED:

@@ -46,7 +46,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
     """
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
-    located = scope.locate(plan.keys)
+    located = scope.locate(plan.hashes)
     ticket = reserve(pool, scope, plan, located, deadline)
     used = ticket.ticks
     entries: list[Entry] = []
@@ -67,7 +67,7 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
                     written = clock.stamp(stream, temporaries)
                     used = merge(used, written)
         plan.place(ledger, ticket.taken)
-        entries = _new_entries(pool, scope, generation, plan, merge(written, plan.shared_writes))
+        entries = _new_entries(scope, generation, plan, merge(written, plan.shared_writes))
         while True:
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
             if outcome is not Outcome.NO_ROOM:
@@ -89,11 +89,8 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
     return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
 
 
-def _new_entries(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
-    # Policies alone look at fingerprints, and what a search owns is in no policy.
-    owned = scope.budget is not None
-    fingerprints = [0] * len(plan.keys) if owned else [hash((scope.number, key)) for key in plan.keys]
-    of_each = (plan.shape.lengths, plan.sides, plan.priorities, fingerprints, plan.corrections)
+def _new_entries(scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
+    of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
     return new_entries(plan.keys, scope, generation, *of_each, written)
 
 
@@ -126,7 +123,7 @@ def _publish(
             with gate.lock, ledger.mutex:
                 pool.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
-        cells, replaced, old, added = find_places(scope.cells_of(located), plan.keys)
+        cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
             with gate.lock, ledger.mutex:
                 missing = _admit(pool, scope, entries, plan, old, ticket)

@@ -103,6 +103,7 @@ def retain_roots(
         # `hold` keeps them alive until the search does.
         with gate.lock, storage.locks.write(state.scope.shards, deadline):
             state.check_open()
-            adopted_now = state.adopt(new)
+            roots, adopted_now = state.with_roots(new)
             with gate.lock, storage.ledger.mutex:
                 storage.ledger.extend(state.roots_hold, adopted_now)
+                state.roots = roots

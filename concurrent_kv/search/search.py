@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
 from ..books.entry import Entry, Hold, Scope
 from ..books.ledger import wake
-from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.overflow import Overflow, check_overflow
@@ -223,7 +223,7 @@ class Search(Handle):
         state.check_open()
         missing = remove_all(state.scope, going, deadline)
         if missing:
-            raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
+            raise KeyNotFoundError(f"the search has no entry for {shown(missing[0])} ({len(missing)} keys missing)")
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
@@ -245,16 +245,19 @@ class Search(Handle):
         with gate.lock, state.pool.storage.locks.write(state.scope.shards, deadline):
             deadline.check(state.pool.name)
             state.check_open()
-            roots = state.roots_beside(staying)
-            going = state.own.chosen(lambda entry: entry.key not in staying)
+            before = state.roots
+            # Every key that is looked at is looked at before anything goes.
+            roots, leaving = state.parted_roots(staying)
+            going = state.own_beside(staying)
             waiters = take_out(state.scope, state.own, going, dead)
-            entries = list(map(state.roots.pop, roots))
             with gate.lock, ledger.mutex:
-                dead += ledger.drop_from(state.roots_hold, entries)
+                dead += ledger.drop_from(state.roots_hold, leaving)
+                state.roots = roots
                 waiters += ledger.take_waiters()
         wake(waiters)
-        del dead, entries
-        return len(going)
+        number = len(going)
+        del dead, before, leaving, going
+        return number
 
     def promote(
         self,
@@ -296,10 +299,11 @@ class Search(Handle):
         with gate.lock, storage.locks.read(state.scope.shards, deadline):
             state.check_open()
             entry = state.own.get(key) or state.roots.get((env_id, key))
-            if entry is None:
-                raise KeyNotFoundError(f"the search has no entry for {key!r} to promote")
-            with gate.lock, storage.ledger.mutex:
-                storage.ledger.extend(hold, [entry])
+            if entry is not None:
+                with gate.lock, storage.ledger.mutex:
+                    storage.ledger.extend(hold, [entry])
+        if entry is None:
+            raise KeyNotFoundError(f"the search has no entry for {shown(key)} to promote")
         try:
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
             with gate.lock, storage.ledger.mutex:
@@ -337,7 +341,9 @@ class Search(Handle):
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
-            raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
+            raise InvalidArgumentError(
+                f"env_ids must be among the search's {shown(self.env_ids)}, got {shown(unknown[0])}"
+            )
         if checked is env_ids:  # a tuple: it will be the same
             self._checked_envs = checked
         return checked
@@ -353,7 +359,7 @@ class Search(Handle):
         self.abandon()
 
     def __repr__(self) -> str:
-        return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"
+        return f"<Search over {shown(self.env_ids)}: {self._state.scope.ended or f'{len(self)} entries'}>"
 
 
 def check_order(order: object) -> LookupOrder:
@@ -362,7 +368,7 @@ def check_order(order: object) -> LookupOrder:
         return "own_first"
     if order == "init_first":
         return "init_first"
-    raise InvalidArgumentError(f"order must be 'own_first' or 'init_first', got {order!r}")
+    raise InvalidArgumentError(f"order must be 'own_first' or 'init_first', got {shown(order)}")
 
 
 def open_search(
@@ -384,9 +390,9 @@ def open_search(
         raise InvalidArgumentError("env_ids must name at least one environment, got none")
     unknown = [env_id for env_id in ids if env_id not in init_pools]
     if unknown:
-        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {unknown[0]!r}")
+        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {shown(unknown[0])}")
     if len(set(ids)) != len(ids):
-        raise InvalidArgumentError(f"env_ids must be different, got {ids}")
+        raise InvalidArgumentError(f"env_ids must be different, got {shown(ids)}")
     check_order(order)
     check_overflow(overflow, pool.layout)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
