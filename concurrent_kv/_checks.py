@@ -124,7 +124,7 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> list[floa
     checked = sequence_of("priorities", priorities, "numbers")
     if len(checked) != rows:
         raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(checked)}")
-    for priority in checked:
+    for row, priority in enumerate(checked):
         if isinstance(priority, bool) or not isinstance(priority, Real):
             raise InvalidTypeError(f"priority must be a number, got {shown(priority)}")
         try:
@@ -133,6 +133,9 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> list[floa
             raise InvalidArgumentError("priority must be a number that fits into a float") from error
         if math.isnan(number):
             raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")
+        kind: object = type(priority)
+        if kind not in (int, float):
+            checked[row] = number  # policies compare them under the mutex, where nothing of the caller's runs
     return checked
 
 

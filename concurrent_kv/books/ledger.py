@@ -84,7 +84,6 @@ class Ledger:
             self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
         first = len(self._free_rows) - len(entries)
         rows_taken = self._free_rows[first:]
-        del self._free_rows[first:]
         if native is None:
             assert not isinstance(tables, bytearray)
             self.tables[rows_taken] = tables
@@ -94,6 +93,7 @@ class Ledger:
         else:
             counts = self.slots.viewed_counts.of(self.slots.counts)
             native.enter(self.viewed_tables.of(self.tables), rows_taken, counts, tables, entries)
+        del self._free_rows[first:]
 
     def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""

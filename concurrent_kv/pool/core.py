@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .._checks import check_seconds, hash_of, positive_int
 from ..books.entry import Entry, Generation, Scope
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
+from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport, check_integrity, repair
 from ..books.quota import Quota
 from ..books.stats import Counters, PoolStats
@@ -62,7 +63,7 @@ class PoolCore(Handle):
             raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         max_entries = positive_int("max_entries", max_entries)
         max_slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
-        self.policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
+        own_policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
         self.layout = layout
         self.name = name
         hash_of(name, "name")
@@ -77,6 +78,7 @@ class PoolCore(Handle):
             wait_timeout=wait_timeout,
             name=name,
         )
+        self.policy = guarded(own_policy, self.storage.ledger.abandoned.append, str(name))
         self.quota = Quota(max_entries, max_slots, self.storage.ledger.slots.num_slots)
         self.counters = Counters()
         self.flights = FlightTable(name)

@@ -352,8 +352,8 @@ def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False
     if not entries:
         return []
     for entry in entries:
-        if entry.place is Place.HELD:
-            pool.policy.remove(entry)
+        if entry.place is not Place.EXEMPT:
+            pool.policy.remove(entry)  # also of victims that were given out and have not come back
         ledger.forget_parked(entry)
         entry.place = Place.NONE
     budget = entries[0].scope.budget

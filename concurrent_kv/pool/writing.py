@@ -154,10 +154,7 @@ def _enter(
     budget = scope.budget
     occupy(cells, entries, replaced, Place.HELD if budget is None else Place.EXEMPT)
     dead = unpublish(pool, old, counted_out=True) if old else []
-    if budget is None:
-        for entry in entries:
-            pool.policy.add(entry)
-    else:
+    if budget is not None:
         budget.entries -= len(old)
         if ticket.lent is not None:
             pool.storage.ledger.slots.charge(budget.reservation, ticket.lent)
@@ -188,12 +185,35 @@ def _admit(
             needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
             _count_out(pool, plan, old)
             return needed
+        leaving = [entry for entry in old if entry.place is Place.HELD]
+        try:
+            _change_candidates(pool, leaving, entries)
+            ledger.make(entries, plan.placed)
+        except BaseException:
+            _keep_candidates(pool, leaving, entries)
+            _count_out(pool, plan, old)
+            raise
     else:
         # Less may be replaced than when the room was taken: a key may have been released meanwhile.
         check_budget(pool, scope.budget, len(old))
-    ledger.make(entries, plan.placed)
+        ledger.make(entries, plan.placed)
     ticket.spent = True
     return 0, 0
+
+
+def _change_candidates(pool: PoolCore, leaving: list[Entry], entries: list[Entry]) -> None:
+    """Tell the policy which entries go and which come; it may be the user's, and raise. Nothing has taken effect."""
+    for entry in leaving:
+        pool.policy.remove(entry)
+    for entry in entries:
+        pool.policy.add(entry)
+
+
+def _keep_candidates(pool: PoolCore, leaving: list[Entry], entries: list[Entry]) -> None:
+    for entry in entries:
+        pool.policy.remove(entry)
+    for entry in reversed(leaving):
+        pool.policy.give_back(entry)
 
 
 def _count_out(pool: PoolCore, plan: WritePlan, old: list[Entry]) -> None:
