@@ -10,6 +10,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -100,20 +101,40 @@ class Ledger:
         return self.tables.take(rows_of(entries), axis=0)
 
     def let_go(self, entries: list[Entry]) -> list[Entry]:
-        """Drop one reference of each, and free what the dead had; returns those that died. Mutex held."""
+        """Drop one reference of each, and free what the dead had; returns those that died. Mutex held.
+
+        All of it, or nothing where it raises.
+        """
         dead = let_go(entries)
         if dead:
-            rows = [entry.row for entry in dead]
-            tables = self.tables[rows]
-            ticks: Ticks = NO_TICKS
+            try:
+                rows = rows_of(dead)
+                tables = self.tables[rows]
+                ticks: Ticks = NO_TICKS
+                for entry in dead:
+                    ticks = merge(ticks, entry.ticks)
+                self.slots.drop(tables, ticks)
+            except BaseException:
+                for entry in entries:
+                    entry.refs += 1
+                raise
             for entry in dead:
-                ticks = merge(ticks, entry.ticks)
                 entry.row = -1
-            self.slots.drop(tables, ticks)
             self._free_rows.extend(rows)
             if self._shared:
-                self._unpark_unshared(tables)
+                try:
+                    self._unpark_unshared(tables)
+                except Exception:  # no memory, no frames: they come back to their policies a little later
+                    self.abandoned.append(partial(self.again, self._unpark_all))
         return dead
+
+    def again(self, work: Callable[[], list[Entry] | None], deadline: Deadline) -> None:
+        """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes."""
+        with gate.lock, self.mutex:
+            dead = work()
+            waiters = self.take_waiters()
+        wake(waiters)
+        del dead
 
     def rebuild_rows(self, used: set[int]) -> None:
         """Set the free rows of the tables as found by a full recount. Mutex held."""
@@ -170,45 +191,62 @@ class Ledger:
             for entry in tuple(self._shared.get(slot, ())):
                 self.unpark(entry)
 
+    def _unpark_all(self) -> None:
+        """Give back whoever is set aside without a reason. Mutex held."""
+        for siblings in list(self._shared.values()):
+            for entry in list(siblings):
+                if not self.shares_tail(entry):
+                    self.unpark(entry)
+
     # Holds -------------------------------------------------------------------------------------------------------
 
     def extend(self, hold: Hold, entries: list[Entry]) -> None:
         """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
+        retain(entries, hold.entries)
         self.holds.add(hold)
         if hold.pinning:
             for entry in entries:
                 entry.pins += 1
-        retain(entries, hold.entries)
 
     def drop_from(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
         staying = Counter(hold.entries)
         staying.subtract(entries)
-        hold.entries = list(staying.elements())
-        return self._unhold(hold, entries)
+        left = list(staying.elements())
+        dead = self._unhold(hold, entries)
+        hold.entries = left
+        return dead
 
     def end(self, hold: Hold) -> list[Entry]:
         """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
-        if hold.released:
-            return []
         hold.released = True
         return self._empty(hold)
 
     def _empty(self, hold: Hold) -> list[Entry]:
         """Let go of what a released hold holds, unless somebody still uses it."""
-        if hold.users:
+        if hold.users or hold not in self.holds:
             return []
+        dead = self._unhold(hold, hold.entries)
+        hold.entries = []
         self.holds.discard(hold)
-        entries, hold.entries = hold.entries, []
-        return self._unhold(hold, entries)
+        return dead
 
     def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
+        """Drop a hold's reference of each; all of them, or none where it raises."""
+        dead = self.let_go(entries)
         if hold.pinning:
             for entry in entries:
                 entry.pins -= 1
-                if not entry.pins and entry.place is Place.PINNED:
-                    self.unpark(entry)
-        return self.let_go(entries)
+            try:
+                self._unpark_unpinned(entries)
+            except Exception:  # as in `let_go`
+                self.abandoned.append(partial(self.again, partial(self._unpark_unpinned, entries)))
+        return dead
+
+    def _unpark_unpinned(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if not entry.pins and entry.place is Place.PINNED:
+                self.unpark(entry)
 
     def abandon(self, release: Callable[[Deadline], object]) -> None:
         """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
@@ -218,10 +256,18 @@ class Ledger:
 
     def release(self, hold: Hold) -> bool:
         """Release a hold, and wake whoever waits for room; False if it was released before."""
+        dead: list[Entry] = []
+        waiters: list[Any] = []
         with gate.lock, self.mutex:
             first = not hold.released
-            dead = self.end(hold)
-            waiters = self.take_waiters()
+            hold.released = True
+            try:
+                dead = self.end(hold)
+                waiters = self.take_waiters()
+            except BaseException as error:
+                self.abandoned.append(partial(self.release_abandoned, hold))
+                if not isinstance(error, Exception):
+                    raise
         wake(waiters)
         del dead
         return first
@@ -236,11 +282,20 @@ class Ledger:
 
     def stop_using(self, hold: Hold, *, release: bool = False) -> bool:
         """The other end of `use`; or of the hold itself, with `release`. False if that was released before."""
+        dead: list[Entry] = []
+        waiters: list[Any] = []
         with gate.lock, self.mutex:
             first = not hold.released
             hold.users -= 1
-            dead = self.end(hold) if release and first else self._empty(hold) if hold.released else []
-            waiters = self.take_waiters() if hold.released else []
+            hold.released = hold.released or release
+            if hold.released:
+                try:
+                    dead = self.end(hold)
+                    waiters = self.take_waiters()
+                except BaseException as error:
+                    self.abandoned.append(partial(self.release_abandoned, hold))
+                    if not isinstance(error, Exception):
+                        raise
         if waiters:
             wake(waiters)
         del dead
@@ -249,6 +304,10 @@ class Ledger:
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard."""
         self.release(hold)
+
+    def stop_using_abandoned(self, hold: Hold, deadline: Deadline) -> None:
+        """As `stop_using`, in the form that `abandoned` takes."""
+        self.stop_using(hold)
 
     def stamp_reads(self, entries: Iterable[Entry], ticks: Ticks) -> None:
         """Note a use of each entry's slots. Mutex held."""

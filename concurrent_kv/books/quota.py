@@ -59,17 +59,29 @@ class Quota:
         """Count the entries with these slot tables `[entries, window]`."""
         flat = tables.ravel()
         fresh = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots += len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
+        number = len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
         np.add.at(self.counts, flat, ONE)
+        self.slots += number
         self.entries += len(tables)
 
     def remove(self, tables: npt.NDArray[np.int64]) -> None:
         """Stop counting the entries with these slot tables."""
         flat = tables.ravel()
         np.subtract.at(self.counts, flat, ONE)
-        gone = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots -= len(np.unique(gone)) if len(tables) > 1 else len(gone)
+        try:
+            gone = flat[(self.counts[flat] == 0) & (flat > 0)]
+            number = len(np.unique(gone)) if len(tables) > 1 else len(gone)
+        except BaseException:
+            np.add.at(self.counts, flat, ONE)
+            raise
+        self.slots -= number
         self.entries -= len(tables)
+
+    def undo(self, tables: npt.NDArray[np.int64] | None, change: np.int32, entries: int, slots: int) -> None:
+        """Go back to `entries` and `slots`, and by `change` for each slot in `tables`. Calls nothing that may fail."""
+        if tables is not None:
+            np.add.at(self.counts, tables.ravel(), change)
+        self.entries, self.slots = entries, slots
 
     def exclusive(self, tables: npt.NDArray[np.int64]) -> int:
         """Slots that would stop counting if the entries with these tables went (those that they alone name)."""

@@ -199,7 +199,11 @@ class FlightTable:
                 return False
             flight.result, flight.ready, flight.error = result, ready, error
             flight.state = state
-        self._forget(flight)
+        try:
+            self._forget(flight)
+        except (MemoryError, RecursionError):
+            self.dropped.append(flight)  # whoever comes next takes it out
+            flight.wake()
         return True
 
     def _forget(self, flight: Flight) -> None:

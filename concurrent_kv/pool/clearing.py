@@ -28,8 +28,12 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
         if not scope.entries[part].remove(entry):
             return False
         with gate.lock, ledger.mutex:
-            dead = unpublish(pool, [entry])
             pool.counters.removal_count += 1
+            try:
+                dead = unpublish(pool, [entry])
+            except BaseException:
+                ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [entry])))
+                raise
             waiters = ledger.take_waiters()
     wake(waiters)
     del dead
@@ -72,15 +76,20 @@ def take_out(scope: Scope, index: Index[Entry], going: Sequence[Entry | None], d
     """
     pool = scope.pool
     ledger = pool.storage.ledger
-    gone = [entry for entry in going if entry is not None and index.remove(entry)]
     # The newest first: what they share with older ones goes with those, and the slots that were written together are
     # free together.
-    gone.reverse()
-    for begin in range(0, len(gone), ENTRIES_PER_HOLD):
-        some = gone[begin : begin + ENTRIES_PER_HOLD]
-        with gate.lock, ledger.mutex:
-            dead += unpublish(pool, some)
-            pool.counters.removal_count += len(some)
+    ahead = list(reversed(going))
+    for begin in range(0, len(ahead), ENTRIES_PER_HOLD):
+        some: list[Entry] = []
+        try:
+            # One after the other: whatever is raised on the way, `some` has those that have left.
+            some.extend(filter(index.remove, filter(None, ahead[begin : begin + ENTRIES_PER_HOLD])))
+            with gate.lock, ledger.mutex:
+                dead += unpublish(pool, some)
+                pool.counters.removal_count += len(some)
+        except BaseException:
+            ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, some)))
+            raise
     with gate.lock, ledger.mutex:
         return ledger.take_waiters()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -155,7 +156,11 @@ class KVPool(PoolCore):
         try:
             yield self._retain(key, scope, deadline, hold, quiet=quiet)
         finally:
-            self.storage.ledger.release(hold)
+            try:
+                self.storage.ledger.release(hold)
+            except BaseException:
+                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                raise
 
     def _retain(
         self, key: Hashable, scope: Scope | None, deadline: Deadline, hold: Hold, *, quiet: bool
@@ -180,7 +185,11 @@ class KVPool(PoolCore):
                 raise KeyNotFoundError(f"{self.name} has no entry for {shown(key)} to pin")
             return Pin(self.storage, entry, hold)
         except BaseException:
-            self.storage.ledger.release(hold)
+            try:
+                self.storage.ledger.release(hold)
+            except BaseException:
+                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                raise
             raise
 
     def count_misses(self, number: int) -> None:
@@ -227,7 +236,11 @@ class KVPool(PoolCore):
             self.count_misses(sum(entry is None for entry in entries))
             return open_batch(self.storage, found_in, generations[found_in], hold, entries, room, out)
         except BaseException:
-            self.storage.ledger.release(hold)
+            try:
+                self.storage.ledger.release(hold)
+            except BaseException:
+                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                raise
             raise
 
     # Writing -------------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..books.entry import Entry, Place, Scope, sorted_shards
 from ..books.ledger import wake
 from ..books.quota import Budget
-from ..books.slots import Slots
+from ..books.slots import ONE, Slots
 from ..device.streams import Ticks
 from ..errors import CapacityError, SearchEndedError, WaitTimeoutError
 from ..locks.deadline import Deadline
@@ -103,7 +104,12 @@ def _take(pool: PoolCore, plan: WritePlan, freed: tuple[int, int], deadline: Dea
             # (Not where that can never be: the headroom is for a few windows at a time.)
             may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
-        _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
+        try:
+            _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots)
+        except BaseException:
+            if victim is not None:
+                ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            raise
         del victim  # here, where no lock is held: it may be the last to name the entry
 
 
@@ -159,7 +165,12 @@ def _take_from_budget(
             elif not quota.can_ever_fit(entries_short, slots_short):
                 raise _budget_error(pool, budget, entries_short, slots_short)
             victim, waiter = _victim_or_waiter(pool, True, want_slots=not entries_short)
-        _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+        try:
+            _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+        except BaseException:
+            if victim is not None:
+                ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            raise
         del victim  # as in `_take`
 
 
@@ -209,7 +220,12 @@ def make_room(pool: PoolCore, entries: int, slots: int, deadline: Deadline) -> N
                 quota.pending_slots += slots
                 return
             victim, waiter = _victim_or_waiter(pool, True, want_slots=quota.fits(entries, 0))
-        _evict_or_wait(pool, victim, waiter, deadline, entries, slots)
+        try:
+            _evict_or_wait(pool, victim, waiter, deadline, entries, slots)
+        except BaseException:
+            if victim is not None:
+                ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            raise
         del victim  # as in `_take`
 
 
@@ -230,7 +246,11 @@ def reserve_budget(pool: PoolCore, entries: int, slots: int, deadline: Deadline)
             may_evict = quota.can_ever_fit(entries, slots)
             victim, waiter = _victim_or_waiter(pool, may_evict, want_slots=quota.fits(entries, 0))
         if victim is not None:
-            _evict(pool, victim, deadline)
+            try:
+                _evict(pool, victim, deadline)
+            except BaseException:
+                ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                raise
         elif waiter is None:
             deadline.step(pool.name, VICTIMS_PER_HOLD)
         elif not _wait(pool, waiter, deadline):
@@ -273,13 +293,18 @@ def _victim_or_waiter(pool: PoolCore, may_evict: bool, *, want_slots: bool) -> t
         if victim is None:
             if want_slots or not ledger.unpark_shared(pool, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
-        elif victim.pins:
-            victim.place = Place.PINNED
-        elif want_slots and ledger.shares_tail(victim):
-            ledger.park_shared(victim)
-        else:
-            victim.place = Place.CLAIMED
-            return victim, None
+            continue
+        victim.place = Place.CLAIMED
+        try:
+            if victim.pins:
+                victim.place = Place.PINNED
+            elif want_slots and ledger.shares_tail(victim):
+                ledger.park_shared(victim)
+            else:
+                return victim, None
+        except BaseException:
+            ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            raise
     return None, None
 
 
@@ -306,7 +331,7 @@ def _wait(pool: PoolCore, waiter: Any, deadline: Deadline) -> bool:
         deadline.leave_loop(pool.name)
         # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
         pool.storage.drain_abandoned(deadline)
-        return True
+        return not pool.storage.ledger.abandoned or deadline.left() > 0
     if deadline.wait_on(waiter) and not deadline.cancelled:
         return True
     with gate.lock, pool.storage.ledger.mutex:
@@ -328,14 +353,16 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
                 return
             if not scope.entries[part].remove(victim):
                 return
-            dead = unpublish(pool, [victim])
+            try:
+                dead = unpublish(pool, [victim])
+            except BaseException:
+                ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [victim])))
+                raise
             pool.counters.eviction_count += 1
             waiters = ledger.take_waiters()
     except BaseException:
         with gate.lock, ledger.mutex:
-            if victim.place is Place.CLAIMED:
-                victim.place = Place.HELD
-                pool.policy.give_back(victim)
+            _give_back(pool, victim)
             waiters = ledger.take_waiters()  # somebody may have found no victim because this one was claimed
         wake(waiters)
         raise
@@ -343,10 +370,18 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
+def _give_back(pool: PoolCore, victim: Entry) -> None:
+    """Make a claimed victim a candidate again, if it is still in the index. Mutex held."""
+    scope = victim.scope
+    if victim.place is Place.CLAIMED and scope.entries[scope.part_of(victim.key_hash)].holds(victim):
+        pool.policy.give_back(victim)
+        victim.place = Place.HELD
+
+
 def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
     """Books of entries that left the index: policy, the index's reference, and the quota unless that was done before.
 
-    Returns the dead. Mutex held.
+    Returns the dead. Where it raises it can be done again: what takes effect once comes last. Mutex held.
     """
     ledger = pool.storage.ledger
     if not entries:
@@ -356,21 +391,37 @@ def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False
             pool.policy.remove(entry)  # also of victims that were given out and have not come back
         ledger.forget_parked(entry)
         entry.place = Place.NONE
-    budget = entries[0].scope.budget
-    if not counted_out:
-        if budget is None:
-            pool.quota.remove(ledger.tables_of(entries))
-        else:
-            budget.entries -= len(entries)
-    if budget is None or not budget.promoted_to:
-        return ledger.let_go(entries)
-    slots = np.unique(ledger.tables_of(entries))
+    budget, quota = entries[0].scope.budget, pool.quota
+    if budget is None:
+        tables = None if counted_out else ledger.tables_of(entries)
+        before = quota.entries, quota.slots
+        if tables is not None:
+            quota.remove(tables)
+        try:
+            return ledger.let_go(entries)
+        except BaseException:
+            if tables is not None:
+                np.add.at(quota.counts, tables.ravel(), ONE)
+                quota.entries, quota.slots = before
+            raise
+    slots = np.unique(ledger.tables_of(entries)) if budget.promoted_to else None
     dead = ledger.let_go(entries)
-    # What only init pools name now is paid for by them; the search can use its room again.
-    counts = ledger.slots.counts[slots]
-    elsewhere = sum(quota.counts[slots] for quota in budget.promoted_to)
-    ledger.slots.discharge(budget.reservation, slots[(slots > 0) & (counts > 0) & (counts == elsewhere)])
+    if not counted_out:
+        budget.entries -= len(entries)
+    if slots is not None:
+        try:
+            _discharge(pool, budget, slots)
+        except Exception:  # no memory, no frames
+            ledger.abandoned.append(partial(ledger.again, partial(_discharge, pool, budget, slots)))
     return dead
+
+
+def _discharge(pool: PoolCore, budget: Budget, slots: npt.NDArray[np.int64]) -> None:
+    """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
+    allocator = pool.storage.ledger.slots
+    counts = allocator.counts[slots]
+    elsewhere = sum([quota.counts[slots] for quota in budget.promoted_to])
+    allocator.discharge(budget.reservation, slots[(slots > 0) & (counts > 0) & (counts == elsewhere)])
 
 
 def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:
@@ -379,8 +430,8 @@ def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:
     with gate.lock, ledger.mutex:
         if ticket.spent:
             return
-        ticket.spent = True
         ledger.slots.give_back(ticket.taken, used)
+        ticket.spent = True
         if scope.budget is None:
             pool.quota.pending_entries -= ticket.entries
             pool.quota.pending_slots -= ticket.slots

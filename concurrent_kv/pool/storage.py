@@ -179,7 +179,7 @@ class KVStorage:
     def drain_abandoned(self, deadline: Deadline) -> None:
         """Release what was dropped without being closed."""
         abandoned = self.ledger.abandoned
-        while abandoned:
+        for _ in range(len(abandoned)):  # what cannot be done here, for want of memory or of frames, comes back
             # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
             # in between.
             try:
@@ -188,7 +188,7 @@ class KVStorage:
                 return
             try:
                 release(deadline)
-            except WaitTimeoutError:
+            except (WaitTimeoutError, MemoryError, RecursionError):
                 # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)

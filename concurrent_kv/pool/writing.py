@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..books.entries import new_entries, occupy
 from ..books.entry import Entry, Generation, Place, Scope, sorted_shards
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
+from ..books.slots import ONE
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..errors import ClosedError, SearchEndedError
 from ..locks.deadline import Deadline
@@ -75,11 +79,23 @@ def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan,
             make_room(pool, *missing, deadline)
             ticket.entries, ticket.slots = missing
     except BaseException:
-        cancel(pool, scope, ticket, used)
+        try:
+            cancel(pool, scope, ticket, used)
+        except BaseException:
+            # What cannot be undone here, where memory or frames are short, is undone by the next operation.
+            ledger.abandoned.append(partial(_cancel_later, pool, scope, ticket, used))
         raise
     if outcome is Outcome.STALE:
-        cancel(pool, scope, ticket, used)
+        try:
+            cancel(pool, scope, ticket, used)
+        except BaseException:
+            ledger.abandoned.append(partial(_cancel_later, pool, scope, ticket, used))
+            raise
     return outcome is Outcome.PUBLISHED
+
+
+def _cancel_later(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks, deadline: Deadline) -> None:
+    cancel(pool, scope, ticket, used)
 
 
 def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -> tuple[Tensor, ...]:
@@ -126,9 +142,13 @@ def _publish(
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
             with gate.lock, ledger.mutex:
-                missing = _admit(pool, scope, entries, plan, old, ticket)
-                if ticket.spent:
-                    dead = _enter(pool, scope, entries, cells, replaced, old, ticket)
+                missing = _admit(pool, scope, entries, cells, replaced, plan, old, ticket)
+                if ticket.spent and old:
+                    try:
+                        dead = unpublish(pool, old, counted_out=True)
+                    except Exception:  # no memory, no frames; what was written is there
+                        again = partial(unpublish, pool, old, counted_out=True)
+                        ledger.abandoned.append(partial(ledger.again, again))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters()
         finally:
@@ -141,64 +161,92 @@ def _publish(
     return outcome, missing
 
 
-def _enter(
+def _admit(
     pool: PoolCore,
     scope: Scope,
     entries: list[Entry],
     cells: list[list[Entry]],
     replaced: list[Entry | None],
+    plan: WritePlan,
     old: list[Entry],
     ticket: Ticket,
-) -> list[Entry]:
-    """Put admitted entries into their places, and close the books of the replaced; returns the dead. Mutex held."""
-    budget = scope.budget
-    occupy(cells, entries, replaced, Place.HELD if budget is None else Place.EXEMPT)
-    dead = unpublish(pool, old, counted_out=True) if old else []
+) -> tuple[int, int]:
+    """Count the new entries in and the old ones out, name the slots, and put the entries into their places.
+
+    The ticket is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
+    take the ticket's place in it back and say how much the write needs. Mutex held.
+    """
+    ledger, budget = pool.storage.ledger, scope.budget
+    place = Place.HELD if budget is None else Place.EXEMPT
+    if budget is not None:
+        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
+        check_budget(pool, budget, len(old))
+        ledger.make(entries, plan.placed)
+    else:
+        needed = _count(pool, entries, plan, old, ticket)
+        if needed is not None:
+            return needed
+    try:
+        occupy(cells, entries, replaced, place)
+    except (MemoryError, RecursionError):
+        occupy(cells, entries, replaced, place)  # less than `make` took
+    ticket.spent = True
+    pool.counters.insert_count += len(entries) - len(old)
+    pool.counters.replace_count += len(old)
     if budget is not None:
         budget.entries -= len(old)
         if ticket.lent is not None:
-            pool.storage.ledger.slots.charge(budget.reservation, ticket.lent)
-    pool.counters.insert_count += len(entries) - len(old)
-    pool.counters.replace_count += len(old)
-    return dead
-
-
-def _admit(
-    pool: PoolCore, scope: Scope, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
-) -> tuple[int, int]:
-    """Count the new entries in and the old ones out, and name the slots: the ticket is spent then. Mutex held.
-
-    Or, where that would exceed the quota, take the ticket's place in it back and say how much the write needs.
-    """
-    ledger, quota = pool.storage.ledger, pool.quota
-    if scope.budget is None:
-        entries_taken, slots_taken = ticket.entries, ticket.slots
-        # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
-        ticket.entries = ticket.slots = 0
-        quota.pending_entries -= entries_taken
-        quota.pending_slots -= slots_taken
-        before = quota.entries, quota.slots
-        quota.add(plan.tables)
-        if old:
-            quota.remove(ledger.tables_of(old))
-        if any(quota.excess()):
-            needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
-            _count_out(pool, plan, old)
-            return needed
-        leaving = [entry for entry in old if entry.place is Place.HELD]
-        try:
-            _change_candidates(pool, leaving, entries)
-            ledger.make(entries, plan.placed)
-        except BaseException:
-            _keep_candidates(pool, leaving, entries)
-            _count_out(pool, plan, old)
-            raise
-    else:
-        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
-        check_budget(pool, scope.budget, len(old))
-        ledger.make(entries, plan.placed)
-    ticket.spent = True
+            charge = partial(ledger.slots.charge, budget.reservation, ticket.lent)
+            try:
+                charge()
+            except Exception:  # no memory, no frames
+                ledger.abandoned.append(partial(ledger.again, charge))
     return 0, 0
+
+
+def _count(
+    pool: PoolCore, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
+) -> tuple[int, int] | None:
+    """Count entries in and others out, with the quota, the policy and the slots; or say what is missing. Mutex held."""
+    ledger, quota = pool.storage.ledger, pool.quota
+    tables, old_tables = plan.tables, ledger.tables_of(old) if old else None
+    leaving = [entry for entry in old if entry.place is Place.HELD]
+    entries_taken, slots_taken = ticket.entries, ticket.slots
+    # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
+    ticket.entries = ticket.slots = 0
+    quota.pending_entries -= entries_taken
+    quota.pending_slots -= slots_taken
+    before = quota.entries, quota.slots
+    counted = 0
+    made = told = False
+    try:
+        quota.add(tables)
+        counted = 1
+        if old_tables is not None:
+            quota.remove(old_tables)
+            counted = 2
+        needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
+        if any(quota.excess()):
+            return needed
+        told = True
+        _change_candidates(pool, leaving, entries)
+        ledger.make(entries, plan.placed)
+        made = True
+    finally:
+        if not made:
+            # By functions of C alone, which need no frame.
+            if old_tables is not None and counted > 1:
+                np.add.at(quota.counts, old_tables.ravel(), ONE)
+            if counted:
+                np.subtract.at(quota.counts, tables.ravel(), ONE)
+            quota.entries, quota.slots = before
+            if told:
+                keep = partial(_keep_candidates, pool, leaving, entries)
+                try:
+                    keep()
+                except Exception:
+                    ledger.abandoned.append(partial(ledger.again, keep))
+    return None
 
 
 def _change_candidates(pool: PoolCore, leaving: list[Entry], entries: list[Entry]) -> None:
@@ -210,13 +258,9 @@ def _change_candidates(pool: PoolCore, leaving: list[Entry], entries: list[Entry
 
 
 def _keep_candidates(pool: PoolCore, leaving: list[Entry], entries: list[Entry]) -> None:
+    """Undo `_change_candidates`, perhaps a second time. Mutex held."""
     for entry in entries:
         pool.policy.remove(entry)
     for entry in reversed(leaving):
-        pool.policy.give_back(entry)
-
-
-def _count_out(pool: PoolCore, plan: WritePlan, old: list[Entry]) -> None:
-    if old:
-        pool.quota.add(pool.storage.ledger.tables_of(old))
-    pool.quota.remove(plan.tables)
+        if entry.place is Place.HELD and entry not in pool.policy:
+            pool.policy.give_back(entry)

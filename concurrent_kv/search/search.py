@@ -14,6 +14,7 @@ from torch import Tensor
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
 from ..books.entry import Entry, Hold, Scope
 from ..books.ledger import wake
+from ..books.quota import Budget
 from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -135,7 +136,11 @@ class Search(Handle):
                     count_hits(roots)
             return batch
         except BaseException:
-            storage.ledger.release(hold)
+            try:
+                storage.ledger.release(hold)
+            except BaseException:
+                storage.ledger.abandoned.append(partial(storage.ledger.release_abandoned, hold))
+                raise
             raise
 
     def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
@@ -311,7 +316,11 @@ class Search(Handle):
             return write(target.pool, target, generation, plan, deadline)
         finally:
             del entry
-            storage.ledger.release(hold)
+            try:
+                storage.ledger.release(hold)
+            except BaseException:
+                storage.ledger.abandoned.append(partial(storage.ledger.release_abandoned, hold))
+                raise
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -398,6 +407,23 @@ def open_search(
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
     tokens = positive_int("tokens", tokens) if tokens is not None else entries * pool.layout.max_tokens
     budget = reserve_budget(pool, entries, tokens, deadline)
+    try:
+        return _opened(pool, init_pools, ids, number, budget, order, overflow)
+    except BaseException:
+        ledger = pool.storage.ledger
+        ledger.abandoned.append(partial(ledger.again, partial(give_budget_back, pool, budget)))
+        raise
+
+
+def _opened(
+    pool: KVPool,
+    init_pools: Mapping[Hashable, KVPool],
+    ids: tuple[Hashable, ...],
+    number: int,
+    budget: Budget,
+    order: LookupOrder,
+    overflow: Overflow | None,
+) -> Search:
     # All of a search's keys under one shard: a gather or commit of any number of rows takes one lock.
     shard = number % pool.storage.locks.count
     scope = Scope(pool, f"search {number}", (shard,), budget=budget)
