@@ -103,7 +103,7 @@ class Ledger:
     def let_go(self, entries: list[Entry]) -> list[Entry]:
         """Drop one reference of each, and free what the dead had; returns those that died. Mutex held.
 
-        All of it, or nothing where it raises.
+        All of it, or nothing where it raises; what cuts in from outside, perhaps after the effect, is for repair.
         """
         dead = let_go(entries)
         if dead:
@@ -114,7 +114,7 @@ class Ledger:
                 for entry in dead:
                     ticks = merge(ticks, entry.ticks)
                 self.slots.drop(tables, ticks)
-            except BaseException:
+            except Exception:
                 for entry in entries:
                     entry.refs += 1
                 raise
@@ -212,10 +212,12 @@ class Ledger:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
         staying = Counter(hold.entries)
         staying.subtract(entries)
-        left = list(staying.elements())
-        dead = self._unhold(hold, entries)
-        hold.entries = left
-        return dead
+        before, hold.entries = hold.entries, list(staying.elements())
+        try:
+            return self._unhold(hold, entries)
+        except Exception:
+            hold.entries = before
+            raise
 
     def end(self, hold: Hold) -> list[Entry]:
         """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
@@ -226,10 +228,16 @@ class Ledger:
         """Let go of what a released hold holds, unless somebody still uses it."""
         if hold.users or hold not in self.holds:
             return []
-        dead = self._unhold(hold, hold.entries)
-        hold.entries = []
-        self.holds.discard(hold)
-        return dead
+        # First: what is cut off from outside after this is lost until repair, and not dropped twice.
+        entries = hold.entries
+        try:
+            self.holds.discard(hold)
+            hold.entries = []
+            return self._unhold(hold, entries)
+        except Exception:
+            hold.entries = entries
+            self.holds.add(hold)
+            raise
 
     def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Drop a hold's reference of each; all of them, or none where it raises."""

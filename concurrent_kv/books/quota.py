@@ -71,17 +71,11 @@ class Quota:
         try:
             gone = flat[(self.counts[flat] == 0) & (flat > 0)]
             number = len(np.unique(gone)) if len(tables) > 1 else len(gone)
-        except BaseException:
+        except Exception:
             np.add.at(self.counts, flat, ONE)
             raise
         self.slots -= number
         self.entries -= len(tables)
-
-    def undo(self, tables: npt.NDArray[np.int64] | None, change: np.int32, entries: int, slots: int) -> None:
-        """Go back to `entries` and `slots`, and by `change` for each slot in `tables`. Calls nothing that may fail."""
-        if tables is not None:
-            np.add.at(self.counts, tables.ravel(), change)
-        self.entries, self.slots = entries, slots
 
     def exclusive(self, tables: npt.NDArray[np.int64]) -> int:
         """Slots that would stop counting if the entries with these tables went (those that they alone name)."""

@@ -164,7 +164,7 @@ class SlotAllocator:
                 taken.append(as_array(slots))
                 ticks = merge(ticks, run_ticks)
             joined = np.concatenate(taken)[:count]
-        except BaseException:
+        except Exception:
             self._runs.extendleft(reversed(popped))
             raise
         if left < 0:
@@ -193,7 +193,7 @@ class SlotAllocator:
             ticks = merge(ticks, self._residual)
             residual = ticks if ticks and (left[flat > 0] > 0).any() else self._residual
             self._free(freed.astype(np.int64, copy=False), ticks)
-        except BaseException:
+        except Exception:  # not what cuts in from outside, perhaps after the effect: that is for repair to find
             np.add.at(self.counts, flat, ONE)
             self.counts[0] = 0
             raise

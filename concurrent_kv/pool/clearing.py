@@ -31,7 +31,7 @@ def remove(scope: Scope, entry: Entry, deadline: Deadline) -> bool:
             pool.counters.removal_count += 1
             try:
                 dead = unpublish(pool, [entry])
-            except BaseException:
+            except Exception:
                 ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [entry])))
                 raise
             waiters = ledger.take_waiters()
@@ -87,7 +87,7 @@ def take_out(scope: Scope, index: Index[Entry], going: Sequence[Entry | None], d
             with gate.lock, ledger.mutex:
                 dead += unpublish(pool, some)
                 pool.counters.removal_count += len(some)
-        except BaseException:
+        except Exception:
             ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, some)))
             raise
     with gate.lock, ledger.mutex:

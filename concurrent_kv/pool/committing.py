@@ -162,12 +162,12 @@ def commit_batch(
     except BaseException:
         try:
             ledger.stop_using(batch.hold)
-        except BaseException:  # no memory, no frames
+        except Exception:  # no memory, no frames
             ledger.abandoned.append(partial(ledger.stop_using_abandoned, batch.hold))
         raise
     try:
         batch.end_commit(committed)
-    except BaseException:
+    except Exception:
         if batch.hold.users:  # one thread uses a batch at a time
             ledger.abandoned.append(partial(ledger.stop_using_abandoned, batch.hold))
         raise

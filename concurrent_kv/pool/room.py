@@ -355,7 +355,7 @@ def _evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
                 return
             try:
                 dead = unpublish(pool, [victim])
-            except BaseException:
+            except Exception:
                 ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [victim])))
                 raise
             pool.counters.eviction_count += 1
@@ -399,7 +399,7 @@ def unpublish(pool: PoolCore, entries: list[Entry], *, counted_out: bool = False
             quota.remove(tables)
         try:
             return ledger.let_go(entries)
-        except BaseException:
+        except Exception:
             if tables is not None:
                 np.add.at(quota.counts, tables.ravel(), ONE)
                 quota.entries, quota.slots = before
@@ -430,8 +430,12 @@ def cancel(pool: PoolCore, scope: Scope, ticket: Ticket, used: Ticks) -> None:
     with gate.lock, ledger.mutex:
         if ticket.spent:
             return
-        ledger.slots.give_back(ticket.taken, used)
         ticket.spent = True
+        try:
+            ledger.slots.give_back(ticket.taken, used)
+        except Exception:
+            ticket.spent = False
+            raise
         if scope.budget is None:
             pool.quota.pending_entries -= ticket.entries
             pool.quota.pending_slots -= ticket.slots

@@ -218,7 +218,9 @@ def _count(
     quota.pending_slots -= slots_taken
     before = quota.entries, quota.slots
     counted = 0
-    made = told = False
+    told = False
+    needed = 0, 0
+    error: Exception | None = None
     try:
         quota.add(tables)
         counted = 1
@@ -226,27 +228,31 @@ def _count(
             quota.remove(old_tables)
             counted = 2
         needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
-        if any(quota.excess()):
-            return needed
-        told = True
-        _change_candidates(pool, leaving, entries)
-        ledger.make(entries, plan.placed)
-        made = True
+        if not any(quota.excess()):
+            told = True
+            _change_candidates(pool, leaving, entries)
+            ledger.make(entries, plan.placed)
+            return None
+    except Exception as raised:
+        error = raised
+    # By functions of C alone, which need no frame.
+    if old_tables is not None and counted > 1:
+        np.add.at(quota.counts, old_tables.ravel(), ONE)
+    if counted:
+        np.subtract.at(quota.counts, tables.ravel(), ONE)
+    quota.entries, quota.slots = before
+    if error is None:
+        return needed
+    if told:
+        keep = partial(_keep_candidates, pool, leaving, entries)
+        try:
+            keep()
+        except Exception:
+            ledger.abandoned.append(partial(ledger.again, keep))
+    try:
+        raise error
     finally:
-        if not made:
-            # By functions of C alone, which need no frame.
-            if old_tables is not None and counted > 1:
-                np.add.at(quota.counts, old_tables.ravel(), ONE)
-            if counted:
-                np.subtract.at(quota.counts, tables.ravel(), ONE)
-            quota.entries, quota.slots = before
-            if told:
-                keep = partial(_keep_candidates, pool, leaving, entries)
-                try:
-                    keep()
-                except Exception:
-                    ledger.abandoned.append(partial(ledger.again, keep))
-    return None
+        del error  # it names this frame
 
 
 def _change_candidates(pool: PoolCore, leaving: list[Entry], entries: list[Entry]) -> None:

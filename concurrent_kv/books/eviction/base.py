@@ -81,7 +81,8 @@ class EvictionPolicy(ABC, Generic[E]):
         """Hold again a popped victim that could not be evicted then and can be now.
 
         It is the next candidate: the next `pop_victim` returns it, unless something is touched, added, removed or given
-        back in between. Among several given back the latest comes first.
+        back in between. Among several given back, those of `FIFO` and `LRU` come in the order of their age, as if they
+        had never been given out; elsewhere the latest comes first.
         """
 
     @abstractmethod
