@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from .errors import InvalidArgumentError, InvalidTypeError
+from .errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = [
     "check_env_ids",
@@ -37,7 +37,7 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     if type(value) is int:
         number = value
     elif isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {value!r}")
+        raise InvalidTypeError(f"{name} must be an int of at least {minimum}, got {shown(value)}")
     else:
         number = int(value)
     if number < minimum:
@@ -48,10 +48,10 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
 def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidTypeError(f"{name} must be a number of seconds, got {value!r}")
+        raise InvalidTypeError(f"{name} must be a number of seconds, got {shown(value)}")
     if not math.isfinite(value) or not 0 <= float(value) <= threading.TIMEOUT_MAX:
         raise InvalidArgumentError(
-            f"{name} must be a finite number of seconds from 0 to {threading.TIMEOUT_MAX:g}, got {value!r}"
+            f"{name} must be a finite number of seconds from 0 to {threading.TIMEOUT_MAX:g}, got {shown(value)}"
         )
     return float(value)
 
@@ -122,7 +122,7 @@ def _check_equality(key: object, name: str) -> None:
 def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
     """`keys` as a list of at least `minimum` hashables."""
     if isinstance(keys, (str, bytes)):
-        raise InvalidTypeError(f"keys must be a sequence of keys, got the single {type(keys).__name__} {keys!r}")
+        raise InvalidTypeError(f"keys must be a sequence of keys, got the single {type(keys).__name__} {shown(keys)}")
     try:
         keys = list(keys)
     except TypeError as error:
@@ -140,7 +140,7 @@ def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
     try:
         checked = tuple(env_ids)
     except TypeError as error:
-        raise InvalidTypeError(f"env_ids must be a sequence of environments, got {env_ids!r}") from error
+        raise InvalidTypeError(f"env_ids must be a sequence of environments, got {shown(env_ids)}") from error
     hash_all(checked, "env_ids")
     return checked
 
@@ -150,7 +150,7 @@ def sequence_of(name: str, items: object, what: str) -> list[Any]:
     try:
         return list(items)  # type: ignore[call-overload, no-any-return]
     except TypeError as error:
-        raise InvalidTypeError(f"{name} must be a sequence of {what}, got {items!r}") from error
+        raise InvalidTypeError(f"{name} must be a sequence of {what}, got {shown(items)}") from error
 
 
 def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None:
@@ -182,15 +182,18 @@ def check_priorities(priorities: Sequence[float] | None, rows: int) -> list[floa
     checked = sequence_of("priorities", priorities, "numbers")
     if len(checked) != rows:
         raise InvalidArgumentError(f"priorities must have one number for each of {rows} keys, got {len(checked)}")
-    for priority in checked:
+    for row, priority in enumerate(checked):
         if isinstance(priority, bool) or not isinstance(priority, Real):
-            raise InvalidTypeError(f"priority must be a number, got {priority!r}")
+            raise InvalidTypeError(f"priority must be a number, got {shown(priority)}")
         try:
             number = float(priority)
         except OverflowError as error:
             raise InvalidArgumentError("priority must be a number that fits into a float") from error
         if math.isnan(number):
             raise InvalidArgumentError("priority must be a number that can be ordered, got NaN")
+        kind: object = type(priority)
+        if kind not in (int, float):
+            checked[row] = number  # policies compare them under the mutex, where nothing of the caller's runs
     return checked
 
 

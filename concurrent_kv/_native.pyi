@@ -7,15 +7,15 @@
 # an array, or a range of step 1.
 
 from collections.abc import Hashable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from .books.index import Cells
 from .books.records import Entry
 
-_E = TypeVar("_E")
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
 _Ints: TypeAlias = NDArray[np.int64] | View
@@ -120,7 +120,7 @@ def hash_memory(address: int, rows: int, row_bytes: int, /) -> list[str]: ...
 # Entries are of that class and of no other, with all slots filled, or TypeError or AttributeError is raised.
 def bind(entry: type[object], place: object, /) -> None: ...
 
-# `Entry(key, scope, generation, length, side, priority, fingerprint, correction, written)` of each.
+# `Entry(key, scope, generation, length, side, priority, key_hash, correction, written)` of each.
 def new_entries(
     keys: list[Hashable],
     scope: object,
@@ -128,7 +128,7 @@ def new_entries(
     lengths: list[int],
     sides: list[object],
     priorities: list[float],
-    fingerprints: list[int],
+    hashes: list[int],
     corrections: list[Any],
     written: object,
     /,
@@ -143,14 +143,16 @@ def retain(entries: list[Entry], held: list[Entry], /) -> None: ...
 # One reference less of each entry; those that have none left.
 def let_go(entries: list[Entry], /) -> list[Entry]: ...
 
-# The item of each key's cell, a list of one or of none; None where there is none. Runs `__hash__` and `__eq__`.
-def find(cells: dict[Hashable, list[_E]], keys: list[Hashable], /) -> list[_E | None]: ...
+# The entry in the cell of each key's hash, a list of one or of none, where its `index_key` equals the key; or None.
+# Runs `__hash__` of the keys and `__eq__` of those stored.
+def find(cells: Cells[Entry], keys: list[Hashable], /) -> list[Entry | None]: ...
 
 # The cell of each key in its dict, new and empty where there was none; what each holds, or None; what is held; and the
-# dict of each new one. Where a key's `__hash__` or `__eq__` raises, no cell is new.
+# dict of each new one. Where a key's `__eq__` raises, no cell is new; nor where another key of the same hash has the
+# cell, or a cell is empty: None then.
 def places(
-    dicts: list[dict[Hashable, list[_E]]], keys: list[Hashable], /
-) -> tuple[list[list[_E]], list[_E | None], list[_E], list[dict[Hashable, list[_E]]]]: ...
+    dicts: list[Cells[Entry]], keys: list[Hashable], hashes: list[int], /
+) -> tuple[list[list[Entry]], list[Entry | None], list[Entry], list[Cells[Entry]]] | None: ...
 
 # Entries into their cells, at `place`; what a cell held gives way, and its key stays.
 def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | None], place: object, /) -> None: ...

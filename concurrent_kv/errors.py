@@ -23,7 +23,19 @@ __all__ = [
     "WaitTimeoutError",
     "WindowOverflowError",
     "WrongProcessError",
+    "shown",
 ]
+
+
+def shown(value: object) -> str:
+    """The `repr` of something of the caller's, for a message: where it raises, the message says so and is still heard.
+
+    Runs the caller's code: no lock may be held.
+    """
+    try:
+        return repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__} object, whose repr raised {type(error).__name__}>"
 
 
 class KVCacheError(Exception):

@@ -13,7 +13,7 @@ from .books.integrity import IntegrityReport, RepairReport
 from .books.records import Entry
 from .books.size_arguments import SizeArguments
 from .books.stats import NoCounters, PoolStats, StatsSummary
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, shown
 from .locks.gate import gate
 from .locks.numbers import Numbers
 from .model.config import ManagerConfig
@@ -85,7 +85,7 @@ class KVCacheManager(Handle):
     ) -> None:
         if isinstance(policy, EvictionPolicy):
             raise InvalidArgumentError(
-                f"policy must be a name or a factory, as every pool needs a policy of its own, got {policy!r}"
+                f"policy must be a name or a factory, as every pool needs a policy of its own, got {shown(policy)}"
             )
         settings = ManagerConfig.read(config, env_num)
         layout, window = settings.layout, settings.layout.max_tokens
@@ -155,7 +155,7 @@ class KVCacheManager(Handle):
     def _init_pool(self, env_id: int) -> KVPool:
         hash_of(env_id, "env_id")
         if isinstance(env_id, bool) or env_id not in self._init_pool_by_env:
-            raise InvalidArgumentError(f"env_id must be 0 to {self.env_num - 1}, got {env_id!r}")
+            raise InvalidArgumentError(f"env_id must be 0 to {self.env_num - 1}, got {shown(env_id)}")
         return self._init_pool_by_env[env_id]
 
     def set_init_cache(
@@ -225,7 +225,7 @@ class KVCacheManager(Handle):
         pools = {"init": self._init_pool(env_id), "recur": self.recur_pool, "wm": self.wm_pool}
         order = sequence_of("order", order, "'init', 'recur' and 'wm'")
         if not order or any(role not in tuple(pools) for role in order):
-            raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {order!r}")
+            raise InvalidArgumentError(f"order must name some of 'init', 'recur' and 'wm', got {shown(order)}")
         for number, role in enumerate(order, 1):
             found = pools[role].get(cache_key, timeout=timeout, count_miss=number == len(order), stream=stream)
             if found is not None:

@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass
 class ListModel:
-    """FIFO: a list, oldest first. The other models say what they do differently."""
+    """A list, oldest first. The models say what they do differently."""
 
     capacity: int
     entries: list[Entry] = field(default_factory=list)
@@ -63,11 +63,39 @@ class ListModel:
         return self.entries
 
 
-class LRUModel(ListModel):
+@dataclass
+class FIFOModel(ListModel):
+    """What is given back has the age that it had; what was forgotten meanwhile is older than all."""
+
+    ages: dict[Entry, int] = field(default_factory=dict)
+    youngest: int = 0
+    oldest: int = 0
+
+    def add(self, entry: Entry) -> None:
+        self.youngest += 1
+        self.ages[entry] = self.youngest
+        self.entries.append(entry)
+
+    def remove(self, entry: Entry) -> None:
+        super().remove(entry)
+        self.ages.pop(entry, None)
+
+    def give_back(self, entry: Entry) -> None:
+        if entry not in self.ages:
+            self.oldest -= 1
+            self.ages[entry] = self.oldest
+        self.entries = sorted([*self.entries, entry], key=self.ages.__getitem__)
+
+    def clear(self) -> None:
+        super().clear()
+        self.ages.clear()
+
+
+class LRUModel(FIFOModel):
     def touch(self, entry: Entry) -> None:
         if entry in self.entries:
             self.entries.remove(entry)
-            self.entries.append(entry)
+            self.add(entry)
 
 
 class PriorityModel(ListModel):
@@ -254,7 +282,7 @@ class PolicyMachine(RuleBasedStateMachine):
         assert self.model.pop_victim() is None
 
 
-MODELS = {"fifo": ListModel, "lru": LRUModel, "priority": PriorityModel, "clock": ClockModel, "s3fifo": S3FIFOModel}
+MODELS = {"fifo": FIFOModel, "lru": LRUModel, "priority": PriorityModel, "clock": ClockModel, "s3fifo": S3FIFOModel}
 
 
 def machine_of(name: str) -> type[RuleBasedStateMachine]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv.books.entries import describe, let_go, new_entries, occupy, retain
-from concurrent_kv.books.index import Cells, Index, find_places, take_away
+from concurrent_kv.books.index import Index, find_places, take_away
 from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.streams import Ticks
 from tests.support import Incomparable
@@ -48,9 +48,9 @@ def test_new_entries_have_what_each_is_given_and_nothing_else() -> None:
 def test_columns_of_different_lengths_make_no_entry(shorter: int) -> None:
     columns: list[list[Any]] = [["a", "b"], [1, 2], [None, None], [0.0, 0.0], [0, 0], [None, None]]
     columns[shorter].pop()
-    keys, lengths, sides, priorities, fingerprints, corrections = columns
+    keys, lengths, sides, priorities, hashes, corrections = columns
     with pytest.raises(ValueError, match=r"must be|shorter|longer"):
-        new_entries(keys, SCOPE, GENERATION, lengths, sides, priorities, fingerprints, corrections, WRITTEN)
+        new_entries(keys, SCOPE, GENERATION, lengths, sides, priorities, hashes, corrections, WRITTEN)
 
 
 def test_entries_are_described_row_by_row() -> None:
@@ -78,9 +78,9 @@ def test_references_are_taken_and_dropped_one_for_each_time_an_entry_comes() -> 
 def test_entries_take_their_places_and_keep_the_key_that_the_index_has() -> None:
     index: Index[Entry] = Index()
     old, replacing, new = entry("key"), entry("key"), entry("new")
-    old.index_key = ("the", "first", "key")
-    index["key"] = old
-    places, held, replaced, added = find_places([index.cells] * 2, ["key", "new"])
+    old.index_key = "".join(["k", "ey"])  # an equal key, and another object
+    index.put(old)
+    places, held, replaced, added = find_places([index] * 2, ["key", "new"], [hash("key"), hash("new")])
     assert (held, replaced, added) == ([old, None], [old], [index.cells])
     assert index.find(["key", "new", "missing"]) == [old, None, None]
     occupy(places, [replacing, new], held, Place.EXEMPT)
@@ -91,24 +91,106 @@ def test_entries_take_their_places_and_keep_the_key_that_the_index_has() -> None
 
 
 def test_new_places_are_taken_away_again_the_newest_first() -> None:
-    first: Cells[Entry] = {"known": [entry("known")]}
-    second: Cells[Entry] = {}
-    before = dict(first)
-    *_, added = find_places([first, second, first, first], ["one", "two", "known", "three"])
-    assert (list(first), list(second)) == (["known", "one", "three"], ["two"])
-    assert [cells is first for cells in added] == [True, False, True]
+    first, second = index_of("known"), index_of()
+    before = dict(first.cells)
+    keys: list[Hashable] = ["one", "two", "known", "three"]
+    *_, added = find_places([first, second, first, first], keys, list(map(hash, keys)))
+    assert list(first.cells) == list(map(hash, ["known", "one", "three"]))
+    assert list(second.cells) == [hash("two")]
+    assert [cells is first.cells for cells in added] == [True, False, True]
     take_away(added)
-    assert (first, second) == (before, {})
+    assert (first.cells, second.cells) == (before, {})
 
 
 def test_a_key_that_raises_leaves_no_new_places() -> None:
-    first: Cells[Entry] = {"known": [entry("known")]}
-    second: Cells[Entry] = {}
-    before = dict(first)
+    first, second = index_of("known"), index_of()
+    before = dict(first.cells)
+    keys = ["one", "two", "three", Incomparable("known")]
     with pytest.raises(KeyError, match="incomparable"):
-        find_places([first, second, first, first], ["one", "two", "three", Incomparable("known")])
-    assert (first, second) == (before, {})
+        find_places([first, second, first, first], keys, list(map(hash, keys)))
+    assert (first.cells, second.cells) == (before, {})
+    with pytest.raises(KeyError, match="incomparable"):
+        first.find([Incomparable("known")])
+
+
+class Colliding:
+    """A key whose hash is that of all others of its kind."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Colliding) and other.name == self.name
+
+
+def test_keys_of_one_hash_have_places_of_their_own_in_the_order_of_their_writes() -> None:
+    index = index_of()
+    keys = [Colliding(name) for name in "abc"]
+    other = entry("other")
+    for key in keys[:2]:
+        write(index, [entry(key)])
+        write(index, [other])
+    write(index, [entry(keys[2]), entry(Colliding("a"))])  # a new one, and one that is replaced, in one write
+    assert [key for key, _ in index.items()] == [keys[0], "other", keys[1], keys[2]]
+    assert [found.key if found else None for found in index.find([*keys, Colliding("d")])] == [*keys, None]
+    assert not index.misplaced()
+    base = index[keys[0]]
+    assert index.remove(base)
+    assert not index.remove(base)
+    assert not index.holds(base)
+    assert [key in index for key in keys] == [False, True, True]
+    write(index, [entry(keys[0])])
+    assert [key in index for key in keys] == [True, True, True]
+    for key in keys:
+        assert index.remove(index[key])
+    assert (len(index), index.extra) == (1, {})
+
+
+def test_places_of_one_hash_that_were_taken_away_again_are_used_again() -> None:
+    index = index_of()
+    keys = [Colliding(name) for name in "abc"]
+    write(index, [entry(keys[0])])
+    for _ in range(3):
+        *_, added = find_places([index, index], list[Hashable](keys[1:]), [7, 7])
+        take_away(added)
+        assert (len(index), [key in index for key in keys]) == (1, [True, False, False])
+    write(index, [entry(keys[1])])
+    assert len(index.extra[7]) == 1
+
+
+def test_an_entry_leaves_the_index_whatever_its_key_has_become() -> None:
+    class Changing:
+        number = 1
+
+        def __hash__(self) -> int:
+            if not self.number:
+                raise KeyError("no hash any more")
+            return self.number
+
+    key = Changing()
+    index = index_of()
+    stored = entry(key)
+    write(index, [stored])
+    for number in (2, 0):
+        key.number = number
+        assert index.holds(stored)
+        assert index.remove(stored)
+        index.put(stored)
+
+
+def index_of(*keys: Hashable) -> Index[Entry]:
+    """An index with an entry for each key."""
     index: Index[Entry] = Index()
-    index["known"] = entry("known")
-    with pytest.raises(KeyError, match="incomparable"):
-        index.find([Incomparable("known")])
+    for key in keys:
+        index.put(entry(key))
+    return index
+
+
+def write(index: Index[Entry], entries: list[Entry]) -> None:
+    """Put entries of different keys into an index, in the stead of those of equal keys."""
+    hashes = [entry.key_hash for entry in entries]
+    places, held, _, _ = find_places([index] * len(entries), [entry.key for entry in entries], hashes)
+    occupy(places, entries, held, Place.EXEMPT)

@@ -195,7 +195,7 @@ def what_is_left_of_a_victim(before_its_lock: Callable[[GatedPool], object]) -> 
 def evict_unchecked(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
     """`_evict` as one would write it first."""
     scope = victim.scope
-    part = scope.part_of(victim.key)
+    part = scope.part_of(victim.key_hash)
     with pool.storage.locks.write((scope.shards[part],), deadline), pool.storage.ledger.mutex:
         found = scope.entries[part].pop(victim.key, None)
         if found is not None:
@@ -287,11 +287,11 @@ def publishing_shard_by_shard(patch: pytest.MonkeyPatch) -> None:
         parts = [scope.entries[part] for _, part in located]
         with pool.storage.locks.write((located[0][0].shards[located[0][1]],), deadline), pool.storage.ledger.mutex:
             pool.storage.ledger.make(entries[:1], plan.tables[:1])
-            parts[0][entries[0].key] = entries[0]
+            parts[0].put(entries[0])
         gate.pass_through()
         with pool.storage.locks.write((located[1][0].shards[located[1][1]],), deadline), pool.storage.ledger.mutex:
             pool.storage.ledger.make(entries[1:], plan.tables[1:])
-            parts[1][entries[1].key] = entries[1]
+            parts[1].put(entries[1])
         ticket.spent = True
         return writing.Outcome.PUBLISHED, (0, 0)
 

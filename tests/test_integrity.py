@@ -132,14 +132,13 @@ def reuse_a_row(books: Books) -> None:
 
 def lose_from_the_index(books: Books) -> None:
     for part in books.pool.default_scope.entries:
-        part.pop("b", None)
+        part.pop("b")
 
 
 def index_under_another_key(books: Books) -> None:
     for part in books.pool.default_scope.entries:
         if "b" in part:
-            part["z"] = part["b"]
-            del part["b"]
+            part.cells[hash("z")] = part.cells.pop(hash("b"))
 
 
 MENDED = [

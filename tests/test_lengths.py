@@ -291,8 +291,8 @@ def test_repair_leaves_no_entries_that_wait_for_each_other() -> None:
     pool.put("short", tokens(7, 4))
     with pool.pin(2):
         pool.put("another", tokens(8, 4))  # passes over 0, 1 and 2, and evicts the short one
-        scope = pool.default_scope
-        del scope.entries[scope.part_of(2)][2]  # an eviction that was cut off here
+        index = pool.default_scope.entries[pool.default_scope.part_of(hash(2))]
+        index.remove(index[2])  # an eviction that was cut off here
     pool.repair()
     assert pool.put("whole", tokens(3, WINDOW))
     assert pool.keys() == ["whole"]

@@ -56,7 +56,7 @@ class Arguments:
         self.steps, self.held = object(), list[Entry]()
         self.full: list[Entry] = [self.third]
         self.empty: list[Entry] = []
-        self.cells: Cells[Entry] = {"third": self.full, "empty": self.empty}
+        self.cells: Cells[Entry] = {hash("third"): self.full, hash("empty"): self.empty}
         slots, batch, difference = self.data.data_ptr(), self.batch.data_ptr(), self.difference.data_ptr()
         index, columns = np.array([0, 1]), np.array([2, 0])
         self.of: dict[str, list[Any]] = {
@@ -91,7 +91,7 @@ class Arguments:
             "retain": [[self.first, self.second, self.first], self.held],
             "let_go": [[self.first, self.second, self.first]],
             "find": [self.cells, ["third", "empty", "none"]],
-            "places": [[self.cells, self.cells], ["third", "new"]],
+            "places": [[self.cells, self.cells], ["third", "new"], [hash("third"), hash("new")]],
             "occupy": [[self.full, self.empty], [self.first, self.second], [self.third, None], Place.HELD],
             "mark": [self.counts, np.array([1, 3]), 7],
             "hash_rows": [self.states, 3],
@@ -116,7 +116,7 @@ class Arguments:
         self.first.refs, self.second.refs = 2, 1
         self.first.index_key, self.second.index_key = self.index_keys
         self.held.clear()
-        self.cells.pop("new", None)
+        self.cells.pop(hash("new"), None)
         self.full[:], self.empty[:] = [self.third], []
 
 
@@ -124,7 +124,7 @@ def made(key: str) -> Entry:
     """An entry of 2 tokens."""
     entry = Entry(key, SCOPE, GENERATION, 2, side=f"side of {key}", written=TICKS)
     entry.row, entry.refs = 5, 2
-    entry.index_key = ("index key of", key)
+    entry.index_key = "".join(key)  # an equal key, and another object
     return entry
 
 
@@ -275,15 +275,21 @@ CASES: dict[str, list[Case]] = {
         ({1: ("third",)}, TypeError),
         ({1: ["third", []]}, TypeError),
         ({1: ["third", Incomparable("third")]}, KeyError),
+        ({0: {hash("third"): ["no entry"]}}, TypeError),
+        ({0: {hash("third"): [unfilled()]}}, TypeError),
     ],
     "places": [
         ({0: [{}]}, ValueError),
         ({0: ({}, {})}, TypeError),
         ({1: ("one", "two")}, TypeError),
-        ({1: ["new", []]}, TypeError),
-        ({1: ["new", Incomparable("third")]}, KeyError),
+        ({1: ["new", Incomparable("third")], 2: [hash("new"), hash("third")]}, KeyError),
+        ({2: [hash("third")]}, ValueError),
+        ({2: (hash("third"), hash("new"))}, TypeError),
+        ({2: [hash("third"), "new"]}, TypeError),
         ({0: [{}, []]}, TypeError),
-        ({0: [{}, {"new": ()}]}, TypeError),
+        ({0: [{}, {hash("new"): ()}]}, TypeError),
+        ({0: [{}, {hash("new"): ["no entry"]}]}, TypeError),
+        ({0: [{}, {hash("new"): [unfilled()]}]}, TypeError),
     ],
     "occupy": [
         ({0: [[]]}, ValueError),
@@ -425,17 +431,23 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
     assert arguments.call("let_go") == [arguments.first]
     assert (arguments.first.refs, arguments.second.refs) == (0, 1)
     assert arguments.call("find") == [arguments.third, None, None]
+    hashes = [hash("third"), hash("third")]
+    assert arguments.call("places", {1: ["new", "third"], 2: hashes}) is None
+    assert (
+        arguments.call("places", {0: [{}, {}, arguments.cells], 1: ["a", "b", "c"], 2: [1, 2, hash("empty")]}) is None
+    )
+    twice: list[dict[int, object]] = [{}] * 2
+    assert arguments.call("places", {0: twice, 1: ["a", "b"], 2: [1, 1]}) is None
+    assert twice[0] == {}
     (full, new), held, old, added = arguments.call("places")
     assert full is arguments.full
-    assert new is arguments.cells["new"]
+    assert new is arguments.cells[hash("new")]
     assert (new, held, old) == ([], [arguments.third, None], [arguments.third])
     assert added[0] is arguments.cells
     arguments.call("occupy")
     assert (arguments.full, arguments.empty) == ([arguments.first], [arguments.second])
-    assert (arguments.first.index_key, arguments.second.index_key) == (
-        ("index key of", "third"),
-        ("index key of", "second"),
-    )
+    assert arguments.first.index_key is arguments.third.index_key
+    assert arguments.second.index_key is arguments.index_keys[1]
     assert (arguments.first.place, arguments.third.place) == (Place.HELD, Place.NONE)
 
 

@@ -323,3 +323,24 @@ def test_replacing_more_than_the_headroom_at_once_evicts_instead_of_waiting_for_
         assert pool.put_many(keys, stacked(*[tokens(value, WINDOW) for _ in keys]))
     assert len(pool) == 64
     assert_same(pool.get(63), tokens(2, WINDOW))
+
+
+@pytest.mark.parametrize("policy", ["fifo", "lru"])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_what_was_pinned_and_passed_over_is_evicted_by_its_age_in_whatever_order_it_is_unpinned(
+    make_pool: MakePool, policy: str, order: list[int]
+) -> None:
+    pool = make_pool(max_entries=5, policy=policy)
+    for key in range(5):
+        pool.put(key, tokens(key, WINDOW))
+    pins = {key: pool.pin(key) for key in range(3)}
+    pool.put("new", tokens(1, WINDOW))  # passes over the pinned ones, and evicts 3
+    assert 3 not in pool
+    for key in order:
+        pins[key].close()
+    for key in range(3):
+        assert key in pool
+        pool.put(("new", key), tokens(1, WINDOW))
+        assert key not in pool
+    assert 4 in pool
+    pool.check_integrity()

@@ -249,6 +249,7 @@ def test_repair_says_how_many_writes_were_pending(full: KVPool, cutter: Cutter) 
     with pytest.raises(Cut):
         full.put("new", tokens(9, 5))
     cutter.stop()
+    full.storage.ledger.abandoned.clear()  # an exception that comes later still loses what the next operation would do
     report = full.repair()
     assert (report.slots, report.pending_writes) == (5, 1)
     usable(full)

@@ -160,19 +160,21 @@ def test_a_deadline_is_kept_while_others_hold_the_lock() -> None:
 
 
 def test_an_index_under_its_shards_loses_nothing() -> None:
-    locks, parts = ShardedRWLock(4, name="locks"), [Index[int]() for _ in range(4)]
-    kept: list[dict[int, int]] = [{} for _ in range(THREADS)]
+    locks, parts = ShardedRWLock(4, name="locks"), [Index[Entry]() for _ in range(4)]
+    scope = StubPool(1, 8).scope("scope")
+    kept: list[dict[int, Entry]] = [{} for _ in range(THREADS)]
 
     def work(mine: int) -> None:
         rng = Random(mine)
-        for round_ in range(ROUNDS):
+        for _ in range(ROUNDS):
             key = mine + THREADS * rng.randrange(20)
             part = parts[key % 4]
             with locks.write((key % 4,), Deadline(BOUND_SECONDS)):
                 if key in part and rng.random() < 0.5:
                     assert part.pop(key) == kept[mine].pop(key)
                 else:
-                    part[key] = kept[mine][key] = round_
+                    kept[mine][key] = entry = Entry(key, scope, scope.generation, 1)
+                    part.put(entry)
             other = rng.randrange(20 * THREADS)
             with locks.read((other % 4,), Deadline(BOUND_SECONDS)):
                 assert (parts[other % 4].get(other) is not None) == (other in parts[other % 4])
@@ -272,7 +274,7 @@ def test_a_policy_gives_every_entry_out_once(name: str) -> None:
         rng = Random(mine)
         for round_ in range(ROUNDS):
             with mutex:
-                entry = Entry((mine, round_), scope, scope.generation, 1, fingerprint=hash((mine, round_)))
+                entry = Entry((mine, round_), scope, scope.generation, 1, key_hash=hash((mine, round_)))
                 entry.place = Place.HELD
                 pool.policy.add(entry)
                 if rng.random() < 0.5 and pool.policy.observes_hits:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._checks import check_env_ids, hash_of, sequence_of
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.stats import StatsSummary
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 from ..manager import KVCacheManager
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
@@ -84,7 +84,7 @@ class AsyncKVCacheManager(NeverCopied):
         pools = dict(enumerate(self.init_pools))
         hash_of(env_id, "env_id")
         if isinstance(env_id, bool) or env_id not in pools:
-            raise InvalidArgumentError(f"env_id must be 0 to {len(pools) - 1}, got {env_id!r}")
+            raise InvalidArgumentError(f"env_id must be 0 to {len(pools) - 1}, got {shown(env_id)}")
         return pools[env_id]
 
     async def set_recur_cache(

@@ -25,19 +25,19 @@ def new_entries(
     lengths: list[int],
     sides: list[object],
     priorities: list[float],
-    fingerprints: list[int],
+    hashes: list[int],
     corrections: list[Correction],
     written: Ticks,
 ) -> list[Entry]:
-    """An entry for each key, of its length, side data, priority, fingerprint and correction."""
+    """An entry for each key, of its length, side data, priority, key's hash and correction."""
     if native is not None:
         return native.new_entries(  # type: ignore[no-any-return]
-            keys, scope, generation, lengths, sides, priorities, fingerprints, corrections, written
+            keys, scope, generation, lengths, sides, priorities, hashes, corrections, written
         )
-    of_each = zip(keys, lengths, sides, priorities, fingerprints, corrections, strict=True)
+    of_each = zip(keys, lengths, sides, priorities, hashes, corrections, strict=True)
     return [
-        Entry(key, scope, generation, length, side, priority, fingerprint, correction, written)
-        for key, length, side, priority, fingerprint, correction in of_each
+        Entry(key, scope, generation, length, side, priority, key_hash, correction, written)
+        for key, length, side, priority, key_hash, correction in of_each
     ]
 
 

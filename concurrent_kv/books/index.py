@@ -3,116 +3,204 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from ..device.native import native
 
-__all__ = ["Cells", "Index", "find_places", "take_away"]
+__all__ = ["Cells", "Index", "Indexed", "find_places", "take_away"]
 
-E = TypeVar("E")
-Cells: TypeAlias = "dict[Hashable, list[E]]"  # a list of one, or of none while it is being written
+
+class Indexed(Protocol):
+    """What an index asks of an entry."""
+
+    @property
+    def key_hash(self) -> int:
+        """That of its key when it was stored; the key's `__hash__` is never asked again."""
+
+    @property
+    def index_key(self) -> Hashable:
+        """What later keys are compared with."""
+
+
+E = TypeVar("E", bound=Indexed)
+# A cell's place in the dict: the hash of its key or, where another key of that hash is in that place, (hash, number).
+Place: TypeAlias = "int | tuple[int, int]"
+Cells: TypeAlias = "dict[Place, list[E]]"  # a list of one, or of none while it is being written
 
 
 class Index(Generic[E]):
-    """A dict whose changes can be made in two steps, of which only the first may fail.
+    """A dict that takes entries out without a look at any key, and adds in two steps, of which only the first may fail.
 
-    Keys are the user's: their `__hash__` and `__eq__` may raise. `find_places` finds or adds the places of keys, and is
-    undone without a look at any key; what is put into them then can no longer fail. Cost does not grow with the size.
+    Keys are the user's: their `__hash__` and `__eq__` may raise, and may say something else than when they were stored.
+    Only a lookup runs them, and only `__hash__` of the key that is looked up, and `__eq__` of a stored key of the same
+    hash. What goes is found by the hash it was stored under and by identity. Cost does not grow with the size.
 
     Attributes:
-        cells: what is in it, for `find_places`.
+        cells: what is in it, in the order of its keys' first writes.
+        extra: the places of cells whose hash was taken; some may be empty.
     """
 
-    __slots__ = ("cells",)
+    __slots__ = ("cells", "extra")
 
     def __init__(self) -> None:
         self.cells: Cells[E] = {}
+        self.extra: dict[int, list[tuple[int, int]]] = {}
 
-    def get(self, key: Hashable) -> E | None:
-        """The entry of `key`, or None."""
-        cell = self.cells.get(key)
-        return cell[0] if cell else None
+    def get(self, key: Hashable, hashed: int | None = None) -> E | None:
+        """The entry of `key`, or None. `hashed` is the key's hash, where the caller has it."""
+        cell = self._cell_of(key, hash(key) if hashed is None else hashed)
+        return None if cell is None else cell[0]
 
     def find(self, keys: list[Hashable]) -> list[E | None]:
         """The entry of each key, or None."""
-        if native is not None:
+        if native is not None and not self.extra:
             return native.find(self.cells, keys)  # type: ignore[no-any-return]
-        get = self.cells.get
-        return [cell[0] if (cell := get(key)) else None for key in keys]
+        return [self.get(key) for key in keys]
 
-    def place_of(self, key: Hashable) -> list[E]:
-        """The place of `key`, a list of its one entry; empty where it is new."""
-        cell = self.cells.get(key)
+    def _cell_of(self, key: Hashable, hashed: int) -> list[E] | None:
+        cell = self.cells.get(hashed)
+        if cell:
+            known = cell[0].index_key
+            if known is key or known == key:
+                return cell
+        if self.extra:
+            for place in self.extra.get(hashed, ()):
+                cell = self.cells.get(place)
+                if cell:
+                    known = cell[0].index_key
+                    if known is key or known == key:
+                        return cell
+        return None
+
+    def holds(self, entry: E) -> bool:
+        """Whether this very entry is in it. Looks at no key."""
+        return self._place_of(entry) is not None
+
+    def remove(self, entry: E) -> bool:
+        """Take this very entry out, which the caller keeps alive; False if it is not in it. Looks at no key."""
+        place = self._place_of(entry)
+        if place is None:
+            return False
+        del self.cells[place]
+        if type(place) is tuple:
+            self._drop_extra(place)
+        return True
+
+    def _place_of(self, entry: E) -> Place | None:
+        hashed = entry.key_hash
+        cell = self.cells.get(hashed)
+        if cell and cell[0] is entry:
+            return hashed
+        if self.extra:
+            for place in self.extra.get(hashed, ()):
+                cell = self.cells.get(place)
+                if cell and cell[0] is entry:
+                    return place
+        return None
+
+    def _drop_extra(self, place: tuple[int, int]) -> None:
+        places = self.extra[place[0]]
+        places.remove(place)
+        if not places:
+            del self.extra[place[0]]
+
+    def new_place(self, hashed: int) -> Place:
+        """Where to put a key of this hash that is not in it."""
+        if hashed not in self.cells:
+            return hashed
+        places = self.extra.setdefault(hashed, [])
+        # Those of writes that were undone are empty.
+        places[:] = [place for place in places if place in self.cells]
+        place = hashed, places[-1][1] + 1 if places else 1
+        places.append(place)
+        return place
+
+    def put(self, entry: E) -> None:
+        """Put one entry in, in the stead of that of an equal key."""
+        cell = self._cell_of(entry.index_key, entry.key_hash)
         if cell is None:
-            cell = self.cells[key] = []
-        return cell
-
-    def clear(self) -> None:
-        """Take every entry away, without a look at any key."""
-        self.cells.clear()
+            cell = self.cells[self.new_place(entry.key_hash)] = []
+        cell[:] = [entry]
 
     def pop(self, key: Hashable, default: E | None = None) -> E | None:
-        """Take the entry of `key` away and return it."""
-        cell = self.cells.pop(key, None)
-        return cell[0] if cell else default
+        """Take the entry of `key` out and return it."""
+        entry = self.get(key)
+        if entry is None:
+            return default
+        self.remove(entry)
+        return entry
+
+    def clear(self) -> None:
+        """Take every entry away. Looks at no key."""
+        self.cells.clear()
+        self.extra.clear()
+
+    def drop_empty(self) -> None:
+        """Take away the cells of writes that were cut off."""
+        for place in [place for place, cell in self.cells.items() if not cell]:
+            del self.cells[place]
 
     def values(self) -> Iterator[E]:
         """Every entry."""
         return (cell[0] for cell in self.cells.values() if cell)
 
     def items(self) -> Iterator[tuple[Hashable, E]]:
-        """Every key as the index has it, with its entry."""
-        return ((key, cell[0]) for key, cell in self.cells.items() if cell)
+        """Every key as it was first written, with its entry."""
+        return ((cell[0].index_key, cell[0]) for cell in self.cells.values() if cell)
+
+    def misplaced(self) -> list[E]:
+        """Entries that are not where their hashes say. Looks at no key."""
+        return [
+            cell[0]
+            for place, cell in self.cells.items()
+            if cell and cell[0].key_hash != (place[0] if isinstance(place, tuple) else place)
+        ]
 
     def listed(self) -> list[tuple[Hashable, E]]:
         """`items()` as a list, made in a frame of its own (no loop may stand in the `with` block of a lock)."""
         return list(self.items())
 
-    def lacking(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """Those of `keys` that are not in it."""
-        return [key for key in keys if key not in self.cells]
-
-    def all_of(self, keys: Iterable[Hashable]) -> list[E]:
-        """The entry of each key, all of which are in it."""
-        return [self.cells[key][0] for key in keys]
+    def find_each(self, keys: Iterable[Hashable]) -> list[E | None]:
+        """As `find`, of keys in any container."""
+        return [self.get(key) for key in keys]
 
     def chosen(self, condition: Callable[[E], bool]) -> list[E]:
         """The entries that meet a condition."""
         return [entry for entry in self.values() if condition(entry)]
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self.cells
+        return self._cell_of(key, hash(key)) is not None
 
     def __getitem__(self, key: Hashable) -> E:
-        return self.cells[key][0]
-
-    def __setitem__(self, key: Hashable, entry: E) -> None:
-        self.place_of(key)[:] = [entry]
-
-    def __delitem__(self, key: Hashable) -> None:
-        del self.cells[key]
+        cell = self._cell_of(key, hash(key))
+        if cell is None:
+            raise KeyError(key)
+        return cell[0]
 
     def __len__(self) -> int:
         return len(self.cells)
 
 
 def find_places(
-    cells_of: list[Cells[E]], keys: list[Hashable]
+    indexes: list[Index[E]], keys: list[Hashable], hashes: list[int]
 ) -> tuple[list[list[E]], list[E | None], list[E], list[Cells[E]]]:
-    """The place of each key in its part of an index, made where it is new; nothing, if a key raises.
+    """The place of each of some different keys in its part of an index, made where it is new; nothing, if a key raises.
 
     Returns the places, what each holds or None, what is held, and the parts in which places are new.
     """
-    if native is not None:
-        return native.places(cells_of, keys)  # type: ignore[no-any-return]
+    if native is not None and not any(index.extra for index in dict.fromkeys(indexes)):
+        found = native.places([index.cells for index in indexes], keys, hashes)
+        if found is not None:  # no two keys of one hash
+            return found  # type: ignore[no-any-return]
     places: list[list[E]] = []
     added: list[Cells[E]] = []
     try:
-        for cells, key in zip(cells_of, keys, strict=True):
-            cell = cells.get(key)
+        for index, key, hashed in zip(indexes, keys, hashes, strict=True):
+            cell = index._cell_of(key, hashed)
             if cell is None:
-                cell = cells[key] = []
-                added.append(cells)
+                place = index.new_place(hashed)
+                cell = index.cells[place] = []
+                added.append(index.cells)
             places.append(cell)
     except BaseException:
         take_away(added)

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..device.streams import Ticks
+from ..errors import shown
 from .ledger import Ledger
 from .records import Account, Entry, Place, Scope
 
-__all__ = ["IntegrityReport", "RepairReport", "compare", "rebuild"]
+__all__ = ["IntegrityReport", "Problem", "Recount", "RepairReport", "compare", "rebuild", "recount_of"]
 
 
 class IntegrityReport(NamedTuple):
@@ -33,20 +34,36 @@ class RepairReport(NamedTuple):
     pending_writes: int
 
 
-class _Recount(NamedTuple):
+class Problem(NamedTuple):
+    """One contradiction. It becomes a text where no lock is held, as a key's `__repr__` may do anything."""
+
+    what: str
+    entry: Entry | None = None
+
+    def text(self) -> str:
+        """What the error says of it."""
+        return self.what if self.entry is None else f"{shown(self.entry.key)} {self.what}"
+
+
+class Recount(NamedTuple):
+    """What the indexes and the holds name."""
+
     published: dict[Account, list[Entry]]
     indexed: Counter[Entry]
     held: Counter[Entry]
     pinned: Counter[Entry]
 
     def alive(self) -> list[Entry]:
+        """Every entry that something names."""
         return list(self.indexed | self.held)
 
     def references(self, entry: Entry) -> int:
+        """How many name it."""
         return self.held[entry] + self.indexed[entry]
 
 
-def _recount(ledger: Ledger, accounts: Sequence[Account]) -> _Recount:
+def recount_of(ledger: Ledger, accounts: Sequence[Account]) -> Recount:
+    """Count what the indexes and the holds name. All locks held."""
     published: dict[Account, list[Entry]] = {}
     for account in accounts:
         scopes = account.all_scopes()
@@ -58,7 +75,7 @@ def _recount(ledger: Ledger, accounts: Sequence[Account]) -> _Recount:
         held.update(hold.entries)
         if hold.pinning:
             pinned.update(hold.entries)
-    return _Recount(published, indexed, held, pinned)
+    return Recount(published, indexed, held, pinned)
 
 
 def _slot_counts(ledger: Ledger, entries: list[Entry]) -> npt.NDArray[np.int32]:
@@ -69,12 +86,11 @@ def _slot_counts(ledger: Ledger, entries: list[Entry]) -> npt.NDArray[np.int32]:
     return counts
 
 
-def compare(ledger: Ledger, accounts: Sequence[Account]) -> tuple[list[str], IntegrityReport]:
+def compare(ledger: Ledger, recount: Recount) -> tuple[list[Problem], IntegrityReport]:
     """What contradicts a recount, and what it counted. All locks held."""
-    recount = _recount(ledger, accounts)
     alive = recount.alive()
     counts = _slot_counts(ledger, alive)
-    problems = ledger.slots.problems(counts)
+    problems = [Problem(text) for text in ledger.slots.problems(counts)]
     problems += _entry_problems(ledger, recount, alive)
     for account, entries in recount.published.items():
         problems += _account_problems(ledger, account, entries)
@@ -82,75 +98,85 @@ def compare(ledger: Ledger, accounts: Sequence[Account]) -> tuple[list[str], Int
     return problems, report
 
 
-def _entry_problems(ledger: Ledger, recount: _Recount, alive: list[Entry]) -> list[str]:
+def _entry_problems(ledger: Ledger, recount: Recount, alive: list[Entry]) -> list[Problem]:
     found = []
     tables = ledger.tables_of(alive) if alive else np.zeros((0, 1), dtype=np.int64)
     lengths = np.count_nonzero(tables, axis=1)
     for entry, length, tail in zip(alive, lengths.tolist(), tables[:, -1].tolist(), strict=True):
         if entry.refs != recount.references(entry):
-            found.append(f"{entry.key!r} counts {entry.refs} references, {recount.references(entry)} hold it")
+            found.append(Problem(f"counts {entry.refs} references, {recount.references(entry)} hold it", entry))
         if entry.pins != recount.pinned[entry]:
-            found.append(f"{entry.key!r} counts {entry.pins} pins, {recount.pinned[entry]} pin it")
+            found.append(Problem(f"counts {entry.pins} pins, {recount.pinned[entry]} pin it", entry))
         if length != entry.length or tail != entry.tail:
-            found.append(f"{entry.key!r} has {entry.length} tokens, its table {length}")
+            found.append(Problem(f"has {entry.length} tokens, its table {length}", entry))
     rows = [entry.row for entry in alive]
     if len(set(rows)) != len(rows):
-        found.append("two entries have the same row of the slot tables")
+        found.append(Problem("two entries have the same row of the slot tables"))
     if not ledger.free_rows().isdisjoint(rows):
-        found.append("an entry's row of the slot tables is free")
+        found.append(Problem("an entry's row of the slot tables is free"))
     return found
 
 
-def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) -> list[str]:
+def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) -> list[Problem]:
     quota = account.quota
     own = [entry for entry in published if entry.scope.budget is None]
-    found = []
+    found: list[Problem] = []
     counts = _slot_counts(ledger, own)
+
+    def note(text: str, entry: Entry | None = None) -> None:
+        found.append(Problem(text, entry))
+
     if quota.entries != len(own):
-        found.append(f"{account.name} counts {quota.entries} entries, {len(own)} are in its index")
+        note(f"{account.name} counts {quota.entries} entries, {len(own)} are in its index")
     if quota.slots != np.count_nonzero(counts) or not np.array_equal(quota.counts[1:], counts[1:]):
-        found.append(f"{account.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
+        note(f"{account.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
     if quota.pending_entries or quota.pending_slots:
-        found.append(f"{account.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
+        note(f"{account.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
     if len(quota.turns):
-        found.append(f"{account.name} has {len(quota.turns)} operations waiting for room")
+        note(f"{account.name} has {len(quota.turns)} operations waiting for room")
     if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
-        found.append(f"{account.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
+        note(f"{account.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
     held = set(account.policy)
     for entry in published:
         if (entry.place is Place.HELD) != (entry in held):
-            found.append(f"{entry.key!r} is in place {entry.place.name}, the policy says otherwise")
+            note(f"is in place {entry.place.name}, the policy says otherwise", entry)
         if entry.place in (Place.NONE, Place.CLAIMED):
-            found.append(f"{entry.key!r} is published, but in place {entry.place.name}")
+            note(f"is published, but in place {entry.place.name}", entry)
         if entry.place is Place.PINNED and not entry.pins:
-            found.append(f"{entry.key!r} is set aside as pinned, and nobody pins it")
+            note("is set aside as pinned, and nobody pins it", entry)
         if entry.place is Place.SHARED and not ledger.shares_tail(entry):
-            found.append(f"{entry.key!r} is set aside as shared, and shares nothing")
+            note("is set aside as shared, and shares nothing", entry)
     if not held <= set(own):
-        found.append(f"the policy of {account.name} holds entries that are not in its index")
+        note(f"the policy of {account.name} holds entries that are not in its index")
     for search in account.searches:
         entries = [entry for entry in published if entry.scope is search.scope]
         if search.budget.entries != len(entries):
-            found.append(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
+            note(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
     budgets = [search.budget for search in account.searches]
     reserved = (sum(budget.max_entries for budget in budgets), sum(budget.reservation.size for budget in budgets))
     if (quota.reserved_entries, quota.reserved_slots) != reserved:
-        found.append(
+        note(
             f"{account.name} counts {quota.reserved_entries} entries and {quota.reserved_slots} slots as reserved, "
             f"its searches {reserved}"
         )
-    found += [
-        f"{entry.key!r} is in the index of {scope.name!r} under another key or scope"
-        for scope in account.all_scopes()
-        for part in scope.entries
-        for key, entry in part.items()
-        if entry.scope is not scope or key is not entry.index_key  # by identity: no user code in the mutex
-    ]
+    for scope in account.all_scopes():
+        for number, part in enumerate(scope.entries):
+            for entry in part.misplaced():
+                note("is in the index under another key's hash", entry)
+            for entry in part.values():
+                if entry.scope is not scope or scope.part_of(entry.key_hash) != number:
+                    note("is in the index of another scope or shard", entry)
     return found
 
 
-def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks) -> RepairReport:
-    """Set every count as a recount finds it, and free the rest, which `used` has to be waited for. All locks held."""
+def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list[object]) -> RepairReport:
+    """Set every count as a recount finds it, and free the rest, which `used` has to be waited for. All locks held.
+
+    What the caller has to keep until it has let go of them joins `kept`.
+    """
+    kept += ledger.holds
+    for account in accounts:
+        kept += account.policy
     for hold in list(ledger.holds):
         hold.users = 0
         if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
@@ -160,9 +186,11 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks) -> RepairR
         for search in list(account.searches):
             if search.roots_hold.released or search.ended is not None:
                 search.end_cut_off()
+                kept += search.scope.entries[0].values()
+                search.scope.entries[0].clear()  # an entry and its scope name each other
         for scope in account.all_scopes():
-            _drop_nameless(scope)
-    recount = _recount(ledger, accounts)
+            _drop_nameless(scope, kept)
+    recount = recount_of(ledger, accounts)
     entries = pending = 0
     for account, published in recount.published.items():
         pending += account.quota.pending_entries
@@ -182,11 +210,13 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks) -> RepairR
     return RepairReport(slots, entries, pending)
 
 
-def _drop_nameless(scope: Scope) -> None:
-    """Take out entries that were cut off before they were given slots."""
+def _drop_nameless(scope: Scope, kept: list[object]) -> None:
+    """Take out entries that were cut off before they were given slots, and cells that were cut off before that."""
     for part in scope.entries:
-        for key in [key for key, entry in part.items() if entry.row < 0]:
-            del part[key]
+        part.drop_empty()
+        for entry in [entry for entry in part.values() if entry.row < 0]:
+            kept.append(entry)
+            part.remove(entry)
 
 
 def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -81,7 +82,6 @@ class Ledger:
             self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
         first = len(self._free_rows) - len(entries)
         rows_taken = self._free_rows[first:]
-        del self._free_rows[first:]
         if native is None:
             assert not isinstance(tables, bytearray)
             self.tables[rows_taken] = tables
@@ -91,26 +91,47 @@ class Ledger:
         else:
             counts = self.slots.viewed_counts.of(self.slots.counts)
             native.enter(self.viewed_tables.of(self.tables), rows_taken, counts, tables, entries)
+        del self._free_rows[first:]
 
     def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
         """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""
         return self.tables.take(rows_of(entries), axis=0)
 
     def let_go(self, entries: list[Entry]) -> list[Entry]:
-        """Drop one reference of each, and free what the dead had; returns those that died. Mutex held."""
+        """Drop one reference of each, and free what the dead had; returns those that died. Mutex held.
+
+        All of it, or nothing where it raises; what cuts in from outside, perhaps after the effect, is for repair.
+        """
         dead = let_go(entries)
         if dead:
-            rows = [entry.row for entry in dead]
-            tables = self.tables[rows]
-            ticks: Ticks = NO_TICKS
+            try:
+                rows = rows_of(dead)
+                tables = self.tables[rows]
+                ticks: Ticks = NO_TICKS
+                for entry in dead:
+                    ticks = merge(ticks, entry.ticks)
+                self.slots.drop(tables, ticks)
+            except Exception:
+                for entry in entries:
+                    entry.refs += 1
+                raise
             for entry in dead:
-                ticks = merge(ticks, entry.ticks)
                 entry.row = -1
-            self.slots.drop(tables, ticks)
             self._free_rows.extend(rows)
             if self._shared:
-                self._unpark_unshared(tables)
+                try:
+                    self._unpark_unshared(tables)
+                except Exception:  # no memory, no frames: they come back to their policies a little later
+                    self.abandoned.append(partial(self.again, self._unpark_all))
         return dead
+
+    def again(self, work: Callable[[], list[Entry] | None], deadline: Deadline) -> None:
+        """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes."""
+        with gate.lock, self.mutex:
+            dead = work()
+            waiters = self.take_waiters()
+        wake(waiters)
+        del dead
 
     def rebuild_rows(self, used: set[int]) -> None:
         """Set the free rows of the tables as found by a full recount. Mutex held."""
@@ -176,48 +197,73 @@ class Ledger:
             if parked and len(parked) == self.slots.counts[slot]:
                 self.unpark(next(reversed(parked)))
 
+    def _unpark_all(self) -> None:
+        """Give back whoever is set aside without a reason. Mutex held."""
+        for siblings in list(self._shared.values()):
+            for entry in list(siblings):
+                if not self.shares_tail(entry):
+                    self.unpark(entry)
+
     # Holds -------------------------------------------------------------------------------------------------------
 
     def extend(self, hold: Hold, entries: list[Entry]) -> None:
         """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
+        retain(entries, hold.entries)
         self.holds.add(hold)
         if hold.pinning:
             for entry in entries:
                 entry.pins += 1
-        retain(entries, hold.entries)
 
     def drop_from(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
         staying = Counter(hold.entries)
         staying.subtract(entries)
-        hold.entries = list(staying.elements())
-        return self._unhold(hold, entries)
+        before, hold.entries = hold.entries, list(staying.elements())
+        try:
+            return self._unhold(hold, entries)
+        except Exception:
+            hold.entries = before
+            raise
 
     def end(self, hold: Hold) -> list[Entry]:
         """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
-        if hold.released:
-            return []
         hold.released = True
         return self._empty(hold)
 
     def _empty(self, hold: Hold) -> list[Entry]:
         """Let go of what a released hold holds, unless somebody still uses it."""
-        if hold.users:
+        if hold.users or hold not in self.holds:
             return []
-        self.holds.discard(hold)
-        entries, hold.entries = hold.entries, []
-        return self._unhold(hold, entries)
+        # First: what is cut off from outside after this is lost until repair, and not dropped twice.
+        entries = hold.entries
+        try:
+            self.holds.discard(hold)
+            hold.entries = []
+            return self._unhold(hold, entries)
+        except Exception:
+            hold.entries = entries
+            self.holds.add(hold)
+            raise
 
     def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
+        """Drop a hold's reference of each; all of them, or none where it raises."""
+        dead = self.let_go(entries)
         if hold.pinning:
             for entry in entries:
                 entry.pins -= 1
-                if entry.pins:
-                    continue
-                parked = self._shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
-                if entry.place is Place.PINNED or (parked and len(parked) == self.slots.counts[entry.tail]):
-                    self.unpark(entry)
-        return self.let_go(entries)
+            try:
+                self._unpark_unpinned(entries)
+            except Exception:  # as in `let_go`
+                self.abandoned.append(partial(self.again, partial(self._unpark_unpinned, entries)))
+        return dead
+
+    def _unpark_unpinned(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if entry.pins:
+                continue
+            parked = self._shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
+            if entry.place is Place.PINNED or (parked and len(parked) == self.slots.counts[entry.tail]):
+                self.unpark(entry)
 
     def abandon(self, release: Callable[[Deadline], object]) -> None:
         """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
@@ -231,10 +277,18 @@ class Ledger:
 
     def release(self, hold: Hold) -> bool:
         """Release a hold, and wake whoever waits for room; False if it was released before."""
+        dead: list[Entry] = []
+        waiters: list[Any] = []
         with gate.lock, self.mutex:
             first = not hold.released
-            dead = self.end(hold)
-            waiters = self.take_waiters()
+            hold.released = True
+            try:
+                dead = self.end(hold)
+                waiters = self.take_waiters()
+            except BaseException as error:
+                self.abandoned.append(partial(self.release_abandoned, hold))
+                if not isinstance(error, Exception):
+                    raise
         wake(waiters)
         del dead
         return first
@@ -249,11 +303,20 @@ class Ledger:
 
     def stop_using(self, hold: Hold, *, release: bool = False) -> bool:
         """The other end of `use`; or of the hold itself, with `release`. False if that was released before."""
+        dead: list[Entry] = []
+        waiters: list[Any] = []
         with gate.lock, self.mutex:
             first = not hold.released
             hold.users -= 1
-            dead = self.end(hold) if release and first else self._empty(hold) if hold.released else []
-            waiters = self.take_waiters() if hold.released else []
+            hold.released = hold.released or release
+            if hold.released:
+                try:
+                    dead = self.end(hold)
+                    waiters = self.take_waiters()
+                except BaseException as error:
+                    self.abandoned.append(partial(self.release_abandoned, hold))
+                    if not isinstance(error, Exception):
+                        raise
         if waiters:
             wake(waiters)
         del dead
@@ -262,6 +325,10 @@ class Ledger:
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard."""
         self.release(hold)
+
+    def stop_using_abandoned(self, hold: Hold, deadline: Deadline) -> None:
+        """As `stop_using`, in the form that `abandoned` takes."""
+        self.stop_using(hold)
 
     def stamp_reads(self, entries: Iterable[Entry], ticks: Ticks) -> None:
         """Note a use of each entry's slots. Mutex held."""

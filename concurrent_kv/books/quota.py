@@ -71,16 +71,22 @@ class Quota:
         """Count the entries with these slot tables `[entries, window]`."""
         flat = tables.ravel()
         fresh = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots += len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
+        number = len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
         np.add.at(self.counts, flat, ONE)
+        self.slots += number
         self.entries += len(tables)
 
     def remove(self, tables: npt.NDArray[np.int64]) -> None:
         """Stop counting the entries with these slot tables."""
         flat = tables.ravel()
         np.subtract.at(self.counts, flat, ONE)
-        gone = flat[(self.counts[flat] == 0) & (flat > 0)]
-        self.slots -= len(np.unique(gone)) if len(tables) > 1 else len(gone)
+        try:
+            gone = flat[(self.counts[flat] == 0) & (flat > 0)]
+            number = len(np.unique(gone)) if len(tables) > 1 else len(gone)
+        except Exception:
+            np.add.at(self.counts, flat, ONE)
+            raise
+        self.slots -= number
         self.entries -= len(tables)
 
     def exclusive(self, tables: npt.NDArray[np.int64]) -> int:

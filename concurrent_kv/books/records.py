@@ -24,7 +24,7 @@ from ..locks.deadline import Deadline
 from ..locks.numbers import Numbers
 from ..never_copied import NeverCopied
 from .eviction import EvictionPolicy
-from .index import Cells, Index
+from .index import Index
 from .quota import Budget, Quota
 from .stats import Counters
 
@@ -57,12 +57,13 @@ class Entry:
 
     Attributes:
         key, scope, generation: what it was stored as.
-        index_key: the equal key object that the index has, which must not be finalised under a lock.
+        index_key: the equal key object of the key's first write.
+        key_hash: that of the key when it was stored.
         row: its row in the ledger's slot tables.
         length: tokens.
         tail: slot of its last token.
         side: the caller's side data.
-        priority, fingerprint: what policies look at.
+        priority: what policies look at, beside `fingerprint`.
         correction: the differences its tokens need on reading, where some were moved lazily.
         refs: the index (1 while published) and every hold.
         pins: holds that also forbid eviction.
@@ -72,10 +73,10 @@ class Entry:
 
     __slots__ = (
         "correction",
-        "fingerprint",
         "generation",
         "index_key",
         "key",
+        "key_hash",
         "length",
         "pins",
         "place",
@@ -97,7 +98,7 @@ class Entry:
         length: int,
         side: object = None,
         priority: float = 0.0,
-        fingerprint: int = 0,
+        key_hash: int | None = None,
         correction: Correction = None,
         written: Ticks = NO_TICKS,
     ) -> None:
@@ -108,7 +109,7 @@ class Entry:
         self.length = length
         self.side = side
         self.priority = priority
-        self.fingerprint = fingerprint
+        self.key_hash = hash(key) if key_hash is None else key_hash
         self.correction = correction
         self.row = -1
         self.tail = 0
@@ -117,6 +118,11 @@ class Entry:
         self.place = Place.NONE
         self.written = written
         self.ticks = written
+
+    @property
+    def fingerprint(self) -> int:
+        """Stands for its key in its scope, also after it is gone."""
+        return hash((self.scope.number, self.key_hash))
 
 
 _scope_numbers = Numbers.of_process(1)
@@ -168,23 +174,23 @@ class Scope(NeverCopied):
             return None
         return ClosedError(self.ended) if self.budget is None else SearchEndedError(self.ended)
 
-    def part_of(self, key: Hashable) -> int:
-        """Which of the scope's dicts holds `key`. Runs the key's `__hash__`."""
-        return hash(key) % len(self.shards) if len(self.shards) > 1 else 0
+    def part_of(self, key_hash: int) -> int:
+        """Which of the scope's parts holds keys of this hash."""
+        return key_hash % len(self.shards)
 
-    def locate(self, keys: Sequence[Hashable]) -> list[tuple[Scope, int]]:
-        """Scope and part of each key. Runs the keys' `__hash__`."""
+    def locate(self, hashes: Sequence[int]) -> list[tuple[Scope, int]]:
+        """Scope and part of keys of these hashes."""
         count = len(self.shards)
         if count == 1:
-            return [(self, 0)] * len(keys)
-        return [(self, hash(key) % count) for key in keys]
+            return [(self, 0)] * len(hashes)
+        return [(self, key_hash % count) for key_hash in hashes]
 
-    def cells_of(self, located: Sequence[tuple[Scope, int]]) -> list[Cells[Entry]]:
+    def parts_of(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
         """The part of the index that each key belongs to, for `find_places`."""
         entries = self.entries
         if len(entries) == 1:
-            return [entries[0].cells] * len(located)
-        return [entries[part].cells for _, part in located]
+            return [entries[0]] * len(located)
+        return [entries[part] for _, part in located]
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"

@@ -112,9 +112,9 @@ class SlotAllocator:
         if count - own > self.available:
             return None
         slots, ticks = self._take(count)
-        if type(slots) is not range and count:
-            slots = _as_range(slots) or slots
         try:
+            if type(slots) is not range and count:
+                slots = _as_range(slots) or slots
             if own < count:
                 _mark(self._owner, self._viewed_owner, slots, 0)
             if reservation is not None and own:
@@ -144,17 +144,26 @@ class SlotAllocator:
         return self._take_several(count)
 
     def _take_several(self, count: int) -> Run:
-        taken: list[SlotArray] = [np.empty(0, dtype=np.int64)]
-        ticks: Ticks = NO_TICKS
-        while count:
-            slots, run_ticks = self._runs.popleft()
-            if len(slots) > count:
-                self._runs.appendleft((slots[count:], run_ticks))
-                slots = slots[:count]
-            taken.append(as_array(slots))
-            ticks = merge(ticks, run_ticks)
-            count -= len(slots)
-        return np.concatenate(taken), ticks
+        left = count
+        popped: list[Run] = []
+        while left > 0:
+            run = self._runs.popleft()
+            popped.append(run)
+            left -= len(run[0])
+        try:
+            taken: list[SlotArray] = [np.empty(0, dtype=np.int64)]
+            ticks: Ticks = NO_TICKS
+            for slots, run_ticks in popped:
+                taken.append(as_array(slots))
+                ticks = merge(ticks, run_ticks)
+            joined = np.concatenate(taken)[:count]
+        except Exception:
+            self._runs.extendleft(reversed(popped))
+            raise
+        if left < 0:
+            slots, run_ticks = popped[-1]
+            self._runs.appendleft((slots[left:], run_ticks))
+        return joined, ticks
 
     def hold(self, tables: npt.NDArray[np.integer]) -> None:
         """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
@@ -169,54 +178,61 @@ class SlotAllocator:
         flat = tables.ravel()
         np.subtract.at(self.counts, flat, ONE)
         self.counts[0] = 1  # never a candidate below
-        left = self.counts[flat]
-        freed = flat[left == 0]
+        try:
+            left = self.counts[flat]
+            freed = flat[left == 0]
+            if len(tables) > 1:
+                freed = np.unique(freed)
+            ticks = merge(ticks, self._residual)
+            residual = ticks if ticks and (left[flat > 0] > 0).any() else self._residual
+            self._free(freed.astype(np.int64, copy=False), ticks)
+        except Exception:  # not what cuts in from outside, perhaps after the effect: that is for repair to find
+            np.add.at(self.counts, flat, ONE)
+            self.counts[0] = 0
+            raise
         self.counts[0] = 0
-        if len(tables) > 1:
-            freed = np.unique(freed)
-        ticks = merge(ticks, self._residual)
-        if ticks and (left[flat > 0] > 0).any():
-            self._residual = ticks
-        self._free(freed.astype(np.int64, copy=False), ticks)
+        self._residual = residual
         return len(freed)
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
-        """Free allocated slots that no entry came to name."""
+        """Free allocated slots that no entry came to name; all of them, or none where it raises."""
         self._free(as_array(slots), ticks)
 
     def _free(self, slots: SlotArray, ticks: Ticks) -> None:
+        """All of them, or none where it raises: what may fail comes first."""
         if not len(slots):
             return
         slots = np.sort(slots)
-        gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
-        if len(gaps) < MOST_PIECES:
-            edges = [0, *gaps.tolist(), len(slots)]
-            for first, last in pairwise(edges):
-                self._append((range(int(slots[first]), int(slots[last - 1]) + 1), ticks))
-        else:
-            self._append((slots, ticks))
-        self.free_count += len(slots)
-        if self._reservations:
-            owners = self._owner[slots]
-            if (owners == owners[0]).all():
-                self._return_to(int(owners[0]), len(slots))
-                return
-            numbers, counts = np.unique(owners, return_counts=True)
-            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-                self._return_to(number, count)
-
-    def _append(self, run: Run) -> None:
-        joined = _joined(self._runs[-1], run) if self._runs else None
-        if joined is None:
-            self._runs.append(run)
-        else:
+        runs = self._runs_of(slots, ticks)
+        joined = _joined(self._runs[-1], runs[0]) if self._runs else None
+        returns = self._returns(slots) if self._reservations else ()
+        # No call of a function from here on.
+        if joined is not None:
             self._runs[-1] = joined
-
-    def _return_to(self, number: int, count: int) -> None:
-        reservation = self._reservations.get(number)
-        if reservation is not None:
+            del runs[0]
+        self._runs.extend(runs)
+        self.free_count += len(slots)
+        for reservation, count in returns:
             reservation.left += count
             self.reserved_count += count
+
+    def _runs_of(self, slots: SlotArray, ticks: Ticks) -> list[Run]:
+        """Sorted slots as runs."""
+        gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
+        if len(gaps) >= MOST_PIECES:
+            return [(slots, ticks)]
+        edges = [0, *gaps.tolist(), len(slots)]
+        return [(range(int(slots[first]), int(slots[last - 1]) + 1), ticks) for first, last in pairwise(edges)]
+
+    def _returns(self, slots: SlotArray) -> list[tuple[Reservation, int]]:
+        """Which reservations get how many of some slots back."""
+        owners = self._owner[slots]
+        if (owners == owners[0]).all():
+            numbers, counts = [int(owners[0])], [len(slots)]
+        else:
+            numbers, counts = [column.tolist() for column in np.unique(owners, return_counts=True)]
+        known = [self._reservations.get(number) for number in numbers]
+        return [(owner, count) for owner, count in zip(known, counts, strict=True) if owner is not None]
 
     def reserve(self, count: int) -> Reservation | None:
         """Set `count` free slots aside, or None with nothing changed."""

@@ -13,12 +13,12 @@
 #include "arguments.h"
 
 enum {
-    KEY, INDEX_KEY, SCOPE, GENERATION, LENGTH, SIDE, PRIORITY, FINGERPRINT, CORRECTION, ROW, TAIL, REFS, PINS, PLACE,
+    KEY, INDEX_KEY, SCOPE, GENERATION, LENGTH, SIDE, PRIORITY, KEY_HASH, CORRECTION, ROW, TAIL, REFS, PINS, PLACE,
     WRITTEN, TICKS, SLOTS_OF_ENTRY
 };
 
 static const char *const slot_names[SLOTS_OF_ENTRY] = {
-    "key", "index_key", "scope", "generation", "length", "side", "priority", "fingerprint", "correction", "row", "tail",
+    "key", "index_key", "scope", "generation", "length", "side", "priority", "key_hash", "correction", "row", "tail",
     "refs", "pins", "place", "written", "ticks",
 };
 
@@ -107,10 +107,10 @@ static int are_entries(PyObject *list, Py_ssize_t count, int or_none)
     return 1;
 }
 
-/* new_entries(keys, scope, generation, lengths, sides, priorities, fingerprints, corrections, written) -> entries */
+/* new_entries(keys, scope, generation, lengths, sides, priorities, hashes, corrections, written) -> entries */
 static PyObject *new_entries(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    static const int of_each[] = {KEY, -1, -1, LENGTH, SIDE, PRIORITY, FINGERPRINT, CORRECTION, -1};
+    static const int of_each[] = {KEY, -1, -1, LENGTH, SIDE, PRIORITY, KEY_HASH, CORRECTION, -1};
     if (!enough(count, 9))
         return NULL;
     if (entry_type == NULL) {
@@ -216,7 +216,20 @@ static PyObject *let_go(PyObject *module, PyObject *const *arguments, Py_ssize_t
     return dead;
 }
 
-/* find(cells, keys) -> the item of each key's cell, or None. Runs the keys' `__hash__` and `__eq__`. */
+/* Whether the entry in a cell has an equal key; below 0 with an exception set. Runs its key's `__eq__`. */
+static int has_key(PyObject *entry, PyObject *key)
+{
+    if (entry_type == NULL || !Py_IS_TYPE(entry, entry_type) || *slot(entry, INDEX_KEY) == NULL) {
+        PyErr_Format(PyExc_TypeError, "a cell must have an entry, got %s", Py_TYPE(entry)->tp_name);
+        return -1;
+    }
+    PyObject *known = Py_NewRef(*slot(entry, INDEX_KEY));
+    int equal = PyObject_RichCompareBool(known, key, Py_EQ);
+    Py_DECREF(known);
+    return equal;
+}
+
+/* find(cells, keys) -> the entry of each key, or None. Runs `__hash__` of the keys and `__eq__` of those stored. */
 static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     if (!enough(count, 2) || !is_list(arguments[1], "keys", -1))
@@ -228,10 +241,16 @@ static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     PyObject *found = PyList_New(0);
     for (Py_ssize_t i = 0; found != NULL && i < PyList_GET_SIZE(arguments[1]); i++) {
         PyObject *key = Py_NewRef(PyList_GET_ITEM(arguments[1], i));
-        PyObject *cell = PyDict_GetItemWithError(arguments[0], key);
+        Py_hash_t number = PyObject_Hash(key);
+        PyObject *hash = number == -1 ? NULL : PyLong_FromSsize_t(number);
+        PyObject *cell = hash == NULL ? NULL : PyDict_GetItemWithError(arguments[0], hash);
         PyObject *item = cell != NULL && PyList_Check(cell) && PyList_GET_SIZE(cell) ? PyList_GET_ITEM(cell, 0) : Py_None;
-        if ((cell == NULL && PyErr_Occurred()) || PyList_Append(found, item) < 0)
+        Py_INCREF(item);
+        int equal = PyErr_Occurred() ? -1 : item == Py_None ? 0 : has_key(item, key);
+        if (equal < 0 || PyList_Append(found, equal ? item : Py_None) < 0)
             Py_CLEAR(found);
+        Py_DECREF(item);
+        Py_XDECREF(hash);
         Py_DECREF(key);
     }
     return found;
@@ -251,11 +270,11 @@ static void take_away(PyObject *added)
     PyErr_Restore(type, value, trace);
 }
 
-/* The place of one key; 0 with an exception set. */
-static int add_place(PyObject *cells, PyObject *key, PyObject *lists[4])
+/* The place of one key; 0 with an exception set, or without one where another key has its place. */
+static int add_place(PyObject *cells, PyObject *key, PyObject *hash, PyObject *lists[4])
 {
     PyObject *new = PyList_New(0);
-    PyObject *cell = new == NULL ? NULL : PyDict_SetDefault(cells, key, new);
+    PyObject *cell = new == NULL ? NULL : PyDict_SetDefault(cells, hash, new);
     int added = cell != NULL && cell == new;
     if (added && PyList_Append(lists[3], cells) < 0) {
         Py_XDECREF(PyObject_CallMethod(cells, "popitem", NULL));
@@ -264,6 +283,12 @@ static int add_place(PyObject *cells, PyObject *key, PyObject *lists[4])
     if (cell != NULL && !PyList_Check(cell)) {
         PyErr_Format(PyExc_TypeError, "a cell must be a list, got %s", Py_TYPE(cell)->tp_name);
         cell = NULL;
+    }
+    if (cell != NULL && !added) {
+        PyObject *known = PyList_GET_SIZE(cell) ? Py_NewRef(PyList_GET_ITEM(cell, 0)) : NULL;
+        if (known == NULL || has_key(known, key) != 1)
+            cell = NULL;
+        Py_XDECREF(known);
     }
     int done = 0;
     if (cell != NULL) {
@@ -275,30 +300,45 @@ static int add_place(PyObject *cells, PyObject *key, PyObject *lists[4])
     return done;
 }
 
-/* places(dicts, keys) -> (the cell of each key in its dict, what each holds or None, those held, dicts with new cells)
+/* places(dicts, keys, hashes) -> (each key's cell in its dict, what each holds or None, those held, dicts of new cells)
  *
- * Adds empty cells, or where a key raises none. Runs the keys' `__hash__` and `__eq__`.
+ * Adds empty cells, or none where a key raises or, and then it returns None, where two keys have one hash. Runs `__eq__`
+ * of stored keys.
  */
 static PyObject *places(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    if (!enough(count, 2) || !is_list(arguments[0], "dicts", -1) ||
-        !is_list(arguments[1], "keys", PyList_GET_SIZE(arguments[0])))
+    if (!enough(count, 3) || !is_list(arguments[0], "dicts", -1) ||
+        !is_list(arguments[1], "keys", PyList_GET_SIZE(arguments[0])) ||
+        !is_list(arguments[2], "hashes", PyList_GET_SIZE(arguments[0])))
         return NULL;
     PyObject *lists[4] = {PyList_New(0), PyList_New(0), PyList_New(0), PyList_New(0)};
     PyObject *result = NULL;
     int done = lists[0] && lists[1] && lists[2] && lists[3];
-    for (Py_ssize_t i = 0; done && i < PyList_GET_SIZE(arguments[0]) && i < PyList_GET_SIZE(arguments[1]); i++) {
+    Py_ssize_t keys = PyList_GET_SIZE(arguments[0]);
+    for (Py_ssize_t i = 0; done && i < keys; i++) {
+        if (PyList_GET_SIZE(arguments[0]) != keys || PyList_GET_SIZE(arguments[1]) != keys ||
+            PyList_GET_SIZE(arguments[2]) != keys) {
+            PyErr_SetString(PyExc_ValueError, "the lists must not change");
+            done = 0;
+            break;
+        }
         PyObject *cells = Py_NewRef(PyList_GET_ITEM(arguments[0], i)), *key = Py_NewRef(PyList_GET_ITEM(arguments[1], i));
+        PyObject *hash = Py_NewRef(PyList_GET_ITEM(arguments[2], i));
         if (!PyDict_Check(cells))
             PyErr_Format(PyExc_TypeError, "dicts must be of dicts, got %s", Py_TYPE(cells)->tp_name);
-        done = PyDict_Check(cells) && add_place(cells, key, lists);
+        else if (!PyLong_Check(hash))
+            PyErr_Format(PyExc_TypeError, "hashes must be ints, got %s", Py_TYPE(hash)->tp_name);
+        done = PyDict_Check(cells) && PyLong_Check(hash) && add_place(cells, key, hash, lists);
         Py_DECREF(cells);
         Py_DECREF(key);
+        Py_DECREF(hash);
     }
     if (done)
         result = PyTuple_Pack(4, lists[0], lists[1], lists[2], lists[3]);
     if (result == NULL && lists[3] != NULL)
         take_away(lists[3]);
+    if (result == NULL && !PyErr_Occurred())
+        result = Py_NewRef(Py_None);
     for (int i = 0; i < 4; i++)
         Py_XDECREF(lists[i]);
     return result;

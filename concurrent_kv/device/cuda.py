@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError, InvalidTypeError, StreamCaptureError, WaitTimeoutError
+from ..errors import InvalidArgumentError, InvalidTypeError, StreamCaptureError, WaitTimeoutError, shown
 from .streams import StreamBackend, StreamKey
 
 __all__ = ["CudaStreams", "backend_for", "current_streams", "refuse_capture", "settle"]
@@ -37,7 +37,7 @@ class CudaStreams:
 
     def check(self, stream: object) -> None:
         if not isinstance(stream, torch.cuda.Stream):
-            raise InvalidTypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
+            raise InvalidTypeError(f"stream must be a torch.cuda.Stream, got {shown(stream)}")
         if stream.device != self._device:
             raise InvalidArgumentError(f"stream must be a stream of {self._device}, got one of {stream.device}")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .._checks import positive_int
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = ["SUPPORTED_DEVICES", "KVLayout", "device_of", "slots_of_capacity"]
 
@@ -20,7 +20,7 @@ def device_of(device: object) -> torch.device:
     try:
         found: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"device must name a torch device ('cpu', 'cuda:0'), got {device!r}") from error
+        raise InvalidArgumentError(f"device must name a torch device ('cpu', 'cuda:0'), got {shown(device)}") from error
     if found.type == "cpu":
         return torch.device("cpu")  # a tensor's device is never "cpu:0", which does not equal it
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():

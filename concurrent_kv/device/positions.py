@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, shown
 from .cuda import refuse_capture, settle
 from .layout import KVLayout
 from .tensor_checks import check_tensor
@@ -50,7 +50,7 @@ class PositionTable:
         if not isinstance(layout, KVLayout):
             raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         if not callable(difference_for):
-            raise InvalidTypeError(f"difference_for must be a function of a distance, got {difference_for!r}")
+            raise InvalidTypeError(f"difference_for must be a function of a distance, got {shown(difference_for)}")
         refuse_capture(layout.device)
         window = layout.max_tokens
         table = torch.zeros(

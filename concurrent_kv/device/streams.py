@@ -24,7 +24,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import InvalidArgumentError, StreamCaptureError
+from ..errors import InvalidArgumentError, StreamCaptureError, shown
 from ..locks.gate import gate
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class StreamClock:
     def check(self, stream: object) -> None:
         """Raise `InvalidTypeError`, `InvalidArgumentError` or `StreamCaptureError` unless `stream` can be used."""
         if self.backend is None:
-            raise InvalidArgumentError(f"stream must be left out where the slots are on a CPU, got {stream!r}")
+            raise InvalidArgumentError(f"stream must be left out where the slots are on a CPU, got {shown(stream)}")
         self.backend.check(stream)
         self._check_not_capturing(self.backend, stream)
 

@@ -24,7 +24,7 @@ from weakref import ref
 
 from ..books.records import Generation, Scope
 from ..device.streams import NO_TICKS, Ticks
-from ..errors import ClosedError, InvalidTypeError, RecursiveComputationError
+from ..errors import ClosedError, InvalidTypeError, RecursiveComputationError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..never_copied import NeverCopied, is_owned_elsewhere
@@ -257,7 +257,11 @@ class FlightTable:
             if ending is not None:
                 ending.result, ending.ready, ending.error = result, ready, error
             flight.state, flight.ending = state, None
-        self._forget(flight)
+        try:
+            self._forget(flight)
+        except (MemoryError, RecursionError):
+            self.dropped.append(flight)  # the next operation takes it out
+            flight.wake()
         return True
 
     def _forget(self, flight: Flight) -> None:
@@ -277,7 +281,7 @@ class FlightTable:
 
 def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
     return RecursiveComputationError(
-        f"{name}: the computation of {key!r} asked for {key!r} itself, and would wait for its own end"
+        f"{name}: the computation of {shown(key)} asked for {shown(key)} itself, and would wait for its own end"
     )
 
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from ..device.streams import StreamClock
 from ..device.tensors import plain_torch_state
-from ..errors import ClosedError, RecursiveComputationError, WaitTimeoutError
+from ..errors import ClosedError, RecursiveComputationError, WaitTimeoutError, shown
 from ..locks.deadline import Deadline, lend_place
 from ..locks.signal import Signal
 from ..model.kv import KeysValues
@@ -32,7 +32,7 @@ def waiting_for(flight: Flight, name: str) -> Iterator[None]:
             own.waits_for.append(flight)
         if computing and flight.needs_one_of(computing):
             raise RecursiveComputationError(
-                f"{name}: the computation of {flight.key.key!r} waits for the one that asks for it, for ever"
+                f"{name}: the computation of {shown(flight.key.key)} waits for the one that asks for it, for ever"
             )
         with lend_place.get()():
             yield
@@ -63,7 +63,8 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
     """What somebody who waited in vain for a flight hears."""
     return WaitTimeoutError(
-        f"{name}: the computation of {flight.key.key!r} by another caller was not over within {deadline.seconds:g} s"
+        f"{name}: the computation of {shown(flight.key.key)} by another caller was not over within "
+        f"{deadline.seconds:g} s"
     )
 
 
@@ -89,7 +90,7 @@ def outcome(joined: Claim, clock: StreamClock, name: str) -> KeysValues | None:
         assert ending.error is not None
         _raise_copy(ending.error)
     if state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {joined.flight.key.key!r} was being computed")
+        raise ClosedError(f"{name} was closed while {shown(joined.flight.key.key)} was being computed")
     return None
 
 

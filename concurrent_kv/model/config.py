@@ -9,7 +9,7 @@ import torch
 
 from .._checks import positive_int
 from ..device.layout import KVLayout
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 
 __all__ = ["ManagerConfig"]
 
@@ -56,7 +56,7 @@ class ManagerConfig:
         env_num = positive_int("env_num", env_num)
         stated = _read(config, "env_num", env_num)
         if stated != env_num:
-            raise InvalidArgumentError(f"env_num must agree with config.env_num={stated!r}, got {env_num}")
+            raise InvalidArgumentError(f"env_num must agree with config.env_num={shown(stated)}, got {env_num}")
         if sizes["embed_dim"] % sizes["num_heads"]:
             raise InvalidArgumentError(
                 f"config.embed_dim must be a multiple of config.num_heads={sizes['num_heads']}, "
@@ -84,5 +84,5 @@ def _dtype(dtype: object) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if not isinstance(dtype, torch.dtype):
-        raise InvalidArgumentError(f"config.dtype must be a torch.dtype or the name of one, got {dtype!r}")
+        raise InvalidArgumentError(f"config.dtype must be a torch.dtype or the name of one, got {shown(dtype)}")
     return dtype

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from ..device.native import address_of, native
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 
 __all__ = ["State", "hash_state", "hash_states"]
 
@@ -42,7 +42,7 @@ def hash_state(state: State, *, form: Literal["int", "hex"] = "int") -> int | st
             with data, or a `form` that is neither "int" nor "hex".
     """
     if form not in ("int", "hex"):
-        raise InvalidArgumentError(f"form must be 'int' or 'hex', got {form!r}")
+        raise InvalidArgumentError(f"form must be 'int' or 'hex', got {shown(form)}")
     digest = xxhash.xxh64(_bytes_of(state))
     return digest.intdigest() if form == "int" else digest.hexdigest()
 
@@ -58,7 +58,7 @@ def hash_states(states: State) -> list[str]:
     shape = states.shape if isinstance(states, (torch.Tensor, np.ndarray)) else ()
     rows = shape[0] if shape else 0
     if not rows:
-        raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {states!r}")
+        raise InvalidArgumentError(f"states must be an array or tensor with at least one row, got {shown(states)}")
     if native is not None:
         address = _address_of(states) if type(states) is torch.Tensor else 0
         if address:

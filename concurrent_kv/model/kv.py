@@ -13,7 +13,7 @@ from ..device.layout import SUPPORTED_DEVICES, KVLayout, device_of
 from ..device.moving import joined_on
 from ..device.tensor_checks import check_tensor
 from ..device.tensors import plain_torch_state
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = ["KeysValues", "check_fits"]
 
@@ -65,7 +65,7 @@ class KeysValues:
             self.lengths = (self.end,) * batch
         else:
             if not isinstance(lengths, Iterable):
-                raise InvalidTypeError(f"lengths must be a sequence of {batch} numbers, got {lengths!r}")
+                raise InvalidTypeError(f"lengths must be a sequence of {batch} numbers, got {shown(lengths)}")
             self.lengths = tuple(positive_int("lengths", length, minimum=0) for length in lengths)
             if len(self.lengths) != batch:
                 raise InvalidArgumentError(f"lengths must have one number for each of {batch} rows, got {self.lengths}")

@@ -17,7 +17,7 @@ from .._checks import positive_int
 from ..device.cuda import settle
 from ..device.layout import KVLayout
 from ..device.positions import PositionSteps, PositionTable, packed_difference
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = [
     "DropAndCorrect",
@@ -155,7 +155,7 @@ def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
         return
     if not isinstance(overflow, (RaiseOnOverflow, DropOldest, DropAndCorrect, DropLazily)):
         raise InvalidTypeError(
-            f"overflow must be a RaiseOnOverflow, DropOldest, DropAndCorrect or DropLazily, got {overflow!r}"
+            f"overflow must be a RaiseOnOverflow, DropOldest, DropAndCorrect or DropLazily, got {shown(overflow)}"
         )
     if overflow.limit > layout.max_tokens:
         raise InvalidArgumentError(

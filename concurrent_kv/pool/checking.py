@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..books.integrity import IntegrityReport, RepairReport, compare, rebuild
+from ..books.integrity import IntegrityReport, Problem, RepairReport, compare, rebuild, recount_of
 from ..books.ledger import wake
 from ..errors import IntegrityError
 from ..locks.gate import gate
@@ -21,11 +21,13 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     zero_slot_is_zero = storage.closed or storage.zero_slot_is_zero()
     accounts = [pool.account for pool in storage.pools]
     with gate.lock, storage.locks.read(range(storage.locks.count), deadline), storage.ledger.mutex:
-        problems, report = compare(storage.ledger, accounts)
+        recount = recount_of(storage.ledger, accounts)
+        problems, report = compare(storage.ledger, recount)
+    del recount  # here, where no lock is held: keys and side data may be finalised
     if not zero_slot_is_zero:
-        problems.append("slot 0, which serves all padding, is not zero")
+        problems.append(Problem("slot 0, which serves all padding, is not zero"))
     if problems:
-        raise IntegrityError(tuple(problems))
+        raise IntegrityError(tuple([problem.text() for problem in problems]))
     return report
 
 
@@ -35,9 +37,12 @@ def repair(storage: KVStorage) -> RepairReport:
     used = storage.clock.everything()
     accounts = [pool.account for pool in storage.pools]
     with gate.lock, storage.locks.write(range(storage.locks.count), deadline), storage.ledger.mutex:
-        report = rebuild(storage.ledger, accounts, used)
+        # Until no lock is held: what is dropped in here, and dies, has keys and side data.
+        kept: list[object] = []
+        report = rebuild(storage.ledger, accounts, used, kept)
         waiters = storage.ledger.take_waiters()
     wake(waiters)
+    del kept
     for pool in storage.pools:
         pool.flights.abandon_orphans()
     return report

@@ -25,15 +25,18 @@ SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
 def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     """Take `entry` out of the index if it is still the entry of its key."""
     ledger = pool.storage.ledger
-    part = scope.part_of(entry.key)
+    part = scope.part_of(entry.key_hash)
     with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
         deadline.check(pool.name)
-        if scope.entries[part].get(entry.key) is not entry:
+        if not scope.entries[part].remove(entry):
             return False
-        del scope.entries[part][entry.key]
         with gate.lock, ledger.mutex:
-            dead = unpublish(pool, [entry])
-            pool.counters.removal_count += 1
+            pool.account.counters.removal_count += 1
+            try:
+                dead = unpublish(pool, [entry])
+            except Exception:
+                ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [entry])))
+                raise
             waiters = ledger.take_waiters()
     wake(waiters)
     del dead
@@ -43,7 +46,7 @@ def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> b
 def discard(pool: PoolState, scope: Scope, key: Hashable) -> None:
     """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
     # A look without the shard: what is stored under the key later is another entry, and stays.
-    entry = scope.entries[scope.part_of(key)].get(key)
+    entry = scope.entries[scope.part_of(hash(key))].get(key)
     if entry is not None:
         pool.storage.ledger.abandon(partial(remove, pool, scope, entry))
 
@@ -54,33 +57,43 @@ def remove_all(pool: PoolState, scope: Scope, keys: Collection[Hashable], deadli
     index = scope.entries[0]
     with gate.lock, pool.storage.locks.write(scope.shards, deadline):
         deadline.check(pool.name)
-        missing = index.lacking(keys)
-        if missing:
-            return missing
-        waiters = take_out(pool, index, index.all_of(keys), dead)
+        going = index.find_each(keys)
+        if None in going:
+            return _lacking(keys, going)
+        waiters = take_out(pool, index, going, dead)
     wake(waiters)
-    del dead
+    # Also what is not among the dead may die here: whoever else held it may have let go of it meanwhile.
+    del dead, going
     return []
 
 
-def take_out(pool: PoolState, index: Index[Entry], going: list[Entry], dead: list[Entry]) -> list[Any]:
-    """Delete entries and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held."""
+def _lacking(keys: Collection[Hashable], found: list[Entry | None]) -> list[Hashable]:
+    return [key for key, entry in zip(keys, found, strict=True) if entry is None]
+
+
+def take_out(pool: PoolState, index: Index[Entry], going: Sequence[Entry | None], dead: list[Entry]) -> list[Any]:
+    """Take entries out and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held.
+
+    The caller keeps `going` until it has let go of the shard: what another thread still reads dies with the last of
+    the two.
+    """
     ledger = pool.storage.ledger
-    gone: list[Entry] = []
-    try:
-        _delete(index, going, gone)
-    finally:
-        # Of what is gone, also if a key's own `__eq__` raised on the way. The newest first: what they share with older
-        # ones goes with those, and the slots that were written together are free together.
-        gone.reverse()
-        for begin in range(0, len(gone), ENTRIES_PER_HOLD):
-            some = gone[begin : begin + ENTRIES_PER_HOLD]
+    # The newest first: what they share with older ones goes with those, and the slots that were written together are
+    # free together.
+    ahead = list(reversed(going))
+    for begin in range(0, len(ahead), ENTRIES_PER_HOLD):
+        some: list[Entry] = []
+        try:
+            # One after the other: whatever is raised on the way, `some` has those that have left.
+            some.extend(filter(index.remove, filter(None, ahead[begin : begin + ENTRIES_PER_HOLD])))
             with gate.lock, ledger.mutex:
                 dead += unpublish(pool, some)
-                pool.counters.removal_count += len(some)
-        with gate.lock, ledger.mutex:
-            waiters = ledger.take_waiters()
-    return waiters
+                pool.account.counters.removal_count += len(some)
+        except Exception:
+            ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, some)))
+            raise
+    with gate.lock, ledger.mutex:
+        return ledger.take_waiters()
 
 
 def sweep_scopes(pool: PoolState, scopes: Sequence[Scope], deadline: Deadline) -> None:
@@ -139,14 +152,3 @@ def sweep_if(pool: PoolState, scope: Scope, condition: Callable[[Entry], bool], 
         # Keys and side data are finalised here, outside of every lock.
         del dead, going
     return removed
-
-
-def _delete(index: Index[Entry], going: list[Entry], gone: list[Entry]) -> None:
-    """Delete entries from an index, adding each to `gone`; without a look at any key where nothing stays."""
-    if len(going) == len(index):
-        index.clear()
-        gone += going
-        return
-    for entry in going:
-        del index[entry.key]
-        gone.append(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -158,9 +159,17 @@ def commit_batch(
         batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:
-        ledger.stop_using(batch.hold)
+        try:
+            ledger.stop_using(batch.hold)
+        except Exception:  # no memory, no frames
+            ledger.abandoned.append(partial(ledger.stop_using_abandoned, batch.hold))
         raise
-    batch.end_commit(committed)
+    try:
+        batch.end_commit(committed)
+    except Exception:
+        if batch.hold.users:  # one thread uses a batch at a time
+            ledger.abandoned.append(partial(ledger.stop_using_abandoned, batch.hold))
+        raise
     return stored
 
 

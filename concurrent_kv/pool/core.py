@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from .._checks import check_seconds, hash_of, positive_int
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
+from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.quota import Quota
 from ..books.records import Account, Entry, Generation, Scope
@@ -69,7 +70,7 @@ class PoolCore(PoolState, Handle):
             raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         max_entries = positive_int("max_entries", max_entries)
         max_slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
-        chosen: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
+        own_policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
         hash_of(name, "name")
         if storage is not None:
             check_shared_storage(storage, layout)
@@ -85,7 +86,8 @@ class PoolCore(PoolState, Handle):
         quota = Quota(max_entries, max_slots, storage.ledger.slots.num_slots)
         if max_bytes is not None:
             quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
-        super().__init__(storage, Account(name, quota, chosen))
+        candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
+        super().__init__(storage, Account(name, quota, candidates))
         self._emptied = False
         self.default_scope = Scope(self.account, name, scope_shards or tuple(range(storage.locks.count)))
         self.account.scopes[name] = self.default_scope
@@ -196,7 +198,7 @@ class PoolCore(PoolState, Handle):
         # First the new epoch, then the sweep: what is published in between is older than neither.
         with gate.lock, self.storage.ledger.mutex:
             _begin_epoch(scopes)
-            self.counters.clear_count += 1
+            self.account.counters.clear_count += 1
         sweep_scopes(self, scopes, deadline)
 
     def close(self, *, timeout: float | None = None) -> None:

@@ -38,6 +38,7 @@ class WritePlan:
             after them.
         foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
         since: when the operation came, if before its deadline began: a commit came with its gather.
+        hashes: of the keys, each asked for once: where an entry is looked up, and found again when it goes.
         placed: their slot tables, once there are some: as an array, or as the bytes of one.
     """
 
@@ -59,6 +60,7 @@ class WritePlan:
         source: Tensor | None,
     ) -> None:
         self.keys = keys
+        self.hashes = list(map(hash, keys))
         self.sides = sides
         self.priorities = priorities
         self.corrections = corrections

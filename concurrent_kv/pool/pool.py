@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._checks import check_keys, hash_of
 from ..books.records import Entry, Hold, Scope
-from ..errors import InvalidTypeError, KeyNotFoundError
+from ..errors import InvalidTypeError, KeyNotFoundError, shown
 from ..flights.table import Claim, FlightState
 from ..flights.waiting import outcome, wait_in_thread
 from ..locks.deadline import Deadline
@@ -158,7 +159,11 @@ class KVPool(PoolCore):
         try:
             yield self._retain(key, scope, deadline, hold, quiet=quiet)
         finally:
-            self.storage.ledger.release(hold)
+            try:
+                self.storage.ledger.release(hold)
+            except BaseException:
+                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                raise
 
     def _retain(
         self, key: Hashable, scope: Scope | None, deadline: Deadline, hold: Hold, *, quiet: bool
@@ -180,10 +185,14 @@ class KVPool(PoolCore):
         try:
             entry = self._retain(key, scope, deadline, hold, quiet=True)
             if entry is None:
-                raise KeyNotFoundError(f"{self.name} has no entry for {key!r} to pin")
+                raise KeyNotFoundError(f"{self.name} has no entry for {shown(key)} to pin")
             return Pin(self, entry, hold)
         except BaseException:
-            self.storage.ledger.release(hold)
+            try:
+                self.storage.ledger.release(hold)
+            except BaseException:
+                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                raise
             raise
 
     def count_misses(self, number: int) -> None:
@@ -191,7 +200,7 @@ class KVPool(PoolCore):
         self.storage.check_process()
         if number:
             with gate.lock, self.storage.ledger.mutex:
-                self.counters.miss_count += number
+                self.account.counters.miss_count += number
 
     def gather(
         self,
@@ -231,7 +240,11 @@ class KVPool(PoolCore):
             self.count_misses(sum(entry is None for entry in entries))
             return open_batch(self.storage, found_in, generations[found_in], hold, entries, room, out)
         except BaseException:
-            self.storage.ledger.release(hold)
+            try:
+                self.storage.ledger.release(hold)
+            except BaseException:
+                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                raise
             raise
 
     # Writing -------------------------------------------------------------------------------------------------------

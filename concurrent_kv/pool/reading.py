@@ -46,10 +46,11 @@ def retain(
     `ClosedError` is raised where something is not there any more. Every hit is noted with the policy and the
     statistics of its account unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
     """
-    located = [(scope, scope.part_of(key)) for scope, key in wanted]
+    hashes = [hash(key) for _, key in wanted]
+    located = [(scope, scope.part_of(key_hash)) for (scope, _), key_hash in zip(wanted, hashes, strict=True)]
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
-        found = _look_up(located, wanted, generations)
+        found = _look_up(located, wanted, hashes, generations)
         if None in found:
             _check_open(storage, wanted)  # under the shard: what a close has swept from here, no operation removed
         hits = list(filter(None, found))
@@ -68,12 +69,15 @@ def _check_open(storage: KVStorage, wanted: Wanted) -> None:
 
 
 def _look_up(
-    located: Sequence[tuple[Scope, int]], wanted: Wanted, generations: dict[Scope, Generation]
+    located: Sequence[tuple[Scope, int]],
+    wanted: Wanted,
+    hashes: Sequence[int],
+    generations: dict[Scope, Generation],
 ) -> list[Entry | None]:
     """The entries of `wanted` that are of the present generations. The shards held."""
     found: list[Entry | None] = []
-    for (scope, part), (_, key) in zip(located, wanted, strict=True):
-        entry = scope.entries[part].get(key)
+    for (scope, part), (_, key), key_hash in zip(located, wanted, hashes, strict=True):
+        entry = scope.entries[part].get(key, key_hash)
         found.append(None if entry is None or entry.generation is not generations[scope] else entry)
     return found
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..books.ledger import wake
 from ..books.quota import Budget, Quota
 from ..books.records import Entry, Place, Scope, sorted_shards
+from ..books.slots import ONE
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import Slots
 from ..device.streams import Ticks
@@ -70,7 +72,7 @@ def _freed_by(
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
     with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
-        replaced = _present(scope, plan.keys, located)
+        replaced = _present(scope, plan, located)
         if not replaced:
             return 0, 0
         ledger = pool.storage.ledger
@@ -80,9 +82,10 @@ def _freed_by(
     return len(replaced), slots
 
 
-def _present(scope: Scope, keys: Sequence[Hashable], located: Sequence[tuple[Scope, int]]) -> list[Entry]:
-    """The entries that `keys` have now. Their shards held."""
-    found = (scope.entries[part].get(key) for (_, part), key in zip(located, keys, strict=True))
+def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
+    """The entries that a plan's keys have now. Their shards held."""
+    keys = zip(located, plan.keys, plan.hashes, strict=True)
+    found = (scope.entries[part].get(key, key_hash) for (_, part), key, key_hash in keys)
     return [entry for entry in found if entry is not None]
 
 
@@ -111,10 +114,19 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
                     victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
                 else:
                     victim, waiter = None, ledger.waiter()
-            _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots, turn)
+            try:
+                _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots, turn)
+            except BaseException:
+                if victim is not None:
+                    ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                raise
+            del victim  # here, where no lock is held: it may be the last to name the entry
     finally:
         if turn.joined:
-            _leave(pool, turn)
+            try:
+                _leave(pool, turn)
+            except Exception:  # no memory, no frames: what was taken is the caller's all the same
+                ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
 
 
 def _take_reserved(pool: PoolState, budget: Budget, entries: int, slots: int) -> Ticket | None:
@@ -170,7 +182,13 @@ def _take_from_budget(
                 raise _budget_error(pool, budget, entries_short, slots_short)
             # Ahead of the queue: who waits there may wait for what this search holds.
             victim, waiter = _victim_or_waiter(pool, want_slots=not entries_short)
-        _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+        try:
+            _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+        except BaseException:
+            if victim is not None:
+                ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            raise
+        del victim  # as in `_take`
 
 
 def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> tuple[int, int]:
@@ -231,10 +249,19 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
                     return
                 turn.stalled = not quota.can_ever_fit(entries, slots)
                 victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
-            _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
+            try:
+                _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
+            except BaseException:
+                if victim is not None:
+                    ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                raise
+            del victim  # as in `_take`
     finally:
         if turn.joined:
-            _leave(pool, turn)
+            try:
+                _leave(pool, turn)
+            except Exception:  # no memory, no frames: what was taken is the caller's all the same
+                ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
 
 
 def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
@@ -260,15 +287,23 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
                 else:
                     victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
             if victim is not None:
-                _evict(pool, victim, deadline)
+                try:
+                    _evict(pool, victim, deadline)
+                except BaseException:
+                    ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                    raise
             elif waiter is None:
                 deadline.step(pool.name, VICTIMS_PER_HOLD)
             elif not _wait(pool, waiter, deadline):
                 deadline.leave_loop(pool.name)
                 break
+            del victim  # as in `_take`
     finally:
         if turn.joined:
-            _leave(pool, turn)
+            try:
+                _leave(pool, turn)
+            except Exception:  # no memory, no frames: what was taken is the caller's all the same
+                ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
     with gate.lock, ledger.mutex:
         reserved_entries, reserved_slots = quota.reserved_entries, quota.reserved_slots
         need_entries, need_slots = reserved_entries + entries, reserved_slots + slots
@@ -339,13 +374,18 @@ def _victim_or_waiter(pool: PoolState, *, want_slots: bool) -> tuple[Entry | Non
         if victim is None:
             if want_slots or not ledger.unpark_shared(pool.account, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
-        elif victim.pins:
-            victim.place = Place.PINNED
-        elif want_slots and ledger.shares_tail(victim) and not ledger.is_last_sharer(victim):
-            ledger.park_shared(victim)
-        else:
-            victim.place = Place.CLAIMED
-            return victim, None
+            continue
+        victim.place = Place.CLAIMED
+        try:
+            if victim.pins:
+                victim.place = Place.PINNED
+            elif want_slots and ledger.shares_tail(victim) and not ledger.is_last_sharer(victim):
+                ledger.park_shared(victim)
+            else:
+                return victim, None
+        except BaseException:
+            ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            raise
     return None, None
 
 
@@ -409,25 +449,23 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
     waiters: list[Any] = []
     try:
         deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
-        part = scope.part_of(victim.key)
-        with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
-            if scope.entries[part].get(victim.key) is not victim:
+        part = scope.part_of(victim.key_hash)
+        with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline), ledger.mutex:
+            if victim.pins:
+                victim.place = Place.PINNED
                 return
-            with gate.lock, ledger.mutex:
-                if victim.pins:
-                    victim.place = Place.PINNED
-                    return
-            # Not in the mutex, as it may compare keys. Nobody can find the entry in order to pin it meanwhile.
-            del scope.entries[part][victim.key]
-            with gate.lock, ledger.mutex:
+            if not scope.entries[part].remove(victim):
+                return
+            try:
                 dead = unpublish(pool, [victim])
-                pool.counters.eviction_count += 1
-                waiters = ledger.take_waiters()
+            except Exception:
+                ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [victim])))
+                raise
+            pool.account.counters.eviction_count += 1
+            waiters = ledger.take_waiters()
     except BaseException:
         with gate.lock, ledger.mutex:
-            if victim.place is Place.CLAIMED:
-                victim.place = Place.HELD
-                pool.policy.give_back(victim)
+            _give_back(pool, victim)
             waiters = ledger.take_waiters()  # somebody may have found no victim because this one was claimed
         wake(waiters)
         raise
@@ -435,34 +473,58 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
+def _give_back(pool: PoolState, victim: Entry) -> None:
+    """Make a claimed victim a candidate again, if it is still in the index. Mutex held."""
+    scope = victim.scope
+    if victim.place is Place.CLAIMED and scope.entries[scope.part_of(victim.key_hash)].holds(victim):
+        pool.policy.give_back(victim)
+        victim.place = Place.HELD
+
+
 def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
     """Books of entries that left the index: policy, the index's reference, and the quota unless that was done before.
 
-    Returns the dead. Mutex held.
+    Returns the dead. Where it raises it can be done again: what takes effect once comes last. Mutex held.
     """
     ledger = pool.storage.ledger
     if not entries:
         return []
     for entry in entries:
-        if entry.place is Place.HELD:
-            pool.policy.remove(entry)
+        if entry.place is not Place.EXEMPT:
+            pool.policy.remove(entry)  # also of victims that were given out and have not come back
         ledger.forget_parked(entry)
         entry.place = Place.NONE
-    budget = entries[0].scope.budget
-    if not counted_out:
-        if budget is None:
-            pool.quota.remove(ledger.tables_of(entries))
-        else:
-            budget.entries -= len(entries)
-    if budget is None or not budget.promoted_to:
-        return ledger.let_go(entries)
-    slots = np.unique(ledger.tables_of(entries))
+    budget, quota = entries[0].scope.budget, pool.quota
+    if budget is None:
+        tables = None if counted_out else ledger.tables_of(entries)
+        before = quota.entries, quota.slots
+        if tables is not None:
+            quota.remove(tables)
+        try:
+            return ledger.let_go(entries)
+        except Exception:
+            if tables is not None:
+                np.add.at(quota.counts, tables.ravel(), ONE)
+                quota.entries, quota.slots = before
+            raise
+    slots = np.unique(ledger.tables_of(entries)) if budget.promoted_to else None
     dead = ledger.let_go(entries)
-    # What only init pools name now is paid for by them; the search can use its room again.
-    counts = ledger.slots.counts[slots]
-    elsewhere = sum(quota.counts[slots] for quota in budget.promoted_to)
-    ledger.slots.discharge(budget.reservation, slots[(slots > 0) & (counts > 0) & (counts == elsewhere)])
+    if not counted_out:
+        budget.entries -= len(entries)
+    if slots is not None:
+        try:
+            _discharge(pool, budget, slots)
+        except Exception:  # no memory, no frames
+            ledger.abandoned.append(partial(ledger.again, partial(_discharge, pool, budget, slots)))
     return dead
+
+
+def _discharge(pool: PoolState, budget: Budget, slots: npt.NDArray[np.int64]) -> None:
+    """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
+    allocator = pool.storage.ledger.slots
+    counts = allocator.counts[slots]
+    elsewhere = sum([quota.counts[slots] for quota in budget.promoted_to])
+    allocator.discharge(budget.reservation, slots[(slots > 0) & (counts > 0) & (counts == elsewhere)])
 
 
 def cancel(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks) -> None:
@@ -472,7 +534,11 @@ def cancel(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks) -> None:
         if ticket.spent:
             return
         ticket.spent = True
-        ledger.slots.give_back(ticket.taken, used)
+        try:
+            ledger.slots.give_back(ticket.taken, used)
+        except Exception:
+            ticket.spent = False
+            raise
         if scope.budget is None:
             pool.quota.pending_entries -= ticket.entries
             pool.quota.pending_slots -= ticket.slots

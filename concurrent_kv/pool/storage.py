@@ -12,10 +12,8 @@ from typing import Any
 from weakref import ref
 
 from .._checks import check_seconds, positive_int
-from ..books.eviction import EvictionPolicy
 from ..books.ledger import Ledger, wake
-from ..books.quota import Quota
-from ..books.records import Account, Entry, OpenSearch
+from ..books.records import Account
 from ..books.stats import Counters
 from ..device.cuda import backend_for
 from ..device.layout import KVLayout
@@ -190,7 +188,7 @@ class KVStorage(NeverCopied):
         self.check_process()
         abandoned = self.ledger.abandoned
         released = False
-        for _ in range(len(abandoned)):
+        for _ in range(len(abandoned)):  # what cannot be done here, for want of memory or of frames, comes back
             # Taken off the queue when it is released, which can be done twice, and not before: an exception may arrive
             # in between.
             try:
@@ -200,7 +198,7 @@ class KVStorage(NeverCopied):
             try:
                 release(deadline)
                 released = True
-            except WaitTimeoutError:
+            except (WaitTimeoutError, MemoryError, RecursionError):
                 # Not this operation's business: whoever comes next tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
@@ -218,28 +216,17 @@ class PoolState:
         self.storage = storage
         self.layout = storage.layout
         self.account = account
+        # The account's own, each the same for good: an attribute, because a call under the mutex may fail.
+        self.quota = account.quota
+        self.policy = account.policy
+        self.searches = account.searches
         self.name = account.name
         self.flights = FlightTable(account.name, check_process=storage.check_process)
-
-    @property
-    def quota(self) -> Quota:
-        """Entries and slots that it may hold."""
-        return self.account.quota
-
-    @property
-    def policy(self) -> EvictionPolicy[Entry]:
-        """Its eviction policy."""
-        return self.account.policy
 
     @property
     def counters(self) -> Counters:
         """What it counts."""
         return self.account.counters
-
-    @property
-    def searches(self) -> set[OpenSearch]:
-        """The open ones. Mutex held."""
-        return self.account.searches
 
     @property
     def closed(self) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from ..books.entries import new_entries, occupy
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
 from ..books.records import Entry, Generation, Place, Scope, sorted_shards
+from ..books.slots import ONE
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
@@ -42,7 +45,7 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
     """
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
-    located = scope.locate(plan.keys)
+    located = scope.locate(plan.hashes)
     ticket = reserve(pool, scope, plan, located, deadline)
     used = ticket.ticks
     entries: list[Entry] = []
@@ -63,7 +66,7 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
                     written = clock.stamp(stream, temporaries)
                     used = merge(used, written)
         plan.place(ledger, ticket.taken)
-        entries = _new_entries(pool, scope, generation, plan, merge(written, plan.shared_writes))
+        entries = _new_entries(scope, generation, plan, merge(written, plan.shared_writes))
         while True:
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
             if outcome is not Outcome.NO_ROOM:
@@ -71,11 +74,23 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
             make_room(pool, *missing, deadline, plan.since)
             ticket.entries, ticket.slots = missing
     except BaseException:
-        cancel(pool, scope, ticket, used)
+        try:
+            cancel(pool, scope, ticket, used)
+        except BaseException:
+            # What cannot be undone here, where memory or frames are short, is undone by the next operation.
+            ledger.abandoned.append(partial(_cancel_later, pool, scope, ticket, used))
         raise
     if outcome is Outcome.STALE:
-        cancel(pool, scope, ticket, used)
+        try:
+            cancel(pool, scope, ticket, used)
+        except BaseException:
+            ledger.abandoned.append(partial(_cancel_later, pool, scope, ticket, used))
+            raise
     return outcome is Outcome.PUBLISHED
+
+
+def _cancel_later(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks, deadline: Deadline) -> None:
+    cancel(pool, scope, ticket, used)
 
 
 def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -> tuple[Tensor, ...]:
@@ -85,11 +100,8 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
     return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
 
 
-def _new_entries(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
-    # Policies alone look at fingerprints, and what a search owns is in no policy.
-    owned = scope.budget is not None
-    fingerprints = [0] * len(plan.keys) if owned else [hash((scope.number, key)) for key in plan.keys]
-    of_each = (plan.shape.lengths, plan.sides, plan.priorities, fingerprints, plan.corrections)
+def _new_entries(scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
+    of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
     return new_entries(plan.keys, scope, generation, *of_each, written)
 
 
@@ -116,19 +128,23 @@ def _publish(
         ended = scope.why_ended()
         if ended is not None:
             raise ended
-        if pool.closed:
+        if pool.account.closed:
             raise ClosedError(f"{pool.name} is closed")
         # Under the shards' write locks: a clear that raises the epoch from here on will sweep what is published here.
         if scope.generation is not generation:
             with gate.lock, ledger.mutex:
-                pool.counters.stale_write_count += len(entries)
+                pool.account.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
-        cells, replaced, old, added = find_places(scope.cells_of(located), plan.keys)
+        cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
             with gate.lock, ledger.mutex:
-                missing = _admit(pool, scope, entries, plan, old, ticket)
-                if ticket.spent:
-                    dead = _enter(pool, scope, entries, cells, replaced, old, ticket)
+                missing = _admit(pool, scope, entries, cells, replaced, plan, old, ticket)
+                if ticket.spent and old:
+                    try:
+                        dead = unpublish(pool, old, counted_out=True)
+                    except Exception:  # no memory, no frames; what was written is there
+                        again = partial(unpublish, pool, old, counted_out=True)
+                        ledger.abandoned.append(partial(ledger.again, again))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters()
         finally:
@@ -141,62 +157,112 @@ def _publish(
     return outcome, missing
 
 
-def _enter(
+def _admit(
     pool: PoolState,
     scope: Scope,
     entries: list[Entry],
     cells: list[list[Entry]],
     replaced: list[Entry | None],
+    plan: WritePlan,
     old: list[Entry],
     ticket: Ticket,
-) -> list[Entry]:
-    """Put admitted entries into their places, and close the books of the replaced; returns the dead. Mutex held."""
-    budget = scope.budget
-    occupy(cells, entries, replaced, Place.HELD if budget is None else Place.EXEMPT)
-    dead = unpublish(pool, old, counted_out=True) if old else []
-    if budget is None:
-        for entry in entries:
-            pool.policy.add(entry)
+) -> tuple[int, int]:
+    """Count the new entries in and the old ones out, name the slots, and put the entries into their places.
+
+    The ticket is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
+    take the ticket's place in it back and say how much the write needs. Mutex held.
+    """
+    ledger, budget = pool.storage.ledger, scope.budget
+    place = Place.HELD if budget is None else Place.EXEMPT
+    if budget is not None:
+        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
+        check_budget(pool, budget, len(old))
+        ledger.make(entries, plan.placed)
     else:
+        needed = _count(pool, entries, plan, old, ticket)
+        if needed is not None:
+            return needed
+    try:
+        occupy(cells, entries, replaced, place)
+    except (MemoryError, RecursionError):
+        occupy(cells, entries, replaced, place)  # less than `make` took
+    ticket.spent = True
+    pool.account.counters.insert_count += len(entries) - len(old)
+    pool.account.counters.replace_count += len(old)
+    if budget is not None:
         budget.entries -= len(old)
         if ticket.lent is not None:
-            pool.storage.ledger.slots.charge(budget.reservation, ticket.lent)
-    pool.counters.insert_count += len(entries) - len(old)
-    pool.counters.replace_count += len(old)
-    return dead
-
-
-def _admit(
-    pool: PoolState, scope: Scope, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
-) -> tuple[int, int]:
-    """Count the new entries in and the old ones out, and name the slots: the ticket is spent then. Mutex held.
-
-    Or, where that would exceed the quota, take the ticket's place in it back and say how much the write needs.
-    """
-    ledger, quota = pool.storage.ledger, pool.quota
-    if scope.budget is None:
-        entries_taken, slots_taken = ticket.entries, ticket.slots
-        # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
-        ticket.entries = ticket.slots = 0
-        quota.pending_entries -= entries_taken
-        quota.pending_slots -= slots_taken
-        before = quota.entries, quota.slots
-        quota.add(plan.tables)
-        if old:
-            quota.remove(ledger.tables_of(old))
-        if any(quota.excess()):
-            needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
-            _count_out(pool, plan, old)
-            return needed
-    else:
-        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
-        check_budget(pool, scope.budget, len(old))
-    ledger.make(entries, plan.placed)
-    ticket.spent = True
+            charge = partial(ledger.slots.charge, budget.reservation, ticket.lent)
+            try:
+                charge()
+            except Exception:  # no memory, no frames
+                ledger.abandoned.append(partial(ledger.again, charge))
     return 0, 0
 
 
-def _count_out(pool: PoolState, plan: WritePlan, old: list[Entry]) -> None:
-    if old:
-        pool.quota.add(pool.storage.ledger.tables_of(old))
-    pool.quota.remove(plan.tables)
+def _count(
+    pool: PoolState, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
+) -> tuple[int, int] | None:
+    """Count entries in and others out, with the quota, the policy and the slots; or say what is missing. Mutex held."""
+    ledger, quota = pool.storage.ledger, pool.quota
+    tables, old_tables = plan.tables, ledger.tables_of(old) if old else None
+    leaving = [entry for entry in old if entry.place is Place.HELD]
+    entries_taken, slots_taken = ticket.entries, ticket.slots
+    # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
+    ticket.entries = ticket.slots = 0
+    quota.pending_entries -= entries_taken
+    quota.pending_slots -= slots_taken
+    before = quota.entries, quota.slots
+    counted = 0
+    told = False
+    needed = 0, 0
+    error: Exception | None = None
+    try:
+        quota.add(tables)
+        counted = 1
+        if old_tables is not None:
+            quota.remove(old_tables)
+            counted = 2
+        needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
+        if not any(quota.excess()):
+            told = True
+            _change_candidates(pool, leaving, entries)
+            ledger.make(entries, plan.placed)
+            return None
+    except Exception as raised:
+        error = raised
+    # By functions of C alone, which need no frame.
+    if old_tables is not None and counted > 1:
+        np.add.at(quota.counts, old_tables.ravel(), ONE)
+    if counted:
+        np.subtract.at(quota.counts, tables.ravel(), ONE)
+    quota.entries, quota.slots = before
+    if error is None:
+        return needed
+    if told:
+        keep = partial(_keep_candidates, pool, leaving, entries)
+        try:
+            keep()
+        except Exception:
+            ledger.abandoned.append(partial(ledger.again, keep))
+    try:
+        raise error
+    finally:
+        del error  # it names this frame
+
+
+def _change_candidates(pool: PoolState, leaving: list[Entry], entries: list[Entry]) -> None:
+    """Tell the policy which entries go and which come; it may be the user's, and raise. Nothing has taken effect."""
+    for entry in leaving:
+        pool.policy.remove(entry)
+    for entry in entries:
+        pool.policy.add(entry)
+
+
+def _keep_candidates(pool: PoolState, leaving: list[Entry], entries: list[Entry]) -> None:
+    """Undo `_change_candidates`, perhaps a second time. Mutex held."""
+    for entry in entries:
+        pool.policy.remove(entry)
+    for entry in reversed(leaving):
+        if entry.place is Place.HELD and entry not in pool.policy:
+            pool.policy.give_back(entry)

@@ -113,7 +113,8 @@ def adopt(state: SearchState, new: dict[RootKey, Entry], deadline: Deadline) -> 
         state.check_open()
         if any(state.roots.get(root, entry) is not entry for root, entry in new.items()):
             return False
-        adopted_now = state.adopt(new)
+        roots, adopted_now = state.with_roots(new)
         with gate.lock, storage.ledger.mutex:
             storage.ledger.extend(state.roots_hold, adopted_now)
+            state.roots = roots
     return True

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
 from ..books.ledger import wake
+from ..books.quota import Budget
 from ..books.records import Entry, Hold, Scope
-from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError
+from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.overflow import Overflow, check_overflow
@@ -148,7 +149,7 @@ class Search(Handle):
             if new and not adopt(state, new, deadline):
                 batch.close()
                 return None
-            roots, missing, counters = batch.others, found.count(None), state.pool.counters
+            roots, missing, counters = batch.others, found.count(None), state.pool.account.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with gate.lock, storage.ledger.mutex:
                 state.check_open()
@@ -160,7 +161,11 @@ class Search(Handle):
                     count_hits(roots)
             return batch
         except BaseException:
-            storage.ledger.release(hold)
+            try:
+                storage.ledger.release(hold)
+            except BaseException:
+                storage.ledger.abandoned.append(partial(storage.ledger.release_abandoned, hold))
+                raise
             raise
 
     def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
@@ -257,7 +262,7 @@ class Search(Handle):
         missing = remove_all(state.pool, state.scope, going, deadline)
         if missing:
             state.check_open()  # its end may have swept them
-            raise KeyNotFoundError(f"the search has no entry for {missing[0]!r} ({len(missing)} keys missing)")
+            raise KeyNotFoundError(f"the search has no entry for {shown(missing[0])} ({len(missing)} keys missing)")
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
@@ -279,16 +284,19 @@ class Search(Handle):
         with gate.lock, state.pool.storage.locks.write(state.scope.shards, deadline):
             deadline.check(state.pool.name)
             state.check_open()
-            roots = state.roots_beside(staying)
-            going = state.own.chosen(lambda entry: entry.key not in staying)
+            before = state.roots
+            # Every key that is looked at is looked at before anything goes.
+            roots, leaving = state.parted_roots(staying)
+            going = state.own_beside(staying)
             waiters = take_out(state.pool, state.own, going, dead)
-            entries = list(map(state.roots.pop, roots))
             with gate.lock, ledger.mutex:
-                dead += ledger.drop_from(state.roots_hold, entries)
+                dead += ledger.drop_from(state.roots_hold, leaving)
+                state.roots = roots
                 waiters += ledger.take_waiters()
         wake(waiters)
-        del dead, entries
-        return len(going)
+        number = len(going)
+        del dead, before, leaving, going
+        return number
 
     def promote(
         self,
@@ -331,10 +339,11 @@ class Search(Handle):
         with gate.lock, storage.locks.read(state.scope.shards, deadline):
             state.check_open()
             entry = state.own.get(key) or state.roots.get((env_id, key))
-            if entry is None:
-                raise KeyNotFoundError(f"the search has no entry for {key!r} to promote")
-            with gate.lock, storage.ledger.mutex:
-                storage.ledger.extend(hold, [entry])
+            if entry is not None:
+                with gate.lock, storage.ledger.mutex:
+                    storage.ledger.extend(hold, [entry])
+        if entry is None:
+            raise KeyNotFoundError(f"the search has no entry for {shown(key)} to promote")
         try:
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
             with gate.lock, storage.ledger.mutex:
@@ -342,7 +351,11 @@ class Search(Handle):
             return write(init_pool, target, generation, plan, deadline)
         finally:
             del entry
-            storage.ledger.release(hold)
+            try:
+                storage.ledger.release(hold)
+            except BaseException:
+                storage.ledger.abandoned.append(partial(storage.ledger.release_abandoned, hold))
+                raise
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -372,7 +385,9 @@ class Search(Handle):
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
-            raise InvalidArgumentError(f"env_ids must be among the search's {self.env_ids}, got {unknown[0]!r}")
+            raise InvalidArgumentError(
+                f"env_ids must be among the search's {shown(self.env_ids)}, got {shown(unknown[0])}"
+            )
         if checked is env_ids:  # a tuple: it will be the same
             self._checked_envs = checked
         return checked
@@ -390,7 +405,7 @@ class Search(Handle):
             self.abandon()
 
     def __repr__(self) -> str:
-        return f"<Search over {self.env_ids}: {self._state.scope.ended or f'{len(self)} entries'}>"
+        return f"<Search over {shown(self.env_ids)}: {self._state.scope.ended or f'{len(self)} entries'}>"
 
 
 def check_order(order: object) -> LookupOrder:
@@ -399,7 +414,7 @@ def check_order(order: object) -> LookupOrder:
         return "own_first"
     if order == "init_first":
         return "init_first"
-    raise InvalidArgumentError(f"order must be 'own_first' or 'init_first', got {order!r}")
+    raise InvalidArgumentError(f"order must be 'own_first' or 'init_first', got {shown(order)}")
 
 
 def open_search(
@@ -421,14 +436,31 @@ def open_search(
         raise InvalidArgumentError("env_ids must name at least one environment, got none")
     unknown = [env_id for env_id in ids if env_id not in init_pools]
     if unknown:
-        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {unknown[0]!r}")
+        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {shown(unknown[0])}")
     if len(set(ids)) != len(ids):
-        raise InvalidArgumentError(f"env_ids must be different, got {ids}")
+        raise InvalidArgumentError(f"env_ids must be different, got {shown(ids)}")
     check_order(order)
     check_overflow(overflow, pool.layout)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
     tokens = positive_int("tokens", tokens) if tokens is not None else entries * pool.layout.max_tokens
     budget = reserve_budget(pool, entries, tokens, deadline)
+    try:
+        return _opened(pool, init_pools, ids, number, budget, order, overflow)
+    except BaseException:
+        ledger = pool.storage.ledger
+        ledger.abandoned.append(partial(ledger.again, partial(give_budget_back, pool, budget)))
+        raise
+
+
+def _opened(
+    pool: KVPool,
+    init_pools: Mapping[Hashable, KVPool],
+    ids: tuple[Hashable, ...],
+    number: int,
+    budget: Budget,
+    order: LookupOrder,
+    overflow: Overflow | None,
+) -> Search:
     # All of a search's keys under one shard: a gather or commit of any number of rows takes one lock.
     shard = number % pool.storage.locks.count
     scope = Scope(pool.account, f"search {number}", (shard,), budget=budget)
@@ -437,7 +469,7 @@ def open_search(
     search = Search(state, ids, order, overflow)
     ledger = pool.storage.ledger
     with gate.lock, ledger.mutex:
-        closed = pool.closed or pool.storage.closed
+        closed = pool.account.closed or pool.storage.closed
         if closed:
             give_budget_back(pool, budget)
             state.finished = True

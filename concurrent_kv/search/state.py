@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Container, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..books.index import Index
@@ -48,15 +48,20 @@ class SearchState:
         """The search's own entries, under the scope's shard."""
         return self.scope.entries[0]
 
-    def roots_beside(self, keys: Container[Hashable]) -> list[RootKey]:
-        """The adopted roots of other keys than these. The scope's shard held."""
-        return [root for root in self.roots if root[1] not in keys]
+    def parted_roots(self, keys: Container[Hashable]) -> tuple[dict[RootKey, Entry], list[Entry]]:
+        """The roots of these keys, and the entries of the others. The scope's shard held."""
+        roots = {root: entry for root, entry in self.roots.items() if root[1] in keys}
+        return roots, [entry for root, entry in self.roots.items() if root not in roots]
 
-    def adopt(self, found: Mapping[RootKey, Entry]) -> list[Entry]:
-        """Take what was found in the init pools among the roots; returns the new ones. The scope's shard held."""
+    def own_beside(self, keys: Iterable[Hashable]) -> list[Entry]:
+        """The search's own entries but those of `keys`. The scope's shard held."""
+        kept = {id(entry) for key in keys if (entry := self.own.get(key)) is not None}
+        return self.own.chosen(lambda entry: id(entry) not in kept)
+
+    def with_roots(self, found: Mapping[RootKey, Entry]) -> tuple[dict[RootKey, Entry], list[Entry]]:
+        """The roots with what was found in the init pools, and the new ones among these. The scope's shard held."""
         new = {root: entry for root, entry in found.items() if root not in self.roots}
-        self.roots.update(new)
-        return list(new.values())
+        return {**self.roots, **new}, list(new.values())
 
     @property
     def ended(self) -> str | None:

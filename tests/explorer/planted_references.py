@@ -47,7 +47,7 @@ def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> Non
         hold: Hold,
         quiet: bool = False,
     ) -> list[Entry | None]:
-        located = [(scope, scope.part_of(key)) for scope, key in wanted]
+        located = [(scope, scope.part_of(hash(key))) for scope, key in wanted]
 
         def extend() -> None:
             with storage.ledger.mutex:
@@ -72,7 +72,7 @@ def references_taken_after_the_shard_was_let_go(patch: Patch) -> None:
 
 def index_reference_dropped_twice(patch: Patch) -> None:
     def remove(pool: PoolCore, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
-        part = scope.part_of(entry.key)
+        part = scope.part_of(entry.key_hash)
         with pool.storage.locks.write((scope.shards[part],), deadline), pool.storage.ledger.mutex:
             scope.entries[part].pop(entry.key, None)
             unpublish(pool, [entry])
@@ -84,7 +84,7 @@ def index_reference_dropped_twice(patch: Patch) -> None:
 def _patch_evict(patch: Patch, *, checked: bool) -> None:
     def evict(pool: PoolCore, victim: Entry, deadline: Deadline) -> None:
         ledger, scope = pool.storage.ledger, victim.scope
-        part = scope.part_of(victim.key)
+        part = scope.part_of(victim.key_hash)
         with pool.storage.locks.write((scope.shards[part],), deadline):
             if checked and scope.entries[part].get(victim.key) is not victim:
                 return

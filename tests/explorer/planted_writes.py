@@ -63,7 +63,7 @@ def _enter_books(
         pool.quota.add(plan.tables)
         unpublish(pool, old)
         for part, entry in zip(parts, entries, strict=True):
-            part[entry.key] = entry
+            part.put(entry)
             entry.place = Place.HELD
             pool.policy.add(entry)
         ticket.spent = True
@@ -96,10 +96,10 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
 
 def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
-        located = [(scope, scope.part_of(key)) for key in plan.keys]
+        located = [(scope, scope.part_of(key_hash)) for key_hash in plan.hashes]
         ticket = room.reserve(pool, scope, plan, located, deadline)
         plan.place(pool.storage.ledger, ticket.taken)
-        entries = writing._new_entries(pool, scope, generation, plan, {})
+        entries = writing._new_entries(scope, generation, plan, {})
         writing._publish(pool, scope, generation, entries, plan, located, ticket, deadline)
         assert plan.source is not None
         pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, ticket.taken)

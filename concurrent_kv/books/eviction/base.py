@@ -34,6 +34,12 @@ class EvictionPolicy(ABC, Generic[E]):
     An entry is *held* from `add` or `give_back` until `remove`, `pop_victim` or `clear`. The
     pool calls everything under its mutex; a policy never calls back.
 
+    A policy may fail without harm to the pool. What `add` or `pop_victim` raises is raised by the write, or by the
+    opening of the search, that needed it, of which nothing has taken effect; where the very next call of that method
+    raises too, it is logged, and so is what the other methods raise. The pool does not ask a policy of yours
+    what it holds: an entry that the policy lost stays a candidate, and where the policy names no entry of the pool
+    though there are candidates, the one that was written first goes.
+
     Args:
         capacity: entries of the pool. The pool enforces it: a policy only proportions its parts by it, and holds
             whatever it is given.
@@ -69,7 +75,7 @@ class EvictionPolicy(ABC, Generic[E]):
 
     @abstractmethod
     def remove(self, entry: E) -> None:
-        """Forget an entry that left the pool by another way; nothing happens if it is not held."""
+        """Forget an entry that left the pool, perhaps after `pop_victim` gave it out; fine if it is not held."""
 
     @abstractmethod
     def pop_victim(self) -> E | None:
@@ -83,7 +89,8 @@ class EvictionPolicy(ABC, Generic[E]):
         """Hold again a popped victim that could not be evicted then and can be now.
 
         It is the next candidate: the next `pop_victim` returns it, unless something is touched, added, removed or given
-        back in between. Among several given back the latest comes first.
+        back in between. Among several given back, those of `FIFO` and `LRU` come in the order of their age, as if they
+        had never been given out; elsewhere the latest comes first.
         """
 
     @abstractmethod

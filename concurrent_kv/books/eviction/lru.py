@@ -14,5 +14,5 @@ class LRU(FIFO[E]):
     observes_hits: ClassVar[bool] = True
 
     def touch(self, entry: E) -> None:
-        if entry in self._queue:
-            self._queue.move_to_end(entry)
+        if entry in self._queue or entry in self._back:
+            self._renew(entry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, shown
 from .base import E, EvictionPolicy
 from .clock import Clock
 from .fifo import FIFO
@@ -54,7 +54,7 @@ def make_policy(
         return FIFO(capacity=capacity)
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise InvalidArgumentError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+            raise InvalidArgumentError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {shown(policy)}")
         return POLICIES[policy](capacity=capacity)
     if isinstance(policy, EvictionPolicy):
         if len(policy) > 0:
@@ -66,17 +66,19 @@ def make_policy(
     if not callable(policy):
         raise InvalidArgumentError(
             f"policy must be one of {', '.join(map(repr, POLICIES))}, an EvictionPolicy, a callable of capacity "
-            f"that returns one, or None, got {policy!r}"
+            f"that returns one, or None, got {shown(policy)}"
         )
     made = policy(capacity=capacity)
     if not isinstance(made, EvictionPolicy):
-        raise InvalidArgumentError(f"policy must return an EvictionPolicy when called; {policy!r} returned {made!r}")
+        raise InvalidArgumentError(
+            f"policy must return an EvictionPolicy when called; {shown(policy)} returned {shown(made)}"
+        )
     return _owned(made)
 
 
 def _owned(policy: EvictionPolicy[E]) -> EvictionPolicy[E]:
     """`policy`, if no pool has it yet."""
     if policy in _in_use:
-        raise InvalidArgumentError(f"policy must be an object that no other pool uses, got {policy!r} again")
+        raise InvalidArgumentError(f"policy must be an object that no other pool uses, got {shown(policy)} again")
     _in_use.add(policy)
     return policy
