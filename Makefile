@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LIGHTZERO := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 
-.PHONY: gpu help play test lint lightzero clean
+.PHONY: bench gpu help play test lint lightzero clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -25,6 +25,7 @@ help:
 	@echo 'make stress attack the cache from threads and tasks           (ARGS="--profile all --faults all", ARGS="--help")'
 	@echo 'make gpu    the tests of streams and the benchmark on a GPU    (GPU_PYTHON=python3 takes its torch as it is)'
 	@echo '           with LightZero there too, its recurrent step old against new'
+	@echo 'make bench  the library beside what would be written instead  (ARGS="--quick", ARGS="--record NAME", ARGS="--help")'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make clean  remove the environments and what tools left'
@@ -40,6 +41,10 @@ GPU_PYTHON ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/test.stamp)
 	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -o addopts=-ra tests/gpu tests/test_gpu_programs.py
 	@PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+# LightZero's rings are among the contestants where make lightzero has made their environment.
+bench: $(VENV)/bench.stamp
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 # mypy reads the types of what the tests and examples import, so lint needs all of it.
 lint: $(VENV)/dev.stamp
