@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from concurrent_kv import DropAndCorrect, DropOldest, KVCacheManager, KVLayout
-from concurrent_kv.model.overflow import Overflow
+
+if TYPE_CHECKING:  # another checkout may have it elsewhere: make bench ARGS="--beside ..."
+    from concurrent_kv.model.overflow import Overflow
 
 __all__ = ["TOKENS_PER_STEP", "WORKLOADS", "Workload"]
 

@@ -30,7 +30,7 @@ HANG_SECONDS = 3
 HARMLESS = {
     "KVStorage": {"zero_slot_is_zero", "drop_of"},
     "KVPool": {
-        "check_open", "closed", "counters", "policy", "quota", "registered_scopes", "searches", "stats_now", "version",
+        "check_open", "closed", "counters", "registered_scopes", "stats_now", "version",
     },
     "KVCacheManager": {"allocation", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "version"},
     "Search": {"closed", "held", "abandon", "__len__"},

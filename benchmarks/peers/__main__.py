@@ -69,7 +69,7 @@ def _measure(options: argparse.Namespace, console: Console) -> list[Result]:
     names = [name for name in CASES if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
         raise SystemExit(f"--only must name some of {', '.join(CASES)}; got {' '.join(patterns)}")
-    contestants = [OURS, *(name for name in options.contestants if name != OURS), *options.beside]
+    contestants = [OURS, *(name for name in options.contestants if name != OURS), *dict(options.beside)]
     results = []
     beside = dict(options.beside)
     with (

@@ -145,6 +145,13 @@ def _publish(
                     except Exception:  # no memory, no frames; what was written is there
                         again = partial(unpublish, pool, old, counted_out=True)
                         ledger.abandoned.append(partial(ledger.again, again))
+                if ticket.spent and ticket.lent is not None and scope.budget is not None:
+                    # After the replaced let go of theirs: those make up for what was lent.
+                    charge = partial(ledger.slots.charge, scope.budget.reservation, ticket.lent)
+                    try:
+                        charge()
+                    except Exception:  # no memory, no frames
+                        ledger.abandoned.append(partial(ledger.again, charge))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters()
         finally:
@@ -191,12 +198,6 @@ def _admit(
     pool.account.counters.replace_count += len(old)
     if budget is not None:
         budget.entries -= len(old)
-        if ticket.lent is not None:
-            charge = partial(ledger.slots.charge, budget.reservation, ticket.lent)
-            try:
-                charge()
-            except Exception:  # no memory, no frames
-                ledger.abandoned.append(partial(ledger.again, charge))
     return 0, 0
 
 
