@@ -294,7 +294,7 @@ class SlotAllocator:
                 self.cancel(reservation)
 
     def shared_count(self) -> int:
-        """Slots that two or more entries name."""
+        """Slots that two or more entries name. Takes as long as there are slots: without the mutex, a moment's blur."""
         return int(np.count_nonzero(self.counts > 1))
 
     def free_slots(self) -> SlotArray:

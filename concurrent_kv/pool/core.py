@@ -236,13 +236,14 @@ class PoolCore(PoolState, Handle):
         """
         self.storage.check_process()
         contention = self.storage.locks.contention()
+        shared = self.storage.ledger.slots.shared_count()
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:
-            return self.stats_now(contention)
+            return self.stats_now(contention, shared)
 
-    def stats_now(self, contention: tuple[int, float]) -> PoolStats:
-        """As `stats`, with the mutex held already."""
-        slots, quota = self.storage.ledger.slots, self.quota
+    def stats_now(self, contention: tuple[int, float], shared_slots: int) -> PoolStats:
+        """As `stats`, with the mutex held already, and with what concerns the whole storage looked up before."""
+        quota = self.quota
         budgets = [search.budget for search in self.searches.copy()]
         in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
         return PoolStats(
@@ -253,7 +254,7 @@ class PoolCore(PoolState, Handle):
             max_slots=quota.max_slots,
             bytes_in_use=in_use * self.layout.bytes_per_token,
             max_bytes=quota.max_slots * self.layout.bytes_per_token,
-            shared_slots=slots.shared_count(),
+            shared_slots=shared_slots,
             reserved_entries=quota.reserved_entries,
             reserved_slots=quota.reserved_slots,
             lock_wait_count=contention[0],
