@@ -92,11 +92,11 @@ $(LIGHTZERO)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO)/stamp
 stress: $(VENV)/stress.stamp
 	@$(BIN)/python -m stress $(ARGS)
 
-# Half an hour: every profile with every fault. Its figures and its page are kept.
+# Half an hour: every profile with every fault. A summary of its figures is kept.
 stress-full: $(VENV)/stress.stamp
 	@mkdir -p stress/results
 	@$(BIN)/python -m stress --profile all --faults all --seconds 260 \
-	    --json stress/results/full.json --report stress/results/full.html $(ARGS)
+	    --summary stress/results/full.json $(ARGS)
 
 # Any free-threaded interpreter: make test-freethreaded PYTHON=python3.14t. What needs no torch is tested without it; with
 # WHOLE=1 torch is installed too (there has to be a wheel for that interpreter) and all tests run that it can import.

@@ -20,7 +20,7 @@ from concurrent_kv.books.eviction.registry import POLICIES
 from stress.faults.plan import FAULTS, parse_faults
 from stress.operations import MOST_ROWS
 from stress.profiles import OPERATIONS, PROFILES, parse_mix
-from stress.results import as_json
+from stress.results import as_json, summary_of
 from stress.runner import ProfileResult, run_profile
 from stress.summary import failure_texts, live_watch, outcome, summary
 from stress.workloads import POSITIONS, WORKLOADS
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = as_json(results, shown)
         if options.json is not None:
             options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        if options.summary is not None:
+            options.summary.write_text(json.dumps(summary_of(document), indent=1) + "\n", "utf-8")
         if options.report is not None:
             write_report(document, options.report)
     for text in failure_texts(results):
@@ -98,7 +100,7 @@ def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> l
             for field in ("seconds", "backend", "policy", "shards", "seed", "positions", "faults", "bound_seconds")
         }
         found.append(replace(settings, **changes))
-    for option in ("json", "report"):  # looked at now, and not when hours have passed
+    for option in ("json", "summary", "report"):  # looked at now, and not when hours have passed
         path = getattr(options, option)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"argument --{option}: {path} is no file in a folder that is there")
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what an operation may take before it counts as stuck ({DEFAULT})",
     )
     add("--json", type=Path, metavar="FILE", help="write every figure there")
+    add("--summary", type=Path, metavar="FILE", help="write the figures without their course over time there")
     add("--report", type=Path, metavar="FILE", help="write a page with plots there")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
     return parser

@@ -13,7 +13,7 @@ from stress.measures import EDGES_SECONDS, Latencies
 from stress.monitor import READS, WRITES, merged
 from stress.runner import ProfileResult
 
-__all__ = ["as_json", "shown_latencies"]
+__all__ = ["as_json", "shown_latencies", "summary_of"]
 
 PACKAGES = ("torch", "anyio", "readerwriterlock", "numpy")
 CURVE_POINTS = 60
@@ -41,6 +41,15 @@ def shown_latencies(result: ProfileResult) -> dict[str, Latencies]:
         "all writes": merged(kinds, WRITES),
         **{kind: kinds[kind] for kind in sorted(kinds)},
     }
+
+
+def summary_of(document: dict[str, Any]) -> dict[str, Any]:
+    """What `as_json` gave, without what fills plots: the samples over time and the curves of latencies."""
+    profiles = {
+        name: {key: value for key, value in profile.items() if key not in ("samples", "latency_curves")}
+        for name, profile in document["profiles"].items()
+    }
+    return {**document, "profiles": profiles}
 
 
 def _profile(result: ProfileResult) -> dict[str, Any]:

@@ -232,6 +232,7 @@ def test_mixes_and_faults_are_read_by_name() -> None:
         ["--shards", "100000"],
         ["--capacity", "1"],
         ["--json", "."],
+        ["--summary", "."],
         ["--report", "no such folder/run.html"],
     ],
 )
@@ -265,9 +266,14 @@ def test_a_short_run_with_every_fault_finds_nothing(backend: str) -> None:
 
 def test_a_run_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, page = tmp_path / "run.json", tmp_path / "run.html"
+    summary = tmp_path / "summary.json"
     arguments = ["--profile", "mixed,envs", "--seconds", "1", "--no-progress", "--threads", "2", "--tasks", "2"]
-    assert main([*arguments, "--json", str(figures), "--report", str(page)]) == 0
+    assert main([*arguments, "--json", str(figures), "--summary", str(summary), "--report", str(page)]) == 0
     document = json.loads(figures.read_text("utf-8"))
+    short = json.loads(summary.read_text("utf-8"))
+    for name, profile in document["profiles"].items():
+        kept = {key: value for key, value in profile.items() if key not in ("samples", "latency_curves")}
+        assert short["profiles"][name] == kept
     assert document["passed"]
     assert list(document["profiles"]) == ["mixed", "envs"]
     mixed = document["profiles"]["mixed"]
