@@ -99,6 +99,9 @@ class PositionSteps:
         self.packed = table[:, :covered]  # [2 * layers, tokens, heads, head_dim]
         self.rows = table.flatten(1, 2)  # [2 * layers, (position, head), head_dim]
         settle(table.device)
+        # [tokens, 2 * layers, heads, head_dim], for additions without torch; None on a device, and in bfloat16.
+        on_host = table.device.type == "cpu" and table.dtype is not torch.bfloat16
+        self.numbers = self.packed.transpose(0, 1).contiguous().numpy() if on_host else None
 
 
 Correction = PositionTable | PositionSteps | None  # what an entry is owed on reading

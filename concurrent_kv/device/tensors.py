@@ -64,6 +64,9 @@ def _normal_mode() -> Iterator[None]:
         yield
 
 
+DROPS_AT_ONCE = 4  # of which the differences are looked up together: each takes as much memory as the batch
+
+
 class Block(NamedTuple):
     """Tokens that are whole rows and columns of a buffer, row by row."""
 
@@ -98,6 +101,29 @@ def _columns_of(window: int, end: int, columns: int) -> Indices:
     return np.array([window - end + column if column < end else 0 for column in range(columns)])
 
 
+def _add_steps(
+    out: npt.NDArray[Any], moved: Indices, positions: Indices, count: int, differences: npt.NDArray[Any]
+) -> None:
+    """Add what each token is owed for every drop that it has outlived, one after the other.
+
+    Args:
+        out: `[2 * layers, batch, heads, columns, head_dim]`.
+        moved, positions: `[batch, columns]`, see `SlotTensor.correct`.
+        count: tokens that every drop took.
+        differences: `[positions, 2 * layers, heads, head_dim]`, of one drop.
+    """
+    left = (moved // count).ravel()
+    # Those that have outlived most drops first: of each drop, those that it concerns are a slice.
+    order = np.argsort(-left, kind="stable")[: np.count_nonzero(left > 0)]
+    rows, columns = np.divmod(order, out.shape[3])
+    tokens = out[:, rows, :, columns]  # [tokens, 2 * layers, heads, head_dim]
+    at, left = (positions + moved).ravel()[order], left[order]
+    for drop in range(1, int(left.max(initial=0)) + 1):
+        concerned = int(np.searchsorted(-left, -drop, side="right"))
+        tokens[:concerned] += differences[at[:concerned] - drop * count]
+    out[:, rows, :, columns] = tokens
+
+
 class SlotTensor:
     """Slots for tokens, `[2 * layers, slots, heads, head_dim]`: all layers' keys, then all layers' values.
 
@@ -112,7 +138,8 @@ class SlotTensor:
     def __init__(self, layout: KVLayout, num_slots: int, *, compiled: bool = True) -> None:
         self.layout = layout
         self.num_slots = num_slots
-        self._native: Any = native if compiled and layout.device.type == "cpu" else None
+        self._on_host = compiled and layout.device.type == "cpu"  # whether its bytes may be written to without torch
+        self._native: Any = native if self._on_host else None
         shape = (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim)
         with plain_torch_state():
             data = torch.empty(shape, dtype=layout.dtype, device=layout.device)
@@ -309,19 +336,28 @@ class SlotTensor:
     def correct_stepwise(
         self, out: Tensor, moved: Indices, positions: Indices, steps: PositionSteps
     ) -> tuple[Tensor, ...]:
-        """As `correct`, one drop after the other; a token that has outlived fewer gets -0.0 added, which changes none.
+        """As `correct`, one drop after the other: a sum of differences would be rounded otherwise.
 
         Returns what has to live until it is done.
         """
-        heads, used = self.layout.num_heads, []
-        left, at = moved // steps.count, positions + moved - steps.count
-        while (left > 0).any():
-            position = np.where(left > 0, at, steps.layout.max_tokens)
-            index = self._index((position[:, None, :] * heads + self._heads[None, :, None]).ravel())
-            difference = torch.index_select(steps.rows, 1, index)
-            self._by_head(out).add_(difference)
-            used += [index, difference]
-            left, at = left - 1, at - steps.count
+        numbers = steps.numbers if self._on_host and type(out) is Tensor and address_of(out) else None
+        if numbers is not None:
+            _add_steps(out.detach().numpy(), moved, positions, steps.count, numbers)
+            if not out.is_inference():
+                increment_version(out)
+            return ()
+        heads, nowhere, used = self.layout.num_heads, steps.layout.max_tokens, []
+        left, at = moved // steps.count, positions + moved
+        drops, most = np.arange(1, DROPS_AT_ONCE + 1)[:, None, None], int(left.max())
+        for first in range(0, most, DROPS_AT_ONCE):
+            drop = first + drops[: most - first]
+            # A token that has outlived fewer gets -0.0 added, which changes none.
+            position = np.where(left >= drop, at - drop * steps.count, nowhere)
+            index = self._index((position[:, :, None, :] * heads + self._heads[:, None]).ravel())
+            differences = torch.index_select(steps.rows, 1, index)
+            for difference in differences.chunk(len(drop), 1):
+                self._by_head(out).add_(difference)
+            used += [index, differences]
         return tuple(used)
 
     def _by_head(self, tensor: Tensor) -> Tensor:
