@@ -243,7 +243,7 @@ def test_24_more_simulations_than_there_is_room_for_is_an_error_that_says_what_w
         assert torch.allclose(contexts_of(theirs, child)[0], truth, atol=ROUNDING)
         walk.simulate([theirs, ours], parents=[2])  # the third, where two were stated
         assert_ours_is_true(contexts_of(theirs, child)[0], contexts_of(ours, child)[0], truth, rounding=ROUNDING)
-        with pytest.raises(CapacityError, match="open it with entries=4"):
+        with pytest.raises(CapacityError, match="open the search with entries=4"):
             walk.simulate([ours], parents=[3])
 
 

@@ -113,8 +113,10 @@ def test_a_simulated_step_synchronises_with_the_device_once(
     observed(model, inside)
     walk.simulate([model])
     assert counted["cpu"] <= 1, counted
-    # The states, for their hashes; compiled loops read them where they are, which they do on a CPU only.
-    assert counted.total() - counted["cpu"] == {"torch": 1, "compiled": 0}[loops], counted
+    # The states, for their hashes; compiled loops read them where they are, which they do on a CPU only. So does the
+    # correction of moved tokens with the batch, where positions are absolute.
+    in_place = name == "lunarlander"
+    assert counted.total() - counted["cpu"] == {"torch": 1 + in_place, "compiled": 0}[loops], counted
     monkeypatch.undo()
     for method in CACHE_PATH:
         delattr(model, method)

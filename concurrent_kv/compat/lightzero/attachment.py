@@ -123,10 +123,15 @@ class Attachment:
         For an evaluator that uses the collector's model: equal observations then do not meet.
         """
         with gate.lock, self._lock:
-            if name not in self._roles:
-                if not self._roles[_Current.name].owns_manager:
-                    raise InvalidArgumentError("role() needs managers of its own: attach without manager=")
-                self._roles[name] = self._make_role(None)
+            is_known, owns_manager = name in self._roles, self._roles[_Current.name].owns_manager
+        if not is_known:
+            if not owns_manager:
+                raise InvalidArgumentError("role() needs managers of its own: attach without manager=")
+            made = self._make_role(None)  # not under the lock: it makes pools
+            with gate.lock, self._lock:
+                is_first = self._roles.setdefault(name, made) is made
+            if not is_first:
+                made.manager.close()
         before, self._current.name = self._current.name, name
         try:
             yield
