@@ -1,0 +1,76 @@
+"""Functions of the package that one operation of a pool calls in its steady state: a cost that no machine changes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import ParamSpec, TypeVar
+
+import pytest
+import torch
+
+import concurrent_kv
+from concurrent_kv import KeysValues, KVLayout, KVPool
+
+P = ParamSpec("P")
+R = TypeVar("R")
+PACKAGE = os.path.dirname(os.path.abspath(concurrent_kv.__file__)) + os.sep
+ROWS, LAYERS = 8, 2
+# As CPython 3.11 counts: from 3.12 on a comprehension is no call. A change that needs fewer lowers the bound.
+AT_MOST = {
+    "compiled": {"get": 57, "put": 136, "gather": 91, "commit": 265},
+    "torch": {"get": 69, "put": 138, "gather": 103, "commit": 274},
+}
+
+
+def functions_called(operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Counter[str]]:
+    """What `operation` returns, and how often it calls each function of the package, in this thread."""
+    called: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            called[f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_code.co_name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        result = operation(*args, **kwargs)
+    finally:
+        sys.setprofile(before)
+    return result, called
+
+
+def steady(kind: str) -> Counter[str]:
+    """The functions called by the fourth of four equal operations."""
+    layout = KVLayout(LAYERS, 2, 4, 16)
+    called: Counter[str] = Counter()
+    with KVPool(layout, 64) as pool:
+        tokens = KeysValues.from_packed(torch.ones(2 * LAYERS, 1, 2, 4, 4))
+        for row in range(ROWS):
+            pool.put(row, tokens)
+        new = torch.ones(ROWS, 2, 1, 4)
+        for _ in range(4):
+            if kind == "get":
+                _, called = functions_called(pool.get, 0)
+                continue
+            if kind == "put":
+                _, called = functions_called(pool.put, 0, tokens)
+                continue
+            batch, called = functions_called(pool.gather, list(range(ROWS)))
+            for layer in range(LAYERS):
+                batch.append(layer, new, new)
+            if kind == "commit":
+                children = [("child", row) for row in range(ROWS)]
+                _, called = functions_called(pool.commit, children, batch)
+            batch.close()
+        pool.check_integrity()
+    return called
+
+
+@pytest.mark.parametrize("kind", ["get", "put", "gather", "commit"])
+def test_an_operation_calls_no_more_functions_than_it_did(loops: str, kind: str) -> None:
+    called = steady(kind)
+    assert sum(called.values()) <= AT_MOST[loops][kind], called
