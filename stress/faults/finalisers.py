@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from concurrent_kv import ClosedError, KeyNotFoundError, KeysValues, KVPool, ReentrantCallError, WaitTimeoutError
 from stress.faults.errors import injected
@@ -51,6 +52,8 @@ class CallsFromInside:
         self._kv = kv
         self.heard: deque[str] = deque()
         self._wrong: deque[str] = deque()
+        self._handles = False  # whether signals may be sent; under `_sending`
+        self._sending = threading.Lock()
         self._scope = pool.scope("cycles")
         self._calls = itertools.cycle(("stats", "len", "discard", "get", "pop", "pin", "repr"))
 
@@ -58,15 +61,21 @@ class CallsFromInside:
     def collecting(self) -> Iterator[None]:
         """Have the collector run at every allocation, and signals be handled by a call. Of the main thread."""
         thresholds = gc.get_threshold()
-        handles = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGUSR1, lambda number, frame: self._call("a signal handler")) if handles else 0
+        before: Any = None
+        if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGUSR1, lambda number, frame: self._call("a signal handler"))
+            self._handles = True
         gc.set_threshold(1)
         try:
             yield
         finally:
             gc.set_threshold(*thresholds)
-            if handles:
-                signal.signal(signal.SIGUSR1, handler)
+            if self._handles:
+                with self._sending:
+                    self._handles = False
+                # One that is still on its way would end the process. Ignored, it is dropped.
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+                signal.signal(signal.SIGUSR1, before)
 
     def work(self, over: threading.Event, fail: Callable[[str], None]) -> None:
         """Make cycles, alone and as side data, and send signals to the main thread, until `over`."""
@@ -88,8 +97,10 @@ class CallsFromInside:
     def _trouble(self, number: int, main: int) -> None:
         for _ in range(16):
             self._drop_one()
-        if sys.platform != "win32" and callable(signal.getsignal(signal.SIGUSR1)):
-            signal.pthread_kill(main, signal.SIGUSR1)
+        if sys.platform != "win32":
+            with self._sending:
+                if self._handles:
+                    signal.pthread_kill(main, signal.SIGUSR1)
         try:
             side = _Cycle()
             weakref.finalize(side, self._call, "side data")
