@@ -513,6 +513,13 @@ def test_a_signal_stays_set_and_may_be_set_by_several_threads() -> None:
     run_threads(set_all, set_all, wait_for_all, wait_for_all)
 
 
+def test_a_signal_is_set_while_another_waiter_is_on_its_way_out() -> None:
+    passed_on = Signal()
+    passed_on.set()
+    assert passed_on._lock.acquire(timeout=0)  # as the other waiter has it for a moment
+    assert passed_on.wait(0.0)
+
+
 def test_a_search_with_a_short_bound_ends_in_time(manager: KVCacheManager) -> None:
     with manager.search([0, 1]):
 

@@ -30,8 +30,6 @@ class Signal:
 
     def wait(self, timeout: float) -> bool:
         """Wait for `set`; False when `timeout` seconds are over. Blocks for no longer than that."""
-        if self._is_set:
-            return True
         if self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
             self.set()  # for the next thread that waits
         return self._is_set
