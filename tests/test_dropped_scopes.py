@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,12 @@ import anyio
 import pytest
 
 from concurrent_kv import AsyncKVPool, ClosedError, InvalidArgumentError, KeyNotFoundError, KVPool, Scope
+from concurrent_kv.books.records import Hold
+from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.pool.reading import generations_of, retain
 from tests.conftest import MakePool
-from tests.support import append, assert_same, slots_in_use, tokens
+from tests.support import HANG_SECONDS, append, assert_same, slots_in_use, tokens
 from tests.threading_support import JOIN_SECONDS, Background, GatedPool, filled
 
 USES: dict[str, Callable[[KVPool, Scope], object]] = {
@@ -177,3 +181,61 @@ def test_scopes_of_different_shards_are_cleared_together(make_pool: MakePool) ->
     pool.put_many(["a"], tokens(2, 3), scope=other)
     pool.clear()
     assert len(pool) == 0
+
+
+class Unshown:
+    """A name whose `__repr__` raises, and notes whether it runs under a lock."""
+
+    def __init__(self) -> None:
+        self.inside: list[bool] = []
+
+    def __repr__(self) -> str:
+        self.inside.append(gate.is_inside)
+        raise ValueError("this name cannot be shown")
+
+
+def test_a_scope_is_dropped_whose_name_cannot_be_shown(make_pool: MakePool) -> None:
+    pool, name = make_pool(), Unshown()
+    pool.put("key", tokens(1, 2), scope=pool.scope(name))
+    assert pool.drop_scope(name) == 1
+    assert name.inside
+    assert not any(name.inside)
+    with pytest.raises(KeyNotFoundError):
+        pool.drop_scope(name)
+
+
+def test_a_key_of_a_scope_that_is_being_dropped_is_there_or_the_scope_is_closed(make_pool: MakePool) -> None:
+    pool = make_pool()
+    scope = pool.scope("scope")
+    pool.put("key", tokens(1, 2), scope=scope)
+    found = pool._scope(scope)  # as an operation that began before the drop has it
+    deadline = pool.storage.enter()
+    pool.drop_scope(scope)
+    with pytest.raises(ClosedError):
+        retain(pool.storage, [(found, "key")], generations_of([found]), deadline, hold=Hold("read", []))
+
+
+def test_who_waits_for_a_computation_in_a_dropped_scope_hears_at_once(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(wait_timeout=HANG_SECONDS)
+    scope = pool.scope("scope")
+    claim = pool.try_claim("key", scope=scope)
+    other = pool.try_claim("key")  # of the default scope: goes on
+    waiting = threading.Event()
+    subscribe = claim.flight.subscribe
+
+    def subscribed(waker: Callable[[], None]) -> bool:
+        is_under_way = subscribe(waker)
+        waiting.set()
+        return is_under_way
+
+    monkeypatch.setattr(type(claim.flight), "subscribe", lambda flight, waker: subscribed(waker))
+    heard = Background(lambda: pool.get_or_compute("key", lambda: tokens(1, 2), scope=scope))
+    assert waiting.wait(HANG_SECONDS)
+    pool.drop_scope(scope)
+    with pytest.raises(ClosedError):
+        heard.result()
+    assert claim.over
+    assert not other.over
+    other.abandon()

@@ -253,6 +253,8 @@ class Offload:
         revocable: bool = True,
     ) -> T:
         """Run `operation()` in a worker, once one of `limiter` is free, which is waited for `seconds` at most."""
+        # Here, and not in the worker: it is this thread that may hold what the worker would wait for.
+        gate.check(self.storage.name)
         if seconds is None:
             seconds = self.storage.wait_timeout
         if limiter is None:

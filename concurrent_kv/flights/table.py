@@ -177,6 +177,8 @@ class FlightTable:
 
     def __len__(self) -> int:
         """Computations under way."""
+        if gate.is_inside:
+            return len(self._flights)
         with gate.lock, self._lock:
             dead = self._forget_dropped()
             number = len(self._flights)
@@ -269,6 +271,14 @@ class FlightTable:
         flight.wake()
         with gate.lock, self._lock:
             self._take_out(flight)
+
+    def close_scope(self, number: int) -> None:
+        """End the flights of a scope that was dropped with `ClosedError`."""
+        with gate.lock, self._lock:
+            flights = list(self._flights.values())
+        for flight in flights:
+            if flight.key.scope_number == number:
+                self.settle(flight, FlightState.CLOSED)
 
     def close(self) -> None:
         """End every flight with `ClosedError`, and every later join."""

@@ -90,7 +90,9 @@ def outcome(joined: Claim, clock: StreamClock, name: str) -> KeysValues | None:
         assert ending.error is not None
         _raise_copy(ending.error)
     if state is FlightState.CLOSED:
-        raise ClosedError(f"{name} was closed while {shown(joined.flight.key.key)} was being computed")
+        raise ClosedError(
+            f"{name} was closed, or its scope dropped, while {shown(joined.flight.key.key)} was being computed"
+        )
     return None
 
 

@@ -14,7 +14,7 @@ from ..books.records import Account, Entry, Generation, Scope
 from ..books.size_arguments import SizeArguments
 from ..books.stats import PoolStats
 from ..device.layout import KVLayout, slots_of_capacity
-from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError
+from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .checking import check_integrity, repair
@@ -131,11 +131,15 @@ class PoolCore(PoolState, Handle):
         if isinstance(scope, Scope) and scope.account is not self.account:
             raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.account.name}")
         if found is None or (isinstance(scope, Scope) and found is not scope):
-            raise KeyNotFoundError(f"{self.name} has no scope {name!r} to drop")
+            raise KeyNotFoundError(f"{self.name} has no scope {shown(name)} to drop")
         if found is self.default_scope:
-            raise InvalidArgumentError(f"scope must be another than the default scope of {self.name}, got {name!r}")
+            raise InvalidArgumentError(
+                f"scope must be another than the default scope of {self.name}, got {shown(name)}"
+            )
+        reason = f"the scope {shown(name)} of {self.name} was dropped"  # no name's `__repr__` runs under a lock
         with gate.lock, self.storage.locks.write(found.shards, deadline):
-            found.ended = f"the scope {name!r} of {self.name} was dropped"
+            found.ended = reason
+        self.flights.close_scope(found.number)
         removed = sweep_if(self, found, lambda entry: True, deadline)
         # Last: what is cut off before this is found, and finished, by the next call.
         with gate.lock, self.storage.ledger.mutex:
@@ -186,7 +190,7 @@ class PoolCore(PoolState, Handle):
 
     def end_searches(self, reason: str, deadline: Deadline) -> None:
         """End every open search; its user gets `SearchEndedError` with `reason`."""
-        self.storage.check_process()
+        self.storage.check_call()
         with gate.lock, self.storage.ledger.mutex:
             searches = list(self.searches)
         for search in searches:

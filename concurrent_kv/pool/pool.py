@@ -136,7 +136,8 @@ class KVPool(PoolCore):
         for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
             with gate.lock, self.storage.locks.read((shard,), deadline):
                 items = part.listed()
-            self.check_open()  # after the look: a close may have swept this shard
+            self.check_open()  # after the look: a close, or a drop of the scope, may have swept this shard
+            self._scope(looked_in)
             found += [key for key, entry in items if entry.generation is generation]
             del items  # keys and side data are finalised here, outside of the shard
         return found
@@ -197,8 +198,8 @@ class KVPool(PoolCore):
 
     def count_misses(self, number: int) -> None:
         """Count rows that nobody had."""
-        self.storage.check_process()
         if number:
+            self.storage.check_call()
             with gate.lock, self.storage.ledger.mutex:
                 self.account.counters.miss_count += number
 

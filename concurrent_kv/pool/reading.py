@@ -62,10 +62,13 @@ def retain(
 
 
 def _check_open(storage: KVStorage, wanted: Wanted) -> None:
-    """Raise `ClosedError` if a pool that is looked into is closed, or is being closed."""
+    """Raise `ClosedError` if a pool that is looked into is closed, or is being closed, or its scope is dropped."""
     for scope, _ in wanted:
         if storage.closed or scope.account.closed:
             raise ClosedError(f"{scope.account.name} is closed")
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
 
 
 def _look_up(
