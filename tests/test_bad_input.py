@@ -12,13 +12,14 @@ from concurrent_kv import (
     ClosedError,
     KeyNotFoundError,
     KeysValues,
+    KVPool,
     WindowOverflowError,
 )
 from concurrent_kv import InvalidArgumentError as Value
 from concurrent_kv import InvalidTypeError as Type
 from concurrent_kv.model.overflow import DropAndCorrect, DropOldest, RaiseOnOverflow
 from tests.bad_calls import META, SHAPE, Bad, Stage, check, table, with_each
-from tests.support import WINDOW, layout, stacked, tokens
+from tests.support import LAYOUT, WINDOW, layout, stacked, tokens
 
 TIMEOUTS = {
     "negative": (Value, -1.0),
@@ -74,7 +75,19 @@ APPENDED = {
 }
 SMALL = layout(num_heads=1)
 
+SHARDS = {
+    "empty": (Value, ()),
+    "repeated": (Value, (0, 0)),
+    "descending": (Value, (1, 0)),
+    "negative": (Value, (-1,)),
+    "beyond": (Value, (0, 1_000)),
+    "bool": (Type, (True,)),
+    "text": (Type, "01"),
+    "number": (Type, 3),
+}
+
 POOL = [
+    *with_each("shards", "scope_shards", SHARDS, lambda s, shards: KVPool(LAYOUT, 4, scope_shards=shards)),
     *with_each("put key", "key", UNHASHABLE, lambda s, key: s.pool.put(key, tokens(1, 2))),
     *with_each("get key", "key", UNHASHABLE, lambda s, key: s.pool.get(key)),
     *with_each("peek key", "key", UNHASHABLE, lambda s, key: s.pool.peek(key)),

@@ -320,6 +320,14 @@ def test_a_discarded_key_is_removed_by_the_next_operation(pool: KVPool, inside: 
     assert len(pool) == 0
 
 
+def test_a_discard_in_a_scope_that_was_dropped_does_nothing(pool: KVPool) -> None:
+    scope = pool.scope("dropped")
+    pool.put("old", tokens(5, 2), scope=scope)
+    pool.drop_scope(scope)
+    pool.discard("old", scope=scope)  # as a finaliser, which may come late
+    assert pool.get("old") is not None
+
+
 def test_an_entry_stored_after_the_discard_stays(pool: KVPool) -> None:
     pool.discard("old")
     pool.discard("new")  # there is none yet

@@ -23,6 +23,7 @@ from concurrent_kv import (
     PositionSteps,
     PositionTable,
     hash_state,
+    hash_states,
 )
 from concurrent_kv.compat.lightzero.containers import LightZeroKeysValues, from_lightzero, to_lightzero
 from concurrent_kv.device.moving import joined_on
@@ -83,6 +84,8 @@ CALLS: dict[str, tuple[str, Tensor, Callable[[KVPool, Tensor], object]]] = {
     "difference": ("difference", DIFFERENCE, lambda pool, bad: DropAndCorrect(7, 2, bad, LAYOUT)),
     "steps": ("difference", DIFFERENCE, lambda pool, bad: PositionSteps(LAYOUT, 2, bad)),
     "table": (r"difference_for\(1\)", DIFFERENCE, lambda pool, bad: PositionTable(LAYOUT, lambda distance: bad)),
+    "state": ("state", ROW, lambda pool, bad: hash_state(bad)),
+    "states": ("states", ROW, lambda pool, bad: hash_states(bad)),
     "container": ("kv_cache", OUT[0], lambda pool, bad: from_lightzero(in_a_container(bad))),
 }
 

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from ..device.native import address_of, native
+from ..device.tensor_checks import check_tensor
 from ..errors import InvalidArgumentError, shown
 
 __all__ = ["State", "hash_state", "hash_states"]
@@ -55,6 +56,8 @@ def hash_states(states: State) -> list[str]:
     Raises:
         InvalidArgumentError: as `hash_state`, or a batch without rows.
     """
+    if isinstance(states, torch.Tensor):
+        check_tensor("states", states)  # first of all: a nested one has no shape
     shape = states.shape if isinstance(states, (torch.Tensor, np.ndarray)) else ()
     rows = shape[0] if shape else 0
     if not rows:
@@ -104,10 +107,9 @@ def _bytes_of(state: State) -> bytes | memoryview:
 
 
 def _tensor_bytes(state: torch.Tensor) -> memoryview:
-    if state.layout is not torch.strided or state.is_quantized or state.is_meta:
-        raise InvalidArgumentError(
-            f"state must be a dense tensor with data, got layout {state.layout}, dtype {state.dtype} on {state.device}"
-        )
+    check_tensor("state", state)
+    if state.is_meta:
+        raise InvalidArgumentError("state must be a dense tensor with data, got one on the meta device, which has none")
     # A conjugate or negative view is a flag over bytes that are not its own. bfloat16 exists in no array: bytes do.
     plain = state.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain.numel():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
 
-from .._checks import check_seconds, hash_of, positive_int
+from .._checks import check_seconds, hash_of, positive_int, sequence_of
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
 from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport
@@ -36,6 +36,20 @@ def check_shared_storage(storage: object, layout: KVLayout) -> None:
         raise ClosedError(f"{storage.name} is closed")
 
 
+def _shards_of_scopes(shards: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The lock shards of a pool's scopes, of `count` that its storage has; or an error that names the argument."""
+    if shards is None:
+        return tuple(range(count))
+    chosen = tuple(
+        positive_int("scope_shards", shard, minimum=0) for shard in sequence_of("scope_shards", shards, "ints")
+    )
+    if not chosen or list(chosen) != sorted(set(chosen)) or chosen[-1] >= count:
+        raise InvalidArgumentError(
+            f"scope_shards must be ascending numbers of the storage's {count} lock shards, from 0, got {shown(shards)}"
+        )
+    return chosen
+
+
 def _check_room(storage: KVStorage, max_slots: int) -> None:
     """Raise unless a pool of `max_slots` has room in `storage` beside the pools that are there. Mutex held."""
     total = storage.ledger.slots.num_slots - storage.headroom_slots
@@ -64,7 +78,7 @@ class PoolCore(PoolState, Handle):
         writers: int = 4,
         name: str = "pool",
         storage: KVStorage | None = None,
-        scope_shards: tuple[int, ...] | None = None,
+        scope_shards: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(layout, KVLayout):
             raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
@@ -89,7 +103,7 @@ class PoolCore(PoolState, Handle):
         candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
         super().__init__(storage, Account(name, quota, candidates))
         self._emptied = False
-        self.default_scope = Scope(self.account, name, scope_shards or tuple(range(storage.locks.count)))
+        self.default_scope = Scope(self.account, name, _shards_of_scopes(scope_shards, storage.locks.count))
         self.account.scopes[name] = self.default_scope
         with gate.lock, storage.ledger.mutex:
             _check_room(storage, max_slots)
@@ -158,15 +172,20 @@ class PoolCore(PoolState, Handle):
         return tuple(self.account.scopes.values())
 
     def _scope(self, scope: Scope | None) -> Scope:
+        scope = self._own_scope(scope)
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
+        return scope
+
+    def _own_scope(self, scope: Scope | None) -> Scope:
+        """As `_scope`, also after its end."""
         if scope is None:
             return self.default_scope
         if not isinstance(scope, Scope):
             raise InvalidTypeError(f"scope must be a Scope of this pool, got {type(scope).__name__}")
         if scope.account is not self.account:
             raise InvalidArgumentError(f"scope must be a scope of {self.name}, got one of {scope.account.name}")
-        ended = scope.why_ended()
-        if ended is not None:
-            raise ended
         return scope
 
     # Clears, versions, end -----------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class KVPool(PoolCore):
             (headroom of one window each).
         name: what messages and statistics call it.
         storage: the storage to share, with room made for this quota by its owner; its own if left out.
-        scope_shards: lock shards of the default scope; all if left out.
+        scope_shards: numbers of the lock shards that guard its keys, ascending; all if left out.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
@@ -386,14 +386,14 @@ class KVPool(PoolCore):
 
         This is what finalisers, `weakref` callbacks and signal handlers may call, at any point of any thread: they may
         run inside a critical section of the thread they interrupt, where `pop` raises `ReentrantCallError`. An entry
-        that is stored under the key afterwards stays. Nothing happens in a pool that is closed.
+        that is stored under the key afterwards stays. Nothing happens in a pool that is closed, or a scope dropped.
 
         Raises:
             InvalidTypeError: `key` is not hashable. WrongProcessError.
         """
         self.storage.check_process()
         hash_of(key)
-        discard(self, self._scope(scope), key)
+        discard(self, self._own_scope(scope), key)
 
     # One computation for each missing key ----------------------------------------------------------------------------
 

@@ -406,7 +406,7 @@ def _evict_or_wait(
         quota = pool.quota
         why = "nothing can be evicted (pinned, or held by open batches)"
         if turn is not None and not quota.turns.is_first(turn):
-            why = "others who came before wait for the room of many (a search that opens, say)"
+            why = "writes that came earlier wait for more room than is free (a search that opens, say)"
         raise WaitTimeoutError(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
             f"{quota.max_entries} entries and {quota.max_slots} slots, {quota.entries} and {quota.slots} are stored, "
