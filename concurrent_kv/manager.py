@@ -317,10 +317,9 @@ class KVCacheManager(Handle):
         self.storage.check_process()
         pools = (*self._init_pools, self.recur_pool, self.wm_pool)
         contention = self.storage.locks.contention()
-        shared = self.storage.ledger.slots.shared_count()
 
         def stats_now() -> dict[str, PoolStats]:
-            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention, shared) for pool in pools}
+            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
 
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them

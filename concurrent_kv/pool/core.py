@@ -97,7 +97,7 @@ class PoolCore(PoolState, Handle):
             wait_timeout=wait_timeout,
             name=name,
         )
-        quota = Quota(max_entries, max_slots, storage.ledger.slots.num_slots)
+        quota = Quota(max_entries, max_slots, storage.ledger.tables)
         if max_bytes is not None:
             quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
@@ -259,13 +259,12 @@ class PoolCore(PoolState, Handle):
         """
         self.storage.check_process()
         contention = self.storage.locks.contention()
-        shared = self.storage.ledger.slots.shared_count()
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:
-            return self.stats_now(contention, shared)
+            return self.stats_now(contention)
 
-    def stats_now(self, contention: tuple[int, float], shared_slots: int) -> PoolStats:
-        """As `stats`, with the mutex held already, and with what concerns the whole storage looked up before."""
+    def stats_now(self, contention: tuple[int, float]) -> PoolStats:
+        """As `stats`, with the mutex held already, and with what the locks counted looked up before."""
         quota = self.quota
         budgets = [search.budget for search in self.searches.copy()]
         in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
@@ -277,7 +276,7 @@ class PoolCore(PoolState, Handle):
             max_slots=quota.max_slots,
             bytes_in_use=in_use * self.layout.bytes_per_token,
             max_bytes=quota.max_slots * self.layout.bytes_per_token,
-            shared_slots=shared_slots,
+            shared_slots=self.storage.ledger.tables.shared,
             reserved_entries=quota.reserved_entries,
             reserved_slots=quota.reserved_slots,
             lock_wait_count=contention[0],
