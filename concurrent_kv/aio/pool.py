@@ -440,7 +440,7 @@ def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
 def _fulfil_here(
     claim: Claim, compute: Callable[[], Any], loop_ended: Callable[[], bool] | None, made: Any
 ) -> Awaitable[KeysValues] | None:
-    """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
+    """Fulfil a claim in the worker that computed: a waiter must not need a loop that may have ended meanwhile.
 
     Returns what a function only began to compute, for the loop to await: the flight then ends with that loop again.
     """

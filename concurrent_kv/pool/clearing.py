@@ -62,7 +62,7 @@ def remove_all(pool: PoolState, scope: Scope, keys: Collection[Hashable], deadli
             return _lacking(keys, going)
         waiters = take_out(pool, index, going, dead)
     wake(waiters)
-    # Also what is not among the dead may die here: whoever else held it may have let go of it meanwhile.
+    # Also what is not among the dead may die here: its other holders may have let go of it meanwhile.
     del dead, going
     return []
 

@@ -74,7 +74,7 @@ class KVPool(PoolCore):
             key: any hashable.
             scope: where it is looked up.
             timeout: seconds to wait for the key's shard.
-            count_miss: False for who looks elsewhere next: a row asked for is one request, wherever it was found.
+            count_miss: False if the caller looks elsewhere next: a row asked for is one request, wherever it was found.
             to: the device of the copy, the pool's if left out. To a CPU this blocks until the copy is done.
             stream: of the pool's device, the one that the copy is made in; the calling thread's current one if left
                 out. On other devices the copy comes in their current streams.
@@ -197,7 +197,7 @@ class KVPool(PoolCore):
             raise
 
     def count_misses(self, number: int) -> None:
-        """Count rows that nobody had."""
+        """Count rows that missed."""
         if number:
             self.storage.check_call()
             with gate.lock, self.storage.ledger.mutex:
@@ -409,8 +409,8 @@ class KVPool(PoolCore):
     ) -> KeysValues:
         """The entry of `key`, computed and stored if it is missing: once, however many callers miss it together.
 
-        Everyone gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, everyone
-        who waits hears the same error, and nothing is remembered of it: a copy of their own (type, `args`, attributes),
+        Every caller gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, every
+        waiter hears the same error, and nothing is remembered of it: a copy of its own (type, `args`, attributes),
         whose `__cause__` is the error as it was raised; an error of a class that cannot be copied is the one object for
         all. If it is cut off (`KeyboardInterrupt`, a cancelled task), the first to wake computes instead. May block;
         runs `compute` with no lock held.
@@ -418,10 +418,10 @@ class KVPool(PoolCore):
         Args:
             compute: gives one row; called in the calling thread. It may use the pool, but not ask for `key` itself.
             side, priority, scope: as in `put`.
-            timeout: seconds to wait for somebody else's computation.
+            timeout: seconds to wait for another caller's computation.
 
         Raises:
-            WaitTimeoutError: somebody else's computation was not over in time.
+            WaitTimeoutError: another caller's computation was not over in time.
             RecursiveComputationError: called from inside the computation of this very key, or of one that the present
                 computation of this key waits for, perhaps through others.
             ClosedError: the pool was closed meanwhile.
