@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_keys, check_seconds, hash_of, list_or_none, numbers_or_none
+from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
 from ..books.stats import PoolStats
@@ -397,6 +398,10 @@ class AsyncKVPool(NeverCopied):
     def scopes(self) -> tuple[Scope, ...]:
         """See `KVPool.scopes`; it never waits."""
         return self.sync.scopes()
+
+    def allocation(self) -> Allocation:
+        """See `KVPool.allocation`; it never waits."""
+        return self.sync.allocation()
 
     async def check_integrity(self) -> IntegrityReport:
         """See `KVPool.check_integrity`."""

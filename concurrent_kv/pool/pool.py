@@ -47,13 +47,18 @@ class KVPool(PoolCore):
         shards: lock shards.
         wait_timeout: seconds an operation waits at most.
         writers: writers that can replace entries of a full pool at the same time without waiting for each other
-            (headroom of one window each).
+            (headroom of one window each); 4 if left out, 1 where a window is more than 1,024 tokens.
+        headroom_tokens: tokens of slots that its storage has beyond the quota, one window at least; `writers` windows
+            if left out. What is replaced needs them until the new entry is stored and no handle reads the old one.
         name: what messages and statistics call it.
-        storage: the storage to share, with room made for this quota by its owner; its own if left out.
+        storage: the storage to share, with room made for this quota by its owner; its own if left out. `writers` and
+            `headroom_tokens` are of a storage of its own.
         scope_shards: numbers of the lock shards that guard its keys, ascending; all if left out.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
+
+    `KVPool.allocation_for(...)`, with the same arguments, says before anything is allocated how much it will be.
     """
 
     # Reading -------------------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ class KVPool(PoolCore):
         """Store every row of `kv` under the key of the same position; all become visible at once, or none.
 
         A key that comes twice gets the last of its rows. Replacing more tokens at once than the storage has headroom
-        (`writers` windows) may evict others, and what is about to be replaced. Otherwise as `put`.
+        (`headroom_tokens`) may evict others, and what is about to be replaced. Otherwise as `put`.
 
         Raises:
             CapacityError: more rows or tokens than the pool holds at all.
