@@ -54,10 +54,7 @@ static int add_type(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
 
 static int add_types(PyObject *module)
 {
-    return add_type(module, &view_type, &view_spec) && add_type(module, &tables_type, &tables_spec) &&
-                   add_type(module, &uses_type, &uses_spec)
-               ? 0
-               : -1;
+    return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) ? 0 : -1;
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -18,11 +18,6 @@ from .books.records import Entry
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
-_Ints: TypeAlias = NDArray[np.int64] | View
-
-# An array for many calls, each of which would ask it for its memory and shape anew: taken in its place.
-class View:
-    def __init__(self, array: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_]) -> None: ...
 
 # `Tables` and `Uses` of `books/tables.py`; arrays come as the bytes of one. A row that is not taken is an
 # IndexError, a row that was not counted in a ValueError.
@@ -106,14 +101,14 @@ def scatter(
     plane_bytes: int,
     kept: int,
     corrected: int,
-    rows: _Ints,
-    columns: _Ints,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
     taken: _Slots,
     /,
 ) -> None: ...
 
 # `array[slots] = number`.
-def mark(array: NDArray[np.int32] | View, slots: _Slots, number: int, /) -> None: ...
+def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
 
 # The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
 def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...

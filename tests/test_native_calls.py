@@ -290,41 +290,10 @@ def test_too_few_or_too_many_arguments_raise_and_write_nothing(name: str) -> Non
 def test_the_types_are_of_the_functions_that_there_are_and_of_their_arguments() -> None:
     stub = Path(native.__file__).with_name("_native.pyi").read_text("utf-8")
     typed = {one.name: len(one.args.posonlyargs) for one in ast.parse(stub).body if isinstance(one, ast.FunctionDef)}
-    assert (
-        set(typed)
-        == {name for name in dir(native) if not name.startswith("_")} - {"View", "Tables", "Uses"}
-        == set(CASES)
-    )
+    assert set(typed) == {name for name in dir(native) if not name.startswith("_")} - {"Tables", "Uses"} == set(CASES)
     for name, count in typed.items():
         with pytest.raises(TypeError, match=f"expected {count} arguments"):
             getattr(native, name)()
-
-
-def test_a_view_is_taken_for_its_array() -> None:
-    counts = np.zeros(9, dtype=np.int32)
-    native.mark(native.View(counts), range(2, 5), 7)
-    assert counts.tolist() == [0, 0, 7, 7, 7, 0, 0, 0, 0]
-    counts.setflags(write=False)
-    with pytest.raises(BufferError):
-        native.mark(native.View(counts), range(2, 5), 8)
-    with pytest.raises(ValueError, match="expected an array of 1 dimensions"):
-        native.mark(native.View(np.zeros((2, 2), dtype=np.int32)), range(1), 8)
-    assert 8 not in counts
-
-
-@pytest.mark.parametrize("wrong", [None, 5, np.zeros((4, 4))[:, ::2], "text"])
-def test_a_view_of_what_is_no_contiguous_array_is_refused(wrong: Any) -> None:
-    with pytest.raises((TypeError, BufferError, ValueError)):
-        native.View(wrong)
-
-
-def test_a_view_keeps_its_array_and_lets_it_go() -> None:
-    array = np.zeros(9, dtype=np.int32)
-    before = sys.getrefcount(array)
-    view = native.View(array)
-    assert sys.getrefcount(array) > before
-    del view
-    assert sys.getrefcount(array) == before
 
 
 @pytest.mark.parametrize(("name", "place"), [("mark", 0)])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ from .slots import SlotAllocator
 from .tables import new_tables
 
 __all__ = ["Ledger", "wake"]
+
+
+_ROW, _TICKS = attrgetter("row"), attrgetter("ticks")
 
 
 class Ledger:
@@ -50,13 +54,13 @@ class Ledger:
         self.slots = SlotAllocator(num_slots)
         self.tables = new_tables(num_slots, window)
         self.holds: set[Hold] = set()
+        self.waiters: list[Any] = []  # events of the threads that wait for room
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], object]] = deque()
         # Entries in Place.SHARED, by tail slot and by pool.
         self._shared: dict[int, dict[Entry, None]] = {}
         self._shared_of: dict[Account, dict[Entry, None]] = {}
         self._event_factory = event_factory
-        self._waiters: list[Any] = []
 
     def mutex_for_numbers(self) -> AbstractContextManager[object]:
         """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""
@@ -81,9 +85,9 @@ class Ledger:
         if dead:
             try:
                 ticks: Ticks = NO_TICKS
-                for entry in dead:
-                    ticks = merge(ticks, entry.ticks)
-                rows = [entry.row for entry in dead]
+                for used in filter(None, map(_TICKS, dead)):
+                    ticks = merge(ticks, used)
+                rows = list(map(_ROW, dead))
                 parted = self._parked_beside(rows) if self._shared else ()
                 unnamed, others_left = self.tables.leave(rows)
             except Exception:
@@ -210,12 +214,11 @@ class Ledger:
             raise
 
     def end(self, hold: Hold) -> list[Entry]:
-        """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
-        hold.released = True
-        return self._empty(hold)
+        """Release a hold; returns the dead. Nothing happens the second time. Mutex held.
 
-    def _empty(self, hold: Hold) -> list[Entry]:
-        """Let go of what a released hold holds, unless somebody still uses it."""
+        What an operation under way still uses stays until that lets go of it.
+        """
+        hold.released = True
         if hold.users or hold not in self.holds:
             return []
         # First: what is cut off from outside after this is lost until repair, and not dropped twice.
@@ -223,7 +226,7 @@ class Ledger:
         try:
             self.holds.discard(hold)
             hold.entries = []
-            return self._unhold(hold, entries)
+            return self._unhold(hold, entries) if hold.pinning else self.let_go(entries)
         except Exception:
             hold.entries = entries
             self.holds.add(hold)
@@ -256,7 +259,7 @@ class Ledger:
 
     def stir(self) -> None:
         """Have everybody who waits for room look again. For finalisers: takes no lock."""
-        for waiter in tuple(self._waiters):
+        for waiter in tuple(self.waiters):
             waiter.set()
 
     def release(self, hold: Hold) -> bool:
@@ -324,17 +327,17 @@ class Ledger:
     def waiter(self) -> Any:
         """An event that is set at the next release of anything. Mutex held, in the hold that found no room."""
         event = self._event_factory()
-        self._waiters.append(event)
+        self.waiters.append(event)
         return event
 
     def forget_waiter(self, event: Any) -> None:
         """Take off the list who no longer waits. Mutex held."""
         with suppress(ValueError):
-            self._waiters.remove(event)
+            self.waiters.remove(event)
 
     def take_waiters(self) -> list[Any]:
         """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""
-        waiters, self._waiters = self._waiters, []
+        waiters, self.waiters = self.waiters, []
         return waiters
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.ma
 import numpy.typing as npt
 
-from ..device.native import Viewed, native
+from ..device.native import native
 from ..device.slot_numbers import SlotArray, Slots, as_array
 from ..device.streams import NO_TICKS, Ticks, merge
 
@@ -45,9 +45,9 @@ def _as_range(slots: SlotArray) -> range | None:
     return range(first, last + 1) if consecutive else None
 
 
-def _mark(array: npt.NDArray[np.int32], viewed: Viewed, slots: Slots, number: int) -> None:
+def _mark(array: npt.NDArray[np.int32], slots: Slots, number: int) -> None:
     if native is not None:
-        native.mark(viewed.of(array), slots, number)
+        native.mark(array, slots, number)
     elif isinstance(slots, range):
         array[slots.start : slots.stop] = number
     else:
@@ -88,7 +88,6 @@ class SlotAllocator:
         self.reserved_count = 0  # of the free ones
         self._runs: deque[Run] = deque([(range(1, num_slots + 1), NO_TICKS)])
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
-        self._viewed_owner = Viewed()
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
         # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
@@ -107,18 +106,18 @@ class SlotAllocator:
     def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
         """`count` slots, or None with nothing changed."""
         own = 0 if reservation is None else min(count, reservation.left)
-        if count - own > self.available:
+        if count - own > self.free_count - self.reserved_count:
             return None
         slots, ticks = self._take(count)
         try:
             if type(slots) is not range and count:
                 slots = _as_range(slots) or slots
             if own < count:
-                _mark(self._owner, self._viewed_owner, slots, 0)
+                _mark(self._owner, slots, 0)
             if reservation is not None and own:
-                # Only these come back to the reservation when freed; the rest was lent by everyone.
+                # Only these come back to the reservation when freed; the rest is lent by the pool.
                 paid = slots if own == count else slots[:own]
-                _mark(self._owner, self._viewed_owner, paid, reservation.number)
+                _mark(self._owner, paid, reservation.number)
         except BaseException:
             self._runs.appendleft((slots, ticks))
             raise
@@ -236,7 +235,7 @@ class SlotAllocator:
     def charge(self, reservation: Reservation, slots: Slots) -> None:
         """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
         paid = slots[: reservation.left]
-        _mark(self._owner, self._viewed_owner, paid, reservation.number)
+        _mark(self._owner, paid, reservation.number)
         reservation.left -= len(paid)
         self.reserved_count -= len(paid)
 

@@ -134,6 +134,8 @@ class SlotTensor:
                 self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
             self._data: Tensor | None = data.zero_()
         self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
+        self._batch_shape = (shape[0], layout.num_heads, layout.head_dim)  # of a batch, without its rows and columns
+        self._large_slots = -(-LARGE_BYTES // layout.bytes_per_token)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
         self._buffers_lock = threading.Lock()
@@ -241,31 +243,30 @@ class SlotTensor:
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
-        layout, data = self.layout, self.data
-        shape = source.shape
-        address = self._compiled_at(source, len(slots) * layout.bytes_per_token) if self._is_batch(source, shape) else 0
-        added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
-        if address and added is not None:
-            batch = (address, shape[1], shape[3])
-            self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
-            return ()
+        data, shape = self.data, source.shape
+        # Its user may have given it other memory since it was gathered.
+        is_batch = (
+            self._native is not None
+            and type(source) is Tensor
+            and len(shape) == 5
+            and (shape[0], shape[2], shape[4]) == self._batch_shape
+            and source.dtype is data.dtype
+            and source.is_cpu
+            and source.is_contiguous()
+        )
+        if is_batch and (len(slots) < self._large_slots or torch.get_num_threads() == 1):
+            address = address_of(source)
+            added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
+            if address and added is not None:
+                batch = (address, shape[1], shape[3])
+                self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
+                return ()
         with plain_torch_state():
             if block is None:
                 return self._copy_tokens(source, rows, columns, slots, difference, runs)
             # No indices, and no copy on the way.
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
-
-    def _is_batch(self, source: Tensor, shape: torch.Size) -> bool:
-        """Whether it is a batch still: its user may have given it other memory since it was gathered."""
-        layout = self.layout
-        return (
-            len(shape) == 5
-            and (shape[0], shape[2], shape[4]) == (2 * layout.num_layers, layout.num_heads, layout.head_dim)
-            and source.dtype is layout.dtype
-            and source.is_cpu
-            and source.is_contiguous()
-        )
 
     def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:
         """What compiled code takes for differences; None where it must not look at their memory."""

@@ -74,13 +74,13 @@ class _Remembered:
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._young: dict[tuple[Any, ...], CommitShape] = {}
+        self.young: dict[tuple[Any, ...], CommitShape] = {}
         self._old: dict[tuple[Any, ...], CommitShape] = {}
         self._young_bytes = 0
 
     def get(self, key: tuple[Any, ...]) -> CommitShape | None:
         """The shape that was made of `key`, if it is remembered."""
-        found = self._young.get(key)
+        found = self.young.get(key)
         if found is None:
             found = self._old.get(key)
             if found is not None:
@@ -92,19 +92,19 @@ class _Remembered:
         nbytes = shape.nbytes
         if nbytes > self._most_bytes:
             return
-        if len(self._young) >= self._most or self._young_bytes + nbytes > self._most_bytes:
-            self._old, self._young, self._young_bytes = self._young, {}, 0
-        self._young[key] = shape
+        if len(self.young) >= self._most or self._young_bytes + nbytes > self._most_bytes:
+            self._old, self.young, self._young_bytes = self.young, {}, 0
+        self.young[key] = shape
         self._young_bytes += nbytes
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is remembered."""
-        shapes = {id(shape): shape for shape in [*self._young.values(), *self._old.values()]}
+        shapes = {id(shape): shape for shape in [*self.young.values(), *self._old.values()]}
         return sum(shape.nbytes for shape in shapes.values())
 
     def __len__(self) -> int:
-        return len(self._young.keys() | self._old.keys())
+        return len(self.young.keys() | self._old.keys())
 
 
 remembered = _Remembered(REMEMBERED, REMEMBERED_BYTES)
@@ -127,7 +127,7 @@ def commit_shape(
         WindowOverflowError: a row grew too long.
     """
     key = (rows, gathered, hits, new, start, window, drop)
-    shape = remembered.get(key)
+    shape = remembered.young.get(key) or remembered.get(key)
     if shape is None:
         shape = _commit_shape(rows, np.array(gathered, dtype=np.int64), np.array(hits), new, start, window, drop)
         remembered.add(key, shape)

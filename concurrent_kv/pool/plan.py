@@ -29,6 +29,7 @@ class WritePlan:
 
     Attributes:
         keys, sides, priorities, corrections: one for each entry.
+        num_slots: how many slots it needs.
         shape: their lengths, how many tokens get slots of their own, and where in `source` those are.
         parents: rows in the tables of the entries that they share slots with, which the caller keeps alive.
         source: contiguous `[2 * layers, batch, heads, columns, head_dim]`; None: nothing is copied.
@@ -62,13 +63,9 @@ class WritePlan:
         self.priorities = priorities
         self.corrections = corrections
         self.shape = shape
+        self.num_slots = len(shape.rows)
         self.parents = parents
         self.source = source
-
-    @property
-    def num_slots(self) -> int:
-        """Slots it needs."""
-        return len(self.shape.rows)
 
     def slots_together(self, tables: Tables, limit: int) -> int:
         """Slots that it needs and shares, if they may be more than `limit`; or a number that is not."""

@@ -58,9 +58,17 @@ def reserve(
     """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
     budget = scope.budget
     if budget is not None:
-        ticket = _take_reserved(pool, budget, len(plan.keys), plan.num_slots)
-        if ticket is not None:
-            return ticket
+        entries, slots, ledger = len(plan.keys), plan.num_slots, pool.storage.ledger
+        with gate.lock, ledger.mutex:
+            pool.check_open()
+            # In the same hold as the taking: what a closed search took would never come back.
+            if budget.ended is not None:
+                raise SearchEndedError(budget.ended)
+            if budget.entries + entries <= budget.max_entries and slots <= budget.reservation.left:
+                taken = ledger.slots.allocate(slots, budget.reservation)
+                if taken is not None:
+                    budget.entries += entries
+                    return Ticket(entries, slots, *taken)
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
     quota = pool.quota
     quota.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, quota.max_slots))
@@ -129,22 +137,6 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
                 ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
-
-
-def _take_reserved(pool: PoolState, budget: Budget, entries: int, slots: int) -> Ticket | None:
-    """Take room from what a search has left of its reservation; None with nothing taken if that is not enough."""
-    with gate.lock, pool.storage.ledger.mutex:
-        pool.check_open()
-        # In the same hold as the taking: what a closed search took would never come back.
-        if budget.ended is not None:
-            raise SearchEndedError(budget.ended)
-        if budget.entries + entries > budget.max_entries or slots > budget.reservation.left:
-            return None
-        taken = pool.storage.ledger.slots.allocate(slots, budget.reservation)
-        if taken is None:
-            return None
-        budget.entries += entries
-        return Ticket(entries, slots, *taken)
 
 
 def _take_from_budget(
@@ -491,14 +483,14 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     ledger = pool.storage.ledger
     if not entries:
         return []
-    for entry in entries:
-        if entry.place is not Place.EXEMPT:
-            pool.policy.remove(entry)  # also of victims that were given out and have not come back
-        ledger.forget_parked(entry)
-        entry.place = Place.NONE
-    budget, quota = entries[0].scope.budget, pool.quota
-    rows = [entry.row for entry in entries]
+    scope, quota = entries[0].scope, pool.quota
+    budget = scope.budget
     if budget is None:
+        for entry in entries:
+            pool.policy.remove(entry)  # also of victims that were given out and have not come back
+            ledger.forget_parked(entry)
+            entry.place = Place.NONE
+        rows = rows_of(entries)
         if not counted_out:
             quota.uses.remove(rows)
             quota.entries -= len(rows)
@@ -509,7 +501,8 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
                 quota.entries += len(rows)
                 quota.uses.add(rows)
             raise
-    slots = _slots_of(pool, rows) if budget.promoted_to else None
+    # Once the search is over, its whole reservation goes back.
+    slots = _slots_of(pool, rows_of(entries)) if budget.promoted_to and scope.ended is None else None
     dead = ledger.let_go(entries)
     if not counted_out:
         budget.entries -= len(entries)

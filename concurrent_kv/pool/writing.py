@@ -63,7 +63,11 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
                 finally:
                     written = clock.stamp(stream, temporaries)
                     used = merge(used, written)
-        entries = _new_entries(scope, generation, plan, merge(written, plan.shared_writes))
+        if plan.shared_writes:
+            written = merge(written, plan.shared_writes)
+        shape = plan.shape
+        of_each = (shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
+        entries = new_entries(plan.keys, scope, generation, *of_each, written)
         while True:
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
             if outcome is not Outcome.NO_ROOM:
@@ -95,11 +99,6 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
     shape = plan.shape
     block = shape.block if type(ticket.taken) is range else None
     return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
-
-
-def _new_entries(scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
-    of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
-    return new_entries(plan.keys, scope, generation, *of_each, written)
 
 
 # Publication ------------------------------------------------------------
@@ -150,7 +149,7 @@ def _publish(
                     except Exception:  # no memory, no frames
                         ledger.abandoned.append(partial(ledger.again, charge))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
-                waiters = ledger.take_waiters()
+                waiters = ledger.take_waiters() if ledger.waiters else []
         finally:
             if not ticket.spent:
                 take_away(added)
@@ -179,8 +178,9 @@ def _admit(
     ledger, budget = pool.storage.ledger, scope.budget
     place = Place.HELD if budget is None else Place.EXEMPT
     if budget is not None:
-        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
-        check_budget(pool, budget, len(old))
+        if budget.entries - len(old) > budget.max_entries:
+            # Less is replaced than when the room was taken: a key was released meanwhile.
+            check_budget(pool, budget, len(old))
         ledger.make(entries, *plan.enter(ledger.tables, ticket.taken))
     else:
         needed = _count(pool, entries, plan, old, ticket)

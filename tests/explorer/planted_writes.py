@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from concurrent_kv.books.entries import new_entries
 from concurrent_kv.books.ledger import Ledger, wake
 from concurrent_kv.books.quota import Quota
 from concurrent_kv.books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
@@ -107,7 +108,8 @@ def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         located = [(scope, scope.part_of(key_hash)) for key_hash in plan.hashes]
         ticket = room.reserve(pool, scope, plan, located, deadline)
-        entries = writing._new_entries(scope, generation, plan, {})
+        of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
+        entries = new_entries(plan.keys, scope, generation, *of_each, {})
         writing._publish(pool, scope, generation, entries, plan, located, ticket, deadline)
         assert plan.source is not None
         pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, ticket.taken)
