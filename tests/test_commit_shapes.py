@@ -8,12 +8,12 @@ from itertools import count
 import numpy as np
 import pytest
 
-from concurrent_kv import KVLayout, KVPool
-from concurrent_kv.pool.commit_shape import REMEMBERED, REMEMBERED_BYTES, CommitShape, Drop, commit_shape, remembered
+from concurrent_kv import KVLayout, KVPool, RaiseOnOverflow
+from concurrent_kv.pool.commit_shape import REMEMBERED, REMEMBERED_BYTES, CommitShape, commit_shape, remembered
 from tests.support import HANG_SECONDS, append, assert_same, child_of, store, tokens
 
 WIDE = 512
-NO_DROP = Drop.of(None, WIDE)
+NO_DROP = RaiseOnOverflow(WIDE + 1).drop()
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,9 @@ def shape_of(number: int, rows: int = 128, window: int = WIDE) -> CommitShape:
     """One of many shapes of as many rows, each with lengths of its own."""
     lengths = tuple(1 + (number * 131 + row * 17) % 400 for row in range(rows))
     new = tuple(1 + (number + row) % 5 for row in range(rows))
-    return commit_shape(range(rows), lengths, (True,) * rows, new, max(lengths), window, Drop.of(None, window))
+    return commit_shape(
+        range(rows), lengths, (True,) * rows, new, max(lengths), window, RaiseOnOverflow(window + 1).drop()
+    )
 
 
 def test_shapes_of_many_rows_in_a_wide_window_stay_within_their_bytes() -> None:
@@ -44,7 +46,7 @@ def test_small_shapes_stay_within_their_number() -> None:
 
 def test_a_shape_as_large_as_all_that_may_be_remembered_is_made_and_forgotten() -> None:
     rows, window = 300, 16384
-    shape = commit_shape(range(rows), (5,) * rows, (True,) * rows, 1500, 5, window, Drop.of(None, window))
+    shape = commit_shape(range(rows), (5,) * rows, (True,) * rows, 1500, 5, window, RaiseOnOverflow(window + 1).drop())
     assert shape.nbytes > REMEMBERED_BYTES
     assert len(remembered) == 0
 

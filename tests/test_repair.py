@@ -176,7 +176,6 @@ STEPS: list[tuple[str, Callable[[KVPool, Cutter], None]]] = [
     ("after the slots are named", lambda pool, cut: cut.at(pool.storage.ledger, "make", after=True)),
     ("before the policy knows", lambda pool, cut: cut.at(pool.policy, "add")),
     ("after the policy knows", lambda pool, cut: cut.at(pool.policy, "add", after=True)),
-    ("waiters taken", lambda pool, cut: cut.at(pool.storage.ledger, "take_waiters", after=True)),
     ("before the dead are let go", lambda pool, cut: cut.at(pool.storage.ledger, "let_go")),
     ("after the dead are let go", lambda pool, cut: cut.at(pool.storage.ledger, "let_go", after=True)),
 ]

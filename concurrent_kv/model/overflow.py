@@ -9,17 +9,22 @@ window when a search or a commit is given it: rows of up to limit - 1 tokens get
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from .._checks import positive_int
 from ..device.cuda import settle
 from ..device.layout import KVLayout
-from ..device.positions import PositionSteps, PositionTable, packed_difference
+from ..device.moving import upload
+from ..device.positions import Correction, PositionSteps, PositionTable, packed_difference
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = [
+    "Drop",
     "DropAndCorrect",
     "DropLazily",
     "DropOldest",
@@ -29,8 +34,61 @@ __all__ = [
 ]
 
 
+class Drop(NamedTuple):
+    """What a policy does, as far as it concerns lengths."""
+
+    limit: int  # length after appending at which a row overflows
+    tokens: int  # how many it drops then; 0: overflowing is an error
+    corrects: bool  # the tokens that stay get slots of their own
+
+
+class _Policy:
+    """What a commit asks a policy; each says what it does otherwise."""
+
+    corrects_lazily = False  # whether entries may need corrections on reading
+
+    def drop(self) -> Drop:
+        """What it does, as far as it concerns lengths."""
+        raise NotImplementedError
+
+    def most_appended(self) -> int | None:
+        """The most tokens that are appended before a commit, where that was stated."""
+        return None
+
+    def made_for(self) -> KVLayout | None:
+        """The layout of the pools that it fits; None: every one."""
+        return None
+
+    def foreign(self, inherited: Sequence[Correction]) -> set[Correction]:
+        """Those of the parents' corrections with which tokens cannot be shared.
+
+        What was gathered of such a parent is corrected already, and is stored whole.
+        """
+        return set()
+
+    def corrections(self, inherited: list[Correction], over: list[bool], moved: int) -> list[Correction]:
+        """What new entries need on reading; `inherited` is what the tokens need that they share with their parents.
+
+        Args:
+            over: which of them overflowed.
+            moved: tokens of the longest one that did.
+
+        Raises:
+            InvalidArgumentError: a table does not cover them.
+        """
+        return inherited
+
+    def difference_of(self, lengths: Sequence[int]) -> tuple[Tensor, int] | None:
+        """What is added to rows of these lengths when they are stored, and to how many runs of as many tokens.
+
+        Raises:
+            InvalidArgumentError: it does not cover them.
+        """
+        return None
+
+
 @dataclass(frozen=True)
-class RaiseOnOverflow:
+class RaiseOnOverflow(_Policy):
     """A row that reaches `limit` is an error (`WindowOverflowError`), and nothing is stored."""
 
     limit: int
@@ -38,9 +96,13 @@ class RaiseOnOverflow:
     def __post_init__(self) -> None:
         positive_int("limit", self.limit)
 
+    def drop(self) -> Drop:
+        """It drops none."""
+        return Drop(self.limit, 0, False)
+
 
 @dataclass(frozen=True)
-class DropOldest:
+class DropOldest(_Policy):
     """Drop the oldest `count` tokens at `limit`, changing nothing else: for rotary positions. Copies nothing.
 
     Args:
@@ -56,6 +118,18 @@ class DropOldest:
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count, self.step)
 
+    def drop(self) -> Drop:
+        """It drops `count`, and changes nothing else."""
+        return Drop(self.limit, self.count, False)
+
+    def most_appended(self) -> int | None:
+        """As stated."""
+        return self.step
+
+    def foreign(self, inherited: Sequence[Correction]) -> set[Correction]:
+        """Those that count drops: tokens that moved without a correction would be taken for ones that are owed it."""
+        return {correction for correction in {*inherited} if isinstance(correction, PositionSteps)}
+
 
 def _check_drop(limit: int, count: int, step: int | None) -> None:
     positive_int("limit", limit)
@@ -68,13 +142,21 @@ def _check_drop(limit: int, count: int, step: int | None) -> None:
         )
 
 
+def _check_covers(name: str, tokens: int, covered: int) -> None:
+    if tokens > covered:
+        raise InvalidArgumentError(
+            f"{name} must cover the {tokens} tokens that a row keeps here, got {covered}; rows keep more than "
+            "limit - count where several tokens are appended before a commit"
+        )
+
+
 def _most_kept(limit: int, count: int, step: int | None) -> int:
     """The most tokens of a row that has dropped some, as far as it is known."""
     return limit - 1 + (step or 1) - count
 
 
 @dataclass(frozen=True, eq=False)
-class DropAndCorrect:
+class DropAndCorrect(_Policy):
     """Drop the oldest `count` tokens at `limit` and add `difference` to the K and V of those that stay.
 
     For absolute positions, eagerly: the rows concerned get slots of their own, bit for bit what adding the difference
@@ -108,14 +190,31 @@ class DropAndCorrect:
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "_firsts", {})
 
-    def first(self, tokens: int) -> Tensor:
-        """The differences of the first `tokens` tokens, `[2 * layers, tokens, heads, head_dim]`."""
-        found = self._firsts.get(tokens)
-        return self._firsts.setdefault(tokens, self.packed[:, :tokens]) if found is None else found
+    def drop(self) -> Drop:
+        """It drops `count`, and the others get slots of their own."""
+        return Drop(self.limit, self.count, True)
+
+    def most_appended(self) -> int | None:
+        """As stated."""
+        return self.step
+
+    def made_for(self) -> KVLayout | None:
+        """Its difference has a layout."""
+        return self.layout
+
+    def difference_of(self, lengths: Sequence[int]) -> tuple[Tensor, int] | None:
+        """That of the first tokens of each row."""
+        packed, longest = self.packed, max(lengths)
+        _check_covers("overflow.difference", longest, packed.shape[1])
+        if min(lengths) == longest:
+            first = self._firsts.get(longest)
+            return (first if first is not None else self._firsts.setdefault(longest, packed[:, :longest])), len(lengths)
+        position = np.concatenate([np.arange(length) for length in lengths])
+        return packed.index_select(1, upload(position, packed.device)), 1
 
 
 @dataclass(frozen=True, eq=False)
-class DropLazily:
+class DropLazily(_Policy):
     """Drop the oldest `count` tokens at `limit`, and correct the others only when they are read.
 
     For absolute positions, keeping prefixes shared: every slot remembers the position it was written at, and a gather
@@ -145,6 +244,30 @@ class DropLazily:
         if isinstance(table, PositionSteps) and self.step is not None and table.covered < kept:
             raise InvalidArgumentError(f"table must cover the {kept} tokens that stay, got {table.covered}")
 
+    corrects_lazily = True
+
+    def drop(self) -> Drop:
+        """It drops `count`; the others are corrected when they are read."""
+        return Drop(self.limit, self.count, False)
+
+    def most_appended(self) -> int | None:
+        """As stated."""
+        return self.step
+
+    def made_for(self) -> KVLayout | None:
+        """Its table has a layout."""
+        return self.table.layout
+
+    def foreign(self, inherited: Sequence[Correction]) -> set[Correction]:
+        """Other tables than its own."""
+        return {*inherited} - {None, self.table}
+
+    def corrections(self, inherited: list[Correction], over: list[bool], moved: int) -> list[Correction]:
+        """Its table where a row overflowed."""
+        if isinstance(self.table, PositionSteps):
+            _check_covers("overflow.table", moved, self.table.covered)
+        return [self.table if is_over else correction for is_over, correction in zip(over, inherited, strict=True)]
+
 
 Overflow = RaiseOnOverflow | DropOldest | DropAndCorrect | DropLazily
 
@@ -161,18 +284,12 @@ def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
         raise InvalidArgumentError(
             f"overflow.limit must be at most the window of {layout.max_tokens}, got {overflow.limit}"
         )
-    step = None if isinstance(overflow, RaiseOnOverflow) else overflow.step
+    step = overflow.most_appended()
     if step is not None and overflow.limit - 1 + step > layout.max_tokens:
         raise InvalidArgumentError(
             f"overflow.limit must be at most {layout.max_tokens + 1 - step} in a window of {layout.max_tokens} with "
             f"overflow.step={step}: rows of limit - 1 tokens get {step} more, got {overflow.limit}"
         )
-    made_for = (
-        overflow.layout
-        if isinstance(overflow, DropAndCorrect)
-        else overflow.table.layout
-        if isinstance(overflow, DropLazily)
-        else layout
-    )
-    if made_for is not layout and made_for != layout:
+    made_for = overflow.made_for()
+    if made_for is not None and made_for != layout:
         raise InvalidArgumentError(f"overflow was made for {made_for}, and the pool has {layout}")

@@ -10,32 +10,15 @@ import numpy.typing as npt
 
 from ..device.tensors import Block, Indices
 from ..errors import WindowOverflowError
-from ..model.overflow import DropAndCorrect, Overflow, RaiseOnOverflow
+from ..model.overflow import Drop, RaiseOnOverflow
 
-__all__ = ["CommitShape", "Drop", "commit_shape", "share_shape"]
+__all__ = ["CommitShape", "commit_shape", "share_shape"]
 
 # Of shapes; the commits of a search repeat a few.
 REMEMBERED = 256
 REMEMBERED_BYTES = 8 << 20
 BYTES_OF_ENTRY = 80  # in lists, and in the tuples that it was made of
 BYTES_OF_SHAPE = 2048  # its arrays' own records, and its own
-
-
-class Drop(NamedTuple):
-    """An overflow policy as far as it concerns lengths."""
-
-    limit: int  # length after appending at which a row overflows
-    tokens: int  # how many it drops then; 0: overflowing is an error
-    corrects: bool  # the tokens that stay get slots of their own
-
-    @classmethod
-    def of(cls, overflow: Overflow | None, window: int) -> Drop:
-        """What `overflow` does; without a policy, outgrowing the window is an error."""
-        if overflow is None:
-            return cls(window + 1, 0, False)
-        if isinstance(overflow, RaiseOnOverflow):
-            return cls(overflow.limit, 0, False)
-        return cls(overflow.limit, overflow.count, isinstance(overflow, DropAndCorrect))
 
 
 class CommitShape(NamedTuple):
@@ -186,7 +169,7 @@ def share_shape(length: int, window: int) -> CommitShape:
     shape = remembered.get(key)
     if shape is None:
         # As a commit of a row that hit, and got nothing.
-        (gathered, hits), drop = (np.array([length]), np.array([True])), Drop.of(None, window)
+        (gathered, hits), drop = (np.array([length]), np.array([True])), RaiseOnOverflow(window + 1).drop()
         shape = _commit_shape(range(1), gathered, hits, 0, length, window, drop)
         remembered.add(key, shape)
     return shape

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from ..books.records import Entry
 from ..books.tables import Tables
-from ..device.moving import joined_on, upload
-from ..device.positions import Correction, PositionSteps
+from ..device.moving import joined_on
+from ..device.positions import Correction
 from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensors import plain_torch_state
-from ..errors import InvalidArgumentError
 from ..model.kv import KeysValues
-from ..model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
+from ..model.overflow import Overflow
 from .batch import Batch
-from .commit_shape import CommitShape, Drop, commit_shape, share_shape
+from .commit_shape import CommitShape, commit_shape, share_shape
 from .storage import KVStorage
 
 __all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
@@ -99,7 +98,7 @@ def plan_put(
     window = storage.layout.max_tokens
     lengths = tuple([kv.lengths[row] for row in rows])
     # As a commit of rows that nothing was gathered for, and nothing appended to.
-    shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, Drop.of(None, window))
+    shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, storage.drop_of(None))
     with plain_torch_state():
         packed = kv.packed
         if packed is None or not packed.is_contiguous():
@@ -133,6 +132,7 @@ def plan_commit(
     """
     window = storage.layout.max_tokens
     drop = storage.drop_of(overflow)
+    overflow = storage.no_overflow if overflow is None else overflow
     if type(rows) is range:  # the whole batch
         hits, table_rows, inherited = batch.hits, batch.table_rows, batch.corrections
     else:
@@ -140,7 +140,9 @@ def plan_commit(
         hits = tuple([batch.hits[row] for row in rows])
         table_rows, inherited = [batch.table_rows[row] for row in rows], [batch.corrections[row] for row in rows]
     if storage.corrects_lazily:
-        hits = _shareable(inherited, hits, overflow)
+        foreign = overflow.foreign(inherited)
+        if foreign:
+            hits = tuple([hit and other not in foreign for hit, other in zip(hits, inherited, strict=True)])
     shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start, window, drop)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
@@ -148,61 +150,10 @@ def plan_commit(
         inherited = [inherited[i] for i in shape.order]
     corrections: list[Correction] = [None] * len(keys)
     if storage.corrects_lazily:
-        corrections = _corrections(inherited, shape, overflow)
+        shared = [correction if kept else None for correction, kept in zip(inherited, shape.kept, strict=True)]
+        corrections = overflow.corrections(shared, shape.over, shape.moved)
     plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
-    if isinstance(overflow, DropAndCorrect) and shape.corrected:
-        plan.difference, plan.runs = _difference(overflow, shape.corrected)
+    difference = overflow.difference_of(shape.corrected) if shape.corrected else None
+    if difference is not None:
+        plan.difference, plan.runs = difference
     return plan
-
-
-def _shareable(inherited: list[Correction], hits: tuple[bool, ...], overflow: Overflow | None) -> tuple[bool, ...]:
-    """Which rows may share their parents' tokens: not those that would move by another table than these did.
-
-    What was gathered of them is corrected already, and is stored whole.
-    """
-    if isinstance(overflow, DropLazily):
-        foreign = {*inherited} - {None, overflow.table}
-    elif isinstance(overflow, DropOldest):
-        foreign = {correction for correction in {*inherited} if isinstance(correction, PositionSteps)}
-    else:
-        return hits
-    if not foreign:
-        return hits
-    return tuple([hit and correction not in foreign for hit, correction in zip(hits, inherited, strict=True)])
-
-
-def _corrections(inherited: list[Correction], shape: CommitShape, overflow: Overflow | None) -> list[Correction]:
-    """What each new entry has to be corrected by on reading; `inherited` is what its parent is corrected by."""
-    corrections: list[Correction] = [None] * len(inherited)
-    if isinstance(overflow, DropLazily):
-        table = overflow.table
-        if isinstance(table, PositionSteps):
-            _check_covers("overflow.table", shape.moved, table.covered)
-        if False not in shape.over:
-            return [table] * len(inherited)
-    for i, kept in enumerate(shape.kept):
-        if kept:
-            corrections[i] = inherited[i]
-    if isinstance(overflow, DropLazily):
-        return [
-            overflow.table if over else correction for over, correction in zip(shape.over, corrections, strict=True)
-        ]
-    return corrections
-
-
-def _difference(overflow: DropAndCorrect, lengths: Sequence[int]) -> tuple[Tensor, int]:
-    """What is added to the corrected tokens, and to how many runs of as many tokens."""
-    packed = overflow.packed
-    _check_covers("overflow.difference", max(lengths), packed.shape[1])
-    if min(lengths) == max(lengths):
-        return overflow.first(lengths[0]), len(lengths)
-    position = np.concatenate([np.arange(length) for length in lengths])
-    return packed.index_select(1, upload(position, packed.device)), 1
-
-
-def _check_covers(name: str, tokens: int, covered: int) -> None:
-    if tokens > covered:
-        raise InvalidArgumentError(
-            f"{name} must cover the {tokens} tokens that a row keeps here, got {covered}; rows keep more than "
-            "limit - count where several tokens are appended before a commit"
-        )

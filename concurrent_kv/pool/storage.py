@@ -25,9 +25,8 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.sharded import ShardedRWLock
 from ..locks.signal import Signal
-from ..model.overflow import DropLazily, Overflow, check_overflow
+from ..model.overflow import Drop, Overflow, RaiseOnOverflow, check_overflow
 from ..never_copied import NeverCopied
-from .commit_shape import Drop
 
 __all__ = ["KVStorage", "PoolState"]
 
@@ -91,7 +90,8 @@ class KVStorage(NeverCopied):
         self.zeroed = self.clock.stamp(stream)
         self.closed = False
         self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
-        self._no_drop = Drop.of(None, layout.max_tokens)
+        self.no_overflow = RaiseOnOverflow(layout.max_tokens + 1)  # where no policy was given
+        self._no_drop = self.no_overflow.drop()
         self._last_drop: tuple[Callable[[], Overflow | None], Drop] | None = None  # a weak reference: it has tensors
         self.pools: list[PoolState] = []
         self._pid, self._forks = os.getpid(), _forks
@@ -159,9 +159,9 @@ class KVStorage(NeverCopied):
         last = self._last_drop
         if last is None or last[0]() is not overflow:
             check_overflow(overflow, self.layout)
-            if isinstance(overflow, DropLazily):
+            if overflow.corrects_lazily:
                 self.corrects_lazily = True
-            last = self._last_drop = (ref(overflow), Drop.of(overflow, self.layout.max_tokens))
+            last = self._last_drop = (ref(overflow), overflow.drop())
         return last[1]
 
     def check_process(self) -> None:
