@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "csrc/appends.h"
 #include "csrc/arguments.h"
 #include "csrc/copies.h"
 #include "csrc/entries.h"
@@ -42,12 +43,14 @@ static PyMethodDef functions[] = {
     FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
     FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
-    FUNCTION(places),    FUNCTION(occupy),
+    FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),
     {NULL, NULL, 0, NULL},
 };
 
 static int add_types(PyObject *module)
 {
+    if (intern_names() < 0)
+        return -1;
     if (view_type == NULL && (view_type = (PyTypeObject *)PyType_FromSpec(&view_spec)) == NULL)
         return -1;
     return PyModule_AddType(module, view_type);

@@ -37,6 +37,7 @@ NATIVE_USERS = (
     "books.index",
     "books.ledger",
     "books.slots",
+    "device.appends",
     "device.tensors",
     "model.hashing",
     "pool.plan",
