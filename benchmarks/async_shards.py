@@ -46,9 +46,9 @@ class TimedLocks(ShardedRWLock):
     def write(self, shards: Sequence[int], deadline: Deadline) -> Any:
         return _TimedHold(super().write(shards, deadline), self.held["write"])
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
+    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
         before, begin = self._wait_count, perf_counter_ns()
-        super()._acquire(shard, write, deadline, held)
+        super()._acquire(shards, write, deadline, held)
         if self._wait_count != before:
             self.waited.append(perf_counter_ns() - begin)
 

@@ -75,14 +75,14 @@ def hash_of(key: Hashable, name: str = "key") -> int:
 
 def hash_all(keys: Sequence[Hashable], name: str) -> None:
     """As `hash_of`, for every key."""
+    if PLAIN.issuperset(map(type, keys)):
+        return  # they hash, and say whether they are equal
     try:
         deque(map(hash, keys), maxlen=0)
     except TypeError:
         for key in keys:
             hash_of(key, name)
         raise  # of a key that hashed this time
-    if PLAIN.issuperset(map(type, keys)):
-        return
     if TUPLE.issuperset(map(type, keys)) and PLAIN.issuperset(map(type, chain.from_iterable(keys))):  # type: ignore[arg-type]
         return
     for key in keys:

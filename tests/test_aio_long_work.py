@@ -174,13 +174,13 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
     facade = AsyncKVCacheManager(manager)
     locks = manager.storage.locks
     acquire = locks._acquire
-    refused: list[int] = []
+    refused: list[Any] = []
 
-    def busy_once(shard: int, write: bool, deadline: Any, held: list[Any]) -> None:
+    def busy_once(shards: Any, write: bool, deadline: Any, held: list[Any]) -> None:
         if deadline.on_loop:
-            refused.append(shard)
+            refused.append(shards)
             raise WaitTimeoutError("busy")
-        acquire(shard, write, deadline, held)
+        acquire(shards, write, deadline, held)
 
     async def main() -> None:
         manager.set_init_cache(0, "root", tokens(1, 2))

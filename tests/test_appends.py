@@ -79,6 +79,7 @@ REFUSED: dict[str, Make] = {
     "one token more": lambda new: torch.cat([new, new[:, :, :1]], 2),
     "too many tokens": lambda new: torch.cat([new] * 9, 2),
     "a dimension more": lambda new: new[None],
+    "a last dimension more": lambda new: new[..., None],
     "a dimension less": lambda new: new[0],
     "nothing": lambda new: None,
 }
@@ -333,6 +334,32 @@ def test_a_buffer_that_its_user_gave_other_memory_is_left_to_torch() -> None:
     assert_alike(act)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["after an append", "before any"])
+def test_a_buffer_that_its_user_turned_is_left_to_torch(first: bool) -> None:
+    def act(batch: Batch) -> object:
+        if not first:
+            batch.append(0, new_tokens(), new_tokens())
+        batch.data.set_(batch.data.transpose(1, 2).contiguous().transpose(1, 2))  # type: ignore[call-overload]
+        before = batch.data.clone()
+        batch.append(1, new_tokens(seed=5), new_tokens(seed=6))
+        before[1, :, :, GATHERED : GATHERED + 2] = new_tokens(seed=5)
+        before[3, :, :, GATHERED : GATHERED + 2] = new_tokens(seed=6)
+        assert torch.equal(batch.data, before)
+        return None
+
+    assert_alike(act)
+
+
+@needs_native
+def test_a_buffer_of_a_subclass_is_left_to_torch() -> None:
+    out = torch.zeros(2 * LAYERS, ROWS, HEADS, WINDOW, HEAD_DIM).as_subclass(Marked)
+    new = new_tokens().as_subclass(Marked)
+    with gathered("compiled", out=out) as batch, OperatorCalls() as calls:
+        keys, _ = batch.append(0, new, new)
+        assert torch.equal(keys[:, :, GATHERED:], new)
+    assert len([name for name in calls.names if "copy_" in name]) == 2
+
+
 @needs_native
 def test_a_large_copy_is_left_to_torch_and_a_middling_one_lets_go_of_the_gil(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = KVLayout(1, 8, 64, 64)
@@ -369,5 +396,7 @@ def test_errors_of_attributes_reach_the_caller_unless_they_say_that_there_is_no_
     memory = (strange, torch.float32, 8, 1, 1, 1, 2, 1, 4)
     with pytest.raises(KeyError, match="mine"):
         native.append(memory, 0, 0, strange, strange)
-    strange.error = RuntimeError("no memory")
+    strange.is_cpu = False
+    assert native.append(memory, 0, 0, strange, strange) == 0  # on another device, nothing more is asked
+    strange.is_cpu, strange.error = True, RuntimeError("no memory")
     assert native.append(memory, 0, 0, strange, strange) == 0

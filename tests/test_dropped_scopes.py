@@ -212,7 +212,9 @@ def test_a_key_of_a_scope_that_is_being_dropped_is_there_or_the_scope_is_closed(
     deadline = pool.storage.enter()
     pool.drop_scope(scope)
     with pytest.raises(ClosedError):
-        retain(pool.storage, [(found, "key")], generations_of([found]), deadline, hold=Hold("read", []))
+        hashes = [hash("key")]
+        generations = generations_of([found])
+        retain(pool.storage, found.locate(hashes), ["key"], hashes, generations, deadline, hold=Hold("read", []))
 
 
 def test_who_waits_for_a_computation_in_a_dropped_scope_hears_at_once(

@@ -133,6 +133,9 @@ class SlotTensor:
         layout: shapes, dtype and device.
         num_slots: usable slots (1 to `num_slots`).
         compiled: whether compiled code may read and write it; not where streams are simulated.
+
+    Attributes:
+        data: `[2 * layers, slots + 1, heads, head_dim]`; gone once they were given back.
     """
 
     def __init__(self, layout: KVLayout, num_slots: int, *, compiled: bool = True) -> None:
@@ -145,24 +148,22 @@ class SlotTensor:
             data = torch.empty(shape, dtype=layout.dtype, device=layout.device)
             if self._native is not None:
                 self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
-            self._data: Tensor | None = data.zero_()
+            self.data: Tensor = data.zero_()
+        self._data_shape = shape
         self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
         self._buffers_lock = threading.Lock()
 
-    @property
-    def data(self) -> Tensor:
-        """`[2 * layers, slots + 1, heads, head_dim]`."""
-        data = self._data
-        if data is None:
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
             raise ClosedError("the storage of this pool was freed by close()")
-        return data
+        raise AttributeError(name)
 
     @property
     def freed(self) -> bool:
         """Whether the slots were given back."""
-        return self._data is None
+        return "data" not in self.__dict__
 
     @property
     def nbytes(self) -> int:
@@ -376,10 +377,11 @@ class SlotTensor:
         return self.new_buffer(batch, columns), NO_TICKS
 
     def new_buffer(self, batch: int, columns: int) -> Tensor:
-        """A buffer that is the caller's for good."""
-        layout = self.layout
-        shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
-        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        """A buffer that is the caller's for good, and no inference tensor, whatever mode the thread is in."""
+        planes, _, heads, head_dim = self._data_shape
+        shape = (planes, batch, heads, columns, head_dim)
+        with plain_torch_state() if torch.is_inference_mode_enabled() else AS_IT_IS:
+            return torch.empty(shape, dtype=self.layout.dtype, device=self.layout.device)
 
     def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
         """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
@@ -388,12 +390,12 @@ class SlotTensor:
             if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
                 self._buffers.pop(next(iter(self._buffers)))
             free = self._buffers.setdefault(shape, [])
-            if len(free) < keep and self._data is not None:
+            if len(free) < keep and not self.freed:
                 # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
                 free.append((buffer.detach(), ticks))
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
-        self._data = None
+        self.__dict__.pop("data", None)
         with gate.lock, self._buffers_lock:
             self._buffers.clear()

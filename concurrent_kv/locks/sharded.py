@@ -50,8 +50,7 @@ class _Held:
         self._inside = True
         owner._holders[id(self)] = held
         try:
-            for shard in self._shards:
-                owner._acquire(shard, self._write, self._deadline, held)
+            owner._acquire(self._shards, self._write, self._deadline, held)
         except BaseException:
             self.__exit__()
             raise
@@ -149,13 +148,17 @@ class ShardedRWLock:
         with gate.lock, self._counter_lock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
-        if self._try(shard, write, held, None):
-            return
+    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
+        """Acquire all of `shards`; their handles join `held`."""
+        while not self._try(shards, write, held, None):
+            self._wait(shards[: len(held) + 1], write, deadline, held)
+
+    def _wait(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
+        """Wait for the last of `shards`; the others are held."""
         self._look_for_cut(sys.exc_info()[1])
         started = time.monotonic()
         self._look_for_lost()
-        while not (acquired := self._try(shard, write, held, min(deadline.left(), LOOK_SECONDS))):
+        while not (acquired := self._try(shards, write, held, min(deadline.left(), LOOK_SECONDS))):
             if not deadline.left():
                 break
             self._look_for_lost()
@@ -165,28 +168,35 @@ class ShardedRWLock:
             self._wait_seconds += waited
         if not acquired:
             raise WaitTimeoutError(
-                f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
+                f"{self.name}: shard {shards[-1]} was not free for {'writing' if write else 'reading'} "
                 f"within {deadline.seconds:g} s"
             )
 
-    def _try(self, shard: int, write: bool, held: list[Any], timeout: float | None) -> bool:
-        """Acquire a shard within `timeout` seconds, at once if None; False also where its lock was replaced."""
-        lock = self._locks[shard]
-        try:
-            handle = lock.gen_wlock() if write else lock.gen_rlock()
-            if not (handle.acquire(False) if timeout is None else handle.acquire(True, timeout)):
+    def _try(self, shards: Sequence[int], write: bool, held: list[Any], timeout: float | None) -> bool:
+        """Acquire those of `shards` that are not held yet, each within `timeout` seconds, at once if None.
+
+        False at the first that is not free, and where its lock was replaced.
+        """
+        locks = self._locks
+        for shard in shards[len(held) :] if held else shards:
+            lock = locks[shard]
+            try:
+                handle = lock.gen_wlock() if write else lock.gen_rlock()
+                if not (handle.acquire(False) if timeout is None else handle.acquire(True, timeout)):
+                    return False
+                held.append(handle)
+                # After the append: who opens a new lock looks at what is held after putting it there; one sees the
+                # other.
+                if locks[shard] is not lock:
+                    held.pop()
+                    return False
+            except RuntimeError:  # of a lock that a thread was torn out of
+                self._replace(shard, lock)
                 return False
-            held.append(handle)
-            # After the append: who opens a new lock looks at what is held after putting it there; one sees the other.
-            if self._locks[shard] is lock:
-                return True
-            held.pop()
-        except RuntimeError:  # of a lock that somebody was torn out of
-            self._replace(shard, lock)
-        except BaseException:
-            self._replace(shard, lock)
-            raise
-        return False
+            except BaseException:
+                self._replace(shard, lock)
+                raise
+        return True
 
     # After asynchronous exceptions ---------------------------------------------------------------------------------
 

@@ -86,6 +86,15 @@ class KeysValues:
         return keys_values
 
     @classmethod
+    def of_row(cls, packed: Tensor) -> KeysValues:
+        """As `from_packed`, of one whole row that was made to fit: nothing is checked."""
+        layers, tokens = packed.shape[0] // 2, packed.shape[3]
+        made = cls.__new__(cls)
+        made.keys, made.values, made.packed = packed[:layers], packed[layers:], packed
+        made.lengths, made.end = (tokens,), tokens
+        return made
+
+    @classmethod
     def single(cls, keys: Tensor, values: Tensor) -> KeysValues:
         """One sequence, `[layers, heads, tokens, head_dim]` each, as a batch of one row; no copy."""
         for name, tensor in (("keys", keys), ("values", values)):

@@ -528,7 +528,7 @@ class Batch(Handle):
 
     def __del__(self) -> None:
         hold = getattr(self, "hold", None)
-        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+        if hold is not None and not hold.released and not is_owned_elsewhere(hold.owner, self):
             self.abandon()
 
     def __repr__(self) -> str:

@@ -29,14 +29,12 @@ from ..pool.pool import KVPool
 from ..pool.reading import count_hits
 from ..pool.room import give_budget_back, reserve_budget
 from ..pool.writing import write
-from .reading import adopt, adopted, own, retain_here, retain_roots
+from .reading import adopt, adopted, own, own_or_adopted, retain_here, retain_roots
 from .state import RootKey, SearchState
 
 __all__ = ["LookupOrder", "Search"]
 
 LookupOrder = Literal["own_first", "init_first"]
-
-OWN_FIRST = (own, adopted)
 
 
 class _Same(Enum):
@@ -66,7 +64,7 @@ class Search(Handle):
     ) -> None:
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
-        self._checked_envs = env_ids  # the last tuple of them that was checked
+        self._checked_envs: Sequence[Hashable] = env_ids  # the last tuple or range of them that was checked
         self._state = state
         state.roots_hold.owner = ref(self)
         self._order = order
@@ -137,13 +135,13 @@ class Search(Handle):
         new: dict[RootKey, Entry] = {}
         try:
             if own_first:
-                retain_here(state, found, keys, env_ids, OWN_FIRST, hold, deadline)
+                retain_here(state, found, keys, env_ids, own_or_adopted, hold, deadline)
                 if None in found:
                     new = retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
-                retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
+                retain_here(state, found, keys, env_ids, adopted, hold, deadline)
                 new = retain_roots(state, found, keys, env_ids, hold, deadline)
-                retain_here(state, found, keys, env_ids, (own,), hold, deadline)
+                retain_here(state, found, keys, env_ids, own, hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             # Only now, as a gather that fails must leave the search as it was.
             if new and not adopt(state, new, deadline):
@@ -378,18 +376,17 @@ class Search(Handle):
         storage = state.pool.storage
         state.end("the search was closed", storage.enter_quietly(timeout))
 
-    def _check_envs(self, env_ids: Sequence[Hashable]) -> tuple[Hashable, ...]:
-        known = self._checked_envs  # read once: another thread may have another tuple checked
-        if env_ids is known:
-            return known
+    def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
+        if env_ids is self._checked_envs:
+            return env_ids
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(
                 f"env_ids must be among the search's {shown(self.env_ids)}, got {shown(unknown[0])}"
             )
-        if checked is env_ids:  # a tuple: it will be the same
-            self._checked_envs = checked
+        if checked is env_ids or type(env_ids) is range:  # it will be the same
+            self._checked_envs = env_ids
         return checked
 
     def abandon(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -130,12 +131,13 @@ class ModelShards(ShardedRWLock):
         self._shards = [_ModelShard(scheduler, number) for number in range(count)]
         self._held: Counter[Task | None] = Counter()
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
-        model = self._shards[shard]
-        if not model.acquire(write):
-            raise WaitTimeoutError(f"shard {shard} was not free")
-        held.append(_ShardHeld(self, model, write))
-        self._held[self._scheduler.running] += 1
+    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
+        for shard in shards:
+            model = self._shards[shard]
+            if not model.acquire(write):
+                raise WaitTimeoutError(f"shard {shard} was not free")
+            held.append(_ShardHeld(self, model, write))
+            self._held[self._scheduler.running] += 1
 
     def let_go(self) -> None:
         """Note that the running task released a shard."""
