@@ -95,10 +95,10 @@ class SeenLocks(ShardedRWLock):
         super().__init__(count, **options)
         self.longest_wait: dict[int, float] = {}
 
-    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
+    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, *rest: Any) -> bool:
         thread = threading.get_ident()
         self.longest_wait[thread] = max(self.longest_wait.get(thread, 0.0), deadline.seconds)
-        super()._acquire(shards, write, deadline, held)
+        return super()._acquire(shards, write, deadline, *rest)
 
 
 class SeenPool(KVPool):

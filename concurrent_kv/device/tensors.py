@@ -135,12 +135,14 @@ class SlotTensor:
         compiled: whether compiled code may read and write it; not where streams are simulated.
 
     Attributes:
-        data: `[2 * layers, slots + 1, heads, head_dim]`; gone once they were given back.
+        data: `[2 * layers, slots + 1, heads, head_dim]`, until they are given back.
+        freed: whether they were.
     """
 
     def __init__(self, layout: KVLayout, num_slots: int, *, compiled: bool = True) -> None:
         self.layout = layout
         self.num_slots = num_slots
+        self.freed = False
         self._on_host = compiled and layout.device.type == "cpu"  # whether its bytes may be written to without torch
         self._native: Any = native if self._on_host else None
         shape = (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim)
@@ -149,7 +151,6 @@ class SlotTensor:
             if self._native is not None:
                 self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
             self.data: Tensor = data.zero_()
-        self._data_shape = shape
         self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
@@ -159,11 +160,6 @@ class SlotTensor:
         if name == "data":
             raise ClosedError("the storage of this pool was freed by close()")
         raise AttributeError(name)
-
-    @property
-    def freed(self) -> bool:
-        """Whether the slots were given back."""
-        return "data" not in self.__dict__
 
     @property
     def nbytes(self) -> int:
@@ -378,10 +374,12 @@ class SlotTensor:
 
     def new_buffer(self, batch: int, columns: int) -> Tensor:
         """A buffer that is the caller's for good, and no inference tensor, whatever mode the thread is in."""
-        planes, _, heads, head_dim = self._data_shape
-        shape = (planes, batch, heads, columns, head_dim)
-        with plain_torch_state() if torch.is_inference_mode_enabled() else AS_IT_IS:
-            return torch.empty(shape, dtype=self.layout.dtype, device=self.layout.device)
+        layout = self.layout
+        shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
+        if not torch.is_inference_mode_enabled():
+            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        with plain_torch_state():
+            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
 
     def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
         """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
@@ -396,6 +394,7 @@ class SlotTensor:
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
+        self.freed = True
         self.__dict__.pop("data", None)
         with gate.lock, self._buffers_lock:
             self._buffers.clear()

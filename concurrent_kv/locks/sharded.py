@@ -148,17 +148,41 @@ class ShardedRWLock:
         with gate.lock, self._counter_lock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
-    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
-        """Acquire all of `shards`; their handles join `held`."""
-        while not self._try(shards, write, held, None):
-            self._wait(shards[: len(held) + 1], write, deadline, held)
+    def _acquire(
+        self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any], at_most: float | None = None
+    ) -> bool:
+        """Acquire all of `shards`; their handles join `held`.
 
-    def _wait(self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any]) -> None:
-        """Wait for the last of `shards`; the others are held."""
+        With `at_most`, False where one is not free within as many seconds, or its lock was replaced.
+        """
+        locks = self._locks
+        for shard in shards:
+            lock = locks[shard]
+            try:
+                handle = lock.gen_wlock() if write else lock.gen_rlock()
+                if handle.acquire(False) if at_most is None else handle.acquire(True, at_most):
+                    held.append(handle)
+                    # After the append: who opens a new lock looks at what is held after putting it there; one sees the
+                    # other.
+                    if locks[shard] is lock:
+                        continue
+                    held.pop()
+            except RuntimeError:  # of a lock that a thread was torn out of
+                self._replace(shard, lock)
+            except BaseException:
+                self._replace(shard, lock)
+                raise
+            if at_most is not None:
+                return False
+            self._wait(shard, write, deadline, held)
+        return True
+
+    def _wait(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
+        """Acquire a shard that was not free at once."""
         self._look_for_cut(sys.exc_info()[1])
         started = time.monotonic()
         self._look_for_lost()
-        while not (acquired := self._try(shards, write, held, min(deadline.left(), LOOK_SECONDS))):
+        while not (acquired := self._acquire((shard,), write, deadline, held, min(deadline.left(), LOOK_SECONDS))):
             if not deadline.left():
                 break
             self._look_for_lost()
@@ -168,35 +192,9 @@ class ShardedRWLock:
             self._wait_seconds += waited
         if not acquired:
             raise WaitTimeoutError(
-                f"{self.name}: shard {shards[-1]} was not free for {'writing' if write else 'reading'} "
+                f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
                 f"within {deadline.seconds:g} s"
             )
-
-    def _try(self, shards: Sequence[int], write: bool, held: list[Any], timeout: float | None) -> bool:
-        """Acquire those of `shards` that are not held yet, each within `timeout` seconds, at once if None.
-
-        False at the first that is not free, and where its lock was replaced.
-        """
-        locks = self._locks
-        for shard in shards[len(held) :] if held else shards:
-            lock = locks[shard]
-            try:
-                handle = lock.gen_wlock() if write else lock.gen_rlock()
-                if not (handle.acquire(False) if timeout is None else handle.acquire(True, timeout)):
-                    return False
-                held.append(handle)
-                # After the append: who opens a new lock looks at what is held after putting it there; one sees the
-                # other.
-                if locks[shard] is not lock:
-                    held.pop()
-                    return False
-            except RuntimeError:  # of a lock that a thread was torn out of
-                self._replace(shard, lock)
-                return False
-            except BaseException:
-                self._replace(shard, lock)
-                raise
-        return True
 
     # After asynchronous exceptions ---------------------------------------------------------------------------------
 

@@ -183,7 +183,8 @@ class Batch(Handle):
             ClosedError: the batch is closed; SearchEndedError: by the end of its search.
         """
         self.check_open()
-        layer = self._layer_number(layer)
+        if type(layer) is not int or not 0 <= layer < self._layers:
+            layer = self._layer_number(layer)
         end = self._ends[layer] = self._append(layer, self._ends[layer], keys, values)
         parts = self._parts_to(end)
         return parts[layer], parts[self._layers + layer]
@@ -237,7 +238,8 @@ class Batch(Handle):
         """Keys, then values, of each layer up to column `end`."""
         parts = self._parts
         if not parts or parts[0].shape[2] != end:
-            parts = self._parts = self.data.narrow(3, 0, end).unbind(0)
+            data = self.data
+            parts = self._parts = (data if data.shape[3] == end else data.narrow(3, 0, end)).unbind(0)
         return parts
 
     def _check_new(self, keys: Tensor, values: Tensor, *, stacked: bool) -> int:

@@ -37,7 +37,8 @@ def open_batch(
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
     clock = storage.clock
-    stream = clock.current()  # before anything is allocated, which a capture would take into its graph
+    # Before anything is allocated, which a capture would take into its graph.
+    stream = None if clock.backend is None else clock.current()
     described = describe(entries, scope)
     longest = max(described.lengths)
     columns = _columns(storage, longest, room)

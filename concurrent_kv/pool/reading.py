@@ -24,7 +24,6 @@ __all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain
 Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
 NOTHING: frozenset[Correction] = frozenset([None])
-NONE_OWED: frozenset[Correction] = frozenset()
 
 
 def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
@@ -120,7 +119,10 @@ def gather_entries(
         described = describe(entries)
     clock = storage.clock
     if clock.backend is None:
-        _gather(storage, described, out, end, [], whole)
+        if storage.corrects_lazily:
+            _gather(storage, described, out, end, [], whole)
+        else:
+            storage.tensor.gather(storage.ledger.tables, described.rows, end, out, whole=whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -150,8 +152,8 @@ def _gather(
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
     ledger, tensor = storage.ledger, storage.tensor
-    rows, _, corrections, _ = described
-    owed = {*corrections} - NOTHING if storage.corrects_lazily else NONE_OWED
+    rows, corrections = described.rows, described.corrections
+    owed = {*corrections} - NOTHING
     if len(owed) == 1:
         (steps,) = owed
         if isinstance(steps, PositionSteps) and tensor.gather_stepwise(
@@ -192,7 +194,8 @@ def _correct(
 
 def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
-    storage.clock.current()  # before anything is allocated, which a capture would take into its graph
+    if storage.clock.backend is not None:
+        storage.clock.current()  # before anything is allocated, which a capture would take into its graph
     length = entry.length
     out = storage.tensor.new_buffer(1, length)
     gather_entries(storage, [entry], out, length)

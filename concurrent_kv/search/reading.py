@@ -45,9 +45,11 @@ def adopted(
 def own_or_adopted(
     state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
-    """As `own`, and then among the adopted roots."""
-    present = own(state, found, keys, env_ids)
-    return present + adopted(state, found, keys, env_ids) if None in found else present
+    """As `own` and then `adopted`, of rows none of which has been found yet."""
+    entries = found[:] = state.scope.entries[0].find(keys)
+    if None not in entries:
+        return entries  # type: ignore[return-value]
+    return [*filter(None, entries), *adopted(state, found, keys, env_ids)]
 
 
 def retain_here(

@@ -109,7 +109,8 @@ class Search(Handle):
                 return self.gather(keys, env_ids, order=order, room=room, out=out, timeout=timeout)
         deadline = storage.enter(timeout)
         keys = check_keys(keys)
-        env_ids = self._check_envs(env_ids)
+        if env_ids is not self._checked_envs:
+            env_ids = self._check_envs(env_ids)
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
         own_first = (self._order if order is None else check_order(order)) == "own_first"
@@ -377,8 +378,6 @@ class Search(Handle):
         state.end("the search was closed", storage.enter_quietly(timeout))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
-        if env_ids is self._checked_envs:
-            return env_ids
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
