@@ -366,9 +366,8 @@ class Batch(Handle):
     def check_committable(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> int | tuple[int, ...]:
         """New tokens of every row, or of each; or an error that says why `rows` cannot be committed.
 
-        `lengths`: how many each of `rows` got, of those appended; all of them if left out.
+        `lengths`: how many each of `rows` got, of those appended; all of them if left out. The caller uses the hold.
         """
-        self.check_open()
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
             raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")

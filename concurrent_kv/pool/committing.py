@@ -157,7 +157,8 @@ def commit_batch(
             new = new if isinstance(new, int) else tuple([new[i] for i in last])
         plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
         plan.since = batch.opened
-        batch.use_here()
+        if pool.storage.clock.backend is not None:
+            batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:
         try:
