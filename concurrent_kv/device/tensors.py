@@ -383,14 +383,17 @@ class SlotTensor:
 
     def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
         """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
+        # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
+        sizes, returned = buffer.shape, (buffer.detach(), ticks)
+        shape = (sizes[1], sizes[3])
         with gate.lock, self._buffers_lock:
-            shape = (buffer.shape[1], buffer.shape[3])
-            if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
-                self._buffers.pop(next(iter(self._buffers)))
-            free = self._buffers.setdefault(shape, [])
+            free = self._buffers.get(shape)
+            if free is None:
+                if len(self._buffers) >= MAX_BUFFER_SHAPES:
+                    self._buffers.pop(next(iter(self._buffers)))
+                free = self._buffers[shape] = []
             if len(free) < keep and not self.freed:
-                # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
-                free.append((buffer.detach(), ticks))
+                free.append(returned)
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""

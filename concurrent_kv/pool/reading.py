@@ -16,7 +16,7 @@ from ..device.tensors import in_columns, plain_torch_state
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..model.kv import KeysValues
+from ..model.kv import KeysValues, whole_row
 from .storage import KVStorage
 
 __all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
@@ -199,7 +199,7 @@ def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = N
     length = entry.length
     out = storage.tensor.new_buffer(1, length)
     gather_entries(storage, [entry], out, length)
-    found = KeysValues.of_row(out)
+    found = whole_row(out)
     if to is None:
         return found
     with plain_torch_state():
