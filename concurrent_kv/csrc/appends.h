@@ -47,7 +47,7 @@ static int not_plain(void)
     return 0;
 }
 
-static int is(PyObject *found, PyObject *expected)
+static int answer_is(PyObject *found, PyObject *expected)
 {
     if (found == NULL)
         return not_plain();
@@ -55,7 +55,7 @@ static int is(PyObject *found, PyObject *expected)
     return found == expected;
 }
 
-static int sizes(PyObject *found, int dimensions, Py_ssize_t *out)
+static int sizes_of(PyObject *found, int dimensions, Py_ssize_t *out)
 {
     if (found == NULL)
         return not_plain();
@@ -66,7 +66,7 @@ static int sizes(PyObject *found, int dimensions, Py_ssize_t *out)
     return fits;
 }
 
-static int address(PyObject *tensor, char **out)
+static int address_in(PyObject *tensor, char **out)
 {
     PyObject *found = PyObject_CallMethodNoArgs(tensor, name_of[DATA_PTR]);
     if (found == NULL)
@@ -82,21 +82,21 @@ static int source_of(PyObject *tensor, const Batch *b, int stacked, Source *s)
     if (Py_TYPE(tensor) != Py_TYPE(b->tensor))
         return 0;
     s->shape[0] = 1, s->stride[0] = 0;
-    int first = !stacked, done = is(PyObject_GetAttr(tensor, name_of[DTYPE]), b->dtype);
+    int first = !stacked, done = answer_is(PyObject_GetAttr(tensor, name_of[DTYPE]), b->dtype);
     if (done == 1)
-        done = is(PyObject_GetAttr(tensor, name_of[IS_CPU]), Py_True);
+        done = answer_is(PyObject_GetAttr(tensor, name_of[IS_CPU]), Py_True);
     if (done == 1)
-        done = sizes(PyObject_GetAttr(tensor, name_of[SHAPE]), 5 - first, s->shape + first);
+        done = sizes_of(PyObject_GetAttr(tensor, name_of[SHAPE]), 5 - first, s->shape + first);
     if (done == 1)
-        done = sizes(PyObject_CallMethodNoArgs(tensor, name_of[STRIDE]), 5 - first, s->stride + first);
+        done = sizes_of(PyObject_CallMethodNoArgs(tensor, name_of[STRIDE]), 5 - first, s->stride + first);
     if (done == 1)
-        done = is(PyObject_CallMethodNoArgs(tensor, name_of[IS_NEG]), Py_False);
+        done = answer_is(PyObject_CallMethodNoArgs(tensor, name_of[IS_NEG]), Py_False);
     if (done == 1)
-        done = address(tensor, (char **)&s->start);
+        done = address_in(tensor, (char **)&s->start);
+    if (done != 1)
+        return done;
     const Py_ssize_t expected[5] = {stacked ? b->layers : 1, b->rows, b->heads, s->shape[3], b->head_dim};
-    if (done == 1 && (memcmp(s->shape, expected, sizeof expected) || (s->stride[4] != 1 && b->head_dim != 1)))
-        done = 0;
-    return done;
+    return !memcmp(s->shape, expected, sizeof expected) && (s->stride[4] == 1 || b->head_dim == 1);
 }
 
 /* `bytes` of `count` pieces, which are `step` apart at their source. It may be the batch itself. */
@@ -152,7 +152,7 @@ static PyObject *append(PyObject *module, PyObject *const *arguments, Py_ssize_t
         return NULL;
     Source keys, values;
     char *start;
-    int done = address(b.tensor, &start);
+    int done = address_in(b.tensor, &start);
     if (done == 1)
         done = start == b.start; /* or its user has given it other memory */
     if (done == 1)
