@@ -13,13 +13,12 @@ from torch.autograd.graph import increment_version
 
 from .native import address_of, native
 
-__all__ = ["ALL_LAYERS", "NO_MEMORY", "HostMemory", "append_in", "host_memory"]
+__all__ = ["ALL_LAYERS", "HostMemory", "append_in", "host_memory"]
 
 ALL_LAYERS = -1
 
 # See `append` in _native.pyi.
 HostMemory: TypeAlias = "tuple[()] | tuple[Tensor, Any, int, int, int, int, int, int, int]"
-NO_MEMORY: HostMemory = ()
 
 
 def host_memory(buffer: Tensor) -> HostMemory:
@@ -27,7 +26,7 @@ def host_memory(buffer: Tensor) -> HostMemory:
     plain = native is not None and type(buffer) is Tensor and buffer.is_cpu and buffer.dim() == 5
     address = address_of(buffer) if plain and buffer.is_contiguous() else 0
     if not address:
-        return NO_MEMORY
+        return ()
     planes, batch, heads, columns, head_dim = buffer.shape
     return buffer, buffer.dtype, address, planes // 2, batch, heads, columns, head_dim, buffer.itemsize
 

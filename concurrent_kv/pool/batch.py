@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import numbers_or_none, positive_int
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
-from ..device.appends import ALL_LAYERS, NO_MEMORY, HostMemory, append_in, host_memory
+from ..device.appends import ALL_LAYERS, HostMemory, append_in, host_memory
 from ..device.moving import upload
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
@@ -217,7 +217,7 @@ class Batch(Handle):
     def _append(self, layer: int, end: int, keys: Tensor, values: Tensor) -> int:
         """Write new tokens of a layer, or of `ALL_LAYERS`, from column `end` on; returns the new end."""
         if self._memory is None:
-            self._memory = host_memory(self.data) if self._uses is None else NO_MEMORY
+            self._memory = host_memory(self.data)
         tokens = append_in(self._memory, layer, end, keys, values)
         if tokens:
             return end + tokens
