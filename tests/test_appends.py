@@ -203,6 +203,7 @@ def test_a_layer_that_is_none_is_refused_alike(layer: Any) -> None:
     seen = assert_alike(appended(AT_ONCE["contiguous"], AT_ONCE["contiguous"], torch.float32, layer))
     assert seen[1:] == untouched[1:]
     assert isinstance(seen.result, tuple)
+    assert seen.result[1].startswith("layer must be ")
 
 
 def test_numbers_of_numpy_name_layers() -> None:
