@@ -51,7 +51,7 @@ def test_a_closed_pool_over_an_open_storage_says_that_it_is_closed(operation: Ca
     storage = storage_of(1)
     pool = KVPool(LAYOUT, 1, storage=storage, name="mine")
     pool.close()
-    with pytest.raises(ClosedError, match="^mine is closed$"):
+    with pytest.raises(ClosedError, match=r"^mine is closed$"):
         operation(pool)
     storage.close()
 
