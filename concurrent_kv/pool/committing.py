@@ -40,8 +40,11 @@ def open_batch(
     # Before anything is allocated, which a capture would take into its graph.
     stream = None if clock.backend is None else clock.current()
     described = describe(entries, scope)
-    longest = max(described.lengths)
-    columns = _columns(storage, longest, room)
+    longest, window = max(described.lengths), storage.layout.max_tokens
+    if room is not None and (type(room) is not int or not 0 <= room <= window - longest):
+        room = _checked_room(room, longest, window)
+    # A batch of misses only still needs columns to be filled and appended to.
+    columns = window if room is None else max(1, longest + room)
     ready: Ticks = NO_TICKS
     own = out is None
     if out is None:
@@ -55,20 +58,15 @@ def open_batch(
     return Batch(storage, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
 
 
-def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
-    """Columns of a buffer for rows of `longest` tokens with `room` behind them."""
-    window = storage.layout.max_tokens
-    if room is None:
-        return window
-    if type(room) is not int or room < 0:
-        room = positive_int("room", room, minimum=0)
-    if longest + room > window:
+def _checked_room(room: object, longest: int, window: int) -> int:
+    """`room` as a number of columns that a row of `longest` tokens has in the window, or an error that says why not."""
+    checked = positive_int("room", room, minimum=0)
+    if longest + checked > window:
         raise InvalidArgumentError(
             f"room must be at most {window - longest}: the longest row has {longest} of the window's {window} "
-            f"tokens, got {room}"
+            f"tokens, got {checked}"
         )
-    # A batch of misses only still needs columns to be filled and appended to.
-    return max(1, longest + room)
+    return checked
 
 
 def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tensor:

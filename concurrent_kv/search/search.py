@@ -151,7 +151,6 @@ class Search(Handle):
             roots, missing, counters = batch.others, found.count(None), state.pool.account.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with gate.lock, storage.ledger.mutex:
-                state.check_open()
                 state.track(hold)
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.
                 counters.hit_count += len(found) - missing - len(roots)
