@@ -46,11 +46,12 @@ class TimedLocks(ShardedRWLock):
     def write(self, shards: Sequence[int], deadline: Deadline) -> Any:
         return _TimedHold(super().write(shards, deadline), self.held["write"])
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
+    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, *rest: Any) -> bool:
         before, begin = self._wait_count, perf_counter_ns()
-        super()._acquire(shard, write, deadline, held)
+        acquired = super()._acquire(shards, write, deadline, *rest)
         if self._wait_count != before:
             self.waited.append(perf_counter_ns() - begin)
+        return acquired
 
 
 class _TimedHold:

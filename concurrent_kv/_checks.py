@@ -56,7 +56,7 @@ def check_seconds(name: str, value: object) -> float:
     return float(value)
 
 
-# Types of keys that equal what they were stored under, and of which nothing has to be asked.
+# Types of keys that hash and equal what they were stored under, and of which nothing has to be asked.
 PLAIN = frozenset((str, int, float, bool, bytes, complex, type(None)))
 TUPLE = frozenset((tuple,))
 _asked: WeakSet[type[object]] = WeakSet()  # types of which one key was asked, and answered as a key should
@@ -129,7 +129,8 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
         raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
     if len(keys) < minimum:
         raise InvalidArgumentError("keys must name at least one key, got none")
-    hash_all(keys, "keys")
+    if not PLAIN.issuperset(map(type, keys)):
+        hash_all(keys, "keys")
     return keys
 
 

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "csrc/appends.h"
 #include "csrc/arguments.h"
 #include "csrc/copies.h"
 #include "csrc/entries.h"
@@ -41,7 +42,7 @@ static PyMethodDef functions[] = {
     FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
     FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
-    FUNCTION(places),    FUNCTION(occupy),
+    FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),
     {NULL, NULL, 0, NULL},
 };
 
@@ -54,6 +55,8 @@ static int add_type(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
 
 static int add_types(PyObject *module)
 {
+    if (intern_names() < 0)
+        return -1;
     return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) ? 0 : -1;
 }
 

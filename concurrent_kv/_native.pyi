@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from typing_extensions import Buffer
 
 from .books.index import Cells
@@ -156,6 +157,21 @@ def places(
 
 # Entries into their cells, at `place`; what a cell held gives way, and its key stays.
 def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | None], place: object, /) -> None: ...
+
+# New tokens into columns from `end` on of one layer of a batch or, where `layer` is -1, of all, of which `keys` and
+# `values` are stacked; returns how many each row got. 0, with nothing written, where they are not what the batch takes
+# or no plain tensors whose memory can be read (their last dimension in one piece), where there is no room, where the
+# batch has other memory than at its address, and for a very large copy. `batch` is the tensor [2 * layers, rows, heads,
+# columns, head_dim], contiguous and plain; its dtype and address, layers and the other four sizes, and the bytes of a
+# number. Errors of the tensors but RuntimeError are passed on. Lets go of the GIL for a large copy.
+def append(
+    batch: tuple[Tensor, object, int, int, int, int, int, int, int],
+    layer: int,
+    end: int,
+    keys: Tensor,
+    values: Tensor,
+    /,
+) -> int: ...
 
 # Ask the system for large pages where it has them; it may refuse without a word.
 def advise_huge_pages(address: int, num_bytes: int, /) -> None: ...

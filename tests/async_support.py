@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,10 +95,10 @@ class SeenLocks(ShardedRWLock):
         super().__init__(count, **options)
         self.longest_wait: dict[int, float] = {}
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
+    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, *rest: Any) -> bool:
         thread = threading.get_ident()
         self.longest_wait[thread] = max(self.longest_wait.get(thread, 0.0), deadline.seconds)
-        super()._acquire(shard, write, deadline, held)
+        return super()._acquire(shards, write, deadline, *rest)
 
 
 class SeenPool(KVPool):

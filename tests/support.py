@@ -41,6 +41,7 @@ NATIVE_USERS = (
     "books.index",
     "books.slots",
     "books.tables",
+    "device.appends",
     "device.tensors",
     "model.hashing",
 )

@@ -174,18 +174,18 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
     facade = AsyncKVCacheManager(manager)
     locks = manager.storage.locks
     acquire = locks._acquire
-    refused: list[int] = []
+    refused: list[Any] = []
 
-    def busy_once(shard: int, write: bool, deadline: Any, held: list[Any]) -> None:
+    def busy_once(shards: Any, write: bool, deadline: Any, *rest: Any) -> bool:
         if deadline.on_loop:
-            refused.append(shard)
+            refused.append(shards)
             raise WaitTimeoutError("busy")
-        acquire(shard, write, deadline, held)
+        return acquire(shards, write, deadline, *rest)
 
     async def main() -> None:
         manager.set_init_cache(0, "root", tokens(1, 2))
         async with facade.search(iter([0])) as search:
-            locks._acquire = busy_once  # type: ignore[method-assign]
+            locks._acquire = busy_once  # type: ignore[method-assign, assignment]
             batch = await search.gather(iter(["root"]), iter([0]))  # type: ignore[arg-type]
             append(batch, [1])
             await search.commit(iter(["child"]), batch, rows=iter([0]), sides=iter(["side"]))  # type: ignore[arg-type]

@@ -211,8 +211,9 @@ def test_a_key_of_a_scope_that_is_being_dropped_is_there_or_the_scope_is_closed(
     found = pool._scope(scope)  # as an operation that began before the drop has it
     deadline = pool.storage.enter()
     pool.drop_scope(scope)
+    hashes, generations = [hash("key")], generations_of([found])
     with pytest.raises(ClosedError):
-        retain(pool.storage, [(found, "key")], generations_of([found]), deadline, hold=Hold("read", []))
+        retain(pool.storage, found.locate(hashes), ["key"], hashes, generations, deadline, hold=Hold("read", []))
 
 
 def test_who_waits_for_a_computation_in_a_dropped_scope_hears_at_once(

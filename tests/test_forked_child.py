@@ -38,8 +38,8 @@ HARMLESS = {
     "Search": {"closed", "held", "abandon", "__len__"},
     # Views of a buffer that a fork copies (on a CPU), and what is known of its rows.
     "Batch": {
-        "abandon", "batch_size", "closed", "end", "gathered", "gathered_by", "hits", "keys", "layer", "lengths",
-        "padding", "pending_rows", "room", "side", "start", "use_here", "values",
+        "abandon", "batch_size", "check_committable", "closed", "end", "gathered", "gathered_by", "hits", "keys",
+        "layer", "lengths", "padding", "pending_rows", "room", "side", "start", "use_here", "values",
         "why_closed",
     },
     "Pin": {"abandon"},

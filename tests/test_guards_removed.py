@@ -161,9 +161,12 @@ def a_stale_read_after_a_clear() -> float | None:
 def without_comparing_epochs_on_reading(patch: pytest.MonkeyPatch) -> None:
     retain = reading.retain
 
-    def any_generation(storage: Any, wanted: Any, generations: Any, deadline: Any, **options: Any) -> Any:
-        current = {scope: entry.generation for scope, key in wanted for entry in [scope.entries[0].get(key)] if entry}
-        return retain(storage, wanted, {**generations, **current}, deadline, **options)
+    def any_generation(
+        storage: Any, located: Any, keys: Any, hashes: Any, generations: Any, deadline: Any, **options: Any
+    ) -> Any:
+        entries = [(scope, scope.entries[part].get(key)) for (scope, part), key in zip(located, keys, strict=True)]
+        current = {scope: entry.generation for scope, entry in entries if entry}
+        return retain(storage, located, keys, hashes, {**generations, **current}, deadline, **options)
 
     patch.setattr("concurrent_kv.pool.pool.retain", any_generation)
 

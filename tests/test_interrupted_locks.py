@@ -133,6 +133,23 @@ def test_who_gets_a_lock_just_when_it_is_replaced_tries_again() -> None:
     take_one(sharded)
 
 
+def test_a_lock_that_a_thread_was_torn_out_of_is_replaced_by_who_wants_it() -> None:
+    sharded = ShardedRWLock(1, name="cut")
+    old = sharded._locks[0]
+
+    class Handle:
+        c_rw_lock = old
+
+        def acquire(self, blocking: bool, timeout: float = -1) -> bool:
+            raise RuntimeError("release unlocked lock")
+
+    old.gen_wlock = Handle  # type: ignore[method-assign, assignment]
+    with sharded.write((0,), Deadline(JOIN_SECONDS)):
+        assert sharded._locks[0] is not old
+        check_kept_out(sharded, 0)
+    take_one(sharded)
+
+
 def try_to_take(sharded: ShardedRWLock, write: bool) -> None:
     try:
         take(sharded, write, seconds=0.0)

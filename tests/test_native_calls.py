@@ -57,6 +57,7 @@ class Arguments:
         self.cells: Cells[Entry] = {hash("third"): self.full, hash("empty"): self.empty}
         slots, batch, difference = self.data.data_ptr(), self.batch.data_ptr(), self.difference.data_ptr()
         index, columns = np.array([0, 1]), np.array([2, 0])
+        self.new = torch.arange(16, dtype=torch.float32).view(2, 2, HEADS, 1, 2)
         self.of: dict[str, list[Any]] = {
             "gather": [slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]],
             "gather_stepwise": [
@@ -76,6 +77,10 @@ class Arguments:
             "find": [self.cells, ["third", "empty", "none"]],
             "places": [[self.cells, self.cells], ["third", "new"], [hash("third"), hash("new")]],
             "occupy": [[self.full, self.empty], [self.first, self.second], [self.third, None], Place.HELD],
+            "append": [
+                (self.batch, torch.float32, batch, PLANES // 2, 2, HEADS, 3, 2, 4),
+                *(0, 2, self.new[0], self.new[1]),
+            ],
             "mark": [self.counts, np.array([1, 3]), 7],
             "hash_rows": [self.states, 3],
             "hash_memory": [self.states.ctypes.data, 3, 4],
@@ -244,6 +249,19 @@ CASES: dict[str, list[Case]] = {
         ({2: [None, "two"]}, TypeError),
         ({2: [made("one")]}, ValueError),
     ],
+    "append": [
+        ({0: [1] * 9}, TypeError),
+        ({0: (1,) * 8}, TypeError),
+        ({0: (None, torch.float32, 8, 1, 2, HEADS, 3, 2, 4)}, AttributeError),
+        ({0: (None, torch.float32, None, 1, 2, HEADS, 3, 2, 4)}, TypeError),
+        ({0: (None, torch.float32, 8, 1, 2, HEADS, 3, 2, 4.0)}, TypeError),
+        ({1: 1}, IndexError),
+        ({1: -2}, IndexError),
+        ({1: 2**70}, OverflowError),
+        ({2: 4}, IndexError),
+        ({2: -1}, IndexError),
+        ({2: None}, TypeError),
+    ],
     "mark": [
         ({1: np.array([1, SLOTS])}, IndexError),
         ({1: range(2, 5)}, IndexError),
@@ -317,6 +335,8 @@ def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
     assert torch.equal(arguments.data[:, 1], batch[:, 1, :, 0])
     arguments.call("mark")
     assert arguments.counts.tolist() == [0, 7, 0, 7]
+    assert arguments.call("append") == 1
+    assert torch.equal(batch[:, :, :, 2:], arguments.new)
 
 
 def test_entries_are_made_found_and_counted_as_python_does_it() -> None:

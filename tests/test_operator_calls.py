@@ -90,14 +90,14 @@ def test_calls_are_the_same_for_rows_that_got_different_numbers_of_tokens(kind: 
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_tokens_of_all_layers_are_appended_by_two_copies(layers: int) -> None:
+def test_tokens_of_all_layers_are_appended_by_two_copies_at_most(loops: str, layers: int) -> None:
     layout = KVLayout(layers, 2, 3, WINDOW)
     with KVPool(layout, 2) as pool, pool.gather(["missing"]) as batch:
         new = torch.ones(layers, 1, 2, 2, 3)
         with OperatorCalls() as appended:
             batch.append_layers(new, new)
         pool.check_integrity()
-    assert len(launching(appended.names)) == 2
+    assert len(launching(appended.names)) == {"torch": 2, "compiled": 0}[loops]
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 5, 3, 6)], ids=["equal", "unequal"])

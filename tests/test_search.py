@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 
 from concurrent_kv import (
     ClosedError,
@@ -91,6 +92,51 @@ def test_a_row_is_one_request_wherever_it_was_found(manager: KVCacheManager) -> 
 def test_an_environment_that_is_not_of_the_search_is_an_error(manager: KVCacheManager) -> None:
     with manager.search([0]) as search, pytest.raises(InvalidArgumentError, match=r"env_ids must be among .*\(0,\)"):
         search.gather(["root"], [1])
+
+
+def test_environments_are_looked_at_in_every_gather_unless_they_cannot_change(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([0, 1]) as search:
+        for envs in (range(2), (0, 1), [0, 1], torch.tensor([0, 1])):
+            for _ in range(2):
+                search.gather(["root", "none"], envs).close()  # type: ignore[arg-type]
+        listed = [0, 1]
+        search.gather(["root", "none"], listed).close()
+        listed[1] = 2
+        with pytest.raises(InvalidArgumentError, match=r"env_ids must be among .*, got 2$"):
+            search.gather(["root", "none"], listed)
+        with pytest.raises(InvalidArgumentError, match=r"env_ids must be among .*, got 2$"):
+            search.gather(["root", "none"], range(1, 3))
+
+
+def test_rows_are_found_wherever_each_of_them_is(manager: KVCacheManager) -> None:
+    """Own entries, adopted roots, roots of the init pools and misses in one gather, in both orders."""
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    manager.set_init_cache(1, "root", tokens(2, 2))
+    with manager.search([0, 1], entries=8) as search:
+        grow(search, "root", "child", 5)
+        grow(search, "root", "twin", 6)
+        manager.set_init_cache(1, "twin", tokens(9, 1))
+        keys = ["missing", "child", "root", "root", "child", "twin"]
+        for order, twin in (("own_first", child_of(tokens(1, 3), 6)), ("init_first", tokens(9, 1))):
+            for adopted in (False, True):
+                expected = [
+                    None,
+                    child_of(tokens(1, 3), 5),
+                    tokens(1, 3),
+                    tokens(2, 2),
+                    child_of(tokens(1, 3), 5),
+                    twin,
+                ]
+                manager.reset_stats()
+                with search.gather(keys, [0, 0, 0, 1, 1, 1], order=order) as batch:  # type: ignore[arg-type]
+                    assert batch.hits == tuple(one is not None for one in expected), (order, adopted)
+                    for row, wanted in enumerate(expected):
+                        if wanted is not None:
+                            assert_same(row_of(batch, row), wanted)
+                    assert len(batch.hold.entries) == 5
+                total = manager.get_stats_summary().total
+                assert (total.hit_count, total.miss_count) == (5, 1)
 
 
 # Whose entries it sees -----------------------------------------------------------------------------------------------

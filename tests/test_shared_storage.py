@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from concurrent_kv import ClosedError, InvalidArgumentError, KVPool, KVStorage
@@ -27,6 +29,30 @@ def test_a_closed_pool_leaves_its_share_to_the_next() -> None:
         assert storage.pools == [other]
         other.check_integrity()
     assert_same(other.get("key"), tokens(9, WINDOW))
+    storage.close()
+
+
+OPERATIONS: dict[str, Callable[[KVPool], object]] = {
+    "get": lambda pool: pool.get("key"),
+    "contains": lambda pool: pool.contains("key"),
+    "keys": lambda pool: pool.keys(),
+    "gather": lambda pool: pool.gather(["key"]),
+    "pin": lambda pool: pool.pin("key"),
+    "put": lambda pool: pool.put("key", tokens(1, 2)),
+    "pop": lambda pool: pool.pop("key"),
+    "clear": lambda pool: pool.clear(),
+    "bump_version": lambda pool: pool.bump_version(),
+    "drop_scope": lambda pool: pool.drop_scope("none"),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_a_closed_pool_over_an_open_storage_says_that_it_is_closed(operation: Callable[[KVPool], object]) -> None:
+    storage = storage_of(1)
+    pool = KVPool(LAYOUT, 1, storage=storage, name="mine")
+    pool.close()
+    with pytest.raises(ClosedError, match=r"^mine is closed$"):
+        operation(pool)
     storage.close()
 
 

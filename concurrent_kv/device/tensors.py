@@ -120,11 +120,16 @@ class SlotTensor:
         layout: shapes, dtype and device.
         num_slots: usable slots (1 to `num_slots`).
         compiled: whether compiled code may read and write it; not where streams are simulated.
+
+    Attributes:
+        data: `[2 * layers, slots + 1, heads, head_dim]`, until they are given back.
+        freed: whether they were.
     """
 
     def __init__(self, layout: KVLayout, num_slots: int, *, compiled: bool = True) -> None:
         self.layout = layout
         self.num_slots = num_slots
+        self.freed = False
         self._on_host = compiled and layout.device.type == "cpu"  # whether its bytes may be written to without torch
         self._native: Any = native if self._on_host else None
         shape = (2 * layout.num_layers, num_slots + 1, layout.num_heads, layout.head_dim)
@@ -132,7 +137,7 @@ class SlotTensor:
             data = torch.empty(shape, dtype=layout.dtype, device=layout.device)
             if self._native is not None:
                 self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
-            self._data: Tensor | None = data.zero_()
+            self.data: Tensor = data.zero_()
         self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
         self._batch_shape = (shape[0], layout.num_heads, layout.head_dim)  # of a batch, without its rows and columns
         self._large_slots = -(-LARGE_BYTES // layout.bytes_per_token)
@@ -140,18 +145,10 @@ class SlotTensor:
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
         self._buffers_lock = threading.Lock()
 
-    @property
-    def data(self) -> Tensor:
-        """`[2 * layers, slots + 1, heads, head_dim]`."""
-        data = self._data
-        if data is None:
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
             raise ClosedError("the storage of this pool was freed by close()")
-        return data
-
-    @property
-    def freed(self) -> bool:
-        """Whether the slots were given back."""
-        return self._data is None
+        raise AttributeError(name)
 
     @property
     def nbytes(self) -> int:
@@ -364,24 +361,31 @@ class SlotTensor:
         return self.new_buffer(batch, columns), NO_TICKS
 
     def new_buffer(self, batch: int, columns: int) -> Tensor:
-        """A buffer that is the caller's for good."""
+        """A buffer that is the caller's for good, and no inference tensor, whatever mode the thread is in."""
         layout = self.layout
         shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
-        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        if not torch.is_inference_mode_enabled():
+            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        with plain_torch_state():
+            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
 
     def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
         """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
+        # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
+        sizes, returned = buffer.shape, (buffer.detach(), ticks)
+        shape = (sizes[1], sizes[3])
         with gate.lock, self._buffers_lock:
-            shape = (buffer.shape[1], buffer.shape[3])
-            if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
-                self._buffers.pop(next(iter(self._buffers)))
-            free = self._buffers.setdefault(shape, [])
-            if len(free) < keep and self._data is not None:
-                # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
-                free.append((buffer.detach(), ticks))
+            free = self._buffers.get(shape)
+            if free is None:
+                if len(self._buffers) >= MAX_BUFFER_SHAPES:
+                    self._buffers.pop(next(iter(self._buffers)))
+                free = self._buffers[shape] = []
+            if len(free) < keep and not self.freed:
+                free.append(returned)
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
-        self._data = None
+        self.freed = True
+        self.__dict__.pop("data", None)
         with gate.lock, self._buffers_lock:
             self._buffers.clear()

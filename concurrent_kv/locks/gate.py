@@ -18,6 +18,7 @@ like any lock in a `with`, whatever an asynchronous exception cuts off.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import ReentrantCallError
@@ -30,24 +31,28 @@ class _Gate(threading.local):
 
     Attributes:
         lock: held for the length of every critical section of this thread; reentrant, as sections nest.
+        holds: whether it is held, a function.
     """
 
     lock: Any
+    holds: Callable[[], bool]
 
     def __getattr__(self, name: str) -> Any:
-        if name != "lock":
-            raise AttributeError(name)
         # Made here and not in an `__init__`: a finaliser that the collector runs there would find the gate half made.
-        return self.__dict__.setdefault("lock", threading.RLock())
+        if name == "lock":
+            return self.__dict__.setdefault("lock", threading.RLock())
+        if name == "holds":
+            return self.__dict__.setdefault("holds", self.lock._is_owned)
+        raise AttributeError(name)
 
     @property
     def is_inside(self) -> bool:
         """Whether the calling thread is inside a critical section of any pool of this process."""
-        return bool(self.lock._is_owned())
+        return self.holds()
 
     def check(self, name: str) -> None:
         """Raise `ReentrantCallError` inside a critical section; `name` is that of the pool that was called."""
-        if self.lock._is_owned():
+        if self.holds():
             raise ReentrantCallError(
                 f"{name} was called from inside a pool's own critical section, by a finaliser, a signal handler, a "
                 "key's __eq__ or __hash__, or an eviction policy that ran there; it could wait for its own thread. "

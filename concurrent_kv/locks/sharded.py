@@ -50,8 +50,7 @@ class _Held:
         self._inside = True
         owner._holders[id(self)] = held
         try:
-            for shard in self._shards:
-                owner._acquire(shard, self._write, self._deadline, held)
+            owner._acquire(self._shards, self._write, self._deadline, held)
         except BaseException:
             self.__exit__()
             raise
@@ -149,13 +148,41 @@ class ShardedRWLock:
         with gate.lock, self._counter_lock:
             self._wait_count, self._wait_seconds = 0, 0.0
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
-        if self._try(shard, write, held, None):
-            return
+    def _acquire(
+        self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any], at_most: float | None = None
+    ) -> bool:
+        """Acquire all of `shards`; their handles join `held`.
+
+        With `at_most`, False where one is not free within as many seconds, or its lock was replaced.
+        """
+        locks = self._locks
+        for shard in shards:
+            lock = locks[shard]
+            try:
+                handle = lock.gen_wlock() if write else lock.gen_rlock()
+                if handle.acquire(False) if at_most is None else handle.acquire(True, at_most):
+                    held.append(handle)
+                    # After the append: who opens a new lock looks at what is held after putting it there; one sees the
+                    # other.
+                    if locks[shard] is lock:
+                        continue
+                    held.pop()
+            except RuntimeError:  # of a lock that a thread was torn out of
+                self._replace(shard, lock)
+            except BaseException:
+                self._replace(shard, lock)
+                raise
+            if at_most is not None:
+                return False
+            self._wait(shard, write, deadline, held)
+        return True
+
+    def _wait(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
+        """Acquire a shard that was not free at once."""
         self._look_for_cut(sys.exc_info()[1])
         started = time.monotonic()
         self._look_for_lost()
-        while not (acquired := self._try(shard, write, held, min(deadline.left(), LOOK_SECONDS))):
+        while not (acquired := self._acquire((shard,), write, deadline, held, min(deadline.left(), LOOK_SECONDS))):
             if not deadline.left():
                 break
             self._look_for_lost()
@@ -168,25 +195,6 @@ class ShardedRWLock:
                 f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
                 f"within {deadline.seconds:g} s"
             )
-
-    def _try(self, shard: int, write: bool, held: list[Any], timeout: float | None) -> bool:
-        """Acquire a shard within `timeout` seconds, at once if None; False also where its lock was replaced."""
-        lock = self._locks[shard]
-        try:
-            handle = lock.gen_wlock() if write else lock.gen_rlock()
-            if not (handle.acquire(False) if timeout is None else handle.acquire(True, timeout)):
-                return False
-            held.append(handle)
-            # After the append: who opens a new lock looks at what is held after putting it there; one sees the other.
-            if self._locks[shard] is lock:
-                return True
-            held.pop()
-        except RuntimeError:  # of a lock that somebody was torn out of
-            self._replace(shard, lock)
-        except BaseException:
-            self._replace(shard, lock)
-            raise
-        return False
 
     # After asynchronous exceptions ---------------------------------------------------------------------------------
 

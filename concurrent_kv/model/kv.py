@@ -15,7 +15,7 @@ from ..device.tensor_checks import check_tensor
 from ..device.tensors import plain_torch_state
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
-__all__ = ["KeysValues", "check_fits"]
+__all__ = ["KeysValues", "check_fits", "whole_row"]
 
 
 class KeysValues:
@@ -163,6 +163,15 @@ class KeysValues:
             f"KeysValues(layers={layers}, batch={batch}, heads={heads}, tokens={tokens}, head_dim={head_dim}, "
             f"lengths={self.lengths}, end={self.end}, dtype={self.keys.dtype}, device={self.keys.device})"
         )
+
+
+def whole_row(packed: Tensor) -> KeysValues:
+    """As `KeysValues.from_packed`, of one row that was made to fit, all of it valid: nothing is checked."""
+    layers, tokens = packed.shape[0] // 2, packed.shape[3]
+    made = KeysValues.__new__(KeysValues)
+    made.keys, made.values, made.packed = packed[:layers], packed[layers:], packed
+    made.lengths, made.end = (tokens,), tokens
+    return made
 
 
 def check_fits(kv: object, layout: KVLayout, *, rows: int | None = None) -> KeysValues:

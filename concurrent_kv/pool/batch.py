@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import numbers_or_none, positive_int
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
+from ..device.appends import ALL_LAYERS, HostMemory, append_in, host_memory
 from ..device.moving import upload
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
@@ -57,10 +58,11 @@ class Batch(Handle):
     instead_of_copy = "gather once more, or clone its `data`"
 
     # Made when they are asked for: not every model does.
-    _parts: tuple[Tensor, ...] = ()  # keys, then values, of each layer: [batch, heads, columns, head_dim]
+    _parts: tuple[Tensor, ...] = ()  # see `_parts_to`
     _hits: tuple[bool, ...] | None = None
     _side: tuple[object, ...] | None = None
     _padding: Tensor | None = None
+    _memory: HostMemory | None = None  # of the buffer
 
     def __init__(
         self,
@@ -162,9 +164,9 @@ class Batch(Handle):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        keys, values = self._parts_of(self._layer_number(index))
-        end = self._ends[index]
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        index = self._layer_number(index)
+        whole = self.data.narrow(3, 0, self._ends[index])
+        return whole[index], whole[self._layers + index]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens after each row's newest, in one layer.
@@ -181,18 +183,11 @@ class Batch(Handle):
             ClosedError: the batch is closed; SearchEndedError: by the end of its search.
         """
         self.check_open()
-        layer = self._layer_number(layer)
-        tokens = self._check_new(keys, values)
-        end = self._ends[layer]
-        new_end = self._check_room(end, tokens)
-        all_keys, all_values = self._parts_of(layer)
-        if self._uses is not None:
-            self.use_here(keys, values)
-        with writing_to(self.data):
-            all_keys.narrow(2, end, tokens).copy_(keys)
-            all_values.narrow(2, end, tokens).copy_(values)
-        self._ends[layer] = new_end
-        return all_keys.narrow(2, 0, new_end), all_values.narrow(2, 0, new_end)
+        if type(layer) is not int or not 0 <= layer < self._layers:
+            layer = self._layer_number(layer)
+        end = self._ends[layer] = self._append(layer, self._ends[layer], keys, values)
+        parts = self._parts_to(end)
+        return parts[layer], parts[self._layers + layer]
 
     def append_layers(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens after each row's newest, in all layers at once: two copies, whatever the layers.
@@ -215,27 +210,42 @@ class Batch(Handle):
                 f"batch has layers with different numbers of new tokens, which end at {ends}: append() to those that "
                 "have fewer first"
             )
-        tokens = self._check_new(keys, values, layers=self._layers)
-        end = ends[0]
+        end = self._append(ALL_LAYERS, ends[0], keys, values)
+        self._ends = [end] * self._layers
+        return self.keys.narrow(3, 0, end), self.values.narrow(3, 0, end)
+
+    def _append(self, layer: int, end: int, keys: Tensor, values: Tensor) -> int:
+        """Write new tokens of a layer, or of `ALL_LAYERS`, from column `end` on; returns the new end."""
+        if self._memory is None:
+            self._memory = host_memory(self.data)
+        tokens = append_in(self._memory, layer, end, keys, values)
+        if tokens:
+            return end + tokens
+        tokens = self._check_new(keys, values, stacked=layer == ALL_LAYERS)
         new_end = self._check_room(end, tokens)
         if self._uses is not None:
             self.use_here(keys, values)
-        all_keys, all_values = self.keys, self.values
+        if layer == ALL_LAYERS:
+            new = self.keys.narrow(3, end, tokens), self.values.narrow(3, end, tokens)
+        else:
+            new = self.data[layer].narrow(2, end, tokens), self.data[self._layers + layer].narrow(2, end, tokens)
         with writing_to(self.data):
-            all_keys.narrow(3, end, tokens).copy_(keys)
-            all_values.narrow(3, end, tokens).copy_(values)
-        self._ends = [new_end] * self._layers
-        return all_keys.narrow(3, 0, new_end), all_values.narrow(3, 0, new_end)
+            new[0].copy_(keys)
+            new[1].copy_(values)
+        return new_end
 
-    def _parts_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        if not self._parts:
-            self._parts = self.data.unbind(0)
-        return self._parts[layer], self._parts[self._layers + layer]
+    def _parts_to(self, end: int) -> tuple[Tensor, ...]:
+        """Keys, then values, of each layer up to column `end`."""
+        parts = self._parts
+        if not parts or parts[0].shape[2] != end:
+            data = self.data
+            parts = self._parts = (data if data.shape[3] == end else data.narrow(3, 0, end)).unbind(0)
+        return parts
 
-    def _check_new(self, keys: Tensor, values: Tensor, layers: int | None = None) -> int:
+    def _check_new(self, keys: Tensor, values: Tensor, *, stacked: bool) -> int:
         """The number of tokens in new keys and values, or an error that says why they do not fit.
 
-        They are of one layer, or stacked of so many `layers`.
+        They are of one layer, or `stacked` of all.
         """
         data = self.data
         for name, tensor in (("keys", keys), ("values", values)):
@@ -244,12 +254,12 @@ class Batch(Handle):
                 raise InvalidArgumentError(
                     f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"
                 )
-        stacked = () if layers is None else (layers,)
-        tokens = keys.shape[-2] if keys.dim() == 4 + len(stacked) else -1
+        layers = (self._layers,) if stacked else ()
+        tokens = keys.shape[-2] if keys.dim() == 4 + len(layers) else -1
         _, batch, heads, _, head_dim = data.shape
-        expected = (*stacked, batch, heads, tokens, head_dim)
+        expected = (*layers, batch, heads, tokens, head_dim)
         if keys.shape != expected or values.shape != expected:
-            first = "" if layers is None else f"layers={layers}, "
+            first = f"layers={self._layers}, " if stacked else ""
             raise InvalidArgumentError(
                 f"keys and values must have the shape [{first}batch={batch}, heads={heads}, tokens, "
                 f"head_dim={head_dim}], got {tuple(keys.shape)} and {tuple(values.shape)}"
@@ -257,9 +267,10 @@ class Batch(Handle):
         return tokens
 
     def _layer_number(self, layer: int) -> int:
-        if positive_int("layer", layer, minimum=0) >= self._layers:
+        number = positive_int("layer", layer, minimum=0)
+        if number >= self._layers:
             raise InvalidArgumentError(f"layer must be 0 to {self._layers - 1}, got {layer}")
-        return layer
+        return number
 
     def advance(self, tokens: int) -> None:
         """State that `tokens` columns after `end` were written in place, in every layer, in the current stream.
@@ -355,9 +366,8 @@ class Batch(Handle):
     def check_committable(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> int | tuple[int, ...]:
         """New tokens of every row, or of each; or an error that says why `rows` cannot be committed.
 
-        `lengths`: how many each of `rows` got, of those appended; all of them if left out.
+        `lengths`: how many each of `rows` got, of those appended; all of them if left out. The caller uses the hold.
         """
-        self.check_open()
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
             raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")
@@ -519,7 +529,7 @@ class Batch(Handle):
 
     def __del__(self) -> None:
         hold = getattr(self, "hold", None)
-        if hold is not None and not is_owned_elsewhere(hold.owner, self):
+        if hold is not None and not hold.released and not is_owned_elsewhere(hold.owner, self):
             self.abandon()
 
     def __repr__(self) -> str:

@@ -13,7 +13,6 @@ from ..books.records import Entry, Generation, Hold, Scope
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensor_checks import check_tensor
-from ..device.tensors import plain_torch_state
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..locks.deadline import Deadline
 from ..model.kv import KeysValues, check_fits
@@ -38,36 +37,36 @@ def open_batch(
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
     clock = storage.clock
-    stream = clock.current()  # before anything is allocated, which a capture would take into its graph
+    # Before anything is allocated, which a capture would take into its graph.
+    stream = None if clock.backend is None else clock.current()
     described = describe(entries, scope)
-    longest = max(described.lengths)
-    columns = _columns(storage, longest, room)
+    longest, window = max(described.lengths), storage.layout.max_tokens
+    if room is not None and (type(room) is not int or not 0 <= room <= window - longest):
+        room = _checked_room(room, longest, window)
+    # A batch of misses only still needs columns to be filled and appended to.
+    columns = window if room is None else max(1, longest + room)
     ready: Ticks = NO_TICKS
+    own = out is None
     if out is None:
-        with plain_torch_state():
-            data, ready = storage.tensor.take_buffer(len(entries), columns)
+        data, ready = storage.tensor.take_buffer(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    read = gather_entries(storage, entries, data, longest, ready, described, whole=out is None)
+    read = gather_entries(storage, entries, data, longest, ready, described, whole=own)
     uses = StreamUses(clock, stream, read) if read else None
-    own = out is None
     return Batch(storage, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
 
 
-def _columns(storage: KVStorage, longest: int, room: int | None) -> int:
-    """Columns of a buffer for rows of `longest` tokens with `room` behind them."""
-    window = storage.layout.max_tokens
-    if room is not None:
-        room = positive_int("room", room, minimum=0)
-        if longest + room > window:
-            raise InvalidArgumentError(
-                f"room must be at most {window - longest}: the longest row has {longest} of the window's {window} "
-                f"tokens, got {room}"
-            )
-    # A batch of misses only still needs columns to be filled and appended to.
-    return window if room is None else max(1, longest + room)
+def _checked_room(room: object, longest: int, window: int) -> int:
+    """`room` as a number of columns that a row of `longest` tokens has in the window, or an error that says why not."""
+    checked = positive_int("room", room, minimum=0)
+    if longest + checked > window:
+        raise InvalidArgumentError(
+            f"room must be at most {window - longest}: the longest row has {longest} of the window's {window} "
+            f"tokens, got {checked}"
+        )
+    return checked
 
 
 def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tensor:
@@ -156,7 +155,8 @@ def commit_batch(
             new = new if isinstance(new, int) else tuple([new[i] for i in last])
         plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
         plan.since = batch.opened
-        batch.use_here()
+        if pool.storage.clock.backend is not None:
+            batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
     except BaseException:
         try:

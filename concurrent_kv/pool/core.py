@@ -221,11 +221,11 @@ class PoolCore(PoolState, Handle):
         return tuple(self.account.scopes.values())
 
     def _scope(self, scope: Scope | None) -> Scope:
-        scope = self._own_scope(scope)
-        ended = scope.why_ended()
+        found = self.default_scope if scope is None else self._own_scope(scope)
+        ended = None if found.ended is None else found.why_ended()
         if ended is not None:
             raise ended
-        return scope
+        return found
 
     def _own_scope(self, scope: Scope | None) -> Scope:
         """As `_scope`, also after its end."""
@@ -361,7 +361,8 @@ class PoolCore(PoolState, Handle):
 
     def _enter(self, timeout: float | None) -> Deadline:
         deadline = self.storage.enter(timeout)
-        self.check_open()
+        if self.account.closed:
+            self.check_open()
         return deadline
 
     def __repr__(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from .committing import commit_batch, open_batch, put_rows
 from .core import PoolCore
 from .loading import claim, heard_by_all
 from .pin import Pin
-from .reading import copy_out, generations_of, retain
+from .reading import copy_out, retain
 
 __all__ = ["KVPool"]
+
+R = TypeVar("R")
 
 
 class KVPool(PoolCore):
@@ -92,12 +94,10 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.get(key, scope=scope, timeout=timeout, count_miss=count_miss, to=to)
-        with self._retained(key, scope, self._enter(timeout), quiet=False) as entry:
-            if entry is not None:
-                return copy_out(self.storage, entry, to)
-        if count_miss:
+        found = self._read(key, scope, self._enter(timeout), partial(copy_out, self.storage, to=to), quiet=False)
+        if found is None and count_miss:
             self.count_misses(1)
-        return None
+        return found
 
     def peek(
         self,
@@ -109,20 +109,19 @@ class KVPool(PoolCore):
         stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """As `get`, without touching statistics or the eviction policy."""
-        with self.storage.clock.using(stream), self._retained(key, scope, self._enter(timeout)) as entry:
-            return None if entry is None else copy_out(self.storage, entry, to)
+        with self.storage.clock.using(stream):
+            return self._read(key, scope, self._enter(timeout), partial(copy_out, self.storage, to=to))
 
     def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
     ) -> object:
         """The side data stored with `key` (the object itself); `default` on a miss. Not counted. May block."""
-        with self._retained(key, scope, self._enter(timeout)) as entry:
-            return default if entry is None else entry.side
+        found = self._read(key, scope, self._enter(timeout), lambda entry: (entry.side,))
+        return default if found is None else found[0]
 
     def contains(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> bool:
         """Whether `key` is stored just now. Not counted. May block."""
-        with self._retained(key, scope, self._enter(timeout)) as entry:
-            return entry is not None
+        return self._read(key, scope, self._enter(timeout), lambda entry: True) is not None
 
     def __contains__(self, key: Hashable) -> bool:
         """As `contains`, in the default scope."""
@@ -156,27 +155,31 @@ class KVPool(PoolCore):
         self.storage.check_process()
         return self.quota.entries
 
-    @contextmanager
-    def _retained(
-        self, key: Hashable, scope: Scope | None, deadline: Deadline, *, quiet: bool = True
-    ) -> Iterator[Entry | None]:
-        """The entry of `key`, kept alive for the length of a `with`; None on a miss."""
+    def _read(
+        self, key: Hashable, scope: Scope | None, deadline: Deadline, use: Callable[[Entry], R], *, quiet: bool = True
+    ) -> R | None:
+        """What `use` makes of the entry of `key`, which is kept alive meanwhile; None on a miss."""
         hold = Hold("read", [])
+        ledger = self.storage.ledger
         try:
-            yield self._retain(key, scope, deadline, hold, quiet=quiet)
+            entry = self._retain(key, scope, deadline, hold, quiet=quiet)
+            return None if entry is None else use(entry)
         finally:
             try:
-                self.storage.ledger.release(hold)
+                ledger.release(hold)
             except BaseException:
-                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                ledger.abandoned.append(partial(ledger.release_abandoned, hold))
                 raise
 
     def _retain(
         self, key: Hashable, scope: Scope | None, deadline: Deadline, hold: Hold, *, quiet: bool
     ) -> Entry | None:
-        hash_of(key)
+        """The entry of `key`, which joins `hold`; None on a miss."""
+        key_hash = hash_of(key)
         found_in = self._scope(scope)
-        return retain(self.storage, [(found_in, key)], generations_of([found_in]), deadline, hold=hold, quiet=quiet)[0]
+        located = ((found_in, found_in.part_of(key_hash)),)
+        generations = {found_in: found_in.generation}
+        return retain(self.storage, located, (key,), (key_hash,), generations, deadline, hold=hold, quiet=quiet)[0]
 
     def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """A handle that keeps the entry of `key` from being evicted until it is closed (leaving its `with`). May block.
@@ -239,12 +242,14 @@ class KVPool(PoolCore):
         deadline = self._enter(timeout)
         keys = check_keys(keys)
         found_in = self._scope(scope)
-        generations = generations_of([found_in])
+        generation = found_in.generation
         hold = Hold("batch", [])
         try:
-            entries = retain(self.storage, [(found_in, key) for key in keys], generations, deadline, hold=hold)
-            self.count_misses(sum(entry is None for entry in entries))
-            return open_batch(self.storage, found_in, generations[found_in], hold, entries, room, out)
+            hashes = list(map(hash, keys))
+            located = found_in.locate(hashes)
+            entries = retain(self.storage, located, keys, hashes, {found_in: generation}, deadline, hold=hold)
+            self.count_misses(entries.count(None))
+            return open_batch(self.storage, found_in, generation, hold, entries, room, out)
         except BaseException:
             try:
                 self.storage.ledger.release(hold)
@@ -377,14 +382,16 @@ class KVPool(PoolCore):
             with self.storage.clock.using(stream):
                 return self.pop(key, scope=scope, timeout=timeout, to=to)
         deadline = self._enter(timeout)
-        while True:
-            with self._retained(key, scope, deadline) as entry:
-                if entry is None:
-                    return None
-                # Copied before it is removed: if the copy fails, the pool is as it was.
-                kv = copy_out(self.storage, entry, to)
-                if remove(self, entry.scope, entry, deadline):
-                    return kv
+
+        def taken(entry: Entry) -> tuple[KeysValues, bool]:
+            # Copied before it is removed: if the copy fails, the pool is as it was.
+            return copy_out(self.storage, entry, to), remove(self, entry.scope, entry, deadline)
+
+        while (found := self._read(key, scope, deadline, taken)) is not None:
+            kv, removed = found
+            if removed:
+                return kv
+        return None
 
     def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
         """Have the next operation remove the entry that `key` has now, if it has one. Never blocks, takes no lock.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..books.entries import Described, describe
-from ..books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
+from ..books.records import Account, Entry, Generation, Hold, Place, Scope, sorted_shards
 from ..books.tables import in_columns
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
@@ -17,12 +17,12 @@ from ..device.tensors import plain_torch_state
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..model.kv import KeysValues
+from ..model.kv import KeysValues, whole_row
 from .storage import KVStorage
 
 __all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
 
-Wanted = Sequence[tuple[Scope, Hashable]]
+Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
 NOTHING: frozenset[Correction] = frozenset([None])
 
@@ -34,37 +34,41 @@ def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
 
 def retain(
     storage: KVStorage,
-    wanted: Wanted,
+    located: Located,
+    keys: Sequence[Hashable],
+    hashes: Sequence[int],
     generations: dict[Scope, Generation],
     deadline: Deadline,
     *,
     hold: Hold,
     quiet: bool = False,
 ) -> list[Entry | None]:
-    """Look `wanted` up and add what was found to `hold`, atomically with respect to every write of those keys.
+    """Look keys up and add what was found to `hold`, atomically with respect to every write of those keys.
 
     An entry whose epoch or version is not its scope's counts as absent; while a pool is being closed nothing does, and
     `ClosedError` is raised where something is not there any more. Every hit is noted with the policy and the
     statistics of its account unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
+
+    Args:
+        located: scope and part of each key.
+        hashes: of the keys.
     """
-    hashes = [hash(key) for _, key in wanted]
-    located = [(scope, scope.part_of(key_hash)) for (scope, _), key_hash in zip(wanted, hashes, strict=True)]
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
-        found = _look_up(located, wanted, hashes, generations)
+        found = _look_up(located, keys, hashes, generations)
         if None in found:
-            _check_open(storage, wanted)  # under the shard: what a close has swept from here, no operation removed
+            _check_open(storage, located)  # under the shard: what a close has swept from here, no operation removed
         hits = list(filter(None, found))
         with gate.lock, ledger.mutex:
             ledger.extend(hold, hits)
             if not quiet:
-                count_hits(found)
+                count_hits(hits)
     return found
 
 
-def _check_open(storage: KVStorage, wanted: Wanted) -> None:
+def _check_open(storage: KVStorage, located: Located) -> None:
     """Raise `ClosedError` if a pool that is looked into is closed, or is being closed, or its scope is dropped."""
-    for scope, _ in wanted:
+    for scope, _ in located:
         if storage.closed or scope.account.closed:
             raise ClosedError(f"{scope.account.name} is closed")
         ended = scope.why_ended()
@@ -73,30 +77,26 @@ def _check_open(storage: KVStorage, wanted: Wanted) -> None:
 
 
 def _look_up(
-    located: Sequence[tuple[Scope, int]],
-    wanted: Wanted,
-    hashes: Sequence[int],
-    generations: dict[Scope, Generation],
+    located: Located, keys: Sequence[Hashable], hashes: Sequence[int], generations: dict[Scope, Generation]
 ) -> list[Entry | None]:
-    """The entries of `wanted` that are of the present generations. The shards held."""
+    """The entries of keys that are of the present generations. The shards held."""
     found: list[Entry | None] = []
-    for (scope, part), (_, key), key_hash in zip(located, wanted, hashes, strict=True):
+    for (scope, part), key, key_hash in zip(located, keys, hashes, strict=True):
         entry = scope.entries[part].get(key, key_hash)
         found.append(None if entry is None or entry.generation is not generations[scope] else entry)
     return found
 
 
-def count_hits(found: Sequence[Entry | None]) -> None:
+def count_hits(hits: Sequence[Entry]) -> None:
     """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
-    hits: dict[Scope, int] = {}
-    for entry in found:
-        if entry is not None:
-            scope = entry.scope
-            hits[scope] = hits.get(scope, 0) + 1
-            if entry.place is Place.HELD and scope.account.policy.observes_hits:
-                scope.account.policy.touch(entry)
-    for scope, number in hits.items():
-        scope.account.counters.hit_count += number
+    numbers: dict[Account, int] = {}
+    for entry in hits:
+        account = entry.scope.account
+        numbers[account] = numbers.get(account, 0) + 1
+        if entry.place is Place.HELD and account.policy.observes_hits:
+            account.policy.touch(entry)
+    for account, number in numbers.items():
+        account.counters.hit_count += number
 
 
 def gather_entries(
@@ -120,7 +120,10 @@ def gather_entries(
         described = describe(entries)
     clock = storage.clock
     if clock.backend is None:
-        _gather(storage, described, out, end, [], whole)
+        if storage.corrects_lazily:
+            _gather(storage, described, out, end, [], whole)
+        else:
+            storage.tensor.gather(storage.ledger.tables, described.rows, end, out, whole=whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -194,11 +197,12 @@ def _correct(
 
 def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
-    storage.clock.current()  # before anything is allocated, which a capture would take into its graph
-    with plain_torch_state():
-        out = storage.tensor.new_buffer(1, entry.length)
-    gather_entries(storage, [entry], out, entry.length)
-    found = KeysValues.from_packed(out)
+    if storage.clock.backend is not None:
+        storage.clock.current()  # before anything is allocated, which a capture would take into its graph
+    length = entry.length
+    out = storage.tensor.new_buffer(1, length)
+    gather_entries(storage, [entry], out, length)
+    found = whole_row(out)
     if to is None:
         return found
     with plain_torch_state():

@@ -108,7 +108,8 @@ class KVStorage(NeverCopied):
         """
         if self._forks != _forks:
             self.check_process()
-        gate.check(self.name)
+        if gate.holds():
+            gate.check(self.name)
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
         deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))

@@ -10,52 +10,46 @@ from ..locks.gate import gate
 from ..pool.reading import generations_of, retain
 from .state import RootKey, SearchState
 
-__all__ = ["adopt", "adopted", "own", "retain_here", "retain_roots"]
+__all__ = ["adopt", "adopted", "own", "own_or_adopted", "retain_here", "retain_roots"]
 
-Lookup = Callable[[SearchState, list[Entry | None], list[Hashable], Sequence[Hashable]], list[Entry]]
+Lookup = Callable[[SearchState, "list[Entry | None]", list[Hashable], Sequence[Hashable]], list[Entry]]
 
 
 def own(
     state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """Find rows that have no entry yet among the search's own; returns what was found. The scope's shard held."""
-    return _fill(found, state.own.find(keys))
+    entries = state.scope.entries[0].find(keys)
+    if any(found):
+        entries = [entry if other is None else None for entry, other in zip(entries, found, strict=True)]
+        found[:] = [entry or other for entry, other in zip(entries, found, strict=True)]
+    else:
+        found[:] = entries
+    return list(filter(None, entries))
 
 
 def adopted(
     state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """As `own`, among the adopted roots."""
-    get = state.roots.get
-    return _fill(found, [get(root) for root in zip(env_ids, keys, strict=True)]) if state.roots else []
-
-
-def _fill(found: list[Entry | None], entries: Sequence[Entry | None]) -> list[Entry]:
-    if not any(found):
-        found[:] = entries
-        return list(filter(None, entries))
-    new = []
-    for row, entry in enumerate(entries):
-        if entry is not None and found[row] is None:
-            found[row] = entry
-            new.append(entry)
-    return new
-
-
-def _look_up(
-    state: SearchState,
-    found: list[Entry | None],
-    keys: list[Hashable],
-    env_ids: Sequence[Hashable],
-    lookups: Sequence[Lookup],
-) -> list[Entry]:
-    """Look missing rows up with one of `lookups` after the other; returns what was found. The scope's shard held."""
     present: list[Entry] = []
-    for look_up in lookups:
-        present += look_up(state, found, keys, env_ids)
-        if None not in found:
-            break
+    roots = state.roots
+    for row, entry in enumerate(found) if roots else ():
+        if entry is None:
+            root = found[row] = roots.get((env_ids[row], keys[row]))
+            if root is not None:
+                present.append(root)
     return present
+
+
+def own_or_adopted(
+    state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
+) -> list[Entry]:
+    """As `own` and then `adopted`, of rows none of which has been found yet."""
+    entries = found[:] = state.scope.entries[0].find(keys)
+    if None not in entries:
+        return entries  # type: ignore[return-value]
+    return [*filter(None, entries), *adopted(state, found, keys, env_ids)]
 
 
 def retain_here(
@@ -63,17 +57,18 @@ def retain_here(
     found: list[Entry | None],
     keys: list[Hashable],
     env_ids: Sequence[Hashable],
-    lookups: Sequence[Lookup],
+    look_up: Lookup,
     hold: Hold,
     deadline: Deadline,
 ) -> None:
-    """Look missing rows up in what the search owns, with one of `lookups` after the other."""
+    """Look missing rows up in what the search owns."""
     if None not in found:
         return
-    ledger = state.pool.storage.ledger
-    with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+    storage = state.pool.storage
+    ledger = storage.ledger
+    with gate.lock, storage.locks.read(state.scope.shards, deadline):
         state.check_open()
-        present = _look_up(state, found, keys, env_ids, lookups)
+        present = look_up(state, found, keys, env_ids)
         with gate.lock, ledger.mutex:
             ledger.extend(hold, present)
 
@@ -91,9 +86,12 @@ def retain_roots(
     if not missing:
         return {}
     storage = state.pool.storage
-    wanted = [(state.init_pools[env_ids[row]].default_scope, keys[row]) for row in missing]
-    generations = generations_of([scope for scope, _ in wanted])
-    entries = retain(storage, wanted, generations, deadline, hold=hold, quiet=True)
+    scopes = [state.init_pools[env_ids[row]].default_scope for row in missing]
+    wanted = [keys[row] for row in missing]
+    generations = generations_of(scopes)
+    hashes = list(map(hash, wanted))
+    located = [(scope, scope.part_of(key_hash)) for scope, key_hash in zip(scopes, hashes, strict=True)]
+    entries = retain(storage, located, wanted, hashes, generations, deadline, hold=hold, quiet=True)
     new: dict[RootKey, Entry] = {}
     for row, entry in zip(missing, entries, strict=True):
         found[row] = entry

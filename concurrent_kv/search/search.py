@@ -30,14 +30,12 @@ from ..pool.pool import KVPool
 from ..pool.reading import count_hits
 from ..pool.room import give_budget_back, reserve_budget
 from ..pool.writing import write
-from .reading import adopt, adopted, own, retain_here, retain_roots
+from .reading import adopt, adopted, own, own_or_adopted, retain_here, retain_roots
 from .state import RootKey, SearchState
 
 __all__ = ["LookupOrder", "Search"]
 
 LookupOrder = Literal["own_first", "init_first"]
-
-OWN_FIRST = (own, adopted)
 
 
 class _Same(Enum):
@@ -67,7 +65,7 @@ class Search(Handle):
     ) -> None:
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
-        self._checked_envs = env_ids  # the last tuple of them that was checked
+        self._checked_envs: Sequence[Hashable] = env_ids  # the last tuple or range of them that was checked
         self._state = state
         state.roots_hold.owner = ref(self)
         self._order = order
@@ -112,7 +110,8 @@ class Search(Handle):
                 return self.gather(keys, env_ids, order=order, room=room, out=out, timeout=timeout)
         deadline = storage.enter(timeout)
         keys = check_keys(keys)
-        env_ids = self._check_envs(env_ids)
+        if env_ids is not self._checked_envs:
+            env_ids = self._check_envs(env_ids)
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
         own_first = (self._order if order is None else check_order(order)) == "own_first"
@@ -138,13 +137,13 @@ class Search(Handle):
         new: dict[RootKey, Entry] = {}
         try:
             if own_first:
-                retain_here(state, found, keys, env_ids, OWN_FIRST, hold, deadline)
+                retain_here(state, found, keys, env_ids, own_or_adopted, hold, deadline)
                 if None in found:
                     new = retain_roots(state, found, keys, env_ids, hold, deadline)
             else:
-                retain_here(state, found, keys, env_ids, (adopted,), hold, deadline)
+                retain_here(state, found, keys, env_ids, adopted, hold, deadline)
                 new = retain_roots(state, found, keys, env_ids, hold, deadline)
-                retain_here(state, found, keys, env_ids, (own,), hold, deadline)
+                retain_here(state, found, keys, env_ids, own, hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             # Only now, as a gather that fails must leave the search as it was.
             if new and not adopt(state, new, deadline):
@@ -153,7 +152,6 @@ class Search(Handle):
             roots, missing, counters = batch.others, found.count(None), state.pool.account.counters
             # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
             with gate.lock, storage.ledger.mutex:
-                state.check_open()
                 state.track(hold)
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.
                 counters.hit_count += len(found) - missing - len(roots)
@@ -379,18 +377,15 @@ class Search(Handle):
         storage = state.pool.storage
         state.end("the search was closed", storage.enter_quietly(timeout))
 
-    def _check_envs(self, env_ids: Sequence[Hashable]) -> tuple[Hashable, ...]:
-        known = self._checked_envs  # read once: another thread may have another tuple checked
-        if env_ids is known:
-            return known
+    def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(
                 f"env_ids must be among the search's {shown(self.env_ids)}, got {shown(unknown[0])}"
             )
-        if checked is env_ids:  # a tuple: it will be the same
-            self._checked_envs = checked
+        if checked is env_ids or type(env_ids) is range:  # it will be the same
+            self._checked_envs = env_ids
         return checked
 
     def abandon(self) -> None:

@@ -75,7 +75,9 @@ class SearchState:
             raise SearchEndedError(ended)
 
     def track(self, hold: Hold) -> None:
-        """Remember an open batch, to be closed with the search. Mutex held."""
+        """Remember an open batch, to be closed with the search, unless that has ended, which raises. Mutex held."""
+        if self.scope.ended is not None or self.budget.ended is not None:
+            self.check_open()
         if len(self.batches) > 64:
             self.batches = [batch for batch in self.batches if not batch.released]
         self.batches.append(hold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -131,12 +132,16 @@ class ModelShards(ShardedRWLock):
         self._shards = [_ModelShard(scheduler, number) for number in range(count)]
         self._held: Counter[Task | None] = Counter()
 
-    def _acquire(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
-        model = self._shards[shard]
-        if not model.acquire(write):
-            raise WaitTimeoutError(f"shard {shard} was not free")
-        held.append(_ShardHeld(self, model, write))
-        self._held[self._scheduler.running] += 1
+    def _acquire(
+        self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any], at_most: float | None = None
+    ) -> bool:
+        for shard in shards:
+            model = self._shards[shard]
+            if not model.acquire(write):
+                raise WaitTimeoutError(f"shard {shard} was not free")
+            held.append(_ShardHeld(self, model, write))
+            self._held[self._scheduler.running] += 1
+        return True
 
     def let_go(self) -> None:
         """Note that the running task released a shard."""

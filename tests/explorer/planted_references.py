@@ -30,9 +30,9 @@ def references_released_before_commit_shares_them(patch: Patch) -> None:
 
 
 def slots_freed_before_the_readers_copy_is_done(patch: Patch) -> None:
-    def copy_out(storage: Any, entry: Entry) -> Any:
+    def copy_out(storage: Any, entry: Entry, to: Any = None) -> Any:
         storage.ledger.release(next(hold for hold in storage.ledger.holds if entry in hold.entries))
-        return reading.copy_out(storage, entry)
+        return reading.copy_out(storage, entry, to)
 
     patch.setattr("concurrent_kv.pool.pool.copy_out", copy_out)
 
@@ -40,21 +40,21 @@ def slots_freed_before_the_readers_copy_is_done(patch: Patch) -> None:
 def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> None:
     def retain(
         storage: Any,
-        wanted: Sequence[tuple[Scope, Hashable]],
+        located: Sequence[tuple[Scope, int]],
+        keys: Sequence[Hashable],
+        hashes: Sequence[int],
         generations: dict[Scope, Generation],
         deadline: Deadline,
         *,
         hold: Hold,
         quiet: bool = False,
     ) -> list[Entry | None]:
-        located = [(scope, scope.part_of(hash(key))) for scope, key in wanted]
-
         def extend() -> None:
             with storage.ledger.mutex:
                 storage.ledger.extend(hold, [entry for entry in found if entry is not None])
 
         with storage.locks.read(sorted_shards(located), deadline):
-            found = [scope.entries[part].get(key) for (scope, part), (_, key) in zip(located, wanted, strict=True)]
+            found = [scope.entries[part].get(key) for (scope, part), key in zip(located, keys, strict=True)]
             if compared:
                 found = [entry if entry and entry.generation is generations[entry.scope] else None for entry in found]
             if under_the_shard:
