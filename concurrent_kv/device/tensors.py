@@ -265,6 +265,24 @@ class SlotTensor:
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
 
+    def takes(self, part: Tensor) -> bool:
+        """Whether `scatter_parts` can copy keys or values `[layers, batch, heads, columns, head_dim]` as they are."""
+        return (
+            self._native is not None
+            and type(part) is Tensor
+            and part.is_cpu
+            and part.is_contiguous()
+            and address_of(part) != 0
+        )
+
+    def scatter_parts(self, keys: Tensor, values: Tensor, rows: Indices, columns: Indices, slots: Slots) -> None:
+        """As `scatter`, of keys and values in two tensors that this `takes`, of the layout's shape and dtype."""
+        data, (planes, *rest) = self.data, self._shape
+        half = (planes // 2, *rest)
+        for part, start in ((keys, data.data_ptr()), (values, data.data_ptr() + data.nbytes // 2)):
+            batch = (part.data_ptr(), part.shape[1], part.shape[3])
+            self._native.scatter(start, half, *batch, 0, 0, 1, 0, rows, columns, slots)
+
     def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:
         """What compiled code takes for differences; None where it must not look at their memory."""
         kept, heads, head_dim = difference.shape[1:]

@@ -23,7 +23,7 @@ from .reading import gather_entries
 from .storage import KVStorage, PoolState
 from .writing import write
 
-__all__ = ["commit_batch", "open_batch", "put_rows"]
+__all__ = ["commit_batch", "open_batch", "put_row", "put_rows"]
 
 
 def open_batch(
@@ -88,6 +88,17 @@ def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tens
     if out.requires_grad:
         raise InvalidArgumentError("out must not require gradients: a gather writes into it")
     return out
+
+
+def put_row(
+    pool: PoolState, scope: Scope, key: Hashable, kv: KeysValues, side: object, priority: float, deadline: Deadline
+) -> bool:
+    """Store `kv`, one row, under a checked `key`; see `KVPool.put`."""
+    pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
+    kv = check_fits(kv, pool.layout, rows=1)
+    ranks = check_priorities([priority], 1)
+    generation = scope.generation
+    return write(pool, scope, generation, plan_put(pool.storage, [key], kv, (0,), [side], ranks), deadline)
 
 
 def put_rows(

@@ -32,6 +32,7 @@ class WritePlan:
         shape: their lengths, how many tokens get slots of their own, and where in `source` those are.
         parents: rows in the tables of the entries that they share slots with, which the caller keeps alive.
         source: contiguous `[2 * layers, batch, heads, columns, head_dim]`; None: nothing is copied.
+        parts: `[layers, batch, heads, columns, head_dim]`: keys and values that are copied as they are, not `source`.
         difference: `[2 * layers, kept, heads, head_dim]`, added to the first `runs` runs of as many tokens.
         shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
             after them.
@@ -40,6 +41,7 @@ class WritePlan:
         hashes: of the keys, each asked for once: where an entry is looked up, and found again when it goes.
     """
 
+    parts: tuple[Tensor, Tensor] | None = None
     difference: Tensor | None = None
     runs = 0
     shared_writes: Ticks = NO_TICKS
@@ -99,12 +101,16 @@ def plan_put(
     lengths = tuple([kv.lengths[row] for row in rows])
     # As a commit of rows that nothing was gathered for, and nothing appended to.
     shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, storage.drop_of(None))
-    with plain_torch_state():
-        packed = kv.packed
-        if packed is None or not packed.is_contiguous():
-            packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
-        source = packed.detach()
-    return WritePlan(keys, sides, priorities, [None] * len(keys), shape, [0] * len(keys), source)
+    packed, parts = kv.packed, None
+    if packed is None or not packed.is_contiguous():
+        if storage.tensor.takes(kv.keys) and storage.tensor.takes(kv.values):
+            packed, parts = kv.keys, (kv.keys, kv.values)
+        else:
+            with plain_torch_state():
+                packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
+    plan = WritePlan(keys, sides, priorities, [None] * len(keys), shape, [0] * len(keys), packed.detach())
+    plan.parts = parts
+    return plan
 
 
 def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, priority: float) -> WritePlan:

@@ -21,7 +21,7 @@ from ..model.kv import KeysValues
 from ..model.overflow import Overflow
 from .batch import Batch
 from .clearing import discard, remove
-from .committing import commit_batch, open_batch, put_rows
+from .committing import commit_batch, open_batch, put_row, put_rows
 from .core import PoolCore
 from .loading import claim, heard_by_all
 from .pin import Pin
@@ -294,7 +294,7 @@ class KVPool(PoolCore):
                 return self.put(key, kv, side=side, priority=priority, scope=scope, timeout=timeout)
         deadline = self._enter(timeout)
         hash_of(key)
-        return put_rows(self, self._scope(scope), [key], kv, [side], [priority], deadline)
+        return put_row(self, self._scope(scope), key, kv, side, priority, deadline)
 
     def put_many(
         self,

@@ -13,7 +13,7 @@ from ..books.entries import rows_of
 from ..books.ledger import wake
 from ..books.quota import Budget, Quota
 from ..books.records import Entry, Place, Scope, sorted_shards
-from ..books.tables import weights_of
+from ..books.tables import Tables, Uses, weights_of
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray, Slots
 from ..device.streams import Ticks
@@ -72,31 +72,39 @@ def reserve(
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
     quota = pool.quota
     quota.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, quota.max_slots))
-    freed = _freed_by(pool, scope, plan, located, deadline)
-    return _take(pool, plan, freed, deadline)
+    return _take(pool, plan, _freed_by(pool, scope, plan, located, deadline), deadline)
 
 
 def _freed_by(
     pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
-    with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
-        replaced = _present(scope, plan, located)
-        if not replaced:
-            return 0, 0
-        ledger = pool.storage.ledger
-        uses = pool.quota.uses if scope.budget is None else ledger.tables
-        rows = rows_of(replaced)
-        with gate.lock, ledger.mutex:
-            slots = uses.exclusive(rows)
-    return len(replaced), slots
+    replaced = _present(scope, plan, located)
+    if not replaced:
+        return 0, 0
+    ledger = pool.storage.ledger
+    with gate.lock, ledger.mutex:
+        freed = _freed_of(pool, scope, replaced)
+    if freed is None:  # another writer replaced one of them since
+        with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
+            replaced = _present(scope, plan, located)
+            with gate.lock, ledger.mutex:
+                freed = _freed_of(pool, scope, replaced)
+    assert freed is not None, "what the index names under its shard is published"
+    return freed
 
 
 def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
-    """The entries that a plan's keys have now. Their shards held."""
+    """The entries that a plan's keys have, just now where their shards are not held."""
     keys = zip(located, plan.keys, plan.hashes, strict=True)
-    found = (scope.entries[part].get(key, key_hash) for (_, part), key, key_hash in keys)
-    return [entry for entry in found if entry is not None]
+    return [entry for (_, part), key, key_hash in keys if (entry := scope.entries[part].get(key, key_hash)) is not None]
+
+
+def _freed_of(pool: PoolState, scope: Scope, replaced: list[Entry]) -> tuple[int, int] | None:
+    """How many entries these are, and their slots that no others name; None unless all are published. Mutex held."""
+    uses: Uses | Tables = pool.quota.uses if scope.budget is None else pool.storage.ledger.tables
+    rows = [entry.row for entry in replaced if entry.refs and entry.place is not Place.NONE]
+    return (len(rows), uses.exclusive(rows)) if len(rows) == len(replaced) else None
 
 
 def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Ticket:
@@ -152,7 +160,7 @@ def _take_from_budget(
     freed, looked = (0, 0), False
     while True:
         if budget.missing(count, slots) != (0, 0):
-            # What the write replaces makes up for what is missing; looked up only then, as it costs a shard.
+            # What the write replaces makes up for what is missing; looked up only then.
             freed = look_up_freed()
         with gate.lock, ledger.mutex:
             pool.check_open()
@@ -487,8 +495,9 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     budget = scope.budget
     if budget is None:
         for entry in entries:
-            pool.policy.remove(entry)  # also of victims that were given out and have not come back
-            ledger.forget_parked(entry)
+            if not counted_out or entry.place is not Place.HELD:
+                pool.policy.remove(entry)  # also of victims that were given out and have not come back
+                ledger.forget_parked(entry)
             entry.place = Place.NONE
         rows = rows_of(entries)
         if not counted_out:

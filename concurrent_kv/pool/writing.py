@@ -97,6 +97,9 @@ def _cancel_later(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks, de
 def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -> tuple[Tensor, ...]:
     """Copy a plan's tokens into the slots taken for them; returns what has to live until that is done."""
     shape = plan.shape
+    if plan.parts is not None:
+        storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, ticket.taken)
+        return ()
     block = shape.block if type(ticket.taken) is range else None
     return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
 
