@@ -25,6 +25,7 @@ from ..device.streams import NO_TICKS, Ticks, merge
 __all__ = ["Reservation", "SlotAllocator", "Taken"]
 
 RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
+FEW = 64  # slots that Python sorts sooner than numpy is called
 MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
 
 
@@ -43,6 +44,20 @@ def _as_range(slots: SlotArray) -> range | None:
     first, last = int(slots[0]), int(slots[-1])
     consecutive = last - first == len(slots) - 1 and (slots[1:] > slots[:-1]).all()
     return range(first, last + 1) if consecutive else None
+
+
+def _runs_of(slots: SlotArray, ticks: Ticks) -> list[Run]:
+    """Slots as runs, in ascending order."""
+    if len(slots) <= FEW:
+        numbers = sorted(slots.tolist())
+        if numbers[-1] - numbers[0] == len(numbers) - 1:
+            return [(range(numbers[0], numbers[-1] + 1), ticks)]
+    slots = np.sort(slots)
+    gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
+    if len(gaps) >= MOST_PIECES:
+        return [(slots, ticks)]
+    edges = [0, *gaps.tolist(), len(slots)]
+    return [(range(int(slots[first]), int(slots[last - 1]) + 1), ticks) for first, last in pairwise(edges)]
 
 
 def _mark(array: npt.NDArray[np.int32], slots: Slots, number: int) -> None:
@@ -168,7 +183,8 @@ class SlotAllocator:
         `others_left` says that those entries had other slots too, which are still named. All of it, or nothing where
         it raises.
         """
-        ticks = merge(ticks, self._residual)
+        if self._residual:
+            ticks = merge(ticks, self._residual)
         self._free(slots, ticks)
         if ticks and others_left:
             self._residual = ticks
@@ -181,8 +197,7 @@ class SlotAllocator:
         """All of them, or none where it raises: what may fail comes first."""
         if not len(slots):
             return
-        slots = np.sort(slots)
-        runs = self._runs_of(slots, ticks)
+        runs = _runs_of(slots, ticks)
         joined = _joined(self._runs[-1], runs[0]) if self._runs else None
         returns = self._returns(slots) if self._reservations else ()
         # No call of a function from here on.
@@ -194,14 +209,6 @@ class SlotAllocator:
         for reservation, count in returns:
             reservation.left += count
             self.reserved_count += count
-
-    def _runs_of(self, slots: SlotArray, ticks: Ticks) -> list[Run]:
-        """Sorted slots as runs."""
-        gaps = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
-        if len(gaps) >= MOST_PIECES:
-            return [(slots, ticks)]
-        edges = [0, *gaps.tolist(), len(slots)]
-        return [(range(int(slots[first]), int(slots[last - 1]) + 1), ticks) for first, last in pairwise(edges)]
 
     def _returns(self, slots: SlotArray) -> list[tuple[Reservation, int]]:
         """Which reservations get how many of some slots back."""
