@@ -155,7 +155,7 @@ def sequence_of(name: str, items: object, what: str) -> list[Any]:
 
 
 def list_or_none(name: str, items: Sequence[Any] | None) -> Sequence[Any] | None:
-    """`items` as a list, for who may read them twice; None stays None."""
+    """`items` as a list, for a caller that may read them twice; None stays None."""
     return None if items is None else sequence_of(name, items, "one item for each key")
 
 

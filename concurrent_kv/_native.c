@@ -38,8 +38,7 @@ static PyObject *advise_huge_pages(PyObject *module, PyObject *const *arguments,
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef functions[] = {
-    FUNCTION(gather),    FUNCTION(scatter),     FUNCTION(share),
-    FUNCTION(enter),     FUNCTION(mark),        FUNCTION(advise_huge_pages),
+    FUNCTION(gather),    FUNCTION(scatter),     FUNCTION(mark),        FUNCTION(advise_huge_pages),
     FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
     FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
@@ -47,13 +46,18 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static int add_type(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
+{
+    if (*type == NULL && (*type = (PyTypeObject *)PyType_FromSpec(spec)) == NULL)
+        return 0;
+    return PyModule_AddType(module, *type) == 0;
+}
+
 static int add_types(PyObject *module)
 {
     if (intern_names() < 0)
         return -1;
-    if (view_type == NULL && (view_type = (PyTypeObject *)PyType_FromSpec(&view_spec)) == NULL)
-        return -1;
-    return PyModule_AddType(module, view_type);
+    return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) ? 0 : -1;
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -19,15 +19,43 @@ from .books.records import Entry
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
-_Ints: TypeAlias = NDArray[np.int64] | View
 
-# An array for many calls, each of which would ask it for its memory and shape anew: taken in its place.
-class View:
-    def __init__(self, array: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.bool_]) -> None: ...
+# `Tables` and `Uses` of `books/tables.py`; arrays come as the bytes of one. A row that is not taken is an
+# IndexError, a row that was not counted in a ValueError.
+class Tables:
+    def __init__(self, num_slots: int, window: int) -> None: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
+    def enter(
+        self, parents: list[int], kept: list[int], own: list[int], taken: _Slots, positions: NDArray[np.int64], /
+    ) -> tuple[list[int], list[int]]: ...
+    def leave(self, rows: list[int], /) -> tuple[bytearray, bool]: ...
+    def columns(self, rows: list[int], end: int, columns: int, /) -> bytearray: ...
+    def slots_of(self, row: int, /) -> bytearray: ...
+    def pages_of(self, row: int, /) -> list[tuple[int, list[int]]]: ...
+    def named_elsewhere(self, rows: list[int], /) -> bool: ...
+    def positions(self, slots: _Slots, /) -> bytearray: ...
+    def exclusive(self, rows: list[int], /) -> int: ...
+    def weights(self, slots: _Slots, /) -> bytearray: ...
+    def counted(self) -> tuple[bytearray, bytearray]: ...
+    def keep(self, rows: list[int], /) -> None: ...
 
-# Tokens of the slot tables `tables[rows]`, each row's newest before column `end`, into columns 0 to `filled` of a batch
-# [planes, rows, heads, columns] at the address `batch`. What no table fills becomes slot 0, which is zeros. Lets go of
-# the GIL for a large copy.
+class Uses:
+    def __init__(self, tables: Tables) -> None: ...
+    @property
+    def used(self) -> int: ...
+    def add(self, rows: list[int], /) -> None: ...
+    def remove(self, rows: list[int], /) -> None: ...
+    def exclusive(self, rows: list[int], /) -> int: ...
+    def weights(self, slots: _Slots, /) -> bytearray: ...
+    def counted(self) -> tuple[bytearray, bytearray]: ...
+    def keep(self, rows: list[int], /) -> None: ...
+
+# Tokens of rows of the tables, each row's newest before column `end`, into columns 0 to `filled` of a batch [planes,
+# rows, heads, columns] at the address `batch`. What no row fills becomes slot 0, which is zeros. Lets go of the GIL for
+# a large copy.
 def gather(
     slots: int,
     shape: _Shape,
@@ -35,14 +63,14 @@ def gather(
     columns: int,
     end: int,
     filled: int,
-    tables: _Ints,
+    tables: Tables,
     rows: list[int],
     /,
 ) -> None: ...
 
 # As `gather`, of float32. Tokens of rows whose item of `owed` is `owing` have added, in the drops' order, what they are
-# owed for every `drop` positions between that in `written_at[slot]` and where they stand in their row: the differences
-# [planes, positions + 1, heads] at an address, of the position that a token came to.
+# owed for every `drop` positions between that which their slot was written at and where they stand in their row: the
+# differences [planes, positions + 1, heads] at an address, of the position that a token came to.
 def gather_stepwise(
     slots: int,
     shape: _Shape,
@@ -50,9 +78,8 @@ def gather_stepwise(
     columns: int,
     end: int,
     filled: int,
-    tables: _Ints,
+    tables: Tables,
     rows: list[int],
-    written_at: _Ints,
     owed: list[object],
     owing: object,
     difference: int,
@@ -75,41 +102,14 @@ def scatter(
     plane_bytes: int,
     kept: int,
     corrected: int,
-    rows: _Ints,
-    columns: _Ints,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
     taken: _Slots,
-    /,
-) -> None: ...
-
-# The slot tables [entries, window] of entries that share slots with those of `tables[rows]`: column c is `columns[c]`
-# of the parent's where `shared[entry, c]`, the next of `taken` where `own[entry, c]`, and 0 elsewhere; where there are
-# as many `columns` as cells, each entry has its own. `positions` are those of the tokens in `taken`, and go into
-# `written_at[slot]`.
-def share(
-    tables: _Ints,
-    rows: list[int],
-    columns: _Ints,
-    shared: NDArray[np.bool_] | View,
-    own: NDArray[np.bool_] | View,
-    taken: _Slots,
-    positions: _Ints,
-    written_at: _Ints,
-    /,
-) -> bytearray: ...
-
-# Slot tables `new` [rows, window], an array or what `share` returned, into `tables[rows]`, and one more entry in
-# `counts[slot]` for each of their slots but slot 0; their rows, their last slots and one reference to the entries.
-def enter(
-    tables: _Ints,
-    rows: list[int],
-    counts: NDArray[np.int32] | View,
-    new: _Ints | bytearray,
-    entries: list[Entry],
     /,
 ) -> None: ...
 
 # `array[slots] = number`.
-def mark(array: NDArray[np.int32] | View, slots: _Slots, number: int, /) -> None: ...
+def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
 
 # The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
 def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...

@@ -53,7 +53,7 @@ class KVCacheError(Exception):
 
 
 def _remade(kind: type[KVCacheError], *arguments: object) -> KVCacheError:
-    """An error of `kind` with these `args`; its attributes are set by who unpickles or copies it."""
+    """An error of `kind` with these `args`; its attributes are set by the code that unpickles or copies it."""
     error = kind.__new__(kind, *arguments)
     error.args = arguments
     return error

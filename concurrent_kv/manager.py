@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from inspect import signature
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._checks import hash_of, positive_int, sequence_of
+from .books.allocation import SHORT_WINDOW, Allocation, default_tokens, headroom_of
 from .books.eviction import EvictionPolicy, PolicyFactory
 from .books.integrity import IntegrityReport, RepairReport
 from .books.records import Entry
@@ -48,13 +50,19 @@ class KVCacheManager(Handle):
         env_num: environments; their ids are 0 to `env_num - 1`.
         enable_stats: count hits, misses and the rest. Where False, every count stays 0.
         init_entries: entries of each environment's init pool.
-        recur_slots: slots of the recurrent pool; room for the full windows of one search over all environments if left
-            out (`env_num * (num_simulations + 1) * context_length`). While such a search is open, nothing else fits:
-            give more to use `set_recur_cache` beside it.
+        init_tokens: tokens (slots) of each environment's init pool, one window at least; see below if left out.
+        recur_slots: slots of the recurrent pool, one window at least; if left out, what one search over all
+            environments reserves, `env_num * (num_simulations + 1)` entries. While such a search is open, nothing else
+            fits: give more to use `set_recur_cache` beside it.
         wm_entries: entries of the world-model pool; `env_num` if left out.
+        wm_tokens: tokens (slots) of the world-model pool, one window at least; see below if left out.
         policy: eviction policy of every pool, by name or factory; "fifo" is what LightZero does.
         shards: lock shards, shared by the pools.
-        writers: writers that can replace entries of full pools at once without waiting for each other.
+        writers: writers that can replace entries of full pools at once without waiting for each other (headroom of one
+            window each); 8 if left out, 1 where a window is more than 1,024 tokens.
+        headroom_tokens: tokens (slots) that the storage has beyond the pools' quotas, one window at least. If left out
+            `writers + env_num` windows, where a window is more than 1,024 tokens `writers` windows. A root that an open
+            search keeps after it was replaced takes its tokens from these until the search closes.
         wait_timeout: seconds an operation waits at most.
         log_every_clears, log_every_steps: log the statistics at every N-th clear and at every N-th `step()`; never if
             left out.
@@ -62,6 +70,10 @@ class KVCacheManager(Handle):
 
     Raises:
         InvalidArgumentError, InvalidTypeError: a setting is missing, impossible or contradicts another; by name.
+
+    Tokens that are left out, here and in `search()`, are full windows for every entry where a window is at most 1,024
+    tokens. Where it is longer they are 1,024 tokens for every entry, and one window at least: entries can be as long as
+    the window, but not all of them at once. `allocation_for()` says before anything is allocated how much it will be.
     """
 
     instead_of_copy = "share the one object between threads; in another process make one there, and send entries"
@@ -73,11 +85,14 @@ class KVCacheManager(Handle):
         enable_stats: bool = True,
         *,
         init_entries: int = 16,
+        init_tokens: int | None = None,
         recur_slots: int | None = None,
         wm_entries: int | None = None,
+        wm_tokens: int | None = None,
         policy: str | PolicyFactory[EvictionPolicy[Entry]] | None = "fifo",
         shards: int = 16,
-        writers: int = 8,
+        writers: int | None = None,
+        headroom_tokens: int | None = None,
         wait_timeout: float = 10.0,
         log_every_clears: int | None = None,
         log_every_steps: int | None = None,
@@ -88,12 +103,18 @@ class KVCacheManager(Handle):
                 f"policy must be a name or a factory, as every pool needs a policy of its own, got {shown(policy)}"
             )
         settings = ManagerConfig.read(config, env_num)
-        layout, window = settings.layout, settings.layout.max_tokens
-        init_entries = positive_int("init_entries", init_entries)
-        wm_entries = settings.env_num if wm_entries is None else positive_int("wm_entries", wm_entries)
-        if recur_slots is None:
-            recur_slots = settings.env_num * (settings.num_simulations + 1) * window
-        recur_slots = positive_int("recur_slots", recur_slots, minimum=window)
+        layout = settings.layout
+        self._allocation = allocation = self.allocation_for(
+            settings,
+            settings.env_num,
+            init_entries=init_entries,
+            init_tokens=init_tokens,
+            recur_slots=recur_slots,
+            wm_entries=wm_entries,
+            wm_tokens=wm_tokens,
+            writers=writers,
+            headroom_tokens=headroom_tokens,
+        )
         self.config = settings
         self.layout = layout
         self.env_num = settings.env_num
@@ -105,21 +126,18 @@ class KVCacheManager(Handle):
         self._log_every_steps = None if log_every_steps is None else positive_int("log_every_steps", log_every_steps)
         self.storage = KVStorage(
             layout,
-            (settings.env_num * init_entries + wm_entries) * window + recur_slots,
-            # Beside the writers' windows, one for each environment: a root that a search keeps after it was replaced.
-            headroom_slots=(positive_int("writers", writers) + settings.env_num) * window,
+            allocation.total_slots - allocation.headroom_slots,
+            headroom_slots=allocation.headroom_slots,
             shards=shards,
             wait_timeout=wait_timeout,
             name=name,
         )
 
-        def pool(
-            role: str, entries: int, arguments: SizeArguments, slots: int | None = None, shard: int | None = None
-        ) -> KVPool:
+        def pool(role: str, arguments: SizeArguments, shard: int | None = None) -> KVPool:
             made = KVPool(
                 layout,
-                entries,
-                max_slots=slots,
+                allocation.entries[role],
+                max_slots=allocation.slots[role],
                 policy=policy,
                 name=f"{name}.{role}",
                 storage=self.storage,
@@ -131,19 +149,65 @@ class KVCacheManager(Handle):
             return made
 
         # One shard for each environment's pool: a gather over many environments takes few locks.
-        of_roots = SizeArguments("init_entries", slots=None, window=window)
-        self._init_pools = tuple(
-            pool(f"init[{env}]", init_entries, of_roots, shard=env) for env in range(settings.env_num)
-        )
+        of_roots = _size_arguments("init_entries", "init_tokens", init_tokens, layout.max_tokens)
+        self._init_pools = tuple(pool(f"init[{env}]", of_roots, shard=env) for env in range(settings.env_num))
         self._init_pool_by_env: Mapping[Hashable, KVPool] = MappingProxyType(dict(enumerate(self._init_pools)))
-        of_nodes = SizeArguments("config.max_cache_size", slots="recur_slots")
-        self.recur_pool = pool("recur", settings.max_cache_size, of_nodes, recur_slots)
-        self.wm_pool = pool("wm", wm_entries, SizeArguments("wm_entries", slots=None, window=window))
+        self.recur_pool = pool("recur", SizeArguments("config.max_cache_size", slots="recur_slots"))
+        self.wm_pool = pool("wm", _size_arguments("wm_entries", "wm_tokens", wm_tokens, layout.max_tokens))
         self._search_numbers = Numbers()
         self._clears = Numbers(1)
         self._steps = Numbers(1)
         self._wm_list: list[object] = []
         self._wm_size_list: list[int] = []
+
+    @classmethod
+    def allocation_for(
+        cls,
+        config: object,
+        env_num: int,
+        enable_stats: bool = True,
+        *,
+        init_entries: int = 16,
+        init_tokens: int | None = None,
+        recur_slots: int | None = None,
+        wm_entries: int | None = None,
+        wm_tokens: int | None = None,
+        writers: int | None = None,
+        headroom_tokens: int | None = None,
+        **others: Any,
+    ) -> Allocation:
+        """What a manager made with these arguments allocates, in slots and bytes; allocates nothing. Never blocks.
+
+        Args:
+            config, env_num, init_entries, init_tokens, recur_slots, wm_entries, wm_tokens, writers, headroom_tokens:
+                see the constructor.
+            enable_stats, others: its other arguments; they change no size, and their values are not looked at.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: a size that the constructor refuses too, by name.
+            TypeError: an argument that the constructor does not have.
+        """
+        signature(cls).bind_partial(**others)
+        settings = ManagerConfig.read(config, env_num)
+        window = settings.layout.max_tokens
+        roots = [f"init[{env}]" for env in range(settings.env_num)]
+        init_entries = positive_int("init_entries", init_entries)
+        wm_entries = settings.env_num if wm_entries is None else positive_int("wm_entries", wm_entries)
+        search_tokens = default_tokens(settings.env_num * (settings.num_simulations + 1), window)
+
+        def stated(name: str, tokens: int | None, default: int) -> int:
+            return default if tokens is None else positive_int(name, tokens, minimum=window)
+
+        entries = {**dict.fromkeys(roots, init_entries), "recur": settings.max_cache_size, "wm": wm_entries}
+        slots = {
+            **dict.fromkeys(roots, stated("init_tokens", init_tokens, default_tokens(init_entries, window))),
+            "recur": stated("recur_slots", recur_slots, search_tokens),
+            "wm": stated("wm_tokens", wm_tokens, default_tokens(wm_entries, window)),
+        }
+        # Beside the writers' windows, one for each environment: a root that a search keeps after it was replaced.
+        headroom = headroom_of(headroom_tokens, writers, window, usual_writers=8, roots=settings.env_num)
+        total = sum(slots.values()) + headroom
+        return Allocation(entries, slots, headroom, total, settings.layout.bytes_per_token, search_tokens)
 
     # Pools by role ---------------------------------------------------------------------------------------------------
 
@@ -249,8 +313,9 @@ class KVCacheManager(Handle):
         Args:
             env_ids: the environments that it is for.
             entries: entries to reserve; `num_simulations + 1` for each environment if left out.
-            tokens: slots to reserve; a full window for each entry if left out. (With shared prefixes a child takes only
-                its new tokens: `env * (window + 2 * simulations)` is enough for two tokens a step that never copy.)
+            tokens: slots to reserve; if left out a full window for each entry, where a window is more than 1,024 tokens
+                1,024 for each entry and one window at least. (With shared prefixes a child takes only its new tokens:
+                `env * (window + 2 * simulations)` is enough for two tokens a step that never copy.)
             order: where parents are looked up first: "own_first" or "init_first".
             overflow: what commits do with rows that outgrow the window, unless they say otherwise.
             timeout: seconds to wait for other searches to close, if their room is needed.
@@ -317,10 +382,9 @@ class KVCacheManager(Handle):
         self.storage.check_process()
         pools = (*self._init_pools, self.recur_pool, self.wm_pool)
         contention = self.storage.locks.contention()
-        shared = self.storage.ledger.slots.shared_count()
 
         def stats_now() -> dict[str, PoolStats]:
-            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention, shared) for pool in pools}
+            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
 
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them
@@ -361,14 +425,9 @@ class KVCacheManager(Handle):
             total.stale_write_count,
         )
 
-    def allocation(self) -> dict[str, int]:
-        """Bytes set aside for each pool's quota, for the headroom, and in total (what the storage allocates)."""
-        token = self.layout.bytes_per_token
-        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
-        bytes_by_role = {pool.name.removeprefix(f"{self.name}."): pool.quota.max_slots * token for pool in pools}
-        bytes_by_role["headroom"] = (self.storage.headroom_slots + 1) * token  # and the zero slot
-        bytes_by_role["total"] = self.storage.tensor.nbytes
-        return bytes_by_role
+    def allocation(self) -> Allocation:
+        """What was allocated when it was made: what `allocation_for()` says for its arguments. Never blocks."""
+        return self._allocation
 
     def check_integrity(self) -> IntegrityReport:
         """Recount everything; call it when no operation is under way. Raises `IntegrityError` with what it finds."""
@@ -400,3 +459,9 @@ class KVCacheManager(Handle):
 
     def __repr__(self) -> str:
         return f"<KVCacheManager {self.name!r}: {self.env_num} environments, {self.storage.tensor.nbytes} bytes>"
+
+
+def _size_arguments(entries: str, slots: str, tokens: int | None, window: int) -> SizeArguments:
+    """Whether it is the entries of a pool that bring its slots, or an argument `slots` of their own."""
+    is_by_entries = tokens is None and window <= SHORT_WINDOW
+    return SizeArguments(entries, slots=None if is_by_entries else slots, window=window)

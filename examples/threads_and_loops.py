@@ -2,8 +2,8 @@
 
     python -m examples.threads_and_loops --backend trio
 
-Who claims a key says that its result will come. Whoever asks for the key meanwhile waits for it: a thread by blocking,
-a task by awaiting, without holding its loop. Nobody needs to know who else there is, or on which loop.
+A claim to a key says that its result will come. A caller that asks for the key meanwhile waits for it: a thread by
+blocking, a task by awaiting, without holding its loop. No caller needs to know who else there is, or on which loop.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def evaluate(state: str) -> KeysValues:
 
 def search_thread(pool: KVPool, for_the_loop: Claim) -> KeysValues:
     """A thread without a loop: gives one result, waits for one, and shares the computation of a third."""
-    with for_the_loop:  # left without a result, the claim would pass to whoever waits
+    with for_the_loop:  # left without a result, the claim would pass to the caller that waits
         for_the_loop.fulfil(evaluate("root"))
     pool.get_or_compute("shared", lambda: evaluate("shared"))
-    return pool.get_or_compute("next root", lambda: evaluate("next root, as nobody had claimed it"))
+    return pool.get_or_compute("next root", lambda: evaluate("next root, as no caller had claimed it"))
 
 
 async def environment_loop(pool: AsyncKVPool, for_the_thread: Claim) -> KeysValues:
     """A task, the other way round."""
-    root = await pool.get_or_compute("root", lambda: evaluate("root, as nobody had claimed it"))
+    root = await pool.get_or_compute("root", lambda: evaluate("root, as no caller had claimed it"))
     await pool.get_or_compute("shared", lambda: evaluate("shared"))
     with for_the_thread:
         await pool.fulfil(for_the_thread, evaluate("next root"))
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio", help="default: %(default)s")
     options = parser.parse_args(arguments)
     with KVPool(LAYOUT, max_entries=100) as pool, ThreadPoolExecutor(1, "the search thread") as threads:
-        # Claimed before anybody asks; either may also be claimed where it is computed, and then races with who asks.
+        # Claimed before any caller asks; either may also be claimed where it is computed, racing then with the caller.
         for_the_loop, for_the_thread = pool.try_claim("root"), pool.try_claim("next root")
         searching = threads.submit(search_thread, pool, for_the_loop)
         root = anyio.run(environment_loop, AsyncKVPool(pool), for_the_thread, backend=options.backend)

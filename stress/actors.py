@@ -1,4 +1,4 @@
-"""Those who use the cache: threads, and tasks of an event loop, each doing one operation after the other."""
+"""The users of the cache: threads, and tasks of an event loop, each doing one operation after the other."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Actor:
 
     Attributes:
         number: who it is, in what it writes.
-        under_way: what it does, and since when (`monotonic()`), for whoever looks for those that are stuck.
+        under_way: what it does, and since when (`monotonic()`), for the watchdog, which looks for those that are stuck.
         latencies: nanoseconds of each kind of call, taken away by the monitor.
     """
 

@@ -1,4 +1,4 @@
-"""`get_or_compute` and `try_claim`: one computation for each missing key, and everybody gets its result."""
+"""`get_or_compute` and `try_claim`: one computation for each missing key, and every caller gets its result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Running:
 
     cleared: tuple[int | None, ...]  # before its caller asked
     whose: str
-    cut_off: bool = False  # its caller was interrupted or cancelled, and somebody else may have taken over
+    cut_off: bool = False  # its caller was interrupted or cancelled, and another actor may have taken over
 
 
 class Computations:
@@ -72,7 +72,7 @@ class Computations:
 
 
 def _clears(space: Space) -> tuple[int | None, ...]:
-    """How often what the space belongs to was cleared, None where that is under way: nobody knows its generation."""
+    """How often what the space belongs to was cleared, None where that is under way: its generation is unknown."""
     return tuple(barrier.settled() for barrier in (space.cleared, *space.above))
 
 
@@ -96,7 +96,7 @@ async def computes(actor: Actor) -> None:
         if not isinstance(error, Exception):
             mine.cut_off = True
         elif isinstance(error, InvalidArgumentError) and "loaders" in world.settings.faults:
-            marked(error)  # somebody computed a wrong shape on purpose, and all who waited hear it
+            marked(error)  # an actor computed a wrong shape on purpose, and every waiter hears it
         for write in written:
             (ledger.refused if isinstance(error, Exception) else ledger.cut_off)(write)
         raise
@@ -140,7 +140,7 @@ def _computation(actor: Actor, space: Space, key: int, mine: _Running) -> tuple[
 
 
 async def _claim(actor: Actor, space: Space, key: int) -> None:
-    """Compute what nobody else does, or leave it."""
+    """Compute what no other actor does, or leave it."""
     rng, world, ledger = actor.rng, actor.world, space.plain[key]
     mine = _Running(_clears(space), f"actor {actor.number}")
     claim = space.pool.try_claim(world.key("key", key), side=COMPUTED, scope=space.scope)
@@ -151,7 +151,7 @@ async def _claim(actor: Actor, space: Space, key: int) -> None:
     try:
         chance = rng.random()
         if chance < 0.2:
-            actor.computations.end(space, key, mine)  # given up: somebody else takes over
+            actor.computations.end(space, key, mine)  # given up: another actor takes over
             if chance < 0.1 or "abandon" not in world.settings.faults:
                 claim.abandon()
             return
@@ -164,7 +164,7 @@ async def _claim(actor: Actor, space: Space, key: int) -> None:
             if stored:
                 ledger.stored(write)
             else:
-                ledger.cut_off(write)  # not kept, but handed on to those who waited
+                ledger.cut_off(write)  # not kept, but handed on to the waiters
     except BaseException:
         mine.cut_off = True
         raise

@@ -34,13 +34,13 @@ class Gate:
             self._condition.notify_all()
 
     def close(self, seconds: float) -> bool:
-        """Shut, and wait until everybody stands still; False if somebody did not within so many seconds."""
+        """Shut, and wait until all actors stand still; False if one did not within so many seconds."""
         with self._condition:
             self.shut = True
             return self._condition.wait_for(lambda: self._parked >= self._inside, seconds)
 
     def open(self) -> None:
-        """Let everybody go on."""
+        """Let all actors go on."""
         with self._condition:
             self.shut = False
             wakers, self._wakers = self._wakers, []

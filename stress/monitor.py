@@ -55,7 +55,7 @@ class Monitor:
         self._process = psutil.Process()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
-        # Of its own: it has to see that somebody is stuck also where the statistics cannot be had for that reason.
+        # Of its own: it has to see that an actor is stuck also where the statistics cannot be had for that reason.
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._began = self._last = monotonic()
         self.stats = total_stats(self.run.world.manager)

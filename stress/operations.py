@@ -99,7 +99,7 @@ async def writes(actor: Actor) -> None:
 
 
 async def groups(actor: Actor) -> None:
-    """Three keys that are only ever written together: whoever finds two of them finds one version."""
+    """Three keys that are only ever written together: a reader that finds two of them finds one version."""
     rng, world = actor.rng, actor.world
     space = world.any_space(rng)
     group = rng.randrange(len(space.groups))

@@ -58,7 +58,7 @@ def _problems(run: Run, storage: KVStorage, pool: KVPool, moment: QuietMoment) -
             report = pool.repair()
             moment.repaired = RepairReport(*(a + b for a, b in zip(moment.repaired, report, strict=True)))
         report_of = pool.check_integrity()
-        found += [f"{report_of.handles} handles are open, and nobody has one"] if report_of.handles else []
+        found += [f"{report_of.handles} handles are open, and no actor has one"] if report_of.handles else []
     except IntegrityError as error:
         found += error.problems
     bound = run.world.settings.bound_seconds
@@ -69,7 +69,7 @@ def _problems(run: Run, storage: KVStorage, pool: KVPool, moment: QuietMoment) -
         ("computations", sum(len(each.flights) for each in storage.pools)),
         ("abandoned handles", len(storage.ledger.abandoned)),
     ):
-        found += [f"{left} {name} are left in {storage.name}, and nobody has one"] if left else []
+        found += [f"{left} {name} are left in {storage.name}, and no actor has one"] if left else []
     return found
 
 

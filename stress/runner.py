@@ -147,7 +147,7 @@ class _Runner:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        """Errors that nobody hears, of finalisers and threads, are failures too."""
+        """Unheard errors, of finalisers and threads, are failures too."""
 
         def unheard(error: BaseException | None, where: object) -> None:
             if isinstance(error, Interrupt):
@@ -211,7 +211,7 @@ class _Runner:
 
     def _quiet(self) -> None:
         if not self.gate.close(2 * self.settings.bound_seconds):
-            message = f"not everybody stood still within {2 * self.settings.bound_seconds:g} s"
+            message = f"not every actor stood still within {2 * self.settings.bound_seconds:g} s"
             self.failures.add(Failure("stuck", message, "quiet moment", stacks()))
             self.over.set()
         else:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["searches"]
 
-ABANDONED = 0.2  # share of the searches that nobody closes, where that is one of the faults
+ABANDONED = 0.2  # share of the searches that are dropped unclosed, where that is one of the faults
 RELEASED, KEPT, PROMOTED, READ_AGAIN = 0.05, 0.03, 0.1, 0.2  # shares of the steps
 
 

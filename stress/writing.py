@@ -20,7 +20,7 @@ COMPUTED = "computed"  # side data of what `get_or_compute` stores, which is not
 
 @contextmanager
 def writing(ledger: KeyLedger) -> Iterator[Write]:
-    """A write of a key; whoever leaves normally has said whether it was stored."""
+    """A write of a key; an actor that leaves normally has said whether it was stored."""
     write = ledger.begin()
     try:
         yield write

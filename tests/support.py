@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVLayout, KVPool, KVStorage
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.records import Entry
+from concurrent_kv.books.tables import Tables, new_tables
 from concurrent_kv.device.native import native
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
@@ -35,12 +39,11 @@ TOKENS = 16  # token indices, at most
 NATIVE_USERS = (
     "books.entries",
     "books.index",
-    "books.ledger",
     "books.slots",
+    "books.tables",
     "device.appends",
     "device.tensors",
     "model.hashing",
-    "pool.plan",
 )
 LOOPS = ("torch",) if native is None else ("torch", "compiled")  # that this build of the package has
 
@@ -188,6 +191,22 @@ class OperatorCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return len(self.names)
 
 
+def slots_named(ledger: Ledger, entry: Entry) -> list[int]:
+    """The slots of an entry's tokens, the oldest first."""
+    named: list[int] = np.frombuffer(ledger.tables.slots_of(entry.row), dtype=np.int64).tolist()
+    return named
+
+
+def tables_of(rows: list[list[int]], num_slots: int, window: int, positions: list[list[int]] | None = None) -> Tables:
+    """Tables whose rows 1, 2 and on name these slots, of which none is shared by way of a page."""
+    tables = new_tables(num_slots, window)
+    for row, slots in enumerate(rows, 1):
+        at = np.arange(len(slots)) if positions is None else np.array(positions[row - 1], dtype=np.int64)
+        (made,), _ = tables.enter([0], [0], [len(slots)], np.array(slots, dtype=np.int64), at)
+        assert made == row
+    return tables
+
+
 def snapshot(storage: KVStorage) -> dict[str, Any]:
     """Everything a failed call must leave as it was: entries with their bytes, fill, free slots, handles."""
     entries = {}
@@ -195,7 +214,7 @@ def snapshot(storage: KVStorage) -> dict[str, Any]:
         for pool in storage.pools:
             for scope in pool.account.all_scopes():
                 for entry in [entry for part in scope.entries for entry in part.values()]:
-                    table = torch.from_numpy(storage.ledger.tables_of([entry])[0])
+                    table = torch.tensor(slots_named(storage.ledger, entry))
                     stored = b"" if storage.closed else bits(storage.tensor.data[:, table]).numpy().tobytes()
                     where = (pool.name, scope.name, entry.key)
                     entries[where] = (entry.length, entry.generation, entry.side, entry.refs, entry.pins, stored)

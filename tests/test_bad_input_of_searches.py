@@ -183,6 +183,10 @@ def sized_layout(name: str) -> list[Unmade]:
     return sized(lambda value: layout(**{name: value}), name)
 
 
+def beside_a_storage(**settings: Any) -> KVPool:
+    return KVPool(LAYOUT, 1, storage=KVStorage(LAYOUT, WINDOW, headroom_slots=WINDOW), **settings)
+
+
 UNMADE: list[Unmade] = [
     *sized_layout("num_layers"),
     *sized_layout("num_heads"),
@@ -197,6 +201,17 @@ UNMADE: list[Unmade] = [
     *sized(lambda v: KVPool(LAYOUT, 4, max_bytes=v), "max_bytes"),
     *sized(lambda v: KVPool(LAYOUT, 4, shards=v), "shards"),
     *sized(lambda v: KVPool(LAYOUT, 4, writers=v), "writers"),
+    *sized(lambda v: KVPool(LAYOUT, 4, writers=v, headroom_tokens=WINDOW), "writers"),
+    *sized(lambda v: KVPool(LAYOUT, 4, headroom_tokens=v), "headroom_tokens"),
+    ("headroom_tokens below a window", lambda: KVPool(LAYOUT, 4, headroom_tokens=7), Value, "headroom_tokens"),
+    ("headroom_tokens beside a storage", lambda: beside_a_storage(headroom_tokens=8), Value, "headroom_tokens"),
+    *sized(lambda v: KVPool.allocation_for(LAYOUT, v), "max_entries"),
+    *sized(lambda v: KVPool.allocation_for(LAYOUT, 4, max_slots=v), "max_slots"),
+    *sized(lambda v: KVPool.allocation_for(LAYOUT, 4, max_bytes=v), "max_bytes"),
+    *sized(lambda v: KVPool.allocation_for(LAYOUT, 4, writers=v), "writers"),
+    *sized(lambda v: KVPool.allocation_for(LAYOUT, 4, headroom_tokens=v), "headroom_tokens"),
+    ("allocation_for layout=none", lambda: KVPool.allocation_for(None, 4), Type, "layout"),  # type: ignore[arg-type]
+    ("allocation_for an unknown argument", lambda: KVPool.allocation_for(LAYOUT, 4, slots=8), TypeError, "slots"),
     ("layout=none", lambda: KVPool(None, 4), Type, "layout"),  # type: ignore[arg-type]
     ("max_slots below a window", lambda: KVPool(LAYOUT, 4, max_slots=7), Value, "max_slots=7"),
     ("max_bytes below a window", lambda: KVPool(LAYOUT, 4, max_bytes=100), Value, "max_bytes=100"),
@@ -219,6 +234,18 @@ UNMADE: list[Unmade] = [
     *sized(lambda v: KVCacheManager(config(), 2, init_entries=v), "init_entries"),
     *sized(lambda v: KVCacheManager(config(), 2, recur_slots=v), "recur_slots"),
     *sized(lambda v: KVCacheManager(config(), 2, wm_entries=v), "wm_entries"),
+    *sized(lambda v: KVCacheManager(config(), 2, init_tokens=v), "init_tokens"),
+    *sized(lambda v: KVCacheManager(config(), 2, wm_tokens=v), "wm_tokens"),
+    *sized(lambda v: KVCacheManager(config(), 2, writers=v), "writers"),
+    *sized(lambda v: KVCacheManager(config(), 2, headroom_tokens=v), "headroom_tokens"),
+    *sized(lambda v: KVCacheManager.allocation_for(config(), v), "env_num"),
+    *sized(lambda v: KVCacheManager.allocation_for(config(), 2, init_entries=v), "init_entries"),
+    *sized(lambda v: KVCacheManager.allocation_for(config(), 2, headroom_tokens=v), "headroom_tokens"),
+    ("init_tokens below a window", lambda: KVCacheManager(config(), 2, init_tokens=7), Value, "init_tokens"),
+    ("wm_tokens below a window", lambda: KVCacheManager(config(), 2, wm_tokens=7), Value, "wm_tokens"),
+    ("manager headroom below a window", lambda: KVCacheManager(config(), 2, headroom_tokens=7), Value, "headroom_"),
+    ("allocation_for config=none", lambda: KVCacheManager.allocation_for(None, 2), Value, "config"),
+    ("allocation_for token=8", lambda: KVCacheManager.allocation_for(config(), 2, token=8), TypeError, "token"),
     *sized(lambda v: KVCacheManager(config(), 2, log_every_clears=v), "log_every_clears"),
     *sized(lambda v: KVCacheManager(config(), 2, log_every_steps=v), "log_every_steps"),
     ("manager config=none", lambda: KVCacheManager(None, 2), Value, "config"),

@@ -151,6 +151,7 @@ def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any])
         pool.stats,
         lambda: pool.closed,
         lambda: repr(pool),
+        pool.allocation,
         pool.storage.locks.contention,
         lambda: len(pool.flights),
         AsyncKVPool(pool).offload_stats,
@@ -161,13 +162,13 @@ def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any])
     stats = found[1]
     assert isinstance(stats, PoolStats)
     assert stats.entries == 1
-    assert isinstance(found[6], OffloadStats)
+    assert isinstance(found[7], OffloadStats)
 
 
 @pytest.mark.parametrize("inside", INSIDE)
 def test_every_public_method_is_known_to_these_tests(inside: Callable[[KVPool], Any]) -> None:
     methods = {name for name in dir(KVPool) if not name.startswith("_") and callable(getattr(KVPool, name))}
-    need_no_lock = {"discard", "stats", "commit"}  # a commit: below, it needs a batch
+    need_no_lock = {"allocation", "allocation_for", "discard", "stats", "commit"}  # a commit: below, it needs a batch
     internal = {"check_open", "end_searches", "registered_scopes", "renew", "stats_now"}
     assert methods - need_no_lock - internal == set(CALLS)
 

@@ -44,7 +44,7 @@ def test_small_shapes_stay_within_their_number() -> None:
 
 def test_a_shape_as_large_as_all_that_may_be_remembered_is_made_and_forgotten() -> None:
     rows, window = 300, 16384
-    shape = commit_shape(range(rows), (5,) * rows, (True,) * rows, 1, 5, window, Drop.of(None, window))
+    shape = commit_shape(range(rows), (5,) * rows, (True,) * rows, 1500, 5, window, Drop.of(None, window))
     assert shape.nbytes > REMEMBERED_BYTES
     assert len(remembered) == 0
 
@@ -59,7 +59,7 @@ def test_a_shape_in_use_is_made_once_whatever_comes_between() -> None:
 def test_the_bytes_of_a_shape_are_those_of_its_arrays_and_more() -> None:
     shape = shape_of(3)
     arrays = [field for field in shape if isinstance(field, np.ndarray)]
-    assert len(arrays) == 6
+    assert len(arrays) == 3
     assert sum(array.nbytes for array in arrays) < shape.nbytes
 
 

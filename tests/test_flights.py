@@ -253,7 +253,7 @@ def test_a_claim_that_is_over_or_somebody_elses_can_do_nothing_more(pool: KVPool
     theirs.abandon()
     assert not claim.over
     for act in (lambda: theirs.fulfil(tokens(1, 2)), lambda: theirs.fail(ValueError())):
-        with pytest.raises(ClosedError, match="somebody else"):
+        with pytest.raises(ClosedError, match="another caller"):
             act()
     claim.fulfil(tokens(1, 2))
     for act in (lambda: claim.fulfil(tokens(2, 2)), lambda: claim.fail(ValueError())):

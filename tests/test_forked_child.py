@@ -30,9 +30,11 @@ HANG_SECONDS = 3
 HARMLESS = {
     "KVStorage": {"zero_slot_is_zero", "drop_of"},
     "KVPool": {
-        "check_open", "closed", "counters", "registered_scopes", "stats_now", "version",
+        "allocation", "allocation_for", "check_open", "closed", "counters", "registered_scopes", "stats_now", "version",
     },
-    "KVCacheManager": {"allocation", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "version"},
+    "KVCacheManager": {
+        "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "version",
+    },
     "Search": {"closed", "held", "abandon", "__len__"},
     # Views of a buffer that a fork copies (on a CPU), and what is known of its rows.
     "Batch": {
@@ -107,6 +109,10 @@ def walk() -> dict[str, set[str]]:
     arguments: dict[str, Any] = {
         "key": "root",
         "keys": ["root"],
+        "config": config(),
+        "env_num": 2,
+        "layout": manager.layout,
+        "max_entries": 4,
         "env_id": 0,
         "env_ids": [0],
         "kv": tokens(3, 2),

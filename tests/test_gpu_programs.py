@@ -8,6 +8,7 @@ import torch
 from tests.gpu.machine import LAYOUT, Machine, tokens
 from tests.gpu.programs import PROGRAMS
 from tests.gpu.random_programs import run_random_program
+from tests.support import slots_named
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -42,7 +43,7 @@ def test_slots_that_nobody_wrote_to_keep_their_bytes() -> None:
     source = machine.row((1, 2, 3))
     pool.put("a", source)
     (entry,) = (entry for part in pool.default_scope.entries for entry in part.values())
-    own = [slot for slot in pool.storage.ledger.tables_of([entry]).ravel().tolist() if slot]
+    own = slots_named(pool.storage.ledger, entry)
     others = [slot for slot in range(1, data.shape[1]) if slot not in own]
     machine.settle()
     assert len(own) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from concurrent_kv import IntegrityError, KVCacheManager, KVPool
@@ -103,15 +104,15 @@ def add(path: str, name: str, number: int = 1) -> Callable[[Books], None]:
 
 
 def count_a_slot_once_more(books: Books) -> None:
-    books.ledger.slots.counts[books.entry("b").tail] += 1
+    books.ledger.tables.enter([books.entry("b").row], [1], [0], range(0), np.zeros(0, dtype=np.int64))
 
 
-def count_a_slot_once_less(books: Books) -> None:
-    books.ledger.slots.counts[books.entry("b").tail] -= 1
+def free_a_row_in_use(books: Books) -> None:
+    books.ledger.tables.leave([books.entry("b").row])
 
 
 def count_a_quota_slot_once_more(books: Books) -> None:
-    books.pool.quota.counts[books.entry("b").tail] += 1
+    books.pool.quota.uses.add([books.entry("b").row])
 
 
 def leave_a_hold(books: Books) -> None:
@@ -124,10 +125,6 @@ def lose_a_hold(books: Books) -> None:
 
 def exchange_rows(books: Books) -> None:
     books.entry("a").row = books.entry("b").row
-
-
-def reuse_a_row(books: Books) -> None:
-    books.ledger._free_rows.append(books.entry("b").row)
 
 
 def lose_from_the_index(books: Books) -> None:
@@ -143,7 +140,6 @@ def index_under_another_key(books: Books) -> None:
 
 MENDED = [
     Planted("slot count too high", count_a_slot_once_more, "use counts differ"),
-    Planted("slot count too low", count_a_slot_once_less, "use counts differ"),
     Planted("slot free twice", free_twice, "free twice"),
     Planted("free slots lost", lose_a_run, "free count"),
     Planted("free count", add("ledger.slots", "free_count"), "free count"),
@@ -154,7 +150,6 @@ MENDED = [
     Planted("references too few", put("c", refs=1), "references"),
     Planted("pins", put("c", pins=0), "pins"),
     Planted("quota entries", add("pool.quota", "entries"), "counts 4 entries"),
-    Planted("quota slots", add("pool.quota", "slots"), "counts 10 slots"),
     Planted("quota slot counts", count_a_quota_slot_once_more, "slots"),
     Planted("pending entries", add("pool.quota", "pending_entries"), "pending"),
     Planted("pending slots", add("pool.quota", "pending_slots"), "pending"),
@@ -166,7 +161,6 @@ MENDED = [
     Planted("place none", put("b", place=Place.NONE), "place"),
     Planted("place claimed", put("b", place=Place.CLAIMED), "CLAIMED"),
     Planted("a hold of an operation left", leave_a_hold, "references"),
-    Planted("a row in use is free", reuse_a_row, "row"),
     Planted("lost from the index", lose_from_the_index, "free"),
 ]
 FOUND = [
@@ -175,6 +169,7 @@ FOUND = [
     Planted("length", put("b", length=5), "tokens"),
     Planted("tail", put("b", tail=1), "tokens"),
     Planted("two entries with one row", exchange_rows, "same row"),
+    Planted("a row in use is free", free_a_row_in_use, "its row 0"),
     Planted("an entry under a key that is not its own", index_under_another_key, "'b'"),
 ]
 

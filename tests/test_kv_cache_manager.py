@@ -374,16 +374,15 @@ def test_a_dtype_may_be_named(make_manager: MakeManager, dtype: object) -> None:
 # Allocation ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_allocation_in_bytes_per_pool_adds_up_to_what_the_storage_allocates(make_manager: MakeManager) -> None:
+def test_the_allocation_per_pool_adds_up_to_what_the_storage_allocates(make_manager: MakeManager) -> None:
     manager = make_manager(3, init_entries=5, recur_slots=200, writers=2)
     allocation = manager.allocation()
-    token = manager.layout.bytes_per_token
-    assert allocation["init[1]"] == 5 * WINDOW * token
-    assert allocation["recur"] == 200 * token
-    assert allocation["wm"] == 3 * WINDOW * token
-    assert allocation["headroom"] >= (2 * WINDOW + 1) * token  # a window for each writer, and the zero slot
-    assert allocation["total"] == sum(number for name, number in allocation.items() if name != "total")
-    assert allocation["total"] == manager.storage.tensor.data.nbytes
+    assert allocation.slots["init[1]"] == 5 * WINDOW
+    assert allocation.slots["recur"] == 200
+    assert allocation.slots["wm"] == 3 * WINDOW
+    assert allocation.headroom_slots >= 2 * WINDOW  # a window for each writer
+    assert allocation.total_slots == sum(allocation.slots.values()) + allocation.headroom_slots
+    assert allocation.nbytes == manager.storage.tensor.data.nbytes
 
 
 def test_every_pool_can_be_full_at_once_and_replaced_without_an_eviction(make_manager: MakeManager) -> None:

@@ -13,7 +13,6 @@ ROOT = Path(concurrent_kv.__file__).parent
 LAYERS = (
     "errors",
     "never_copied",
-    "remembered",
     "_checks",
     "locks",
     "device",
@@ -27,7 +26,7 @@ LAYERS = (
     "compat",
 )
 FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere
-FREE_OF_TORCH = ("errors", "never_copied", "remembered", "_checks", "locks", "books")
+FREE_OF_TORCH = ("errors", "never_copied", "_checks", "locks", "books")
 
 
 def modules() -> dict[str, Path]:

@@ -20,7 +20,7 @@ from concurrent_kv.device.native import native
 from concurrent_kv.device.tensors import Indices, SlotTensor
 from concurrent_kv.model.hashing import hash_states
 from tests.native_support import needs_native, random_bits, random_numbers, same_bits, without_native
-from tests.support import HANG_SECONDS, NATIVE_USERS
+from tests.support import HANG_SECONDS, NATIVE_USERS, tables_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -101,12 +101,10 @@ def test_a_gather_is_the_same_bytes_either_way(
     compiled, plain = both(layout, num_slots, seed)
     end = data.draw(st.integers(0, window), "end")
     columns = data.draw(st.integers(max(1, end), window), "columns")
-    tables = np.random.default_rng(seed).integers(0, num_slots + 1, (6, window))
-    for row, padding in enumerate(data.draw(st.lists(st.integers(0, window), min_size=6, max_size=6), "padding")):
-        tables[row, :padding] = 0
-    if end < columns:
-        tables[:, 0] = 0  # a row that fills the window leaves no column free
-    rows = data.draw(st.lists(st.integers(0, 5), min_size=batch, max_size=batch), "rows")
+    lengths = data.draw(st.lists(st.integers(1, window), min_size=6, max_size=6), "lengths")
+    random = np.random.default_rng(seed)
+    tables = tables_of([random.integers(1, num_slots + 1, length).tolist() for length in lengths], num_slots, window)
+    rows = data.draw(st.lists(st.integers(0, 6), min_size=batch, max_size=batch), "rows")
     whole = data.draw(st.booleans(), "whole")
     outs = [tensor.new_buffer(batch, columns).fill_(7.0) for tensor in (compiled, plain)]
     compiled.gather(tables, rows, end, outs[0], whole=whole)
@@ -177,11 +175,11 @@ def test_copies_large_enough_to_let_go_of_the_gil_are_the_same_bytes_either_way(
     assert source.nbytes > LARGE
     rows, columns = (index.ravel() for index in np.indices((16, 20)))
     slots = np.random.default_rng(3).permutation(400)[:320] + 1
-    tables = slots.reshape(16, 20)
+    tables = tables_of(slots.reshape(16, 20).tolist(), 400, 20)
     for tensor in (compiled, plain):
         tensor.scatter(source, rows, columns, slots)
         out = tensor.new_buffer(16, 20)
-        tensor.gather(tables, list(range(16)), 20, out)
+        tensor.gather(tables, list(range(1, 17)), 20, out)
         assert same_bits(out, source)
     assert same_bits(compiled.data, plain.data)
 
@@ -200,22 +198,26 @@ def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: i
     difference = random_numbers(2, (2, 2, 3, window - count, head_dim), layout.dtype)
     steps = PositionSteps(layout, count, difference)
     random = np.random.default_rng(count)
-    tables = random.permutation(60)[: 6 * window].reshape(6, window) + 1
+    slots = random.permutation(60)[: 6 * window].reshape(6, window) + 1
     moved = [True, False, True, True, True, False]
-    written_at = np.zeros(61, dtype=np.int64)
-    for row, length in enumerate([9, 9, 8, 4, 1, 5]):
-        tables[row, : window - length] = 0
-        at = np.arange(length)
-        written_at[tables[row, window - length :]] = random.integers(at, window) if moved[row] else window - 1
+    lengths = [9, 9, 8, 4, 1, 5]
+    written = [
+        (random.integers(np.arange(length), window) if has_moved else np.full(length, window - 1)).tolist()
+        for length, has_moved in zip(lengths, moved, strict=True)
+    ]
+    tables = tables_of([row[:length].tolist() for row, length in zip(slots, lengths, strict=True)], 60, window, written)
     out, expected = compiled.new_buffer(6, window), plain.new_buffer(6, window)
-    rows = list(range(6))
+    rows = list(range(1, 7))
     others = iter([None, PositionSteps(layout, count, difference)])  # whom nothing is owed here
     owed_by = [steps if has_moved else next(others) for has_moved in moved]
-    assert compiled.gather_stepwise(tables, rows, window, out, written_at, owed_by, steps)
-    assert not plain.gather_stepwise(tables, rows, window, expected, written_at, owed_by, steps)
+    assert compiled.gather_stepwise(tables, rows, window, out, owed_by, steps)
+    assert not plain.gather_stepwise(tables, rows, window, expected, owed_by, steps)
     plain.gather(tables, rows, window, expected)
-    positions = np.maximum(np.arange(window) - (tables == 0).sum(axis=1)[:, None], 0)
-    owed = np.where((tables > 0) & np.array(moved)[:, None], written_at[tables] - positions, 0)
+    positions = np.maximum(np.arange(window) - (window - np.array(lengths))[:, None], 0)
+    owed = np.zeros((6, window), dtype=np.int64)
+    for row, (length, at) in enumerate(zip(lengths, written, strict=True)):
+        if moved[row]:
+            owed[row, window - length :] = np.array(at) - np.arange(length)
     plain.correct_stepwise(expected, owed, positions, steps)
     assert same_bits(out, expected)
 
@@ -227,8 +229,7 @@ def test_all_modules_that_choose_compiled_loops_are_known_to_the_tests_that_choo
         for file in root.rglob("*.py")
         if re.search(r"^from \.[\w.]*native import .*\bnative$", file.read_text(), re.MULTILINE)
     }
-    # One makes views for compiled code beside what others use.
-    assert users - {"pool.commit_shape", "compat.lightzero.settings"} == set(NATIVE_USERS)
+    assert users - {"compat.lightzero.settings"} == set(NATIVE_USERS)
 
 
 # Without it ----------------------------------------------------------------------------------------------------------
@@ -266,5 +267,5 @@ def test_without_the_module_nothing_copies_by_itself(monkeypatch: pytest.MonkeyP
     without_native(monkeypatch)
     layout = KVLayout(num_layers=1, num_heads=1, head_dim=2, max_tokens=2)
     tensor = SlotTensor(layout, 2)
-    tables = np.array([[0, 1]])
-    assert tensor.gather(tables, [0], 2, tensor.new_buffer(1, 2))  # indices, which compiled code does without
+    tables = tables_of([[1]], 2, 2)
+    assert tensor.gather(tables, [1], 2, tensor.new_buffer(1, 2))  # indices, which compiled code does without

@@ -19,7 +19,7 @@ from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.native import native
 from concurrent_kv.device.streams import Ticks
 from tests.native_support import needs_native
-from tests.support import Incomparable
+from tests.support import Incomparable, tables_of
 
 pytestmark = needs_native
 
@@ -45,10 +45,8 @@ class Arguments:
         self.data = torch.arange(PLANES * SLOTS * HEADS * 2, dtype=torch.float32).view(PLANES, SLOTS, HEADS, 2)
         self.batch = torch.full((PLANES, 2, HEADS, 3, 2), -1.0)
         self.difference = torch.ones(PLANES, 1, HEADS, 2)
-        self.tables = np.array([[0, 0, 0], [0, 1, 2], [0, 1, 3]])
+        self.tables = tables_of([[1, 2], [1, 3]], SLOTS - 1, 3, [[0, 2], [2, 1]])
         self.counts = np.zeros(SLOTS, dtype=np.int32)
-        self.written_at = np.zeros(SLOTS, dtype=np.int64)
-        own = np.array([[False, False, True], [False, False, True]])
         self.states = np.arange(12, dtype=np.uint8)
         self.owed = torch.ones(PLANES, 3 + 1, HEADS, 2)
         self.first, self.second, self.third = [made(key) for key in ("first", "second", "third")]
@@ -64,26 +62,11 @@ class Arguments:
             "gather": [slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]],
             "gather_stepwise": [
                 *(slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]),
-                np.array([0, 2, 2, 1]),
                 [self.steps, None],
                 self.steps,
                 *(self.owed.data_ptr(), 3, 1),
             ],
             "scatter": [slots, SHAPE, batch, 2, 3, difference, 16, 1, 1, index, columns, np.array([3, 1])],
-            "share": [
-                self.tables,
-                [1, 2],
-                np.array([1, 2, 2]),
-                ~own & np.array([False, True, True]),
-                own,
-                range(2, 4),
-                np.array([5, 6]),
-                self.written_at,
-            ],
-            "enter": [
-                *(self.tables, [1, 2], self.counts, np.array([[0, 2, 3], [0, 0, 1]])),
-                [self.first, self.second],
-            ],
             "bind": [Entry, Place.NONE],
             "new_entries": [
                 *(["a", "b"], SCOPE, GENERATION, [2, 3], ["one", "two"], [0.5, 1.5], [5, 6], [None, self.steps], TICKS),
@@ -109,7 +92,7 @@ class Arguments:
         return getattr(native, name)(*arguments)
 
     def written(self) -> tuple[object, ...]:
-        arrays = (self.data, self.batch, self.tables, self.counts, self.written_at)
+        arrays = (self.data, self.batch, self.counts)
         entries = [
             [getattr(entry, slot) for slot in Entry.__slots__] for entry in (self.first, self.second, self.third)
         ]
@@ -148,23 +131,19 @@ def strided(array: Any) -> Any:
     return np.repeat(array, 2, axis=-1)[..., ::2]
 
 
-INDEX, PAIR, TABLE = np.array([0, 1]), np.array([[0, 1]]), np.zeros((2, 3), dtype=np.int64)
-MASK = np.zeros((2, 3), dtype=np.bool_)
+INDEX, PAIR = np.array([0, 1]), np.array([[0, 1]])
+LARGER = tables_of([[1, 2], [1, SLOTS]], SLOTS, 3)
 
 CASES: dict[str, list[Case]] = {
     "gather": [
-        ({7: [1, 3]}, IndexError),
+        ({7: [1, 2**20]}, IndexError),
         ({7: [1, -1]}, IndexError),
         ({7: [1, 2**70]}, OverflowError),
         ({7: (1, 2)}, WRONG_CONTAINER),
         ({7: [1, "2"]}, TypeError),
-        ({6: np.array([[0, 0, 0], [0, 1, 2], [0, 1, SLOTS]])}, IndexError),
-        ({6: np.array([[0, 0, 0], [0, 1, 2], [0, 1, -1]])}, IndexError),
-        ({6: INDEX}, ValueError),
-        ({6: TABLE.astype(np.int32)}, ValueError),
-        ({6: TABLE.astype(">i8")}, ValueError),
-        ({6: strided(TABLE)}, ValueError),
-        ({6: [[0]]}, TypeError),
+        ({6: LARGER}, IndexError),
+        ({6: PAIR}, TypeError),
+        ({6: None}, TypeError),
         ({5: 4}, IndexError),
         ({5: -1}, IndexError),
         ({4: 4}, IndexError),
@@ -178,19 +157,14 @@ CASES: dict[str, list[Case]] = {
         ({2: "batch"}, TypeError),
     ],
     "gather_stepwise": [
-        ({7: [1, 3]}, IndexError),
-        ({6: np.array([[0, 0, 0], [0, 1, SLOTS], [0, 1, 3]])}, IndexError),
-        ({8: np.array([0, 2, 3, 1])}, IndexError),
-        ({8: np.array([0, -1, 2, 1])}, IndexError),
-        ({8: np.array([0, 2])}, IndexError),
-        ({8: np.zeros(SLOTS, dtype=np.int32)}, ValueError),
-        ({8: PAIR}, ValueError),
-        ({9: [None]}, ValueError),
-        ({9: (None, None)}, ValueError),
-        ({11: "difference"}, TypeError),
-        ({12: 2}, IndexError),
-        ({12: 1.0}, TypeError),
-        ({13: 0}, ValueError),
+        ({7: [1, 2**20]}, IndexError),
+        ({6: LARGER}, IndexError),
+        ({8: [None]}, ValueError),
+        ({8: (None, None)}, ValueError),
+        ({10: "difference"}, TypeError),
+        ({11: 2}, IndexError),
+        ({11: 1.0}, TypeError),
+        ({12: 0}, ValueError),
         ({1: (2, 4, 2, 6)}, ValueError),
     ],
     "scatter": [
@@ -213,39 +187,6 @@ CASES: dict[str, list[Case]] = {
         ({7: 0}, ValueError),
         ({5: 1.5}, TypeError),
         ({3: "2"}, TypeError),
-    ],
-    "share": [
-        ({0: INDEX}, ValueError),
-        ({1: [1, 3]}, IndexError),
-        ({1: [1]}, ValueError),
-        ({2: np.array([1, 2, 3])}, IndexError),
-        ({2: np.array([1, 2])}, ValueError),
-        ({3: MASK.astype(np.int8)}, ValueError),
-        ({3: MASK[:1]}, ValueError),
-        ({4: MASK}, ValueError),
-        ({4: strided(MASK)}, ValueError),
-        ({5: range(1, 4)}, ValueError),
-        ({5: range(3, 5)}, IndexError),
-        ({5: np.array([3, SLOTS])}, IndexError),
-        ({6: np.array([5])}, ValueError),
-        ({7: np.zeros(SLOTS, dtype=np.int32)}, ValueError),
-    ],
-    "enter": [
-        ({1: [1, 3]}, IndexError),
-        ({1: [1]}, ValueError),
-        ({1: None}, WRONG_CONTAINER),
-        ({2: np.zeros(SLOTS, dtype=np.int64)}, ValueError),
-        ({2: np.zeros(3, dtype=np.int32)}, IndexError),
-        ({3: np.array([[0, 2, SLOTS], [0, 0, 1]])}, IndexError),
-        ({3: np.array([[0, 2, -1], [0, 0, 1]])}, IndexError),
-        ({3: bytearray(40)}, ValueError),
-        ({3: bytearray(np.array([0, 2, SLOTS, 0, 0, 1]).tobytes())}, IndexError),
-        ({3: np.zeros((2, 2), dtype=np.int64)}, ValueError),
-        ({3: strided(TABLE)}, ValueError),
-        ({4: [made("one")]}, ValueError),
-        ({4: [made("one"), None]}, TypeError),
-        ({4: [made("one"), unfilled()]}, AttributeError),
-        ({4: (made("one"), made("two"))}, TypeError),
     ],
     "bind": [
         ({0: made("one")}, TypeError),
@@ -367,40 +308,13 @@ def test_too_few_or_too_many_arguments_raise_and_write_nothing(name: str) -> Non
 def test_the_types_are_of_the_functions_that_there_are_and_of_their_arguments() -> None:
     stub = Path(native.__file__).with_name("_native.pyi").read_text("utf-8")
     typed = {one.name: len(one.args.posonlyargs) for one in ast.parse(stub).body if isinstance(one, ast.FunctionDef)}
-    assert set(typed) == {name for name in dir(native) if not name.startswith("_")} - {"View"} == set(CASES)
+    assert set(typed) == {name for name in dir(native) if not name.startswith("_")} - {"Tables", "Uses"} == set(CASES)
     for name, count in typed.items():
         with pytest.raises(TypeError, match=f"expected {count} arguments"):
             getattr(native, name)()
 
 
-def test_a_view_is_taken_for_its_array() -> None:
-    counts = np.zeros(9, dtype=np.int32)
-    native.mark(native.View(counts), range(2, 5), 7)
-    assert counts.tolist() == [0, 0, 7, 7, 7, 0, 0, 0, 0]
-    counts.setflags(write=False)
-    with pytest.raises(BufferError):
-        native.mark(native.View(counts), range(2, 5), 8)
-    with pytest.raises(ValueError, match="expected an array of 1 dimensions"):
-        native.mark(native.View(np.zeros((2, 2), dtype=np.int32)), range(1), 8)
-    assert 8 not in counts
-
-
-@pytest.mark.parametrize("wrong", [None, 5, np.zeros((4, 4))[:, ::2], "text"])
-def test_a_view_of_what_is_no_contiguous_array_is_refused(wrong: Any) -> None:
-    with pytest.raises((TypeError, BufferError, ValueError)):
-        native.View(wrong)
-
-
-def test_a_view_keeps_its_array_and_lets_it_go() -> None:
-    array = np.zeros(9, dtype=np.int32)
-    before = sys.getrefcount(array)
-    view = native.View(array)
-    assert sys.getrefcount(array) > before
-    del view
-    assert sys.getrefcount(array) == before
-
-
-@pytest.mark.parametrize(("name", "place"), [("share", 7), ("enter", 0), ("enter", 2), ("mark", 0)])
+@pytest.mark.parametrize(("name", "place"), [("mark", 0)])
 def test_what_is_read_only_is_not_written(name: str, place: int) -> None:
     arguments = Arguments()
     before = arguments.written()
@@ -419,17 +333,8 @@ def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
     arguments.call("scatter")
     assert torch.equal(arguments.data[:, 3], batch[:, 0, :, 2] + 1.0)  # the first has the difference
     assert torch.equal(arguments.data[:, 1], batch[:, 1, :, 0])
-    assert np.frombuffer(arguments.call("share"), dtype=np.int64).tolist() == [0, 2, 2, 0, 3, 3]
-    assert arguments.written_at.tolist() == [0, 0, 5, 6]
-    arguments.call("enter")
-    assert [(entry.row, entry.tail, entry.refs) for entry in (arguments.first, arguments.second)] == [
-        (1, 3, 1),
-        (2, 1, 1),
-    ]
-    assert arguments.tables.tolist() == [[0, 0, 0], [0, 2, 3], [0, 0, 1]]
-    assert arguments.counts.tolist() == [0, 1, 1, 1]
     arguments.call("mark")
-    assert arguments.counts.tolist() == [0, 7, 1, 7]
+    assert arguments.counts.tolist() == [0, 7, 0, 7]
     assert arguments.call("append") == 1
     assert torch.equal(batch[:, :, :, 2:], arguments.new)
 
@@ -477,7 +382,6 @@ def test_no_rows_and_no_slots_are_no_work() -> None:
     arguments.call("gather", {7: []})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: none})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: range(9, 9)})
-    arguments.call("enter", {1: [], 3: np.empty((0, 3), dtype=np.int64), 4: []})
     arguments.call("mark", {1: none})
     assert arguments.call("hash_rows", {0: b"", 1: 0}) == []
     assert arguments.call("hash_memory", {1: 0}) == []

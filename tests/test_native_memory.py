@@ -133,9 +133,10 @@ def test_others_run_while_a_large_copy_is_made() -> None:
     slots, batch, tables = (
         np.zeros((2, 3, 1 << 22), np.uint8),
         np.zeros((2, 2, 1 << 22), np.uint8),
-        np.array([[1], [2]]),
+        native.Tables(2, 1),
     )
-    shape, rows = (2, 3, 1, 1 << 22), [0, 1]
+    shape = (2, 3, 1, 1 << 22)
+    rows, _ = tables.enter([0, 0], [0, 0], [1, 1], range(1, 3), np.arange(2))
     addresses = slots.ctypes.data, batch.ctypes.data
     asked, done, over = threading.Event(), threading.Event(), threading.Event()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,9 +25,10 @@ from concurrent_kv import (
     PositionTable,
     RaiseOnOverflow,
 )
+from concurrent_kv.books.tables import weights_of
 from concurrent_kv.model.overflow import Overflow
 from tests.native_support import needs_native, without_native
-from tests.support import LAYOUT, WINDOW, append, bits, config, stacked, tokens
+from tests.support import LAYOUT, WINDOW, append, bits, config, slots_named, stacked, tokens
 
 pytestmark = needs_native
 
@@ -72,18 +74,22 @@ def books(storage: KVStorage) -> tuple[object, ...]:
     """Every number that the compiled functions write, and the stored bytes of every entry."""
     ledger, data = storage.ledger, storage.tensor.data
     entries = [
-        (pool.name, repr(entry.key), ledger.tables_of([entry])[0].tolist(), entry.length, entry.refs)
+        (pool.name, repr(entry.key), slots_named(ledger, entry), entry.length, entry.refs)
         for pool in storage.pools
         for scope in pool.account.all_scopes()
         for part in scope.entries
         for entry in part.values()
     ]
-    named = torch.from_numpy(ledger.slots.counts > 0)
+    slots = range(1, ledger.slots.num_slots + 1)
+    weights = weights_of(ledger.tables, slots)
+    named = torch.from_numpy(np.flatnonzero(weights) + 1)
     return (
         entries,
-        ledger.slots.counts.tolist(),
+        weights.tolist(),
+        [weights_of(pool.account.quota.uses, slots).tolist() for pool in storage.pools],
+        (ledger.tables.used, ledger.tables.shared),
         ledger.slots._owner.tolist(),
-        ledger.written_at.tolist(),
+        np.frombuffer(ledger.tables.positions(slots), dtype=np.int32).tolist(),
         bits(data[:, named]).tolist(),
         bits(data[:, 0]).count_nonzero().item(),
     )

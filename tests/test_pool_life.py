@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import ClosedError, InvalidArgumentError, KVCacheManager, KVPool, KVStorage, PoolStats
+from concurrent_kv import ClosedError, InvalidArgumentError, KVPool, KVStorage, PoolStats
 from tests.conftest import MakePool
-from tests.support import HANG_SECONDS, LAYOUT, append, assert_same, config, stacked, store, tokens
+from tests.support import HANG_SECONDS, LAYOUT, append, assert_same, stacked, store, tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -304,20 +304,3 @@ def test_pools_over_one_storage_keep_their_keys_apart() -> None:
     assert_same(owner.get("a"), tokens(1, 2))
     assert_same(guest.get("a"), tokens(3, 2))
     assert guest.get("b") is None
-
-
-def test_statistics_count_nothing_slot_by_slot_under_the_mutex(monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = KVCacheManager(config(), env_num=2)
-    slots = manager.storage.ledger.slots
-    counted: list[bool] = []
-
-    def shared_count() -> int:
-        counted.append(manager.storage.ledger.mutex.locked())
-        return 3
-
-    monkeypatch.setattr(slots, "shared_count", shared_count)
-    assert manager.get_stats_summary().total.shared_slots == 3
-    assert manager.recur_pool.stats().shared_slots == 3
-    assert counted == [False, False]  # once a call, however many pools there are
-    manager.check_integrity()
-    manager.close()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_what_a_page_says_is_printed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = blocks_of(WINDOWS)
+    shown = [pair for pair in pairwise(blocks) if [language_of(block) for block in pair] == ["python", "text"]]
+    assert shown
+    for code, output in shown:
+        exec(code.content, {})
+        assert capsys.readouterr().out == output.content
 
 
 @pytest.mark.parametrize("block", blocks_in(*SHELL))

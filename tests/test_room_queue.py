@@ -36,7 +36,7 @@ def waiting(pool: KVPool) -> int:
 def looked_again(pool: KVPool) -> int:
     """Operations that found no room since the last release."""
     with pool.storage.ledger.mutex:
-        return len(pool.storage.ledger._waiters)
+        return len(pool.storage.ledger.waiters)
 
 
 def evicted(pool: KVPool) -> int:

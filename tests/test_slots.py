@@ -14,20 +14,18 @@ pytestmark = pytest.mark.usefixtures("loops")
 
 
 def held(slots: SlotAllocator, count: int) -> np.ndarray:
-    """`count` slots that an entry names."""
+    """`count` slots that are taken."""
     taken = slots.allocate(count)
     assert taken is not None
-    array = as_array(taken.slots)
-    slots.hold(array[None])
-    return array
+    return as_array(taken.slots)
 
 
 def test_slots_that_follow_each_other_are_taken_where_there_are_some() -> None:
     slots = SlotAllocator(100)
     small, large = [held(slots, 2) for _ in range(10)], held(slots, 80)
     for one in small[::2]:
-        slots.drop(one[None], {})
-    slots.drop(large[None], {})
+        slots.give_back(one, {})
+    slots.give_back(large, {})
     taken = slots.allocate(40)
     assert taken is not None
     assert taken.slots == range(int(large[0]), int(large[0]) + 40)
@@ -37,7 +35,7 @@ def test_neighbours_freed_after_each_other_are_one_run_again() -> None:
     slots = SlotAllocator(20)
     entries = [held(slots, 5) for _ in range(4)]
     for entry in [entries[1], entries[2], entries[0], entries[3]]:
-        slots.drop(entry[None], {})
+        slots.give_back(entry, {})
     taken = slots.allocate(20)
     assert taken is not None
     assert taken.slots == range(1, 21)
@@ -47,7 +45,7 @@ def test_runs_that_turn_out_to_follow_each_other_are_one_range() -> None:
     slots = SlotAllocator(20)
     entries = [held(slots, 5) for _ in range(4)]
     for entry in [entries[0], entries[2], entries[1], entries[3]]:
-        slots.drop(entry[None], {})
+        slots.give_back(entry, {})
     taken = slots.allocate(20)
     assert taken is not None
     assert taken.slots == range(1, 21)
@@ -56,8 +54,8 @@ def test_runs_that_turn_out_to_follow_each_other_are_one_range() -> None:
 def test_neighbours_that_other_streams_used_are_not_waited_for() -> None:
     slots = SlotAllocator(10)
     first, second = held(slots, 5), held(slots, 5)
-    slots.drop(first[None], {(0, 1): 1})
-    slots.drop(second[None], {(0, 2): 7})
+    slots.give_back(first, {(0, 1): 1})
+    slots.give_back(second, {(0, 2): 7})
     taken = slots.allocate(5)
     assert taken is not None
     assert (taken.slots, dict(taken.ticks)) == (range(1, 6), {(0, 1): 1})
@@ -67,7 +65,7 @@ def test_slots_in_pieces_are_taken_where_no_run_is_long_enough() -> None:
     slots = SlotAllocator(20)
     entries = [held(slots, 5) for _ in range(4)]
     for entry in [entries[0], entries[2]]:
-        slots.drop(entry[None], {})
+        slots.give_back(entry, {})
     taken = slots.allocate(10)
     assert taken is not None
     assert not isinstance(taken.slots, range)
@@ -77,8 +75,8 @@ def test_slots_in_pieces_are_taken_where_no_run_is_long_enough() -> None:
 def test_a_run_carries_the_uses_of_all_that_were_joined_to_it() -> None:
     slots = SlotAllocator(10)
     first, second = held(slots, 5), held(slots, 5)
-    slots.drop(first[None], {(0, 1): 3})
-    slots.drop(second[None], {(0, 1): 4})
+    slots.give_back(first, {(0, 1): 3})
+    slots.give_back(second, {(0, 1): 4})
     taken = slots.allocate(10)
     assert taken is not None
     assert isinstance(taken.slots, range)
@@ -92,7 +90,7 @@ def test_whatever_is_taken_and_freed_nothing_is_lost_or_handed_out_twice(steps: 
     for step in steps:
         taken = slots.allocate(step)
         if taken is None:
-            slots.drop(mine.pop(step % len(mine))[None], {})
+            slots.give_back(mine.pop(step % len(mine)), {})
             continue
         assert len(taken.slots) == step
         array = as_array(taken.slots)
@@ -100,7 +98,6 @@ def test_whatever_is_taken_and_freed_nothing_is_lost_or_handed_out_twice(steps: 
         # Whoever gets slots that follow each other is told so: a copy of a block depends on it.
         if step:
             assert isinstance(taken.slots, range) == np.array_equal(array, np.arange(step) + array[0])
-            slots.hold(array[None])
             mine.append(array)
         used = np.concatenate([*mine, slots.free_slots()])
         assert sorted(used.tolist()) == list(range(1, 31))

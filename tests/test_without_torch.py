@@ -208,7 +208,7 @@ def test_slots_are_given_to_one_at_a_time_and_none_is_lost() -> None:
 
     together(work)
     assert slots.free_count == 64
-    assert not slots.problems(np.zeros(65, dtype=np.int32))
+    assert not slots.problems(np.zeros(65, dtype=np.bool_))
 
 
 class StubPool:
@@ -217,11 +217,11 @@ class StubPool:
     def __init__(self, entries: int, slots: int, policy: str = "fifo") -> None:
         self.name = "stub"
         self.closed = False
-        self.quota = Quota(entries, slots, slots)
         self.policy: Any = make_policy(policy, capacity=entries)
         self.counters = Counters()
         self.searches: set[SearchState] = set()
         ledger = Ledger(slots, 4)
+        self.quota = Quota(entries, slots, ledger.tables)
         self.storage: Any = SimpleNamespace(
             ledger=ledger,
             locks=ShardedRWLock(2, name="stub"),
@@ -248,7 +248,8 @@ def test_a_ledgers_counts_are_those_of_its_entries() -> None:
                 taken = ledger.slots.allocate(2)
                 if taken is not None:
                     entry = Entry((mine, round_), scope, scope.generation, 2)
-                    ledger.make([entry], np.array([[0, 0, *taken[0]]]))
+                    rows, tails = ledger.tables.enter([0], [0], [2], taken.slots, np.arange(2))
+                    ledger.make([entry], rows, tails)
                     hold = Hold("pin", [])
                     ledger.extend(hold, [entry])
                     ledger.let_go([entry])  # the index's
@@ -261,7 +262,8 @@ def test_a_ledgers_counts_are_those_of_its_entries() -> None:
     together(work)
     assert not ledger.holds
     assert ledger.slots.free_count == 64
-    assert not ledger.slots.problems(np.zeros(65, dtype=np.int32))
+    assert ledger.tables.used == 0
+    assert not ledger.slots.problems(np.zeros(65, dtype=np.bool_))
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

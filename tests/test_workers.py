@@ -106,13 +106,13 @@ def test_a_worker_that_was_left_while_it_waits_for_room_ends_at_once(make_pool: 
     async def main() -> None:
         with pool.pin("pinned"):
             task = asyncio.ensure_future(facade.put("other", tokens(2, WINDOW)))
-            while not pool.storage.ledger._waiters or not facade.offload_stats().worker_count:
+            while not pool.storage.ledger.waiters or not facade.offload_stats().worker_count:
                 await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             limiter = facade._offload._limiter.get()
-            while limiter.borrowed_tokens or pool.storage.ledger._waiters:
+            while limiter.borrowed_tokens or pool.storage.ledger.waiters:
                 await asyncio.sleep(0)
 
     run_on(loop, main)
@@ -178,7 +178,7 @@ def test_who_waited_for_room_in_vain_is_forgotten(make_pool: MakePool) -> None:
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 pool.put("other", tokens(2, WINDOW), timeout=0.0)
-        assert pool.storage.ledger._waiters == []
+        assert pool.storage.ledger.waiters == []
 
 
 def test_a_search_is_entered_once_by_whoever_comes_first(make_manager: MakeManager) -> None:

@@ -87,7 +87,7 @@ def times_ours(case: CaseSummary, measure: str, who: str) -> Quartiles | None:
 
 
 def best_peer(case: CaseSummary, measure: str) -> str | None:
-    """The fastest of what somebody would write or take instead, by medians."""
+    """The fastest of what a user would write or take instead, by medians."""
     found = {who: figure(case, measure, who) for who in PEERS}
     medians = {who: numbers.median for who, numbers in found.items() if numbers is not None}
     return min(medians, key=lambda who: medians[who]) if medians else None

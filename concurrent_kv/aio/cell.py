@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Cell(Generic[T]):
-    """Closed once by the worker and once by a task that leaves; whoever comes second undoes what was made.
+    """Closed once by the worker and once by a task that leaves; the second of them undoes what was made.
 
     Takes no lock, and `undo` must take none: a task may be left by its finaliser, at any point of any thread, the
     worker's inside `deliver` too.
@@ -34,7 +34,7 @@ class Cell(Generic[T]):
             self._drop()
 
     def fail(self, error: Exception) -> None:
-        """The worker's side, where the operation raised. Nobody hears it if the task has left."""
+        """The worker's side, where the operation raised. It goes unheard if the task has left."""
         self._errors.append(error)
         self._closed_by.append("worker that failed")
         if self._closed_by[0] == "task":

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .._checks import check_env_ids, hash_of, sequence_of
+from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.stats import StatsSummary
 from ..errors import InvalidArgumentError, shown
@@ -205,7 +206,7 @@ class AsyncKVCacheManager(NeverCopied):
         """See `KVCacheManager.step`; it never waits."""
         self.sync.step()
 
-    def allocation(self) -> dict[str, int]:
+    def allocation(self) -> Allocation:
         """See `KVCacheManager.allocation`; it never waits."""
         return self.sync.allocation()
 

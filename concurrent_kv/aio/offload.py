@@ -1,7 +1,7 @@
 """Running one pool operation for a task: inline where nothing has to wait, in a worker thread otherwise.
 
 A cancelled call leaves the pool as if it had been made, or not at all. The worker delivers its result through a cell,
-which worker and task each close once; whoever comes second undoes what was made: a batch, a pin, a search. What cannot
+which worker and task each close once; the second of them undoes what was made: a batch, a pin, a search. What cannot
 be undone and takes effect in several steps (clears, version bumps, the end of something) runs to its end once begun.
 What users compute is theirs: it is never cut off, and what it does to a pool is done.
 """
@@ -87,8 +87,8 @@ class Offload:
         # which may wait for what other tasks do: those must find a worker for their reads and writes meanwhile.
         self._limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv operations")
         self._computing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv computations")
-        # And one for what closes, which gives room to those who have the others' workers: it queues behind its own kind
-        # only, whose waits are bounded.
+        # And one for what closes, which gives room to the operations in the others' workers: it queues behind its own
+        # kind only, whose waits are bounded.
         self._closing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv closes")
         self._counter_lock = threading.Lock()
         self._inline_count = 0
@@ -119,7 +119,7 @@ class Offload:
             copied_bytes: at most so many bytes are copied by it.
             entries: about so many entries are looked up, stored or removed by it.
             timeout: seconds it may wait in all.
-            undo: called with a result that nobody will take; it must take no lock.
+            undo: called with a result that the task will not take; it must take no lock.
             waits_for_device: whether it returns only when the device has done its work.
             streams: the current streams it runs in; those of its caller if left out.
         """
@@ -127,7 +127,7 @@ class Offload:
         streams = streams or current_streams()
         await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
-        # What somebody dropped unclosed is released by the next operation, for which a loop has no time.
+        # What a caller dropped unclosed is released by the next operation, for which a loop has no time.
         small = self._is_small(copied_bytes, entries) and not waits_for_device
         if small and not self.storage.ledger.abandoned:
             # It ends before its task can be cancelled: the one caller serves all.
@@ -331,6 +331,6 @@ async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:
             return
     finally:
         flight.unsubscribe(wake)
-    # Whoever ended it may have been cut off between two wakers, or have ended with its loop.
+    # The thread that ended it may have been cut off between two wakers, or its loop may have ended.
     if not flight.over_unheard():
         raise timed_out(flight, deadline, name)

@@ -1,6 +1,6 @@
 """Places: how many worker threads of an event loop may be at work, and who has one of them.
 
-Who waits in a worker, for room or for another's computation, lends its place meanwhile. If it kept it, those who wait
+A worker that waits, for room or for another's computation, lends its place meanwhile. If it kept it, workers that wait
 for each other could take all places, and the one that all of them wait for would find none. So the number of workers
 that begin is bounded, and that of those which wait is not.
 """
@@ -40,7 +40,7 @@ def has_ended_here() -> Callable[[], bool] | None:
     loop: Any = anyio.lowlevel.current_token().native_token
     if not hasattr(loop, "is_closed"):
         return None
-    weak = ref(loop)  # a loop that is forgotten takes its tasks with it, if nobody keeps it alive
+    weak = ref(loop)  # a loop that is forgotten takes its tasks with it, if nothing keeps it alive
     return lambda: (alive := weak()) is None or alive.is_closed()
 
 
@@ -98,7 +98,7 @@ class Place:
 
 
 class _Lent(AbstractContextManager[None]):
-    """A place that somebody else may have for the length of a `with`."""
+    """A place that another worker may have for the length of a `with`."""
 
     def __init__(self, limiter: anyio.CapacityLimiter, call_soon: Callable[..., object]) -> None:
         self._limiter = limiter

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_keys, check_seconds, hash_of, list_or_none, numbers_or_none
+from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
 from ..books.stats import PoolStats
@@ -398,6 +399,10 @@ class AsyncKVPool(NeverCopied):
         """See `KVPool.scopes`; it never waits."""
         return self.sync.scopes()
 
+    def allocation(self) -> Allocation:
+        """See `KVPool.allocation`; it never waits."""
+        return self.sync.allocation()
+
     async def check_integrity(self) -> IntegrityReport:
         """See `KVPool.check_integrity`."""
         return await self._offload.in_worker_whole(self.sync.check_integrity)
@@ -440,7 +445,7 @@ def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
 def _fulfil_here(
     claim: Claim, compute: Callable[[], Any], loop_ended: Callable[[], bool] | None, made: Any
 ) -> Awaitable[KeysValues] | None:
-    """Fulfil a claim in the worker that computed: who waits must not need a loop that may have ended meanwhile.
+    """Fulfil a claim in the worker that computed: a waiter must not need a loop that may have ended meanwhile.
 
     Returns what a function only began to compute, for the loop to await: the flight then ends with that loop again.
     """

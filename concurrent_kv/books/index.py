@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from operator import attrgetter
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from ..device.native import native
@@ -130,6 +131,13 @@ class Index(Generic[E]):
         self.remove(entry)
         return entry
 
+    def take_all(self) -> tuple[list[E], Cells[E]]:
+        """Take every entry away; returns them, and the cells, which may die where no lock is held. Looks at no key."""
+        cells = self.cells
+        entries = [cell[0] for cell in cells.values() if cell]
+        self.cells, self.extra = {}, {}
+        return entries, cells
+
     def clear(self) -> None:
         """Take every entry away. Looks at no key."""
         self.cells.clear()
@@ -181,6 +189,9 @@ class Index(Generic[E]):
         return len(self.cells)
 
 
+_CELLS = attrgetter("cells")
+
+
 def find_places(
     indexes: list[Index[E]], keys: list[Hashable], hashes: list[int]
 ) -> tuple[list[list[E]], list[E | None], list[E], list[Cells[E]]]:
@@ -188,10 +199,14 @@ def find_places(
 
     Returns the places, what each holds or None, what is held, and the parts in which places are new.
     """
-    if native is not None and not any(index.extra for index in dict.fromkeys(indexes)):
-        found = native.places([index.cells for index in indexes], keys, hashes)
-        if found is not None:  # no two keys of one hash
-            return found  # type: ignore[no-any-return]
+    if native is not None:
+        for index in dict.fromkeys(indexes):
+            if index.extra:
+                break
+        else:
+            found = native.places(list(map(_CELLS, indexes)), keys, hashes)
+            if found is not None:  # no two keys of one hash
+                return found  # type: ignore[no-any-return]
     places: list[list[E]] = []
     added: list[Cells[E]] = []
     try:

@@ -13,6 +13,7 @@ from ..device.streams import Ticks
 from ..errors import shown
 from .ledger import Ledger
 from .records import Account, Entry, Place, Scope
+from .tables import MOST, Tables, Uses
 
 __all__ = ["IntegrityReport", "Problem", "Recount", "RepairReport", "compare", "rebuild", "recount_of"]
 
@@ -78,42 +79,69 @@ def recount_of(ledger: Ledger, accounts: Sequence[Account]) -> Recount:
     return Recount(published, indexed, held, pinned)
 
 
-def _slot_counts(ledger: Ledger, entries: list[Entry]) -> npt.NDArray[np.int32]:
-    counts = np.zeros_like(ledger.slots.counts)
-    if entries:
-        np.add.at(counts, ledger.tables_of(entries).ravel(), 1)
-        counts[0] = 0
-    return counts
+class _Named(NamedTuple):
+    """What a recount of some rows finds of pages and slots."""
+
+    pages: dict[int, int]  # rows that name each
+    slots: npt.NDArray[np.int32]  # each one's weight, as `Uses` counts it
+
+    def differs(self, counts: Tables | Uses) -> str | None:
+        """Where counts say something else, or None."""
+        pages, slots = (np.frombuffer(array, dtype=np.int32) for array in counts.counted())
+        wrong = np.flatnonzero(slots != self.slots).tolist()
+        if wrong:
+            return f"use counts differ from the entries at slots {wrong[:8]} ({len(wrong)} in all)"
+        counted = {page: int(pages[page]) for page in np.flatnonzero(pages).tolist()}
+        if counted != self.pages:
+            return f"{len(counted.items() ^ self.pages.items())} counts of pages differ from the entries"
+        if counts.used != np.count_nonzero(self.slots):
+            return f"{counts.used} slots counted, {np.count_nonzero(self.slots)} in use"
+        return None
+
+
+def _named_by(ledger: Ledger, entries: list[Entry]) -> _Named:
+    """What entries name, each row once: two entries of one row are a problem of their own. Mutex held."""
+    pages: Counter[int] = Counter()
+    content: dict[int, list[int]] = {}
+    for row in {entry.row for entry in entries}:
+        of_row = ledger.tables.pages_of(row)
+        content.update(of_row)
+        pages.update(page for page, _ in of_row)
+    slots = np.zeros(ledger.slots.num_slots + 1, dtype=np.int32)
+    for page, of_page in content.items():
+        np.add.at(slots, of_page, min(pages[page], MOST))
+    slots[0] = 0
+    return _Named(dict(pages), slots)
 
 
 def compare(ledger: Ledger, recount: Recount) -> tuple[list[Problem], IntegrityReport]:
     """What contradicts a recount, and what it counted. All locks held."""
     alive = recount.alive()
-    counts = _slot_counts(ledger, alive)
-    problems = [Problem(text) for text in ledger.slots.problems(counts)]
+    named = _named_by(ledger, alive)
+    problems = [Problem(text) for text in ledger.slots.problems(named.slots > 0)]
+    differs = named.differs(ledger.tables)
+    if differs is not None:
+        problems.append(Problem(differs))
     problems += _entry_problems(ledger, recount, alive)
     for account, entries in recount.published.items():
         problems += _account_problems(ledger, account, entries)
-    report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(counts)), len(ledger.holds))
+    report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(named.slots)), len(ledger.holds))
     return problems, report
 
 
 def _entry_problems(ledger: Ledger, recount: Recount, alive: list[Entry]) -> list[Problem]:
     found = []
-    tables = ledger.tables_of(alive) if alive else np.zeros((0, 1), dtype=np.int64)
-    lengths = np.count_nonzero(tables, axis=1)
-    for entry, length, tail in zip(alive, lengths.tolist(), tables[:, -1].tolist(), strict=True):
+    for entry in alive:
+        slots = np.frombuffer(ledger.tables.slots_of(max(entry.row, 0)), dtype=np.int64)
         if entry.refs != recount.references(entry):
             found.append(Problem(f"counts {entry.refs} references, {recount.references(entry)} hold it", entry))
         if entry.pins != recount.pinned[entry]:
             found.append(Problem(f"counts {entry.pins} pins, {recount.pinned[entry]} pin it", entry))
-        if length != entry.length or tail != entry.tail:
-            found.append(Problem(f"has {entry.length} tokens, its table {length}", entry))
+        if len(slots) != entry.length or slots[-1] != entry.tail:
+            found.append(Problem(f"has {entry.length} tokens, its row {len(slots)}", entry))
     rows = [entry.row for entry in alive]
     if len(set(rows)) != len(rows):
-        found.append(Problem("two entries have the same row of the slot tables"))
-    if not ledger.free_rows().isdisjoint(rows):
-        found.append(Problem("an entry's row of the slot tables is free"))
+        found.append(Problem("two entries have the same row of the tables"))
     return found
 
 
@@ -121,15 +149,16 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
     quota = account.quota
     own = [entry for entry in published if entry.scope.budget is None]
     found: list[Problem] = []
-    counts = _slot_counts(ledger, own)
+    named = _named_by(ledger, own)
 
     def note(text: str, entry: Entry | None = None) -> None:
         found.append(Problem(text, entry))
 
     if quota.entries != len(own):
         note(f"{account.name} counts {quota.entries} entries, {len(own)} are in its index")
-    if quota.slots != np.count_nonzero(counts) or not np.array_equal(quota.counts[1:], counts[1:]):
-        note(f"{account.name} counts {quota.slots} slots, its entries have {np.count_nonzero(counts)}")
+    differs = named.differs(quota.uses)
+    if differs is not None:
+        note(f"{account.name}: {differs}")
     if quota.pending_entries or quota.pending_slots:
         note(f"{account.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
     if len(quota.turns):
@@ -143,7 +172,7 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
         if entry.place in (Place.NONE, Place.CLAIMED):
             note(f"is published, but in place {entry.place.name}", entry)
         if entry.place is Place.PINNED and not entry.pins:
-            note("is set aside as pinned, and nobody pins it", entry)
+            note("is set aside as pinned, and no handle pins it", entry)
         if entry.place is Place.SHARED and not ledger.shares_tail(entry):
             note("is set aside as shared, and shares nothing", entry)
     if not held <= set(own):
@@ -202,8 +231,8 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
         if not recount.indexed[entry]:
             entry.place = Place.NONE
     ledger.slots.keep_reservations([s.budget.reservation for account in accounts for s in account.searches])
-    slots = ledger.slots.rebuild(_slot_counts(ledger, alive), used)
-    ledger.rebuild_rows({entry.row for entry in alive})
+    ledger.tables.keep(sorted({entry.row for entry in alive}))
+    slots = ledger.slots.rebuild(_named_by(ledger, alive).slots > 0, used)
     ledger.reset_parked()
     for account, published in recount.published.items():
         _settle_places(ledger, account, published)
@@ -224,8 +253,8 @@ def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) ->
     quota.pending_entries = quota.pending_slots = 0
     quota.turns.clear()
     own = [entry for entry in published if entry.scope.budget is None]
-    quota.counts = _slot_counts(ledger, own)
-    quota.entries, quota.slots = len(own), int(np.count_nonzero(quota.counts))
+    quota.uses.keep([entry.row for entry in own])
+    quota.entries = len(own)
     for search in account.searches:
         search.budget.entries = sum(entry.scope is search.scope for entry in published)
     quota.reserved_entries = sum(search.budget.max_entries for search in account.searches)

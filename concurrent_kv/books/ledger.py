@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..device.native import Viewed, native
+from ..device.slot_numbers import SlotArray
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.signal import Signal
-from .entries import let_go, retain, rows_of
+from .entries import let_go, retain
 from .records import Account, Entry, Hold, Place
 from .slots import SlotAllocator
+from .tables import new_tables
 
 __all__ = ["Ledger", "wake"]
+
+
+_ROW, _TICKS = attrgetter("row"), attrgetter("ticks")
 
 
 class Ledger:
@@ -48,21 +52,15 @@ class Ledger:
     ) -> None:
         self.mutex = lock_factory()
         self.slots = SlotAllocator(num_slots)
-        self.window = window
-        # Right-aligned slot tables: the last column is the newest token, 0 stands left of the oldest. Row 0 is zeros.
-        self.tables: npt.NDArray[np.int64] = np.zeros((64, window), dtype=np.int64)
-        self.viewed_tables, self.viewed_written_at = Viewed(), Viewed()
-        # Position each slot's token was written at, in its row; only lazy corrections look at it.
-        self.written_at: npt.NDArray[np.int64] = np.zeros(num_slots + 1, dtype=np.int64)
+        self.tables = new_tables(num_slots, window)
         self.holds: set[Hold] = set()
+        self.waiters: list[Any] = []  # events of the threads that wait for room
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], object]] = deque()
-        self._free_rows = list(range(63, 0, -1))
         # Entries in Place.SHARED, by tail slot and by pool.
         self._shared: dict[int, dict[Entry, None]] = {}
         self._shared_of: dict[Account, dict[Entry, None]] = {}
         self._event_factory = event_factory
-        self._waiters: list[Any] = []
 
     def mutex_for_numbers(self) -> AbstractContextManager[object]:
         """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""
@@ -70,32 +68,13 @@ class Ledger:
 
     # Entries -----------------------------------------------------------------------------------------------------
 
-    def make(self, entries: list[Entry], tables: npt.NDArray[np.int64] | bytearray) -> None:
-        """Give new entries their slot tables `[entries, window]` and the reference of the index. Mutex held.
+    def make(self, entries: list[Entry], rows: list[int], tails: list[int]) -> None:
+        """Give new entries their rows of the tables, with their last slots, and the reference of the index. Mutex held.
 
-        The tables may be the bytes of an array, as compiled code makes them.
+        Calls nothing.
         """
-        while len(self._free_rows) < len(entries):
-            rows = len(self.tables)
-            # Readers may be using the old array without the mutex: it is replaced, never resized in place.
-            self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)])
-            self._free_rows.extend(range(2 * rows - 1, rows - 1, -1))
-        first = len(self._free_rows) - len(entries)
-        rows_taken = self._free_rows[first:]
-        if native is None:
-            assert not isinstance(tables, bytearray)
-            self.tables[rows_taken] = tables
-            self.slots.hold(tables)
-            for entry, row, tail in zip(entries, rows_taken, tables[:, -1].tolist(), strict=True):
-                entry.row, entry.tail, entry.refs = row, tail, 1
-        else:
-            counts = self.slots.viewed_counts.of(self.slots.counts)
-            native.enter(self.viewed_tables.of(self.tables), rows_taken, counts, tables, entries)
-        del self._free_rows[first:]
-
-    def tables_of(self, entries: Sequence[Entry | None]) -> npt.NDArray[np.int64]:
-        """Slot tables `[entries, window]` of entries that the caller keeps alive, zeros for None (a copy)."""
-        return self.tables.take(rows_of(entries), axis=0)
+        for entry, row, tail in zip(entries, rows, tails, strict=True):
+            entry.row, entry.tail, entry.refs = row, tail, 1
 
     def let_go(self, entries: list[Entry]) -> list[Entry]:
         """Drop one reference of each, and free what the dead had; returns those that died. Mutex held.
@@ -105,27 +84,39 @@ class Ledger:
         dead = let_go(entries)
         if dead:
             try:
-                rows = rows_of(dead)
-                tables = self.tables[rows]
                 ticks: Ticks = NO_TICKS
-                for entry in dead:
-                    ticks = merge(ticks, entry.ticks)
-                self.slots.drop(tables, ticks)
+                for used in filter(None, map(_TICKS, dead)):
+                    ticks = merge(ticks, used)
+                rows = list(map(_ROW, dead))
+                parted = self._parked_beside(rows) if self._shared else ()
+                unnamed, others_left = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
                     entry.refs += 1
                 raise
             for entry in dead:
                 entry.row = -1
-            self._free_rows.extend(rows)
-            if self._shared:
+            release = partial(self._release, unnamed, ticks, others_left)
+            try:
+                release()
+            except Exception:  # no memory, no frames: they are free a little later
+                self.abandoned.append(partial(self.again, release))
+            if parted:
                 try:
-                    self._unpark_unshared(tables)
-                except Exception:  # no memory, no frames: they come back to their policies a little later
+                    self._unpark_unshared(parted)
+                except Exception:  # as above: they come back to their policies a little later
                     self.abandoned.append(partial(self.again, self._unpark_all))
         return dead
 
-    def again(self, work: Callable[[], list[Entry] | None], deadline: Deadline) -> None:
+    def _release(self, slots: SlotArray | bytearray, ticks: Ticks, others_left: bool) -> None:
+        self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
+
+    def _parked_beside(self, rows: list[int]) -> list[int]:
+        """The slots of some rows that entries are parked for, which end in them. Mutex held."""
+        named = {slot for row in rows for slot in np.frombuffer(self.tables.slots_of(row), dtype=np.int64).tolist()}
+        return [slot for slot in self._shared if slot in named]
+
+    def again(self, work: Callable[[], object], deadline: Deadline) -> None:
         """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes."""
         with gate.lock, self.mutex:
             dead = work()
@@ -133,19 +124,11 @@ class Ledger:
         wake(waiters)
         del dead
 
-    def rebuild_rows(self, used: set[int]) -> None:
-        """Set the free rows of the tables as found by a full recount. Mutex held."""
-        self._free_rows = [row for row in range(len(self.tables) - 1, 0, -1) if row not in used]
-
-    def free_rows(self) -> set[int]:
-        """Rows of the tables that no entry has. Mutex held."""
-        return set(self._free_rows)
-
     # Eviction candidates -----------------------------------------------------------------------------------------
 
     def shares_tail(self, entry: Entry) -> bool:
         """Whether another entry names the last token of `entry`, so that evicting it would free no slot. Mutex held."""
-        return bool(self.slots.counts[entry.tail] > 1)
+        return self.tables.named_elsewhere([entry.row])
 
     def park_shared(self, entry: Entry) -> None:
         """Set a claimed victim aside until its last token is its own again. Mutex held."""
@@ -188,14 +171,19 @@ class Ledger:
         Each of them would wait for the others to go: that the first of them goes is what frees the token in the end.
         """
         parked = self._shared.get(entry.tail, ())
-        return len(parked) + 1 == self.slots.counts[entry.tail] and not any(other.pins for other in parked)
+        rows = [entry.row, *(other.row for other in parked)]
+        return not self.tables.named_elsewhere(rows) and not any(other.pins for other in parked)
 
-    def _unpark_unshared(self, tables: npt.NDArray[np.int64]) -> None:
-        for slot in tables[tables > 0].tolist():
-            parked = self._shared.get(slot)
+    def _unpark_unshared(self, tails: list[int]) -> None:
+        for tail in tails:
+            parked = self._shared.get(tail)
             # The last one that is left, or one of several that only wait for each other.
-            if parked and len(parked) == self.slots.counts[slot]:
+            if parked and not self._are_named_elsewhere(parked):
                 self.unpark(next(reversed(parked)))
+
+    def _are_named_elsewhere(self, parked: Iterable[Entry]) -> bool:
+        """Whether an entry that is not parked names the last token of those parked for it."""
+        return self.tables.named_elsewhere([entry.row for entry in parked])
 
     def _unpark_all(self) -> None:
         """Give back whoever is set aside without a reason. Mutex held."""
@@ -226,12 +214,11 @@ class Ledger:
             raise
 
     def end(self, hold: Hold) -> list[Entry]:
-        """Release a hold; returns the dead. Nothing happens the second time. Mutex held."""
-        hold.released = True
-        return self._empty(hold)
+        """Release a hold; returns the dead. Nothing happens the second time. Mutex held.
 
-    def _empty(self, hold: Hold) -> list[Entry]:
-        """Let go of what a released hold holds, unless somebody still uses it."""
+        What an operation under way still uses stays until that lets go of it.
+        """
+        hold.released = True
         if hold.users or hold not in self.holds:
             return []
         # First: what is cut off from outside after this is lost until repair, and not dropped twice.
@@ -239,7 +226,7 @@ class Ledger:
         try:
             self.holds.discard(hold)
             hold.entries = []
-            return self._unhold(hold, entries)
+            return self._unhold(hold, entries) if hold.pinning else self.let_go(entries)
         except Exception:
             hold.entries = entries
             self.holds.add(hold)
@@ -262,7 +249,7 @@ class Ledger:
             if entry.pins:
                 continue
             parked = self._shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
-            if entry.place is Place.PINNED or (parked and len(parked) == self.slots.counts[entry.tail]):
+            if entry.place is Place.PINNED or (parked and not self._are_named_elsewhere(parked)):
                 self.unpark(entry)
 
     def abandon(self, release: Callable[[Deadline], object]) -> None:
@@ -272,7 +259,7 @@ class Ledger:
 
     def stir(self) -> None:
         """Have everybody who waits for room look again. For finalisers: takes no lock."""
-        for waiter in tuple(self._waiters):
+        for waiter in tuple(self.waiters):
             waiter.set()
 
     def release(self, hold: Hold) -> bool:
@@ -340,17 +327,17 @@ class Ledger:
     def waiter(self) -> Any:
         """An event that is set at the next release of anything. Mutex held, in the hold that found no room."""
         event = self._event_factory()
-        self._waiters.append(event)
+        self.waiters.append(event)
         return event
 
     def forget_waiter(self, event: Any) -> None:
         """Take off the list who no longer waits. Mutex held."""
         with suppress(ValueError):
-            self._waiters.remove(event)
+            self.waiters.remove(event)
 
     def take_waiters(self) -> list[Any]:
         """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""
-        waiters, self._waiters = self._waiters, []
+        waiters, self.waiters = self.waiters, []
         return waiters
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import CapacityError
 from .size_arguments import SizeArguments
-from .slots import ONE, Reservation
+from .slots import Reservation
+from .tables import Tables, Uses, new_uses
 from .turns import Turns
 
 __all__ = ["Budget", "Quota"]
@@ -24,28 +22,36 @@ class Quota:
     A slot that several entries of the pool share counts once. Entries of searches do not count here: their search
     reserved room for them when it opened.
 
+    Args:
+        tables: where the slots of its entries are listed.
+
     Attributes:
         arguments: what its size was given by.
+        uses: of its entries' rows.
     """
 
-    def __init__(self, max_entries: int, max_slots: int, num_slots: int) -> None:
+    def __init__(self, max_entries: int, max_slots: int, tables: Tables) -> None:
         self.arguments = SizeArguments()
         self.max_entries = max_entries
         self.max_slots = max_slots
         self.entries = 0
-        self.slots = 0
+        self.uses: Uses = new_uses(tables)
         self.pending_entries = 0
         self.pending_slots = 0
         self.reserved_entries = 0
         self.reserved_slots = 0
         self.turns = Turns()
-        self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
+
+    @property
+    def slots(self) -> int:
+        """Slots of its entries."""
+        return self.uses.used
 
     def fits(self, entries: int, slots: int) -> bool:
         """Whether so much more can be stored without evicting."""
         return (
             entries <= self.max_entries - self.entries - self.pending_entries - self.reserved_entries
-            and slots <= self.max_slots - self.slots - self.pending_slots - self.reserved_slots
+            and slots <= self.max_slots - self.uses.used - self.pending_slots - self.reserved_slots
         )
 
     def can_ever_fit(self, entries: int, slots: int) -> bool:
@@ -67,38 +73,11 @@ class Quota:
         """The arguments with which a pool holds so much, of those that have to grow."""
         return self.arguments.that_hold(entries, slots, max_entries=self.max_entries, max_slots=self.max_slots)
 
-    def add(self, tables: npt.NDArray[np.int64]) -> None:
-        """Count the entries with these slot tables `[entries, window]`."""
-        flat = tables.ravel()
-        fresh = flat[(self.counts[flat] == 0) & (flat > 0)]
-        number = len(np.unique(fresh)) if len(tables) > 1 else len(fresh)
-        np.add.at(self.counts, flat, ONE)
-        self.slots += number
-        self.entries += len(tables)
-
-    def remove(self, tables: npt.NDArray[np.int64]) -> None:
-        """Stop counting the entries with these slot tables."""
-        flat = tables.ravel()
-        np.subtract.at(self.counts, flat, ONE)
-        try:
-            gone = flat[(self.counts[flat] == 0) & (flat > 0)]
-            number = len(np.unique(gone)) if len(tables) > 1 else len(gone)
-        except Exception:
-            np.add.at(self.counts, flat, ONE)
-            raise
-        self.slots -= number
-        self.entries -= len(tables)
-
-    def exclusive(self, tables: npt.NDArray[np.int64]) -> int:
-        """Slots that would stop counting if the entries with these tables went (those that they alone name)."""
-        flat = tables.ravel()
-        return int(np.count_nonzero((self.counts[flat] == 1) & (flat > 0)))
-
     def excess(self) -> tuple[int, int]:
         """Entries and slots by which everything counted, pending and reserved exceeds the quota."""
         return (
             max(0, self.entries + self.pending_entries + self.reserved_entries - self.max_entries),
-            max(0, self.slots + self.pending_slots + self.reserved_slots - self.max_slots),
+            max(0, self.uses.used + self.pending_slots + self.reserved_slots - self.max_slots),
         )
 
 

@@ -216,7 +216,7 @@ class OpenSearch(Protocol):
         """Release everything that it holds."""
 
     def end_cut_off(self) -> None:
-        """Note the end of a search that nobody will end any more. All locks held."""
+        """Note the end of a search that no thread will end any more. All locks held."""
 
 
 class Account:
@@ -265,5 +265,5 @@ class Hold:
 
     @property
     def is_orphan(self) -> bool:
-        """Whether nobody is there to release it. True until a handle has taken it over, too."""
+        """Whether no handle is there to release it. True until one has taken it over, too."""
         return self.owner is None or self.owner() is None

@@ -9,7 +9,7 @@ __all__ = ["SizeArguments"]
 
 @dataclass(frozen=True)
 class SizeArguments:
-    """The arguments of whoever made the pool, and what stands in them.
+    """The arguments of the pool's maker, and what stands in them.
 
     Attributes:
         entries: the argument that is a number of entries.

@@ -1,4 +1,4 @@
-"""The allocator of token slots: free runs in the order of their release, use counts, reservations.
+"""The allocator of token slots: free runs in the order of their release, and reservations.
 
 Slot 0 is never handed out: it is all zeros and serves the padding. Every method is called with the ledger's mutex held.
 """
@@ -18,15 +18,14 @@ import numpy as np
 import numpy.ma
 import numpy.typing as npt
 
-from ..device.native import Viewed, native
+from ..device.native import native
 from ..device.slot_numbers import SlotArray, Slots, as_array
 from ..device.streams import NO_TICKS, Ticks, merge
 
-__all__ = ["ONE", "Reservation", "SlotAllocator", "Taken"]
+__all__ = ["Reservation", "SlotAllocator", "Taken"]
 
 RUNS_LOOKED_AT = 8  # for slots that follow each other; short runs further back come to the front in their turn
 MOST_PIECES = 16  # runs that slots freed together are kept as; in more pieces, they are one run with gaps
-ONE = np.int32(1)  # of the counts' own type: `ufunc.at` is ten times slower when it has to convert
 
 
 class Taken(NamedTuple):
@@ -46,9 +45,9 @@ def _as_range(slots: SlotArray) -> range | None:
     return range(first, last + 1) if consecutive else None
 
 
-def _mark(array: npt.NDArray[np.int32], viewed: Viewed, slots: Slots, number: int) -> None:
+def _mark(array: npt.NDArray[np.int32], slots: Slots, number: int) -> None:
     if native is not None:
-        native.mark(viewed.of(array), slots, number)
+        native.mark(array, slots, number)
     elif isinstance(slots, range):
         array[slots.start : slots.stop] = number
     else:
@@ -77,7 +76,7 @@ class Reservation:
 
 
 class SlotAllocator:
-    """Which slots are free, how many entries name each of the others, and who they are reserved for.
+    """Which slots are free, and for which search some are reserved.
 
     Args:
         num_slots: usable slots, numbered 1 to `num_slots`.
@@ -87,10 +86,8 @@ class SlotAllocator:
         self.num_slots = num_slots
         self.free_count = num_slots
         self.reserved_count = 0  # of the free ones
-        self.counts: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)  # entries that name a slot
         self._runs: deque[Run] = deque([(range(1, num_slots + 1), NO_TICKS)])
         self._owner: npt.NDArray[np.int32] = np.zeros(num_slots + 1, dtype=np.int32)
-        self.viewed_counts, self._viewed_owner = Viewed(), Viewed()
         self._reservations: dict[int, Reservation] = {}
         self._last_reservation = 0
         # Ticks of entries that died while others still named some of their slots: those may be freed at any time.
@@ -109,18 +106,18 @@ class SlotAllocator:
     def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
         """`count` slots, or None with nothing changed."""
         own = 0 if reservation is None else min(count, reservation.left)
-        if count - own > self.available:
+        if count - own > self.free_count - self.reserved_count:
             return None
         slots, ticks = self._take(count)
         try:
             if type(slots) is not range and count:
                 slots = _as_range(slots) or slots
             if own < count:
-                _mark(self._owner, self._viewed_owner, slots, 0)
+                _mark(self._owner, slots, 0)
             if reservation is not None and own:
-                # Only these come back to the reservation when freed; the rest was lent by everyone.
+                # Only these come back to the reservation when freed; the rest is lent by the pool.
                 paid = slots if own == count else slots[:own]
-                _mark(self._owner, self._viewed_owner, paid, reservation.number)
+                _mark(self._owner, paid, reservation.number)
         except BaseException:
             self._runs.appendleft((slots, ticks))
             raise
@@ -165,34 +162,16 @@ class SlotAllocator:
             self._runs.appendleft((slots[left:], run_ticks))
         return joined, ticks
 
-    def hold(self, tables: npt.NDArray[np.integer]) -> None:
-        """Count one more entry for every slot in `tables` (slot 0 is ignored)."""
-        np.add.at(self.counts, tables.ravel(), ONE)
-        self.counts[0] = 0
+    def release(self, slots: SlotArray, ticks: Ticks, *, others_left: bool) -> None:
+        """Free slots that no entry names any more; `ticks` are the uses of the entries that named them last.
 
-    def drop(self, tables: npt.NDArray[np.integer], ticks: Ticks) -> int:
-        """Count one entry less for every slot in `tables`; slots that nobody names any more become free.
-
-        `ticks` are the uses of the dropped entries. Returns the number of slots freed.
+        `others_left` says that those entries had other slots too, which are still named. All of it, or nothing where
+        it raises.
         """
-        flat = tables.ravel()
-        np.subtract.at(self.counts, flat, ONE)
-        self.counts[0] = 1  # never a candidate below
-        try:
-            left = self.counts[flat]
-            freed = flat[left == 0]
-            if len(tables) > 1:
-                freed = np.unique(freed)
-            ticks = merge(ticks, self._residual)
-            residual = ticks if ticks and (left[flat > 0] > 0).any() else self._residual
-            self._free(freed.astype(np.int64, copy=False), ticks)
-        except Exception:  # not what cuts in from outside, perhaps after the effect: that is for repair to find
-            np.add.at(self.counts, flat, ONE)
-            self.counts[0] = 0
-            raise
-        self.counts[0] = 0
-        self._residual = residual
-        return len(freed)
+        ticks = merge(ticks, self._residual)
+        self._free(slots, ticks)
+        if ticks and others_left:
+            self._residual = ticks
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free allocated slots that no entry came to name; all of them, or none where it raises."""
@@ -256,7 +235,7 @@ class SlotAllocator:
     def charge(self, reservation: Reservation, slots: Slots) -> None:
         """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
         paid = slots[: reservation.left]
-        _mark(self._owner, self._viewed_owner, paid, reservation.number)
+        _mark(self._owner, paid, reservation.number)
         reservation.left -= len(paid)
         self.reserved_count -= len(paid)
 
@@ -267,11 +246,6 @@ class SlotAllocator:
         if reservation.number in self._reservations:
             reservation.left += len(own)
             self.reserved_count += len(own)
-
-    def exclusive(self, tables: npt.NDArray[np.integer]) -> int:
-        """Slots that one entry alone names, of all in `tables`."""
-        flat = tables.ravel()
-        return int(np.count_nonzero((self.counts[flat] == 1) & (flat > 0)))
 
     def cancel(self, reservation: Reservation) -> int:
         """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed.
@@ -293,33 +267,28 @@ class SlotAllocator:
             if reservation not in known:
                 self.cancel(reservation)
 
-    def shared_count(self) -> int:
-        """Slots that two or more entries name. Takes as long as there are slots: without the mutex, a moment's blur."""
-        return int(np.count_nonzero(self.counts > 1))
-
     def free_slots(self) -> SlotArray:
         """Every free slot, in the order of release."""
         if not self._runs:
             return np.empty(0, dtype=np.int64)
         return np.concatenate([as_array(slots) for slots, _ in self._runs])
 
-    def rebuild(self, counts: npt.NDArray[np.int32], ticks: Ticks) -> int:
-        """Set the use counts as found by a full recount and free the rest; returns the slots that this gave back."""
+    def rebuild(self, named: npt.NDArray[np.bool_], ticks: Ticks) -> int:
+        """Free every slot that no entry names, as found by a full recount; returns the slots that this gave back."""
         before = self.free_count
-        free = np.flatnonzero(counts[1:] == 0).astype(np.int64) + 1
-        self.counts = counts
+        free = np.flatnonzero(~named[1:]).astype(np.int64) + 1
         self._runs = deque([(_as_range(free) or free, ticks)] if len(free) else [])
         self.free_count = len(free)
         for reservation in self._reservations.values():
-            reservation.left = reservation.size - self._taken(reservation, counts)
+            reservation.left = reservation.size - self._taken(reservation, named)
         self.reserved_count = sum(reservation.left for reservation in self._reservations.values())
         return self.free_count - before
 
-    def _taken(self, reservation: Reservation, counts: npt.NDArray[np.int32]) -> int:
-        return int(np.count_nonzero((self._owner == reservation.number) & (counts > 0)))
+    def _taken(self, reservation: Reservation, named: npt.NDArray[np.bool_]) -> int:
+        return int(np.count_nonzero((self._owner == reservation.number) & named))
 
-    def problems(self, counts: npt.NDArray[np.int32]) -> list[str]:
-        """What contradicts a recount `counts` of the entries alive."""
+    def problems(self, named: npt.NDArray[np.bool_]) -> list[str]:
+        """What contradicts a recount of the slots that entries name."""
         found: list[str] = []
         free = self.free_slots()
         if len(free) != self.free_count:
@@ -328,21 +297,18 @@ class SlotAllocator:
             found.append("a slot is free twice")
         if len(free) and (free.min() < 1 or free.max() > self.num_slots):
             found.append("a free slot is out of range")
-        if not np.array_equal(counts[1:], self.counts[1:]):
-            wrong = (np.flatnonzero(counts[1:] != self.counts[1:]) + 1).tolist()
-            found.append(f"use counts differ from the entries at slots {wrong[:8]} ({len(wrong)} in all)")
-        used = int(np.count_nonzero(counts[1:]))
+        used = int(np.count_nonzero(named[1:]))
         if used + len(free) != self.num_slots:
             found.append(f"{len(free)} free + {used} referenced slots != {self.num_slots}")
-        if len(free) and counts[free].any():
+        if len(free) and named[free].any():
             found.append("a free slot is referenced by an entry")
         reserved = sum(reservation.left for reservation in self._reservations.values())
         if reserved != self.reserved_count:
             found.append(f"reserved count {self.reserved_count} but reservations add up to {reserved}")
         found += [
-            f"{reservation} does not add up: {self._taken(reservation, counts)} of its slots are in use"
+            f"{reservation} does not add up: {self._taken(reservation, named)} of its slots are in use"
             for reservation in self._reservations.values()
-            if reservation.left + self._taken(reservation, counts) != reservation.size
+            if reservation.left + self._taken(reservation, named) != reservation.size
         ]
         if self.reserved_count > self.free_count:
             found.append(f"{self.reserved_count} slots reserved but only {self.free_count} free")

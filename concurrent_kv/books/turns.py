@@ -1,7 +1,7 @@
-"""`Turns`: who waits for room in a pool, in the order of arrival. What is freed meanwhile is for the first of them.
+"""`Turns`: operations that wait for room in a pool, in the order of arrival. What is freed meanwhile is for the first.
 
-Every method is called with the ledger's mutex held. Nobody in the queue holds any of the pool's room: what is free
-while somebody waits can only be taken by the first, so that it adds up to what the first needs, however much that is.
+Every method is called with the ledger's mutex held. No operation in the queue holds any of the pool's room: what is
+free while one waits can only be taken by the first, so that it adds up to what the first needs, however much that is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Turns:
         self._joined = 0
 
     def is_first(self, turn: Turn) -> bool:
-        """Whether nobody who came before `turn` waits for the room that it wants."""
+        """Whether no earlier turn waits for the room that `turn` wants."""
         if not self._queue:
             return True
         for since, _, waiting in self._queue:
@@ -72,7 +72,7 @@ class Turns:
         self._queue = [place for place in self._queue if place[2]() not in (None, turn)]
 
     def clear(self) -> None:
-        """Forget all who waited; for `repair`, which runs while nobody does."""
+        """Forget all turns; for `repair`, which runs while no operation waits."""
         self._queue.clear()
 
     def __len__(self) -> int:

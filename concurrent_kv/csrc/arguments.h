@@ -25,56 +25,10 @@ static int integers(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t *ou
     return 1;
 }
 
-/* View(array): an array for many calls, each of which would ask it for its memory and shape anew. */
-typedef struct {
-    PyObject_HEAD
-    Py_buffer buffer;
-} View;
-
-static PyTypeObject *view_type;
-
-static PyObject *view_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
-{
-    static char *names[] = {"array", NULL};
-    PyObject *array;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O", names, &array))
-        return NULL;
-    View *view = (View *)type->tp_alloc(type, 0);
-    if (view == NULL)
-        return NULL;
-    if (PyObject_GetBuffer(array, &view->buffer, PyBUF_ND | PyBUF_FORMAT) < 0) {
-        view->buffer.obj = NULL;
-        Py_DECREF(view);
-        return NULL;
-    }
-    return (PyObject *)view;
-}
-
-static void view_dealloc(View *view)
-{
-    PyTypeObject *type = Py_TYPE(view);
-    PyBuffer_Release(&view->buffer);
-    type->tp_free(view);
-    Py_DECREF(type);
-}
-
-static PyType_Slot view_slots[] = {{Py_tp_new, view_new}, {Py_tp_dealloc, view_dealloc}, {0, NULL}};
-
-static PyType_Spec view_spec = {"concurrent_kv._native.View", sizeof(View), 0, Py_TPFLAGS_DEFAULT, view_slots};
-
-/* A C contiguous array, or a View of one; `kinds` are the formats of its items that are accepted. Releasing a view of
- * none is harmless. */
+/* A C contiguous array; `kinds` are the formats of its items that are accepted. Releasing a view of none is harmless. */
 static int array_of(PyObject *object, Py_buffer *view, int dimensions, const char *kinds, int flags)
 {
-    if (Py_TYPE(object) == view_type) {
-        *view = ((View *)object)->buffer;
-        view->obj = NULL; /* the View releases it */
-        if (flags & PyBUF_WRITABLE && view->readonly) {
-            PyErr_SetString(PyExc_BufferError, "expected a View of an array that can be written to");
-            return 0;
-        }
-    }
-    else if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) < 0) {
+    if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) < 0) {
         view->obj = NULL;
         return 0;
     }

@@ -4,6 +4,7 @@
 #define CONCURRENT_KV_COPIES_H
 
 #include "arguments.h"
+#include "tables.h"
 
 /* A second version of a function and of what is inlined into it, for processors with wider registers, chosen when the
  * module is loaded. Additions are the same in both. */
@@ -127,29 +128,8 @@ WIDE static void copy_rows(const Memory *m, const int64_t *slots, Py_ssize_t fil
         }
 }
 
-/* The slots [rows, filled] of the slot tables `tables[rows]`, each row's newest before column `end`; 0 elsewhere. */
-static int64_t *slots_of_rows(const Memory *m, const Py_buffer *tables, const int64_t *rows, Py_ssize_t end,
-                              Py_ssize_t filled)
-{
-    Py_ssize_t window = tables->shape[1];
-    int64_t *slots = PyMem_Calloc(m->rows * filled + 1, sizeof(int64_t));
-    if (slots == NULL)
-        return (int64_t *)PyErr_NoMemory();
-    for (Py_ssize_t row = 0; row < m->rows; row++) {
-        const int64_t *table = (const int64_t *)tables->buf + (rows[row] + 1) * window - end;
-        for (Py_ssize_t column = 0; column < end && column < filled; column++) {
-            if (!within(table[column], m->num_slots, "slot")) {
-                PyMem_Free(slots);
-                return NULL;
-            }
-            slots[row * filled + column] = table[column];
-        }
-    }
-    return slots;
-}
-
 /* What every token of rows that are owed it has outlived. A token's position counts from its row's first. */
-static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Py_buffer *written_at, const int64_t *slots,
+static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Tables *tables, const int64_t *slots,
                       Py_ssize_t rows, Py_ssize_t filled)
 {
     if (!PyList_Check(owed) || PyList_GET_SIZE(owed) != rows || steps->count < 1) {
@@ -165,9 +145,7 @@ static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Py_bu
         for (Py_ssize_t column = 0; column < filled; column++, i++) {
             if (slots[i] == 0 || PyList_GET_ITEM(owed, row) != owing)
                 continue;
-            if (!within(slots[i], written_at->shape[0], "slot"))
-                return 0;
-            int64_t written = ((const int64_t *)written_at->buf)[slots[i]];
+            int64_t written = tables->written_at[slots[i]];
             if (!within(written, steps->positions, "position"))
                 return 0;
             if (written - position >= steps->count) {
@@ -184,23 +162,31 @@ static PyObject *gather_tokens(PyObject *const *arguments, Steps *steps)
 {
     Memory m;
     Py_ssize_t numbers[3];
-    Py_buffer tables, written = {.obj = NULL};
-    if (!memory_of(arguments, &m) || !integers(arguments + 3, 3, numbers) ||
-        !array_of(arguments[6], &tables, 2, INT64, 0))
+    if (!memory_of(arguments, &m) || !integers(arguments + 3, 3, numbers))
         return NULL;
+    if (!Py_IS_TYPE(arguments[6], tables_type)) {
+        PyErr_Format(PyExc_TypeError, "tables must be Tables, got %s", Py_TYPE(arguments[6])->tp_name);
+        return NULL;
+    }
+    const Tables *tables = (const Tables *)arguments[6];
     Py_ssize_t end = numbers[1], filled = numbers[2];
     m.columns = numbers[0];
+    if (!within(filled, m.columns + 1, "filled") || !within(end, m.columns + 1, "end") ||
+        !within(tables->num_slots, m.num_slots, "slot"))
+        return NULL;
     PyObject *result = NULL;
-    int64_t *slots = NULL, *rows = rows_of(arguments[7], tables.shape[0], &m.rows);
-    if (rows == NULL || !within(filled, m.columns + 1, "filled") || !within(end, tables.shape[1] + 1, "end") ||
-        (slots = slots_of_rows(&m, &tables, rows, end, filled)) == NULL)
+    int64_t *slots = NULL, *rows = NULL;
+    Py_BEGIN_CRITICAL_SECTION(arguments[6]);
+    rows = rows_of(arguments[7], tables->row_count, &m.rows);
+    slots = rows == NULL ? NULL : slots_in_columns(tables, rows, m.rows, end, filled);
+    Py_END_CRITICAL_SECTION();
+    if (slots == NULL)
         goto done;
     if (steps != NULL && m.bytes % sizeof(float)) {
         PyErr_SetString(PyExc_ValueError, "shape must be of float32");
         goto done;
     }
-    if (steps != NULL && (!array_of(arguments[8], &written, 1, INT64, 0) ||
-                          !find_steps(steps, arguments[9], arguments[10], &written, slots, m.rows, filled)))
+    if (steps != NULL && !find_steps(steps, arguments[8], arguments[9], tables, slots, m.rows, filled))
         goto done;
     if (m.planes * m.rows * m.heads * filled * m.bytes < LEAST_BYTES_WITHOUT_GIL)
         copy_rows(&m, slots, filled, steps);
@@ -213,23 +199,20 @@ static PyObject *gather_tokens(PyObject *const *arguments, Steps *steps)
 done:
     PyMem_Free(slots);
     PyMem_Free(rows);
-    PyBuffer_Release(&written);
-    PyBuffer_Release(&tables);
     return result;
 }
 
 /* gather(slots, shape, batch, columns, end, filled, tables, rows)
  *
- * The tokens of the slot tables `tables[rows]`, each row's newest before column `end`, into columns 0 to `filled` of a
- * batch of `columns`. What no table fills is slot 0, which is zeros.
+ * The tokens of some rows of the tables, each row's newest before column `end`, into columns 0 to `filled` of a batch of
+ * `columns`. What no row fills is slot 0, which is zeros.
  */
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     return enough(count, 8) ? gather_tokens(arguments, NULL) : NULL;
 }
 
-/* gather_stepwise(slots, shape, batch, columns, end, filled, tables, rows, written_at, owed, owing, difference, positions,
- *                 drop)
+/* gather_stepwise(slots, shape, batch, columns, end, filled, tables, rows, owed, owing, difference, positions, drop)
  *
  * As `gather`; tokens of rows whose item of the list `owed` is `owing` have added what they are owed for every `drop`
  * positions since they were written.
@@ -237,9 +220,9 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
 static PyObject *gather_stepwise(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     Py_ssize_t numbers[2];
-    if (!enough(count, 14) || !integers(arguments + 12, 2, numbers))
+    if (!enough(count, 13) || !integers(arguments + 11, 2, numbers))
         return NULL;
-    Steps steps = {PyLong_AsVoidPtr(arguments[11]), numbers[0], numbers[1], NULL, NULL};
+    Steps steps = {PyLong_AsVoidPtr(arguments[10]), numbers[0], numbers[1], NULL, NULL};
     PyObject *result = PyErr_Occurred() ? NULL : gather_tokens(arguments, &steps);
     PyMem_Free(steps.drops);
     PyMem_Free(steps.at);

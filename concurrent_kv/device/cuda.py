@@ -127,7 +127,7 @@ class _CallersStreams(AbstractContextManager[None]):
         with ExitStack() as stack:
             # The current device's last, as entering a stream makes its device the current one.
             for stream in (*self._streams, self._streams[self._device]):
-                # Where nothing differs nothing is entered: it would initialise devices that nobody uses.
+                # Where nothing differs nothing is entered: it would initialise devices that no work uses.
                 if torch.cuda.current_stream(stream.device) != stream:
                     stack.enter_context(torch.cuda.stream(stream))
             if torch.cuda.current_device() != self._device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["Viewed", "address_of", "native"]
+__all__ = ["address_of", "native"]
 
 
 def _load() -> Any:
@@ -30,23 +30,6 @@ def address_of(tensor: Any) -> int:
         return int(tensor.data_ptr())  # 0: zeros without any memory
     except RuntimeError:  # wrapped by a transform of torch.func
         return 0
-
-
-class Viewed:
-    """An array that compiled code looks into again and again; another one may take its place."""
-
-    __slots__ = ("_last",)
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, Any] | None = None
-
-    def of(self, array: Any) -> Any:
-        """What to pass to compiled code for `array`."""
-        last = self._last
-        if last is None or last[0] is not array:
-            # In one piece: several threads may be here, with the old array and the new.
-            last = self._last = array, native.View(array)
-        return last[1]
 
 
 native = _load()

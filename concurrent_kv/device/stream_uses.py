@@ -36,7 +36,7 @@ class StreamUses:
         if key == self._current:
             return
         clock.order_after(stream, self._ticks(besides=key))
-        # Whoever drops the batch without closing it must not have its memory used again under this stream's hands.
+        # A caller that drops the batch unclosed must not have its memory used again under this stream's hands.
         clock.protect(buffer, stream)
         self._streams[key] = stream
         self._current = key
@@ -44,7 +44,7 @@ class StreamUses:
     def finish(self, buffer: Tensor) -> Ticks | None:
         """What the next owner of `buffer` has to come after.
 
-        None while one of its streams is captured: nobody can be ordered after that now; drop the buffer.
+        None while one of its streams is captured: no stream can be ordered after that now; drop the buffer.
         """
         # A stream that the user ordered by other means is most likely the one the batch is closed in.
         with suppress(StreamCaptureError):

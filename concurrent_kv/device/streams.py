@@ -1,8 +1,8 @@
 """Order between streams: one happens-before clock for a storage.
 
 Every stream that touches the storage takes ticks. An operation enqueues its work, *then* takes a tick, and the tick
-travels with the entry or with the freed slots; whoever uses those next on another stream first makes that stream wait
-for an event that covers the tick. On a CPU copies are done when they return, and the clock does nothing.
+travels with the entry or with the freed slots; the next operation to use those on another stream first makes that
+stream wait for an event that covers the tick. On a CPU copies are done when they return, and the clock does nothing.
 
     producer:  enqueue work, tick, record an event, and then publish or release what the tick travels with
     consumer:  make its stream wait for the event, note that it has seen the tick, enqueue work
@@ -69,7 +69,7 @@ class StreamBackend(Protocol):
         """The stream's identity."""
 
     def is_lasting(self, stream: Any) -> bool:
-        """Whether its handle names this stream for good: nobody can destroy it and make another of that handle."""
+        """Whether its handle names this stream for good: no user can destroy it and make another of that handle."""
 
     def is_capturing(self, stream: Any) -> bool:
         """Whether what is enqueued on it goes into a graph instead of being run."""
@@ -138,7 +138,7 @@ class StreamClock:
         self.backend = backend
         self._lock = lock_factory()
         self._known: dict[StreamKey, _Known] = {}
-        # One count for all streams: what a forgotten stream's ticks were is below those of whoever has its handle next.
+        # One count for all streams: what a forgotten stream's ticks were is below those of the next with its handle.
         self._now = 0
         self._shared: tuple[Tensor, ...] = ()
 
@@ -192,7 +192,7 @@ class StreamClock:
         self._shared = ()
 
     def protect(self, tensor: Tensor, stream: Any = None) -> None:
-        """Have a tensor that a stream (the current one if left out) uses outlive its work, whoever drops it."""
+        """Have a tensor that a stream (the current one if left out) uses outlive its work, even when it is dropped."""
         backend = self.backend
         if backend is not None:
             backend.protect(tensor, backend.current() if stream is None else stream)
@@ -237,7 +237,7 @@ class StreamClock:
             return NO_TICKS
         me, mine = self._meet(backend, stream)
         with gate.lock, self._lock:
-            # It may have been forgotten since it was met, and what nobody knows counts as done.
+            # It may have been forgotten since it was met, and what the clock does not know counts as done.
             mine = self._known.setdefault(me, mine)
             self._now += 1
             tick = mine.tick = self._now

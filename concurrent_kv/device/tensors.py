@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from torch.autograd.graph import increment_version
 
 from ..errors import ClosedError
 from ..locks.gate import gate
-from ..remembered import remembered
 from .layout import KVLayout
 from .moving import upload
 from .native import address_of, native
@@ -27,9 +26,8 @@ from .positions import Correction, PositionSteps, PositionTable
 from .slot_numbers import Slots, as_array
 from .streams import NO_TICKS, Ticks
 
-__all__ = ["Block", "SlotTensor", "in_columns", "plain_torch_state", "writing_to"]
+__all__ = ["Block", "SlotTensor", "plain_torch_state", "writing_to"]
 
-REMEMBERED_BYTES = 1 << 20  # of columns of slot tables, of which there are many kinds in long windows
 MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
 AS_IT_IS = nullcontext()
 LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
@@ -67,6 +65,13 @@ def _normal_mode() -> Iterator[None]:
 DROPS_AT_ONCE = 4  # of which the differences are looked up together: each takes as much memory as the batch
 
 
+class Tables(Protocol):
+    """What a gather needs to know of rows of slots; the books have them."""
+
+    def columns(self, rows: list[int], end: int, columns: int) -> Any:
+        """int64 slots `[rows, columns]`, each row's newest before column `end`, 0 elsewhere."""
+
+
 class Block(NamedTuple):
     """Tokens that are whole rows and columns of a buffer, row by row."""
 
@@ -81,24 +86,6 @@ def _in_units(tokens: Tensor) -> Tensor:
     """
     flat = tokens.flatten(2)
     return flat if flat.shape[2] * flat.element_size() % UNIT.itemsize else flat.view(UNIT)
-
-
-def in_columns(tables: Indices, rows: Sequence[int], end: int, columns: int) -> Indices:
-    """Slots `[rows, columns]` of the slot tables `tables[rows]`, each row's newest token before column `end`."""
-    return tables.take(rows, axis=0).take(_columns_of(tables.shape[1], end, columns), axis=1)
-
-
-def _bytes_of(columns: Indices) -> int:
-    return columns.nbytes
-
-
-@remembered(most_bytes=REMEMBERED_BYTES, most=1024, size_of=_bytes_of)
-def _columns_of(window: int, end: int, columns: int) -> Indices:
-    """The columns of a slot table for `columns` of a buffer in which the newest token stands before column `end`.
-
-    Where columns follow `end`, no row fills the window: the first column of its table is 0, which stands for zeros.
-    """
-    return np.array([window - end + column if column < end else 0 for column in range(columns)])
 
 
 def _add_steps(
@@ -152,6 +139,8 @@ class SlotTensor:
                 self._native.advise_huge_pages(data.data_ptr(), data.nbytes)
             self.data: Tensor = data.zero_()
         self._shape = (*shape[:3], layout.head_dim * layout.dtype.itemsize)
+        self._batch_shape = (shape[0], layout.num_heads, layout.head_dim)  # of a batch, without its rows and columns
+        self._large_slots = -(-LARGE_BYTES // layout.bytes_per_token)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
         self._buffers_lock = threading.Lock()
@@ -167,9 +156,9 @@ class SlotTensor:
         return (self.num_slots + 1) * self.layout.bytes_per_token
 
     def gather(
-        self, tables: Indices, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+        self, tables: Tables, rows: list[int], end: int, out: Tensor, *, whole: bool = True
     ) -> tuple[Tensor, ...]:
-        """Copy the tokens of the slot tables `tables[rows]` into `out`, each row's newest before column `end`.
+        """Copy the tokens of some rows of the tables into `out`, each row's newest before column `end`.
 
         `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Padding becomes zeros; so do the columns
         from `end` on, which may stay as they are unless `whole`. Returns the indices, which have to live until the copy
@@ -183,7 +172,9 @@ class SlotTensor:
             if not out.is_inference():
                 increment_version(out)
             return ()
-        table = in_columns(tables, rows, end, columns)
+        table = tables.columns(rows, end, columns)
+        if not isinstance(table, np.ndarray):
+            table = np.frombuffer(table, dtype=np.int64).reshape(len(rows), columns)
         index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
         with plain_torch_state(out):
             torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
@@ -191,11 +182,10 @@ class SlotTensor:
 
     def gather_stepwise(
         self,
-        tables: Indices,
+        tables: Tables,
         rows: list[int],
         end: int,
         out: Tensor,
-        written_at: Indices,
         owed: Sequence[Correction],
         steps: PositionSteps,
         *,
@@ -204,7 +194,6 @@ class SlotTensor:
         """As `gather`, and add what the tokens are owed of rows that are owed `steps`; False if compiled code cannot.
 
         Args:
-            written_at: position in its row at which each slot's token was written.
             owed: what each row is owed.
             steps: what is owed for each drop.
         """
@@ -216,7 +205,7 @@ class SlotTensor:
         filled = columns if whole else end
         batch = (address, columns, end, filled)
         table = (difference, steps.layout.max_tokens, steps.count)
-        of_rows = (tables, rows, written_at, owed, steps)
+        of_rows = (tables, rows, owed, steps)
         self._native.gather_stepwise(data.data_ptr(), self._shape, *batch, *of_rows, *table)
         if not out.is_inference():
             increment_version(out)
@@ -251,31 +240,30 @@ class SlotTensor:
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
-        layout, data = self.layout, self.data
-        shape = source.shape
-        address = self._compiled_at(source, len(slots) * layout.bytes_per_token) if self._is_batch(source, shape) else 0
-        added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
-        if address and added is not None:
-            batch = (address, shape[1], shape[3])
-            self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
-            return ()
+        data, shape = self.data, source.shape
+        # Its user may have given it other memory since it was gathered.
+        is_batch = (
+            self._native is not None
+            and type(source) is Tensor
+            and len(shape) == 5
+            and (shape[0], shape[2], shape[4]) == self._batch_shape
+            and source.dtype is data.dtype
+            and source.is_cpu
+            and source.is_contiguous()
+        )
+        if is_batch and (len(slots) < self._large_slots or torch.get_num_threads() == 1):
+            address = address_of(source)
+            added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
+            if address and added is not None:
+                batch = (address, shape[1], shape[3])
+                self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
+                return ()
         with plain_torch_state():
             if block is None:
                 return self._copy_tokens(source, rows, columns, slots, difference, runs)
             # No indices, and no copy on the way.
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
-
-    def _is_batch(self, source: Tensor, shape: torch.Size) -> bool:
-        """Whether it is a batch still: its user may have given it other memory since it was gathered."""
-        layout = self.layout
-        return (
-            len(shape) == 5
-            and (shape[0], shape[2], shape[4]) == (2 * layout.num_layers, layout.num_heads, layout.head_dim)
-            and source.dtype is layout.dtype
-            and source.is_cpu
-            and source.is_contiguous()
-        )
 
     def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:
         """What compiled code takes for differences; None where it must not look at their memory."""

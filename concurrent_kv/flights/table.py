@@ -1,13 +1,13 @@
 """Flights: one computation for each missing key, however many callers miss it together.
 
-    join -> mine ----- compute, put -----> DONE       everyone gets a copy of the result, which the flight carries
-              |------- compute raises ---> FAILED     everyone hears a copy of the error; nothing is remembered of it
-              |------- cancelled, dropped -> ABANDONED  everyone wakes; the first to run joins again, and computes
-              '------- the pool closes --> CLOSED     everyone hears `ClosedError`
+    join -> mine ----- compute, put -----> DONE       each caller gets a copy of the result, which the flight carries
+              |------- compute raises ---> FAILED     each waiter hears a copy of the error; nothing is remembered of it
+              |------- cancelled, dropped -> ABANDONED  each waiter wakes; the first to run joins again, and computes
+              '------- the pool closes --> CLOSED     each caller hears `ClosedError`
 
 A flight belongs to a key in one epoch and weights version: after a clear, callers start another, and the older one's
-result reaches those who waited for it and is not kept. The table's lock is never held while anything is called, and
-nothing else is locked inside it; a key's `__eq__` runs under it, its `__hash__` before.
+result reaches its waiters and is not kept. The table's lock is never held while anything is called, and nothing else
+is locked inside it; a key's `__eq__` runs under it, its `__hash__` before.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class FlightKey:
 
 
 class Ending:
-    """What those who wait for a flight take from it; empty until it is over."""
+    """What the waiters of a flight take from it; empty until it is over."""
 
     __slots__ = ("error", "ready", "result")
 
@@ -96,7 +96,7 @@ class Ending:
 
 
 class Flight:
-    """One computation under way. Settled once, by whoever comes first."""
+    """One computation under way. Settled once, by the first thread to come."""
 
     __slots__ = ("ending", "key", "loop_ended", "owner", "settling", "state", "waits_for", "wakers")
 
@@ -104,7 +104,7 @@ class Flight:
         self.key = key
         self.state = FlightState.COMPUTING
         self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
-        # Of those who wait, once it is over: the frames that computed reach the flight, and the error those frames.
+        # Of the waiters, once it is over: the frames that computed reach the flight, and the error those frames.
         self.ending: Ending | None = Ending()
         self.wakers: list[Waker] = []
         self.loop_ended: Callable[[], bool] | None = None  # of the loop that it needs, if it needs one
@@ -129,26 +129,26 @@ class Flight:
         return self.state is FlightState.COMPUTING and self.owner is not None and self.owner() is not None
 
     def is_orphan(self) -> bool:
-        """Whether nobody will end it: the loop of the task that computes has ended."""
+        """Whether no task will end it: the loop of the one that computes has ended."""
         loop_ended = self.loop_ended
         return self.state is FlightState.COMPUTING and loop_ended is not None and loop_ended()
 
     def over_unheard(self) -> bool:
-        """Whether it is over after all; an orphan is abandoned. For who waited in vain."""
+        """Whether it is over after all; an orphan is abandoned. For a caller that waited in vain."""
         if self.is_orphan():
-            self.state = FlightState.ABANDONED  # as by its finaliser: whoever joins next replaces it
+            self.state = FlightState.ABANDONED  # as by its finaliser: the next caller to join replaces it
             self.wake()
         return self.state is not FlightState.COMPUTING
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
         self.wakers.append(waker)
-        # After the append: whoever settles sets the state first and looks at the wakers then, so that one of the two
-        # sees the other. (A finaliser settles without the table's lock.)
+        # After the append: the thread that settles sets the state first and looks at the wakers then, so that one of
+        # the two sees the other. (A finaliser settles without the table's lock.)
         return self.state is FlightState.COMPUTING
 
     def unsubscribe(self, waker: Waker) -> None:
-        """Forget a waker of somebody who no longer waits."""
+        """Forget a waker of a caller that no longer waits."""
         with suppress(ValueError):
             self.wakers.remove(waker)
 
@@ -168,11 +168,11 @@ class FlightTable:
         check_process: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
-        self.check_process = check_process  # raises in a forked child, where nobody releases the lock
+        self.check_process = check_process  # raises in a forked child, where no thread releases the lock
         self._lock = lock_factory()
         self._flights: dict[FlightKey, Flight] = {}
         self._closed = False
-        # Flights of claims that were dropped: a finaliser may only append, and whoever comes next forgets them.
+        # Flights of claims that were dropped: a finaliser may only append, and the next operation forgets them.
         self.dropped: deque[Flight] = deque()
 
     def __len__(self) -> int:
@@ -215,7 +215,7 @@ class FlightTable:
                 claim.mine, claim.flight, claim.ending = False, flight, flight.ending
         del dead
         if claim.mine and flight is not None:
-            flight.over_unheard()  # who waits for an orphan takes over, too
+            flight.over_unheard()  # a waiter of an orphan takes over, too
         return claim.mine
 
     def _forget_dropped(self) -> list[Flight]:
@@ -251,7 +251,7 @@ class FlightTable:
         ready: Ticks = NO_TICKS,
         error: Exception | None = None,
     ) -> bool:
-        """End a flight and wake everyone; False if it was over before."""
+        """End a flight and wake its waiters; False if it was over before."""
         with gate.lock, self._lock:
             if flight.state is not FlightState.COMPUTING:
                 return False
@@ -267,7 +267,7 @@ class FlightTable:
         return True
 
     def _forget(self, flight: Flight) -> None:
-        """Wake who waits for a flight that is over, then take it out: if this is cut off, repair finds it."""
+        """Wake the waiters of a flight that is over, then take it out: if this is cut off, repair finds it."""
         flight.wake()
         with gate.lock, self._lock:
             self._take_out(flight)
@@ -298,13 +298,13 @@ def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
 class Claim(NeverCopied):
     """The right, and the duty, to compute one key: a handle, ended once.
 
-    Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: somebody else takes over.
+    Leaving its `with`, or dropping it, abandons what was neither fulfilled nor failed: another caller takes over.
 
     Attributes:
-        mine: whether the caller is the one to compute; False where somebody else is at it.
+        mine: whether the caller is the one to compute; False where another caller is at it.
         flight: the computation; set by `FlightTable.join`.
         ending: what it ends with, for this caller; None where this caller ended it with an error.
-        late: whether somebody else's result may have been in the pool, and be over, before this caller came: it has to
+        late: whether another caller's result may have been in the pool, and be over, before this caller came: it has to
             look it up again instead of taking what the flight carries.
     """
 
@@ -331,7 +331,7 @@ class Claim(NeverCopied):
         return self.flight.state is not FlightState.COMPUTING
 
     def fulfil(self, kv: KeysValues, *, timeout: float | None = None) -> bool:
-        """Store the result and hand it to everyone who waits. May block.
+        """Store the result and hand it to every waiter. May block.
 
         Returns False if the pool did not keep it: its scope was cleared, or its version bumped, meanwhile.
 
@@ -351,7 +351,7 @@ class Claim(NeverCopied):
         return stored
 
     def pass_on(self, kv: KeysValues) -> None:
-        """Hand a result, one row, to everyone who waits, without storing it.
+        """Hand a result, one row, to every waiter, without storing it.
 
         Raises:
             ClosedError, InvalidArgumentError: as `fulfil`.
@@ -363,7 +363,7 @@ class Claim(NeverCopied):
         self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
-        """End the computation with an error, of which everyone who waits hears a copy. Never blocks.
+        """End the computation with an error, of which every waiter hears a copy. Never blocks.
 
         Raises:
             InvalidTypeError: `error` is no `Exception`.
@@ -377,9 +377,9 @@ class Claim(NeverCopied):
         self._table.settle(self.flight, FlightState.FAILED, error=error)
 
     def abandon(self) -> None:
-        """Leave the computation to whoever asks next. Never blocks; fine if it is over, or not the caller's."""
+        """Leave the computation to the next caller to ask. Never blocks; fine if it is over, or not the caller's."""
         # Takes no lock: finalisers come here, of claims and of coroutines that computed, at any point of any thread and
-        # inside the table's lock too. The wakers are reentrant by contract, and who joins next replaces the flight.
+        # inside the table's lock too. The wakers are reentrant by contract, and the next to join replaces the flight.
         flight = getattr(self, "flight", None)
         if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
             flight.state = FlightState.ABANDONED
@@ -394,7 +394,7 @@ class Claim(NeverCopied):
         self._table.check_process()
         gate.check(self._table.name)
         if not self.mine or self.over:
-            raise ClosedError("this claim is over" if self.mine else "this key is being computed by somebody else")
+            raise ClosedError("this claim is over" if self.mine else "this key is being computed by another caller")
 
     def __enter__(self) -> Claim:
         return self

@@ -20,7 +20,7 @@ __all__ = ["outcome", "timed_out", "wait_in_thread", "waiting_for"]
 
 @contextmanager
 def waiting_for(flight: Flight, name: str) -> Iterator[None]:
-    """Entered by who waits for a flight: says so of what is being computed here, and lends its place meanwhile.
+    """Entered to wait for a flight: says so of what is being computed here, and lends the caller's place meanwhile.
 
     Raises:
         RecursiveComputationError: the flight waits for what is being computed here; it would be for ever.
@@ -61,7 +61,7 @@ def wait_in_thread(flight: Flight, deadline: Deadline, name: str) -> None:
 
 
 def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError:
-    """What somebody who waited in vain for a flight hears."""
+    """What a caller that waited in vain for a flight hears."""
     return WaitTimeoutError(
         f"{name}: the computation of {shown(flight.key.key)} by another caller was not over within "
         f"{deadline.seconds:g} s"

@@ -25,6 +25,14 @@ def _read(config: object, name: str, default: object = _MISSING) -> object:
     return value
 
 
+def _check_env_num(env_num: object, stated: object) -> int:
+    """`env_num` as an int, or an error: it is no number of environments, or not the one that a configuration states."""
+    number = positive_int("env_num", env_num)
+    if stated != number:
+        raise InvalidArgumentError(f"env_num must agree with config.env_num={shown(stated)}, got {number}")
+    return number
+
+
 @dataclass(frozen=True)
 class ManagerConfig:
     """A model's shapes and a search's size, checked.
@@ -44,19 +52,19 @@ class ManagerConfig:
 
     @classmethod
     def read(cls, config: object, env_num: int) -> ManagerConfig:
-        """Read and check a configuration.
+        """Read and check a configuration; a `ManagerConfig` (a manager's `config`) is taken as it is.
 
         Raises:
             InvalidArgumentError, InvalidTypeError: a setting is missing, impossible, or contradicts another; by name.
         """
+        if isinstance(config, cls):
+            _check_env_num(env_num, config.env_num)
+            return config
         sizes = {
             name: positive_int(f"config.{name}", _read(config, name))
             for name in ("num_layers", "num_heads", "embed_dim", "context_length", "num_simulations", "max_cache_size")
         }
-        env_num = positive_int("env_num", env_num)
-        stated = _read(config, "env_num", env_num)
-        if stated != env_num:
-            raise InvalidArgumentError(f"env_num must agree with config.env_num={shown(stated)}, got {env_num}")
+        env_num = _check_env_num(env_num, _read(config, "env_num", env_num))
         if sizes["embed_dim"] % sizes["num_heads"]:
             raise InvalidArgumentError(
                 f"config.embed_dim must be a multiple of config.num_heads={sizes['num_heads']}, "

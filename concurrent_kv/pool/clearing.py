@@ -16,7 +16,7 @@ from .room import unpublish
 if TYPE_CHECKING:  # as in room.py
     from .storage import PoolState
 
-__all__ = ["discard", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
+__all__ = ["discard", "drop_taken", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
@@ -62,7 +62,7 @@ def remove_all(pool: PoolState, scope: Scope, keys: Collection[Hashable], deadli
             return _lacking(keys, going)
         waiters = take_out(pool, index, going, dead)
     wake(waiters)
-    # Also what is not among the dead may die here: whoever else held it may have let go of it meanwhile.
+    # Also what is not among the dead may die here: its other holders may have let go of it meanwhile.
     del dead, going
     return []
 
@@ -94,6 +94,33 @@ def take_out(pool: PoolState, index: Index[Entry], going: Sequence[Entry | None]
             raise
     with gate.lock, ledger.mutex:
         return ledger.take_waiters()
+
+
+def drop_taken(pool: PoolState, going: list[Entry]) -> None:
+    """Close the books of entries that were taken out of a search's index. Each hold of the mutex is bounded work."""
+    ledger = pool.storage.ledger
+    while going:
+        # The newest first, as in `take_out`.
+        some = going[-ENTRIES_PER_HOLD:]
+        try:
+            with gate.lock, ledger.mutex:
+                dead = unpublish(pool, some)
+                pool.account.counters.removal_count += len(some)
+                waiters = ledger.take_waiters()
+        except Exception:
+            ledger.abandoned.append(partial(ledger.again, partial(_drop_later, pool, going)))
+            raise
+        del going[-ENTRIES_PER_HOLD:]
+        wake(waiters)
+        del dead, some  # keys and side data are finalised here, outside of every lock
+
+
+def _drop_later(pool: PoolState, going: list[Entry]) -> list[Entry]:
+    """As `drop_taken`, where it failed; returns the dead. Mutex held."""
+    dead = unpublish(pool, going)
+    pool.account.counters.removal_count += len(going)
+    del going[:]
+    return dead
 
 
 def sweep_scopes(pool: PoolState, scopes: Sequence[Scope], deadline: Deadline) -> None:

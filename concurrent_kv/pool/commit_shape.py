@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..device.native import native
 from ..device.tensors import Block, Indices
 from ..errors import WindowOverflowError
 from ..model.overflow import DropAndCorrect, Overflow, RaiseOnOverflow
@@ -18,7 +17,7 @@ __all__ = ["CommitShape", "Drop", "commit_shape", "share_shape"]
 # Of shapes; the commits of a search repeat a few.
 REMEMBERED = 256
 REMEMBERED_BYTES = 8 << 20
-BYTES_OF_ENTRY = 64  # in lists, and in the tuples that it was made of
+BYTES_OF_ENTRY = 80  # in lists, and in the tuples that it was made of
 BYTES_OF_SHAPE = 2048  # its arrays' own records, and its own
 
 
@@ -45,25 +44,19 @@ class CommitShape(NamedTuple):
     order: list[int]  # the committed rows by position, those to be corrected first
     lengths: list[int]  # [entries] tokens of each new entry
     over: list[bool]  # [entries] whether it overflowed
-    sharing: list[int]  # entries that share slots with their parents
-    # [window], or [entries * window] where they got different numbers of tokens: columns of the parents' tables that
-    # become the columns of theirs.
-    parents: Indices
-    shared: npt.NDArray[np.bool_]  # [entries, window] which of these are shared
-    own: npt.NDArray[np.bool_]  # [entries, window] tokens that get slots of their own
+    kept: list[int]  # [entries] tokens that share slots with the parent: its newest
+    owned: list[int]  # [entries] tokens that get slots of their own, after these
     written_at: Indices  # [own tokens] position that each one's bytes are for
     rows: Indices  # [own tokens] where they come from in the batch's buffer
     columns: Indices  # [own tokens]
     block: Block | None  # the same as rows and columns, if they are a block
     corrected: list[int]  # tokens of each corrected entry
     moved: int  # tokens of the longest entry that overflowed; 0: none did
-    # What compiled code takes for `parents`, `shared`, `own` and `written_at`.
-    views: tuple[Any, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays and lists, and of what it was made of."""
-        arrays = (self.parents, self.shared, self.own, self.written_at, self.rows, self.columns)
+        arrays = (self.written_at, self.rows, self.columns)
         return sum(array.nbytes for array in arrays) + BYTES_OF_ENTRY * len(self.lengths) + BYTES_OF_SHAPE
 
 
@@ -81,13 +74,13 @@ class _Remembered:
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._young: dict[tuple[Any, ...], CommitShape] = {}
+        self.young: dict[tuple[Any, ...], CommitShape] = {}
         self._old: dict[tuple[Any, ...], CommitShape] = {}
         self._young_bytes = 0
 
     def get(self, key: tuple[Any, ...]) -> CommitShape | None:
         """The shape that was made of `key`, if it is remembered."""
-        found = self._young.get(key)
+        found = self.young.get(key)
         if found is None:
             found = self._old.get(key)
             if found is not None:
@@ -99,19 +92,19 @@ class _Remembered:
         nbytes = shape.nbytes
         if nbytes > self._most_bytes:
             return
-        if len(self._young) >= self._most or self._young_bytes + nbytes > self._most_bytes:
-            self._old, self._young, self._young_bytes = self._young, {}, 0
-        self._young[key] = shape
+        if len(self.young) >= self._most or self._young_bytes + nbytes > self._most_bytes:
+            self._old, self.young, self._young_bytes = self.young, {}, 0
+        self.young[key] = shape
         self._young_bytes += nbytes
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is remembered."""
-        shapes = {id(shape): shape for shape in [*self._young.values(), *self._old.values()]}
+        shapes = {id(shape): shape for shape in [*self.young.values(), *self._old.values()]}
         return sum(shape.nbytes for shape in shapes.values())
 
     def __len__(self) -> int:
-        return len(self._young.keys() | self._old.keys())
+        return len(self.young.keys() | self._old.keys())
 
 
 remembered = _Remembered(REMEMBERED, REMEMBERED_BYTES)
@@ -134,7 +127,7 @@ def commit_shape(
         WindowOverflowError: a row grew too long.
     """
     key = (rows, gathered, hits, new, start, window, drop)
-    shape = remembered.get(key)
+    shape = remembered.young.get(key) or remembered.get(key)
     if shape is None:
         shape = _commit_shape(rows, np.array(gathered, dtype=np.int64), np.array(hits), new, start, window, drop)
         remembered.add(key, shape)
@@ -158,37 +151,33 @@ def _commit_shape(
     # The corrected rows first, so that their tokens are one range of the copy.
     order = np.argsort(~over, kind="stable") if drop.corrects else np.arange(len(rows))
     added, total, over, whole = added[order], total[order], over[order], whole[order]
-    kept = total - drop.tokens * over
-    first = window - kept  # column of a table at which an entry begins
-    columns = np.arange(window)
-    owned = np.where(whole, kept, np.minimum(added, kept))
-    own = columns >= (window - owned)[:, None]
-    which, at = np.nonzero(own)
+    length = total - drop.tokens * over
+    owned = np.where(whole, length, np.minimum(added, length))
+    kept = length - owned
     moved = drop.tokens * (over & (not drop.corrects))  # written for a position that the drop has left behind
-    shared = ~own & (columns >= first[:, None]) & ~whole[:, None]
-    shifts = added[:1] if (added == added[0]).all() else added
-    parents = np.minimum(columns + shifts[:, None], window - 1).ravel()
+    which = np.repeat(np.arange(len(rows)), owned)
+    at = np.arange(len(which)) - np.repeat(np.cumsum(owned) - owned, owned)  # among the entry's own
     from_rows = np.array(rows, dtype=np.int64)[order][which]
-    from_columns = at - window + start + added[which]
-    corrected = kept[over].tolist() if drop.corrects else []
+    from_columns = at + (start + added - owned)[which]
+    corrected = length[over].tolist() if drop.corrects else []
     # A block has as many tokens of every row, and is corrected as a whole or not at all.
     is_even = len(corrected) in (0, len(rows)) and (owned == owned[0]).all()
     shape = CommitShape(
         order=order.tolist(),
-        lengths=kept.tolist(),
+        lengths=length.tolist(),
         over=over.tolist(),
-        sharing=np.flatnonzero(shared.any(axis=1)).tolist(),
-        parents=parents,
-        shared=shared,
-        own=own,
-        written_at=at - first[which] + moved[which],
+        kept=kept.tolist(),
+        owned=owned.tolist(),
+        written_at=at + (kept + moved)[which],
         rows=from_rows,
         columns=from_columns,
         block=_block_of(from_rows, from_columns) if is_even else None,
         corrected=corrected,
-        moved=int(kept[over].max(initial=0)),
+        moved=int(length[over].max(initial=0)),
     )
-    return _read_only(shape)
+    for array in (shape.written_at, shape.rows, shape.columns):
+        array.setflags(write=False)
+    return shape
 
 
 def share_shape(length: int, window: int) -> CommitShape:
@@ -201,15 +190,6 @@ def share_shape(length: int, window: int) -> CommitShape:
         shape = _commit_shape(range(1), gathered, hits, 0, length, window, drop)
         remembered.add(key, shape)
     return shape
-
-
-def _read_only(shape: CommitShape) -> CommitShape:
-    for array in (shape.parents, shape.shared, shape.own, shape.written_at, shape.rows, shape.columns):
-        array.setflags(write=False)
-    if native is None:
-        return shape
-    viewed = (shape.parents, shape.shared, shape.own, shape.written_at)
-    return shape._replace(views=tuple([native.View(array) for array in viewed]))
 
 
 def _block_of(rows: Indices, columns: Indices) -> Block | None:

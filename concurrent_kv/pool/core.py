@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
+from inspect import signature
+from typing import Any
 
 from .._checks import check_seconds, hash_of, positive_int, sequence_of
+from ..books.allocation import Allocation, headroom_of
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
 from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport
@@ -75,15 +78,22 @@ class PoolCore(PoolState, Handle):
         policy: str | EvictionPolicy[Entry] | PolicyFactory[EvictionPolicy[Entry]] | None = "fifo",
         shards: int = 16,
         wait_timeout: float = 10.0,
-        writers: int = 4,
+        writers: int | None = None,
+        headroom_tokens: int | None = None,
         name: str = "pool",
         storage: KVStorage | None = None,
         scope_shards: Sequence[int] | None = None,
     ) -> None:
-        if not isinstance(layout, KVLayout):
-            raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
-        max_entries = positive_int("max_entries", max_entries)
-        max_slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
+        self._allocation = self.allocation_for(
+            layout,
+            max_entries,
+            max_slots=max_slots,
+            max_bytes=max_bytes,
+            writers=writers,
+            headroom_tokens=headroom_tokens,
+            storage=storage,
+        )
+        max_entries, max_slots = self._allocation.entries["pool"], self._allocation.slots["pool"]
         own_policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
         hash_of(name, "name")
         if storage is not None:
@@ -92,12 +102,12 @@ class PoolCore(PoolState, Handle):
         storage = storage or KVStorage(
             layout,
             max_slots,
-            headroom_slots=positive_int("writers", writers) * layout.max_tokens,
+            headroom_slots=self._allocation.headroom_slots,
             shards=shards,
             wait_timeout=wait_timeout,
             name=name,
         )
-        quota = Quota(max_entries, max_slots, storage.ledger.slots.num_slots)
+        quota = Quota(max_entries, max_slots, storage.ledger.tables)
         if max_bytes is not None:
             quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
@@ -108,6 +118,45 @@ class PoolCore(PoolState, Handle):
         with gate.lock, storage.ledger.mutex:
             _check_room(storage, max_slots)
             storage.pools.append(self)
+
+    @classmethod
+    def allocation_for(
+        cls,
+        layout: KVLayout,
+        max_entries: int,
+        *,
+        max_slots: int | None = None,
+        max_bytes: int | None = None,
+        writers: int | None = None,
+        headroom_tokens: int | None = None,
+        storage: KVStorage | None = None,
+        **others: Any,
+    ) -> Allocation:
+        """What a pool made with these arguments allocates, in slots and bytes; allocates nothing. Never blocks.
+
+        Args:
+            layout, max_entries, max_slots, max_bytes, writers, headroom_tokens, storage: see the constructor.
+            others: its other arguments; they change no size, and their values are not looked at.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: a size that the constructor refuses too, by name.
+            TypeError: an argument that the constructor does not have.
+        """
+        signature(cls).bind_partial(**others)
+        if not isinstance(layout, KVLayout):
+            raise InvalidTypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
+        max_entries = positive_int("max_entries", max_entries)
+        slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
+        headroom = total = 0
+        if storage is None:
+            headroom = headroom_of(headroom_tokens, writers, layout.max_tokens, usual_writers=4)
+            total = slots + headroom
+        elif headroom_tokens is not None:
+            raise InvalidArgumentError(
+                "headroom_tokens must be left out where a storage is given, which has its own headroom "
+                f"(headroom_slots), got {shown(headroom_tokens)}"
+            )
+        return Allocation({"pool": max_entries}, {"pool": slots}, headroom, total, layout.bytes_per_token)
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
@@ -259,13 +308,12 @@ class PoolCore(PoolState, Handle):
         """
         self.storage.check_process()
         contention = self.storage.locks.contention()
-        shared = self.storage.ledger.slots.shared_count()
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:
-            return self.stats_now(contention, shared)
+            return self.stats_now(contention)
 
-    def stats_now(self, contention: tuple[int, float], shared_slots: int) -> PoolStats:
-        """As `stats`, with the mutex held already, and with what concerns the whole storage looked up before."""
+    def stats_now(self, contention: tuple[int, float]) -> PoolStats:
+        """As `stats`, with the mutex held already, and with what the locks counted looked up before."""
         quota = self.quota
         budgets = [search.budget for search in self.searches.copy()]
         in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
@@ -277,7 +325,7 @@ class PoolCore(PoolState, Handle):
             max_slots=quota.max_slots,
             bytes_in_use=in_use * self.layout.bytes_per_token,
             max_bytes=quota.max_slots * self.layout.bytes_per_token,
-            shared_slots=shared_slots,
+            shared_slots=self.storage.ledger.tables.shared,
             reserved_entries=quota.reserved_entries,
             reserved_slots=quota.reserved_slots,
             lock_wait_count=contention[0],
@@ -291,6 +339,10 @@ class PoolCore(PoolState, Handle):
             self.account.counters = type(self.counters)()
         if self.owns_storage:
             self.storage.locks.reset_contention()
+
+    def allocation(self) -> Allocation:
+        """What was allocated when it was made: what `allocation_for()` says for its arguments. Never blocks."""
+        return self._allocation
 
     def check_integrity(self) -> IntegrityReport:
         """Recount everything; call it when no operation is under way.

@@ -31,7 +31,7 @@ def claim(
 
 
 def _private_copy(storage: KVStorage, kv: KeysValues) -> tuple[KeysValues, Ticks]:
-    """A copy of one row on the storage's device that nobody else has, and the ticks of its making."""
+    """A copy of one row on the storage's device that no other caller has, and the ticks of its making."""
     stream = storage.clock.current()
     row = check_fits(kv, storage.layout, rows=1).row(0)
     with plain_torch_state():
@@ -63,6 +63,6 @@ def heard_by_all(joined: Claim) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with suppress(ClosedError):  # it is over: nobody waits for it any more
+        with suppress(ClosedError):  # it is over: no caller waits for it any more
             joined.fail(error)
         raise

@@ -7,14 +7,13 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from torch import Tensor
 
-from ..books.ledger import Ledger
 from ..books.records import Entry
+from ..books.tables import Tables
 from ..device.moving import joined_on, upload
-from ..device.native import native
 from ..device.positions import Correction, PositionSteps
-from ..device.slot_numbers import Slots, as_array
+from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
-from ..device.tensors import Indices, plain_torch_state
+from ..device.tensors import plain_torch_state
 from ..errors import InvalidArgumentError
 from ..model.kv import KeysValues
 from ..model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
@@ -30,8 +29,9 @@ class WritePlan:
 
     Attributes:
         keys, sides, priorities, corrections: one for each entry.
-        shape: their lengths, which tokens get slots of their own, and where in `source` those are.
-        parents: rows in the ledger's tables of the entries that they share slots with, which the caller keeps alive.
+        num_slots: how many slots it needs.
+        shape: their lengths, how many tokens get slots of their own, and where in `source` those are.
+        parents: rows in the tables of the entries that they share slots with, which the caller keeps alive.
         source: contiguous `[2 * layers, batch, heads, columns, head_dim]`; None: nothing is copied.
         difference: `[2 * layers, kept, heads, head_dim]`, added to the first `runs` runs of as many tokens.
         shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
@@ -39,7 +39,6 @@ class WritePlan:
         foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
         since: when the operation came, if before its deadline began: a commit came with its gather.
         hashes: of the keys, each asked for once: where an entry is looked up, and found again when it goes.
-        placed: their slot tables, once there are some: as an array, or as the bytes of one.
     """
 
     difference: Tensor | None = None
@@ -47,7 +46,6 @@ class WritePlan:
     shared_writes: Ticks = NO_TICKS
     foreign_slots = 0
     since: float | None = None
-    placed: Indices | bytearray
 
     def __init__(
         self,
@@ -65,51 +63,28 @@ class WritePlan:
         self.priorities = priorities
         self.corrections = corrections
         self.shape = shape
+        self.num_slots = len(shape.rows)
         self.parents = parents
         self.source = source
 
-    @property
-    def tables(self) -> Indices:
-        """The entries' slot tables `[entries, window]`."""
-        if isinstance(self.placed, bytearray):
-            self.placed = np.frombuffer(self.placed, dtype=np.int64).reshape(self.shape.own.shape)
-        return self.placed
-
-    @property
-    def num_slots(self) -> int:
-        """Slots it needs."""
-        return len(self.shape.rows)
-
-    def shared_slots(self, tables: Indices) -> int:
-        """Slots it shares with what is there already, of the ledger's `tables`."""
-        return int(np.count_nonzero(np.unique(self._shared(tables)))) if self.shape.sharing else 0
-
-    def place(self, ledger: Ledger, taken: Slots) -> None:
-        """Make the new entries' slot tables of their parents' and of the slots taken for them."""
+    def slots_together(self, tables: Tables, limit: int) -> int:
+        """Slots that it needs and shares, if they may be more than `limit`; or a number that is not."""
         shape = self.shape
-        if native is None:
-            slots = as_array(taken)
-            ledger.written_at[slice(taken.start, taken.stop) if isinstance(taken, range) else slots] = shape.written_at
-            self.placed = self._shared(ledger.tables)
-            if shape.block is None:
-                self.placed[shape.own] = slots
-            else:  # every entry has as many of its own
-                own = slots.reshape(len(shape.own), -1)
-                self.placed[:, -own.shape[1] :] = own
-        else:
-            tables, written_at = ledger.viewed_tables.of(ledger.tables), ledger.viewed_written_at.of(ledger.written_at)
-            columns, shared, own, positions = shape.views
-            self.placed = native.share(tables, self.parents, columns, shared, own, taken, positions, written_at)
+        most = sum(shape.lengths)
+        if most <= limit:
+            return most
+        shared = {
+            slot
+            for parent, kept in zip(self.parents, shape.kept, strict=True)
+            if kept
+            for slot in np.frombuffer(tables.slots_of(parent), dtype=np.int64)[-kept:].tolist()
+        }
+        return self.num_slots + len(shared)
 
-    def _shared(self, tables: Indices) -> Indices:
+    def enter(self, tables: Tables, taken: Slots) -> tuple[list[int], list[int]]:
+        """Make the new entries' rows of their parents' slots and of those taken for them; see `Tables.enter`."""
         shape = self.shape
-        if not shape.sharing:
-            return np.zeros(shape.own.shape, dtype=np.int64)
-        if len(shape.parents) == tables.shape[1]:  # all got as many tokens
-            theirs = tables.take(self.parents, axis=0).take(shape.parents, axis=1)
-        else:
-            theirs = tables[np.array(self.parents)[:, None], shape.parents.reshape(shape.own.shape)]
-        return np.where(shape.shared, theirs, 0)
+        return tables.enter(self.parents, shape.kept, shape.owned, taken, shape.written_at)
 
 
 def plan_put(
@@ -205,8 +180,9 @@ def _corrections(inherited: list[Correction], shape: CommitShape, overflow: Over
             _check_covers("overflow.table", shape.moved, table.covered)
         if False not in shape.over:
             return [table] * len(inherited)
-    for i in shape.sharing:
-        corrections[i] = inherited[i]
+    for i, kept in enumerate(shape.kept):
+        if kept:
+            corrections[i] = inherited[i]
     if isinstance(overflow, DropLazily):
         return [
             overflow.table if over else correction for over, correction in zip(shape.over, corrections, strict=True)

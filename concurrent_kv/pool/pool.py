@@ -49,13 +49,18 @@ class KVPool(PoolCore):
         shards: lock shards.
         wait_timeout: seconds an operation waits at most.
         writers: writers that can replace entries of a full pool at the same time without waiting for each other
-            (headroom of one window each).
+            (headroom of one window each); 4 if left out, 1 where a window is more than 1,024 tokens.
+        headroom_tokens: tokens of slots that its storage has beyond the quota, one window at least; `writers` windows
+            if left out. What is replaced needs them until the new entry is stored and no handle reads the old one.
         name: what messages and statistics call it.
-        storage: the storage to share, with room made for this quota by its owner; its own if left out.
+        storage: the storage to share, with room made for this quota by its owner; its own if left out. `writers` and
+            `headroom_tokens` are of a storage of its own.
         scope_shards: numbers of the lock shards that guard its keys, ascending; all if left out.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
+
+    `KVPool.allocation_for(...)`, with the same arguments, says before anything is allocated how much it will be.
     """
 
     # Reading -------------------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ class KVPool(PoolCore):
             key: any hashable.
             scope: where it is looked up.
             timeout: seconds to wait for the key's shard.
-            count_miss: False for who looks elsewhere next: a row asked for is one request, wherever it was found.
+            count_miss: False if the caller looks elsewhere next: a row asked for is one request, wherever it was found.
             to: the device of the copy, the pool's if left out. To a CPU this blocks until the copy is done.
             stream: of the pool's device, the one that the copy is made in; the calling thread's current one if left
                 out. On other devices the copy comes in their current streams.
@@ -200,7 +205,7 @@ class KVPool(PoolCore):
             raise
 
     def count_misses(self, number: int) -> None:
-        """Count rows that nobody had."""
+        """Count rows that missed."""
         if number:
             self.storage.check_call()
             with gate.lock, self.storage.ledger.mutex:
@@ -305,7 +310,7 @@ class KVPool(PoolCore):
         """Store every row of `kv` under the key of the same position; all become visible at once, or none.
 
         A key that comes twice gets the last of its rows. Replacing more tokens at once than the storage has headroom
-        (`writers` windows) may evict others, and what is about to be replaced. Otherwise as `put`.
+        (`headroom_tokens`) may evict others, and what is about to be replaced. Otherwise as `put`.
 
         Raises:
             CapacityError: more rows or tokens than the pool holds at all.
@@ -416,8 +421,8 @@ class KVPool(PoolCore):
     ) -> KeysValues:
         """The entry of `key`, computed and stored if it is missing: once, however many callers miss it together.
 
-        Everyone gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, everyone
-        who waits hears the same error, and nothing is remembered of it: a copy of their own (type, `args`, attributes),
+        Every caller gets a private copy of the one result, whether the pool kept it or not. If `compute` raises, every
+        waiter hears the same error, and nothing is remembered of it: a copy of its own (type, `args`, attributes),
         whose `__cause__` is the error as it was raised; an error of a class that cannot be copied is the one object for
         all. If it is cut off (`KeyboardInterrupt`, a cancelled task), the first to wake computes instead. May block;
         runs `compute` with no lock held.
@@ -425,10 +430,10 @@ class KVPool(PoolCore):
         Args:
             compute: gives one row; called in the calling thread. It may use the pool, but not ask for `key` itself.
             side, priority, scope: as in `put`.
-            timeout: seconds to wait for somebody else's computation.
+            timeout: seconds to wait for another caller's computation.
 
         Raises:
-            WaitTimeoutError: somebody else's computation was not over in time.
+            WaitTimeoutError: another caller's computation was not over in time.
             RecursiveComputationError: called from inside the computation of this very key, or of one that the present
                 computation of this key waits for, perhaps through others.
             ClosedError: the pool was closed meanwhile.

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..books.entries import Described, describe
 from ..books.records import Account, Entry, Generation, Hold, Place, Scope, sorted_shards
+from ..books.tables import in_columns
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
-from ..device.tensors import in_columns, plain_torch_state
+from ..device.tensors import plain_torch_state
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -157,7 +158,7 @@ def _gather(
     if len(owed) == 1:
         (steps,) = owed
         if isinstance(steps, PositionSteps) and tensor.gather_stepwise(
-            ledger.tables, rows, end, out, ledger.written_at, corrections, steps, whole=whole
+            ledger.tables, rows, end, out, corrections, steps, whole=whole
         ):
             return
     temporaries += tensor.gather(ledger.tables, rows, end, out, whole=whole)
@@ -177,13 +178,15 @@ def _correct(
     correction: PositionTable | PositionSteps,
 ) -> tuple[Tensor, ...]:
     """Add what tokens that moved since they were written are owed; what moved nothing gets zeros added."""
-    table = in_columns(storage.ledger.tables, rows, end, out.shape[3])
+    tables = storage.ledger.tables
+    table = in_columns(tables, rows, end, out.shape[3])
     lengths = np.count_nonzero(table, axis=1)
     positions = np.arange(table.shape[1], dtype=np.int64)[None, :] - (end - lengths)[:, None]
     moves = np.zeros(len(table), dtype=bool)
     moves[list(concerned)] = True
     valid = (table > 0) & moves[:, None]
-    moved = np.where(valid, storage.ledger.written_at[table] - positions, 0)
+    written_at = np.frombuffer(tables.positions(table.ravel()), dtype=np.int32).reshape(table.shape)
+    moved = np.where(valid, written_at - positions, 0)
     if not moved.any():
         return ()
     positions = np.where(valid, positions, 0)

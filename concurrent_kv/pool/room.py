@@ -8,14 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..books.entries import rows_of
 from ..books.ledger import wake
 from ..books.quota import Budget, Quota
 from ..books.records import Entry, Place, Scope, sorted_shards
-from ..books.slots import ONE
+from ..books.tables import weights_of
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
-from ..device.slot_numbers import Slots
+from ..device.slot_numbers import SlotArray, Slots
 from ..device.streams import Ticks
 from ..errors import CapacityError, SearchEndedError, WaitTimeoutError
 from ..locks.deadline import Deadline
@@ -58,11 +58,20 @@ def reserve(
     """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
     budget = scope.budget
     if budget is not None:
-        ticket = _take_reserved(pool, budget, len(plan.keys), plan.num_slots)
-        if ticket is not None:
-            return ticket
+        entries, slots, ledger = len(plan.keys), plan.num_slots, pool.storage.ledger
+        with gate.lock, ledger.mutex:
+            pool.check_open()
+            # In the same hold as the taking: what a closed search took would never come back.
+            if budget.ended is not None:
+                raise SearchEndedError(budget.ended)
+            if budget.entries + entries <= budget.max_entries and slots <= budget.reservation.left:
+                taken = ledger.slots.allocate(slots, budget.reservation)
+                if taken is not None:
+                    budget.entries += entries
+                    return Ticket(entries, slots, *taken)
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
-    pool.quota.check_size(pool.name, len(plan.keys), plan.num_slots + plan.shared_slots(pool.storage.ledger.tables))
+    quota = pool.quota
+    quota.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, quota.max_slots))
     freed = _freed_by(pool, scope, plan, located, deadline)
     return _take(pool, plan, freed, deadline)
 
@@ -76,9 +85,10 @@ def _freed_by(
         if not replaced:
             return 0, 0
         ledger = pool.storage.ledger
+        uses = pool.quota.uses if scope.budget is None else ledger.tables
+        rows = rows_of(replaced)
         with gate.lock, ledger.mutex:
-            tables = ledger.tables_of(replaced)
-            slots = pool.quota.exclusive(tables) if scope.budget is None else ledger.slots.exclusive(tables)
+            slots = uses.exclusive(rows)
     return len(replaced), slots
 
 
@@ -127,22 +137,6 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
                 ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
-
-
-def _take_reserved(pool: PoolState, budget: Budget, entries: int, slots: int) -> Ticket | None:
-    """Take room from what a search has left of its reservation; None with nothing taken if that is not enough."""
-    with gate.lock, pool.storage.ledger.mutex:
-        pool.check_open()
-        # In the same hold as the taking: what a closed search took would never come back.
-        if budget.ended is not None:
-            raise SearchEndedError(budget.ended)
-        if budget.entries + entries > budget.max_entries or slots > budget.reservation.left:
-            return None
-        taken = pool.storage.ledger.slots.allocate(slots, budget.reservation)
-        if taken is None:
-            return None
-        budget.entries += entries
-        return Ticket(entries, slots, *taken)
 
 
 def _take_from_budget(
@@ -489,25 +483,26 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     ledger = pool.storage.ledger
     if not entries:
         return []
-    for entry in entries:
-        if entry.place is not Place.EXEMPT:
-            pool.policy.remove(entry)  # also of victims that were given out and have not come back
-        ledger.forget_parked(entry)
-        entry.place = Place.NONE
-    budget, quota = entries[0].scope.budget, pool.quota
+    scope, quota = entries[0].scope, pool.quota
+    budget = scope.budget
     if budget is None:
-        tables = None if counted_out else ledger.tables_of(entries)
-        before = quota.entries, quota.slots
-        if tables is not None:
-            quota.remove(tables)
+        for entry in entries:
+            pool.policy.remove(entry)  # also of victims that were given out and have not come back
+            ledger.forget_parked(entry)
+            entry.place = Place.NONE
+        rows = rows_of(entries)
+        if not counted_out:
+            quota.uses.remove(rows)
+            quota.entries -= len(rows)
         try:
             return ledger.let_go(entries)
         except Exception:
-            if tables is not None:
-                np.add.at(quota.counts, tables.ravel(), ONE)
-                quota.entries, quota.slots = before
+            if not counted_out:
+                quota.entries += len(rows)
+                quota.uses.add(rows)
             raise
-    slots = np.unique(ledger.tables_of(entries)) if budget.promoted_to else None
+    # Once the search is over, its whole reservation goes back.
+    slots = _slots_of(pool, rows_of(entries)) if budget.promoted_to and scope.ended is None else None
     dead = ledger.let_go(entries)
     if not counted_out:
         budget.entries -= len(entries)
@@ -519,12 +514,18 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     return dead
 
 
-def _discharge(pool: PoolState, budget: Budget, slots: npt.NDArray[np.int64]) -> None:
+def _slots_of(pool: PoolState, rows: list[int]) -> SlotArray:
+    """The slots of some rows, each once. Mutex held."""
+    tables = pool.storage.ledger.tables
+    return np.unique(np.concatenate([np.frombuffer(tables.slots_of(row), dtype=np.int64) for row in rows]))
+
+
+def _discharge(pool: PoolState, budget: Budget, slots: SlotArray) -> None:
     """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
-    allocator = pool.storage.ledger.slots
-    counts = allocator.counts[slots]
-    elsewhere = sum([quota.counts[slots] for quota in budget.promoted_to])
-    allocator.discharge(budget.reservation, slots[(slots > 0) & (counts > 0) & (counts == elsewhere)])
+    ledger = pool.storage.ledger
+    weights = weights_of(ledger.tables, slots)
+    elsewhere = sum([weights_of(quota.uses, slots) for quota in budget.promoted_to])
+    ledger.slots.discharge(budget.reservation, slots[(weights > 0) & (weights == elsewhere)])
 
 
 def cancel(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks) -> None:

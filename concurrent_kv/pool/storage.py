@@ -52,7 +52,7 @@ class KVStorage(NeverCopied):
     Args:
         layout: shapes, dtype and device of every entry.
         num_slots: slots of all pools over it together.
-        headroom_slots: more slots on top, so that a write that replaces an entry needs nobody to leave first.
+        headroom_slots: more slots on top, so that a write that replaces an entry needs no other entry to leave first.
         shards: lock shards, shared by the pools.
         wait_timeout: seconds that an operation waits at most, unless its own `timeout` says otherwise.
         name: what messages call it.
@@ -87,7 +87,7 @@ class KVStorage(NeverCopied):
         stream = self.clock.current()  # before anything is allocated, which a capture would take into its graph
         self.tensor = tensor or SlotTensor(layout, total, compiled=self.clock.backend is None)
         self.clock.share(self.tensor.data)
-        # Zeroing the slots was a write like any other: whoever uses a slot first, on whatever stream, waits for it.
+        # Zeroing the slots was a write like any other: the first use of a slot, on whatever stream, waits for it.
         self.zeroed = self.clock.stamp(stream)
         self.closed = False
         self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
@@ -168,7 +168,7 @@ class KVStorage(NeverCopied):
     def check_process(self) -> None:
         """Raise `WrongProcessError` in any process but the one that made the storage.
 
-        Before the first lock: another thread may have held it when the process was forked, and nobody will release it.
+        Before the first lock: another thread may have held it when the process was forked, and none will release it.
         """
         if self._forks != _forks:
             raise WrongProcessError(
@@ -200,7 +200,7 @@ class KVStorage(NeverCopied):
                 release(deadline)
                 released = True
             except (WaitTimeoutError, MemoryError, RecursionError):
-                # Not this operation's business: whoever comes next tries again, the others first.
+                # Not this operation's business: the next one tries again, the others first.
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
             except Exception:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from ..books.entries import new_entries, occupy
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
 from ..books.records import Entry, Generation, Place, Scope, sorted_shards
-from ..books.slots import ONE
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
@@ -65,8 +63,11 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
                 finally:
                     written = clock.stamp(stream, temporaries)
                     used = merge(used, written)
-        plan.place(ledger, ticket.taken)
-        entries = _new_entries(scope, generation, plan, merge(written, plan.shared_writes))
+        if plan.shared_writes:
+            written = merge(written, plan.shared_writes)
+        shape = plan.shape
+        of_each = (shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
+        entries = new_entries(plan.keys, scope, generation, *of_each, written)
         while True:
             outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
             if outcome is not Outcome.NO_ROOM:
@@ -98,11 +99,6 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -
     shape = plan.shape
     block = shape.block if type(ticket.taken) is range else None
     return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
-
-
-def _new_entries(scope: Scope, generation: Generation, plan: WritePlan, written: Ticks) -> list[Entry]:
-    of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
-    return new_entries(plan.keys, scope, generation, *of_each, written)
 
 
 # Publication ------------------------------------------------------------
@@ -153,7 +149,7 @@ def _publish(
                     except Exception:  # no memory, no frames
                         ledger.abandoned.append(partial(ledger.again, charge))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
-                waiters = ledger.take_waiters()
+                waiters = ledger.take_waiters() if ledger.waiters else []
         finally:
             if not ticket.spent:
                 take_away(added)
@@ -182,9 +178,10 @@ def _admit(
     ledger, budget = pool.storage.ledger, scope.budget
     place = Place.HELD if budget is None else Place.EXEMPT
     if budget is not None:
-        # Less may be replaced than when the room was taken: a key may have been released meanwhile.
-        check_budget(pool, budget, len(old))
-        ledger.make(entries, plan.placed)
+        if budget.entries - len(old) > budget.max_entries:
+            # Less is replaced than when the room was taken: a key was released meanwhile.
+            check_budget(pool, budget, len(old))
+        ledger.make(entries, *plan.enter(ledger.tables, ticket.taken))
     else:
         needed = _count(pool, entries, plan, old, ticket)
         if needed is not None:
@@ -206,7 +203,8 @@ def _count(
 ) -> tuple[int, int] | None:
     """Count entries in and others out, with the quota, the policy and the slots; or say what is missing. Mutex held."""
     ledger, quota = pool.storage.ledger, pool.quota
-    tables, old_tables = plan.tables, ledger.tables_of(old) if old else None
+    uses, tables = quota.uses, ledger.tables
+    old_rows = [entry.row for entry in old]
     leaving = [entry for entry in old if entry.place is Place.HELD]
     entries_taken, slots_taken = ticket.entries, ticket.slots
     # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
@@ -214,38 +212,39 @@ def _count(
     quota.pending_entries -= entries_taken
     quota.pending_slots -= slots_taken
     before = quota.entries, quota.slots
-    counted = 0
-    told = False
+    rows, tails = plan.enter(tables, ticket.taken)
+    undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the ticket's
     needed = 0, 0
     error: Exception | None = None
     try:
-        quota.add(tables)
-        counted = 1
-        if old_tables is not None:
-            quota.remove(old_tables)
-            counted = 2
+        out, back, told = (
+            partial(uses.remove, rows),
+            partial(uses.add, old_rows),
+            partial(_keep_candidates, pool, leaving, entries),
+        )
+        uses.add(rows)
+        undo.append(out)
+        uses.remove(old_rows)
+        undo.append(back)
+        quota.entries += len(rows) - len(old_rows)
         needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
         if not any(quota.excess()):
-            told = True
+            undo.append(told)
             _change_candidates(pool, leaving, entries)
-            ledger.make(entries, plan.placed)
+            ledger.make(entries, rows, tails)
             return None
     except Exception as raised:
         error = raised
-    # By functions of C alone, which need no frame.
-    if old_tables is not None and counted > 1:
-        np.add.at(quota.counts, old_tables.ravel(), ONE)
-    if counted:
-        np.subtract.at(quota.counts, tables.ravel(), ONE)
-    quota.entries, quota.slots = before
+    quota.entries = before[0]
+    while undo:
+        try:
+            undo[-1]()
+        except Exception:  # no memory, no frames
+            ledger.abandoned += [partial(ledger.again, step) for step in reversed(undo)]
+            break
+        del undo[-1]
     if error is None:
         return needed
-    if told:
-        keep = partial(_keep_candidates, pool, leaving, entries)
-        try:
-            keep()
-        except Exception:
-            ledger.abandoned.append(partial(ledger.again, keep))
     try:
         raise error
     finally:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
+from ..books.allocation import default_tokens
 from ..books.ledger import wake
 from ..books.quota import Budget
 from ..books.records import Entry, Hold, Scope
@@ -437,7 +438,7 @@ def open_search(
     check_order(order)
     check_overflow(overflow, pool.layout)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
-    tokens = positive_int("tokens", tokens) if tokens is not None else entries * pool.layout.max_tokens
+    tokens = positive_int("tokens", tokens) if tokens is not None else default_tokens(entries, pool.layout.max_tokens)
     budget = reserve_budget(pool, entries, tokens, deadline)
     try:
         return _opened(pool, init_pools, ids, number, budget, order, overflow)

@@ -11,7 +11,7 @@ from ..books.records import Entry, Hold, Scope
 from ..errors import SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..pool.clearing import sweep_if
+from ..pool.clearing import drop_taken
 from ..pool.room import give_budget_back
 
 if TYPE_CHECKING:  # as in pool/room.py
@@ -111,7 +111,8 @@ class SearchState:
             if self.scope.ended is None:
                 self.scope.ended = reason
             roots, self.roots = self.roots, {}
-        sweep_if(self.pool, self.scope, lambda entry: True, deadline)
+            going, cells = self.own.take_all()
+        drop_taken(self.pool, going)
         with gate.lock, ledger.mutex:
             if self.finished:
                 return
@@ -123,4 +124,4 @@ class SearchState:
             self.finished = True
             waiters = ledger.take_waiters()
         wake(waiters)
-        del roots, dead
+        del roots, dead, cells

@@ -155,7 +155,7 @@ def _play_cached(title: str, model: SharedModel, settings: JobSettings, loops_on
             searches = ThreadSearches(CachedRoots(nodes, for_tasks), planner, play)
         tally = _played(title, searches, play, settings.backend, watch, manager)
         stats, integrity = manager.get_stats_summary(), _integrity_of(manager)
-        allocated_bytes = manager.allocation()["total"]
+        allocated_bytes = manager.allocation().nbytes
     return CachedPlay(tally, stats, allocated_bytes, integrity, None if verifier is None else verifier.verification)
 
 

@@ -19,8 +19,8 @@ class ReplayCache:
     """The K and V of one path, or of several that are walked in step and so have one length and no padding.
 
     The window rule is LightZero's: a path whose length reaches `limit` tokens at the end of a step drops its oldest
-    `drop`. With a window of 8 the lengths run 1, 3, 5, 5, 5 and on. The cache cannot see where a step ends; whoever
-    feeds it says so with `end_step`.
+    `drop`. With a window of 8 the lengths run 1, 3, 5, 5, 5 and on. The cache cannot see where a step ends; its
+    caller says so with `end_step`.
     """
 
     def __init__(self, num_layers: int, *, limit: int, drop: int, rows: int = 1) -> None:

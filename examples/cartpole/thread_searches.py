@@ -62,7 +62,7 @@ class _Turn:
 
 
 class _Queue:
-    """Environments on their way to a search. Leaving its `with` ends those who take from it."""
+    """Environments on their way to a search. Leaving its `with` ends the tasks that take from it."""
 
     def __init__(self, roots: Roots, run: Runner, envs: int) -> None:
         self._roots = roots
@@ -85,9 +85,9 @@ class _Queue:
     async def take(self, most: int) -> list[_Turn]:
         """The next environments to be searched together; none when there are no more."""
         group: list[_Turn] = []
-        # One at a time: two who wait for the same environment would leave one of them waiting for good.
+        # One at a time: two tasks that wait for the same environment would leave one of them waiting for good.
         async with self._taking:
-            # Those whose roots are being evaluated are here soon, and two trees take little longer than one.
+            # Environments whose roots are being evaluated are here soon, and two trees take little longer than one.
             while len(group) < most and (not group or self._coming or self.turns.statistics().current_buffer_used):
                 try:
                     group.append(await self.turns.receive())

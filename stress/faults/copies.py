@@ -30,7 +30,7 @@ def disturb_copies(tensor: SlotTensor, *, fail: bool, slow: bool, seed: int, cou
         chance = rng.random()
         if slow and chance < SLOW:
             count("slow copy")
-            time.sleep(rng.random() * LONGEST_SECONDS)  # the trouble itself; nobody relies on its length
+            time.sleep(rng.random() * LONGEST_SECONDS)  # the trouble itself; nothing relies on its length
         elif fail and chance > 1 - FAILING:
             count("failed copy")
             if chance > 1 - FAILING / 2:

@@ -35,10 +35,10 @@ FAULTS: Mapping[str, str] = MappingProxyType(
         "slow": "copies that take milliseconds",
         "loaders": "computations that raise, give a wrong shape, or never end until they are cancelled",
         "cancel": "tasks cancelled at any point, by scopes and by asyncio's own cancel()",
-        "abandon": "searches and claims that nobody closes",
+        "abandon": "searches and claims that are dropped unclosed",
         "endings": "threads that end with what they hold while others wait for it",
         "interrupts": "asynchronous exceptions at any point of a thread's operation; Ctrl-C in the main thread's",
-        "close": "a pool that is closed while everybody uses it",
+        "close": "a pool that is closed while all threads and tasks use it",
         "tiny": "a pool of one entry",
         "collisions": "keys that all have one hash",
         "fork": "forks while the pools are in use",
@@ -47,7 +47,7 @@ FAULTS: Mapping[str, str] = MappingProxyType(
 )
 ENDING, TINY, DOOMED = "ending thread", "tiny pool", "doomed pool"
 # CPython may raise in a thread that is being started instead of the one that starts it, before it has begun. And the
-# one entry of the tiny pool, once lost, is missed by everybody until the next quiet moment.
+# one entry of the tiny pool, once lost, is missed by all actors until the next quiet moment.
 NOT_INTERRUPTED = {ENDING, TINY}
 CANCELLED, WRONG_LOADER = 0.05, 0.1  # shares of the operations of tasks, and of the computations
 LONGEST_SECONDS = 0.005  # until a cancellation
@@ -164,7 +164,7 @@ class Faults:
             self.count("cancelled")
 
     async def _cancel_natively(self, actor: Actor, work: Coroutine[Any, Any, object], delay: float) -> None:
-        actor.scope = anyio.CancelScope()  # of nobody: a computation that hangs is ended by the task's own end
+        actor.scope = anyio.CancelScope()  # no task is in it: a computation that hangs is ended by the task's own end
         task = asyncio.ensure_future(work)
         handle = asyncio.get_running_loop().call_later(delay, task.cancel)
         try:
@@ -197,7 +197,7 @@ class Faults:
         if "loaders" in self.enabled and scope is not None and actor.rng.random() < WRONG_LOADER / 3:
             self.count("hanging loader")
             scope.deadline = min(scope.deadline, anyio.current_time() + HANGING_SECONDS)
-            with anyio.move_on_after(10 * HANGING_SECONDS):  # where the scope is nobody's
+            with anyio.move_on_after(10 * HANGING_SECONDS):  # where no task is in the scope
                 await anyio.sleep_forever()
             raise marked(LoaderError("a computation that hung"))
         return self.loader(actor)

@@ -59,7 +59,7 @@ def computed(actor: Actor, space: Space, key: int) -> Iterator[Callable[[], Keys
 
 
 class Doomed:
-    """A pool that everybody uses until somebody closes it; then there is another."""
+    """A pool that all actors use until one closes it; then there is another."""
 
     def __init__(self, world: World) -> None:
         self._world = world

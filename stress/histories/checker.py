@@ -1,4 +1,4 @@
-"""Whether a history is linearizable: a search for an order of its calls that explains what everybody saw.
+"""Whether a history is linearizable: a search for an order of its calls that explains what each call saw.
 
 In the manner of Wing and Gong, with the memory of Lowe: calls are placed one after the other, the next always one that
 began before every unplaced call ended, and what was tried once (which calls are placed, and the state) is not tried

@@ -153,7 +153,8 @@ class ClockWorld:
             taken = self.ledger.slots.allocate(1)
             assert taken is not None
             self.entry.written = self.entry.ticks = written
-            self.ledger.make([self.entry], np.array([taken[0]]))
+            rows, tails = self.ledger.tables.enter([0], [0], [1], taken.slots, np.array([0]))
+            self.ledger.make([self.entry], rows, tails)
 
     def read(self, work: Work, on: int) -> None:
         """Read the slot, if its entry is still there."""

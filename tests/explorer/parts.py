@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
+from concurrent_kv.books import tables as books_tables
 from concurrent_kv.device.slot_numbers import Slots, as_array
-from concurrent_kv.device.tensors import Block, Indices, SlotTensor, in_columns
+from concurrent_kv.device.tensors import Block, Indices, SlotTensor, Tables
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
 
@@ -163,9 +164,9 @@ class ModelTensor(SlotTensor):
         self._writing: set[int] = set()
 
     def gather(
-        self, tables: Indices, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+        self, tables: Tables, rows: list[int], end: int, out: Tensor, *, whole: bool = True
     ) -> tuple[Tensor, ...]:
-        table = in_columns(tables, rows, end, out.shape[3])
+        table = books_tables.in_columns(cast(books_tables.Tables, tables), rows, end, out.shape[3])
         slots = self.data[:, torch.from_numpy(table)]
         self._scheduler.step("is in the middle of reading its slots")
         again = self.data[:, torch.from_numpy(table)]

@@ -176,10 +176,10 @@ def rule_4_only_the_last_read_kept(patch: Patch) -> None:
 def rule_4_writes_left_out(patch: Patch) -> None:
     original = Ledger.make
 
-    def make(self: Ledger, entries: Any, tables: Any) -> None:
+    def make(self: Ledger, entries: Any, *rows: Any) -> None:
         for entry in entries:
             entry.ticks = NO_TICKS
-        original(self, entries, tables)
+        original(self, entries, *rows)
 
     patch.setattr(Ledger, "make", make)
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from concurrent_kv.books.entries import new_entries
 from concurrent_kv.books.ledger import Ledger, wake
 from concurrent_kv.books.quota import Quota
 from concurrent_kv.books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
-from concurrent_kv.device.slot_numbers import Slots
+from concurrent_kv.device.slot_numbers import Slots, as_array
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import room, writing
@@ -59,8 +60,10 @@ def _enter_books(
     with pool.storage.ledger.mutex:
         pool.quota.pending_entries -= ticket.entries
         pool.quota.pending_slots -= ticket.slots
-        pool.storage.ledger.make(entries, plan.tables)
-        pool.quota.add(plan.tables)
+        rows, tails = plan.enter(pool.storage.ledger.tables, ticket.taken)
+        pool.storage.ledger.make(entries, rows, tails)
+        pool.quota.uses.add(rows)
+        pool.quota.entries += len(rows)
         unpublish(pool, old)
         for part, entry in zip(parts, entries, strict=True):
             part.put(entry)
@@ -83,10 +86,17 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         deadline: Deadline,
     ) -> tuple[Outcome, tuple[int, int]]:
         pending = ticket
+        taken = as_array(ticket.taken)
         for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
             with pool.storage.locks.write(sorted_shards([at]), deadline):
-                one = copy(plan)
-                one.placed = plan.tables[row : row + 1]
+                one, first, number = copy(plan), sum(plan.shape.owned[:row]), plan.shape.owned[row]
+                one.parents = plan.parents[row : row + 1]
+                one.shape = plan.shape._replace(
+                    kept=plan.shape.kept[row : row + 1],
+                    owned=[number],
+                    written_at=plan.shape.written_at[first : first + number],
+                )
+                pending.taken = taken[first : first + number]
                 _enter_books(pool, [entry], one, [at], pending)
             pending = Ticket(0, 0, ticket.taken, ticket.ticks)
         return Outcome.PUBLISHED, (0, 0)
@@ -98,8 +108,8 @@ def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         located = [(scope, scope.part_of(key_hash)) for key_hash in plan.hashes]
         ticket = room.reserve(pool, scope, plan, located, deadline)
-        plan.place(pool.storage.ledger, ticket.taken)
-        entries = writing._new_entries(scope, generation, plan, {})
+        of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
+        entries = new_entries(plan.keys, scope, generation, *of_each, {})
         writing._publish(pool, scope, generation, entries, plan, located, ticket, deadline)
         assert plan.source is not None
         pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, ticket.taken)

@@ -13,6 +13,7 @@ import torch
 from concurrent_kv import Batch, KeysValues, KVLayout, KVPool, KVStorage
 from concurrent_kv.books.records import Entry, Scope
 from concurrent_kv.errors import ClosedError
+from tests.support import slots_named
 
 from .history import Call, Kind, State, Value, check_linearizable
 from .parts import ModelEvent, ModelLock, ModelShards, ModelTensor
@@ -193,12 +194,12 @@ class World:
 
     def watch(self) -> None:
         """What holds at every step: no index is over its quota."""
-        tables = self.storage.ledger.tables
+        ledger = self.storage.ledger
         for pool in self.pools():
             entries = [entry for scope in pool.registered_scopes() for entry in entries_of(scope)]
             if len(entries) > pool.quota.max_entries:
                 raise BrokenPromiseError(f"{pool.name} holds {len(entries)} entries of {pool.quota.max_entries}")
-            used = {slot for entry in entries if entry.row >= 0 for slot in tables[entry.row].tolist()} - {0}
+            used = {slot for entry in entries if entry.row >= 0 for slot in slots_named(ledger, entry)}
             if len(used) > pool.quota.max_slots:
                 raise BrokenPromiseError(f"{pool.name} holds {len(used)} slots of {pool.quota.max_slots}")
 

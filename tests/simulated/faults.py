@@ -79,10 +79,10 @@ LEFT_OUT = [
 def writes_not_told_to_readers(patch: Patch) -> None:
     original = Ledger.make
 
-    def make(self: Ledger, entries: Any, tables: Any) -> None:
+    def make(self: Ledger, entries: Any, *rows: Any) -> None:
         for entry in entries:
             entry.written = NO_TICKS
-        original(self, entries, tables)
+        original(self, entries, *rows)
 
     patch.setattr(Ledger, "make", make)
 
@@ -97,12 +97,12 @@ def reads_not_told_to_the_next_writer(patch: Patch) -> None:
 
 
 def writes_not_told_to_the_next_writer(patch: Patch) -> None:
-    original = SlotAllocator.drop
+    original = SlotAllocator.release
 
-    def drop(self: SlotAllocator, tables: Any, ticks: Ticks) -> int:
-        return original(self, tables, NO_TICKS)
+    def release(self: SlotAllocator, slots: Any, ticks: Ticks, **others_left: bool) -> None:
+        original(self, slots, NO_TICKS, **others_left)
 
-    patch.setattr(SlotAllocator, "drop", drop)
+    patch.setattr(SlotAllocator, "release", release)
 
 
 def unpublished_writes_not_told_to_the_next_writer(patch: Patch) -> None:
@@ -111,13 +111,13 @@ def unpublished_writes_not_told_to_the_next_writer(patch: Patch) -> None:
 
 
 def uses_of_the_dead_not_told_to_who_outlives_them(patch: Patch) -> None:
-    original = SlotAllocator.drop
+    original = SlotAllocator.release
 
-    def drop(self: SlotAllocator, tables: Any, ticks: Ticks) -> int:
+    def release(self: SlotAllocator, slots: Any, ticks: Ticks, **others_left: bool) -> None:
         self._residual = NO_TICKS
-        return original(self, tables, ticks)
+        original(self, slots, ticks, **others_left)
 
-    patch.setattr(SlotAllocator, "drop", drop)
+    patch.setattr(SlotAllocator, "release", release)
 
 
 def slots_reused_one_release_too_early(patch: Patch) -> None:

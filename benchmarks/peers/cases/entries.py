@@ -80,7 +80,7 @@ class _Part:
         self._next = entries
 
     def verify(self) -> list[str]:
-        """What was put is got, whoever put it, and is not the caller's tensor."""
+        """What any call put is got, and is not the caller's tensor."""
         hashes = []
         key = self._keys[0]
         for value in (1.0, 2.0):

@@ -37,7 +37,7 @@ class NodesRun(Run):
 
     Args:
         searches: by name: `{"shape": of a workload, or "window": ..., "rows", "nodes", "root": tokens, "new": tokens}`.
-        copied_bytes: whoever stores a node's tokens whole stores fewer nodes, to stay below this.
+        copied_bytes: a contestant that stores a node's tokens whole stores fewer nodes, to stay below this.
     """
 
     def __init__(self, contestant: Contestant, *, searches: dict[str, dict[str, Any]], copied_bytes: int) -> None:

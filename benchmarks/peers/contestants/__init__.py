@@ -26,7 +26,7 @@ OUR_FORMS: Sequence[Contestant] = (
 CONTESTANTS: Mapping[str, Contestant] = {
     contestant.name: contestant for contestant in (*OUR_FORMS, *MAPPINGS, Rows(), LightZero(), Floor())
 }
-# What somebody would write or take instead.
+# What a user would write or take instead.
 PEERS = tuple(name for name in CONTESTANTS if name != FLOOR and not name.startswith(OURS))
 
 

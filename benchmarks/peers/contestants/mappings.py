@@ -217,7 +217,7 @@ class StackedSearch(MappingSearch):
 
 
 class MappingEntries(EntryStore):
-    """With a lock; what is stored is a clone, what is got the stored tensor itself, which nobody writes to."""
+    """With a lock; what is stored is a clone, what is got the stored tensor itself, which no caller writes to."""
 
     def __init__(self, items: Mapping) -> None:
         self._lock, self._items = threading.Lock(), items

@@ -70,7 +70,7 @@ class OurSearch(SearchStore):
         return int(self._manager.recur_pool.stats().bytes_in_use)
 
     def allocated_bytes(self) -> int | None:
-        return int(self._manager.allocation()["total"])
+        return self._manager.allocation().nbytes
 
     def destroy(self) -> None:
         self._manager.check_integrity()

@@ -1,6 +1,6 @@
 """Eviction policies: which entry a full pool gives up next.
 
-A policy keeps an order over entries and nothing else. It takes no lock: whoever owns it, a pool, calls every method,
+A policy keeps an order over entries and nothing else. It takes no lock: its owner, a pool, calls every method,
 iteration included, under one mutex of its own.
 """
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ...books.allocation import default_tokens
 from ...device.layout import KVLayout
 from ...errors import InvalidArgumentError, WrongProcessError
 from ...locks.gate import gate
@@ -92,7 +93,9 @@ class Attachment:
     def _make_role(self, manager: KVCacheManager | None) -> Role:
         owned = manager is None
         if manager is None:
-            slots = self._config["max_cache_size"] * self.layout.max_tokens
+            nodes, window = self._config["max_cache_size"], self.layout.max_tokens
+            # Nodes that share nothing may each fill a window, however long it is.
+            slots = default_tokens(nodes, window) if self._shares else nodes * window
             arguments = {"recur_slots": slots, **self._arguments}
             manager = KVCacheManager(self._config, self._config["env_num"], **arguments)
         tokens = TOKENS_OF_A_NODE if self._shares else self.layout.max_tokens
