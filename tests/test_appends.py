@@ -252,6 +252,22 @@ def test_many_appends_follow_each_other() -> None:
     assert assert_alike(in_steps).ends == [GATHERED + 5] * LAYERS
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_every_append_returns_all_that_the_layer_has(order: tuple[int, int]) -> None:
+    for loops in LOOPS:
+        with gathered(loops) as batch:
+            expected = [part.clone() for part in batch.data[:, :, :, :GATHERED].unbind(0)]
+            for tokens in (1, 3, 1):
+                for layer in order:
+                    keys, values = new_tokens(tokens, seed=layer), new_tokens(tokens, seed=layer + 10)
+                    seen = batch.append(layer, keys, values)
+                    for part, new, found in zip((layer, LAYERS + layer), (keys, values), seen, strict=True):
+                        expected[part] = torch.cat([expected[part], new], 2)
+                        assert torch.equal(found, expected[part])
+                    for found, again in zip(seen, batch.layer(layer), strict=True):
+                        assert torch.equal(found, again)
+
+
 @pytest.mark.parametrize("tokens", [0, 5, 6])
 def test_any_number_of_tokens_that_there_is_room_for_is_taken(tokens: int) -> None:
     new = new_tokens(tokens)
