@@ -289,12 +289,10 @@ def publishing_shard_by_shard(patch: pytest.MonkeyPatch) -> None:
             return publish(pool, scope, generation, entries, plan, located, ticket, deadline)
         parts = [scope.entries[part] for _, part in located]
         with pool.storage.locks.write((located[0][0].shards[located[0][1]],), deadline), pool.storage.ledger.mutex:
-            rows, tails = plan.enter(pool.storage.ledger.tables, ticket.taken)
-            pool.storage.ledger.make(entries[:1], rows[:1], tails[:1])
+            plan.make(pool.storage.ledger, entries, ticket.taken)
             parts[0].put(entries[0])
         gate.pass_through()
         with pool.storage.locks.write((located[1][0].shards[located[1][1]],), deadline), pool.storage.ledger.mutex:
-            pool.storage.ledger.make(entries[1:], rows[1:], tails[1:])
             parts[1].put(entries[1])
         ticket.spent = True
         return writing.Outcome.PUBLISHED, (0, 0)

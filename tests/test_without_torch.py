@@ -248,8 +248,7 @@ def test_a_ledgers_counts_are_those_of_its_entries() -> None:
                 taken = ledger.slots.allocate(2)
                 if taken is not None:
                     entry = Entry((mine, round_), scope, scope.generation, 2)
-                    rows, tails = ledger.tables.enter([0], [0], [2], taken.slots, np.arange(2))
-                    ledger.make([entry], rows, tails)
+                    ledger.make([entry], [0], [0], [2], taken.slots, np.arange(2))
                     hold = Hold("pin", [])
                     ledger.extend(hold, [entry])
                     ledger.let_go([entry])  # the index's

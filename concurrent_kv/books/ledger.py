@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..device.slot_numbers import SlotArray
+from ..device.slot_numbers import SlotArray, Slots
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -68,11 +68,21 @@ class Ledger:
 
     # Entries -----------------------------------------------------------------------------------------------------
 
-    def make(self, entries: list[Entry], rows: list[int], tails: list[int]) -> None:
-        """Give new entries their rows of the tables, with their last slots, and the reference of the index. Mutex held.
+    def make(
+        self,
+        entries: list[Entry],
+        parents: list[int],
+        kept: list[int],
+        own: list[int],
+        taken: Slots,
+        positions: SlotArray,
+    ) -> None:
+        """Give new entries rows of the tables (see `Tables.enter`), and the reference of the index. Mutex held.
 
-        Calls nothing.
+        All of it, or nothing where it raises.
         """
+        rows, tails = self.tables.enter(parents, kept, own, taken, positions)
+        # No call of a function from here on.
         for entry, row, tail in zip(entries, rows, tails, strict=True):
             entry.row, entry.tail, entry.refs = row, tail, 1
 

@@ -336,16 +336,19 @@ class _PythonTables:
         several = sum([len(self._pages[row]) > 1 for row in rows])
         numbers = list({*pages}) if several else pages
         counts.change(self, pages, slots, -1)
+        # No call of a Python function from here on, numpy's among them: there may be no frame for one.
         unnamed = slots[(counts.slots[slots] == 0) & (slots > 0)]
-        if len(rows) > 1:
-            unnamed = np.unique(unnamed)
-        others_left = bool((counts.slots[slots] > 0).any())
-        freed = [page for page in numbers if not counts.pages[page]] if self.have_several else numbers
+        if len(rows) > 1 and len(unnamed):
+            unnamed.sort()
+            unnamed = unnamed[np.concatenate([[True], unnamed[1:] != unnamed[:-1]])]
+        others_left = bool(np.logical_or.reduce(counts.slots[slots] > 0))
+        for page in numbers:
+            if not counts.pages[page]:
+                self._free_pages.append(page)
         for row in rows:
             self._length[row], self._pages[row] = 0, [0]
         self.have_several -= several
         self._free_rows += rows
-        self._free_pages += freed
         return unnamed, others_left
 
     def pages_in(self, rows: Rows) -> list[int]:
@@ -426,7 +429,10 @@ class _PythonUses:
         if pages and not self._counts.pages[pages].all():
             raise ValueError("a row was not counted in")
         self._counts.change(self._tables, pages, slots, -1)
-        self.used -= len(np.unique(slots[(self._counts.slots[slots] == 0) & (slots > 0)]))
+        # As in `leave`.
+        gone = slots[(self._counts.slots[slots] == 0) & (slots > 0)]
+        gone.sort()
+        self.used -= min(len(gone), 1) + int(np.add.reduce(gone[1:] != gone[:-1]))
 
     def _in(self, rows: list[int]) -> tuple[list[int], SlotArray]:
         """The pages of rows, and the slots in them."""

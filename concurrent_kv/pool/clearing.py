@@ -16,7 +16,7 @@ from .room import unpublish
 if TYPE_CHECKING:  # as in room.py
     from .storage import PoolState
 
-__all__ = ["discard", "drop_taken", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
+__all__ = ["discard", "drop_some", "drop_taken", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
@@ -102,24 +102,18 @@ def drop_taken(pool: PoolState, going: list[Entry]) -> None:
     while going:
         # The newest first, as in `take_out`.
         some = going[-ENTRIES_PER_HOLD:]
-        try:
-            with gate.lock, ledger.mutex:
-                dead = unpublish(pool, some)
-                pool.account.counters.removal_count += len(some)
-                waiters = ledger.take_waiters()
-        except Exception:
-            ledger.abandoned.append(partial(ledger.again, partial(_drop_later, pool, going)))
-            raise
-        del going[-ENTRIES_PER_HOLD:]
+        with gate.lock, ledger.mutex:
+            dead = drop_some(pool, going, some)
+            waiters = ledger.take_waiters()
         wake(waiters)
         del dead, some  # keys and side data are finalised here, outside of every lock
 
 
-def _drop_later(pool: PoolState, going: list[Entry]) -> list[Entry]:
-    """As `drop_taken`, where it failed; returns the dead. Mutex held."""
-    dead = unpublish(pool, going)
-    pool.account.counters.removal_count += len(going)
-    del going[:]
+def drop_some(pool: PoolState, going: list[Entry], some: list[Entry]) -> list[Entry]:
+    """Close the books of `some`, the last of `going`, and take them off it; returns the dead. Mutex held."""
+    dead = unpublish(pool, some)
+    del going[len(going) - len(some) :]  # no call from the books' end to here
+    pool.account.counters.removal_count += len(some)
     return dead
 
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from torch import Tensor
 
+from ..books.ledger import Ledger
 from ..books.records import Entry
 from ..books.tables import Tables
 from ..device.moving import joined_on
@@ -82,10 +83,10 @@ class WritePlan:
         }
         return self.num_slots + len(shared)
 
-    def enter(self, tables: Tables, taken: Slots) -> tuple[list[int], list[int]]:
-        """Make the new entries' rows of their parents' slots and of those taken for them; see `Tables.enter`."""
+    def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> None:
+        """Give the new entries their parents' slots and those taken for them; see `Ledger.make`. Mutex held."""
         shape = self.shape
-        return tables.enter(self.parents, shape.kept, shape.owned, taken, shape.written_at)
+        ledger.make(entries, self.parents, shape.kept, shape.owned, taken, shape.written_at)
 
 
 def plan_put(

@@ -505,11 +505,9 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
             quota.entries -= len(rows)
         try:
             return ledger.let_go(entries)
-        except Exception:
-            if not counted_out:
-                quota.entries += len(rows)
-                quota.uses.add(rows)
-            raise
+        except Exception:  # no memory, no frames: they die a little later
+            ledger.abandoned.append(partial(ledger.again, partial(ledger.let_go, entries)))
+            return []
     # Once the search is over, its whole reservation goes back.
     slots = _slots_of(pool, rows_of(entries)) if budget.promoted_to and scope.ended is None else None
     dead = ledger.let_go(entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -21,6 +22,9 @@ from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
 from .storage import KVStorage, PoolState
 
 __all__ = ["write"]
+
+
+_ROW = attrgetter("row")
 
 
 class Outcome(Enum):
@@ -184,7 +188,7 @@ def _admit(
         if budget.entries - len(old) > budget.max_entries:
             # Less is replaced than when the room was taken: a key was released meanwhile.
             check_budget(pool, budget, len(old))
-        ledger.make(entries, *plan.enter(ledger.tables, ticket.taken))
+        plan.make(ledger, entries, ticket.taken)
     else:
         needed = _count(pool, entries, plan, old, ticket)
         if needed is not None:
@@ -215,7 +219,8 @@ def _count(
     quota.pending_entries -= entries_taken
     quota.pending_slots -= slots_taken
     before = quota.entries, quota.slots
-    rows, tails = plan.enter(tables, ticket.taken)
+    plan.make(ledger, entries, ticket.taken)
+    rows = list(map(_ROW, entries))
     undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the ticket's
     needed = 0, 0
     error: Exception | None = None
@@ -234,7 +239,6 @@ def _count(
         if not any(quota.excess()):
             undo.append(told)
             _change_candidates(pool, leaving, entries)
-            ledger.make(entries, rows, tails)
             return None
     except Exception as raised:
         error = raised
@@ -243,7 +247,8 @@ def _count(
         try:
             undo[-1]()
         except Exception:  # no memory, no frames
-            ledger.abandoned += [partial(ledger.again, step) for step in reversed(undo)]
+            while undo:
+                ledger.abandoned.append(partial(ledger.again, undo.pop()))
             break
         del undo[-1]
     if error is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..books.index import Index
@@ -11,7 +12,7 @@ from ..books.records import Entry, Hold, Scope
 from ..errors import SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..pool.clearing import drop_taken
+from ..pool.clearing import drop_some, drop_taken
 from ..pool.room import give_budget_back
 
 if TYPE_CHECKING:  # as in pool/room.py
@@ -102,6 +103,10 @@ class SearchState:
             dead += ledger.end(hold)
         return dead
 
+    def _drop_rest(self, going: list[Entry]) -> list[Entry]:
+        """What `end` had taken out of the index when it failed; returns the dead. Mutex held."""
+        return drop_some(self.pool, going, going[:])
+
     def end(self, reason: str, deadline: Deadline) -> None:
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
         storage = self.pool.storage
@@ -112,7 +117,11 @@ class SearchState:
                 self.scope.ended = reason
             roots, self.roots = self.roots, {}
             going, cells = self.own.take_all()
-        drop_taken(self.pool, going)
+        try:
+            drop_taken(self.pool, going)
+        except Exception:  # no memory, no frames
+            ledger.abandoned.append(partial(ledger.again, partial(self._drop_rest, going)))
+            raise
         with gate.lock, ledger.mutex:
             if self.finished:
                 return

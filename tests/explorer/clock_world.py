@@ -153,8 +153,7 @@ class ClockWorld:
             taken = self.ledger.slots.allocate(1)
             assert taken is not None
             self.entry.written = self.entry.ticks = written
-            rows, tails = self.ledger.tables.enter([0], [0], [1], taken.slots, np.array([0]))
-            self.ledger.make([self.entry], rows, tails)
+            self.ledger.make([self.entry], [0], [0], [1], taken.slots, np.array([0]))
 
     def read(self, work: Work, on: int) -> None:
         """Read the slot, if its entry is still there."""

@@ -60,10 +60,9 @@ def _enter_books(
     with pool.storage.ledger.mutex:
         pool.quota.pending_entries -= ticket.entries
         pool.quota.pending_slots -= ticket.slots
-        rows, tails = plan.enter(pool.storage.ledger.tables, ticket.taken)
-        pool.storage.ledger.make(entries, rows, tails)
-        pool.quota.uses.add(rows)
-        pool.quota.entries += len(rows)
+        plan.make(pool.storage.ledger, entries, ticket.taken)
+        pool.quota.uses.add([entry.row for entry in entries])
+        pool.quota.entries += len(entries)
         unpublish(pool, old)
         for part, entry in zip(parts, entries, strict=True):
             part.put(entry)
