@@ -171,7 +171,7 @@ class Ledger:
                 del self._shared[entry.tail]
 
     def reset_parked(self) -> None:
-        """Forget who is set aside for sharing; repair gives everyone back to the policies. Mutex held."""
+        """Forget what is set aside for sharing; repair gives all of it back to the policies. Mutex held."""
         self._shared.clear()
         self._shared_of.clear()
 
@@ -196,7 +196,7 @@ class Ledger:
         return self.tables.named_elsewhere([entry.row for entry in parked])
 
     def _unpark_all(self) -> None:
-        """Give back whoever is set aside without a reason. Mutex held."""
+        """Give back what is set aside without a reason. Mutex held."""
         for siblings in list(self._shared.values()):
             for entry in list(siblings):
                 if not self.shares_tail(entry):
@@ -263,17 +263,17 @@ class Ledger:
                 self.unpark(entry)
 
     def abandon(self, release: Callable[[Deadline], object]) -> None:
-        """Leave something to be released by the next operation, or by who waits for room. For finalisers: no lock."""
+        """Leave something for the next operation, or a thread that waits for room, to release. For finalisers: no lock."""
         self.abandoned.append(release)
         self.stir()
 
     def stir(self) -> None:
-        """Have everybody who waits for room look again. For finalisers: takes no lock."""
+        """Have every thread that waits for room look again. For finalisers: takes no lock."""
         for waiter in tuple(self.waiters):
             waiter.set()
 
     def release(self, hold: Hold) -> bool:
-        """Release a hold, and wake whoever waits for room; False if it was released before."""
+        """Release a hold, and wake the threads that wait for room; False if it was released before."""
         dead: list[Entry] = []
         waiters: list[Any] = []
         with gate.lock, self.mutex:
@@ -291,7 +291,7 @@ class Ledger:
         return first
 
     def use(self, hold: Hold) -> bool:
-        """Keep what a hold holds until `stop_using`, whoever releases it meanwhile; False if it is released."""
+        """Keep what a hold holds until `stop_using`, also if another thread releases it; False if it is released."""
         with gate.lock, self.mutex:
             if hold.released:
                 return False
@@ -346,7 +346,7 @@ class Ledger:
             self.waiters.remove(event)
 
     def take_waiters(self) -> list[Any]:
-        """Everybody who waits; the caller wakes them outside the mutex. Mutex held."""
+        """The events of all that wait; the caller sets them outside the mutex. Mutex held."""
         waiters, self.waiters = self.waiters, []
         return waiters
 

@@ -83,7 +83,7 @@ def _joined(first: Run, second: Run) -> Run | None:
 
 @dataclass(eq=False)
 class Reservation:
-    """Slots set aside for one owner (a search): nobody else can take them, and what it frees comes back to it."""
+    """Slots set aside for one owner (a search): no other can take them, and what it frees comes back to it."""
 
     number: int
     size: int  # slots set aside in all
@@ -247,7 +247,7 @@ class SlotAllocator:
         self.reserved_count -= len(paid)
 
     def discharge(self, reservation: Reservation, slots: SlotArray) -> None:
-        """Give a reservation back what it paid for slots that somebody else pays for now, as far as slots are free."""
+        """Give a reservation back what it paid for slots that another pool pays for now, as far as slots are free."""
         own = slots[self._owner[slots] == reservation.number][: max(0, self.available)]
         self._owner[own] = 0
         if reservation.number in self._reservations:
@@ -255,7 +255,7 @@ class SlotAllocator:
             self.reserved_count += len(own)
 
     def cancel(self, reservation: Reservation) -> int:
-        """End a reservation; what its owner holds stays as it is, and goes back to everyone when freed.
+        """End a reservation; what its owner holds stays as it is, and goes back to all pools when freed.
 
         Returns its size; 0 the second time.
         """

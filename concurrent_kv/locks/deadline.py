@@ -37,7 +37,7 @@ class Caller:
             waits_on.set()
 
 
-# Entered by who waits while it holds a worker's place, of which there are a bounded number.
+# Entered by a thread that waits while it holds a worker's place, of which there are a bounded number.
 lend_place: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
     "concurrent_kv_lend_place", default=nullcontext
 )

@@ -1,4 +1,4 @@
-"""`Numbers`: each number given once, whoever asks, with a GIL or without one."""
+"""`Numbers`: each number given once, to any thread, with a GIL or without one."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .gate import gate
 
 __all__ = ["ShardedRWLock"]
 
-LOOK_SECONDS = 0.05  # who waits for a shard looks so often whether its lock was left stuck
+LOOK_SECONDS = 0.05  # a thread that waits for a shard looks so often whether its lock was left stuck
 
 
 class _Held:
@@ -68,7 +68,7 @@ class _Held:
                 handle.release()
             except BaseException as torn:
                 owner._replace(self._shards[len(held)], handle.c_rw_lock)
-                if not isinstance(torn, RuntimeError):  # that is of a lock that somebody was torn out of
+                if not isinstance(torn, RuntimeError):  # that is of a lock that a thread was torn out of
                     self.__exit__()  # the others
                     raise
         del owner._holders[id(self)]
@@ -77,7 +77,7 @@ class _Held:
             owner._open_empty()
 
     def give_up(self, owner: ShardedRWLock) -> None:
-        """Leave it to whoever waits for a shard of `owner`, if that is its owner and it has not left. Takes no lock."""
+        """Leave it to a thread that waits for a shard of `owner`, its owner, unless it has left. Takes no lock."""
         if getattr(self, "_inside", False) and self._owner is owner:
             self._inside = False
             owner._lost.append(self._shards)
@@ -92,17 +92,17 @@ class _Held:
 
 
 class _Shut(NamedTuple):
-    """A shard's new lock that nobody may take yet."""
+    """A shard's new lock that no thread may take yet."""
 
     barrier: Any  # a write lock on it
-    older: list[rwlock.RWLockFair]  # its predecessors, which somebody may still hold
+    older: list[rwlock.RWLockFair]  # its predecessors, which a thread may still hold
 
 
 class ShardedRWLock:
     """Fair reader-writer locks by shard number. Not reentrant: a thread holds shards of one `with` at a time.
 
     An asynchronous exception inside `readerwriterlock` can leave a lock of it stuck. Such a lock is replaced: at once
-    by the thread that was hit, or by who waits for the shard. Its successor lets nobody in before everybody who still
+    by the thread that was hit, or by one that waits for the shard. Its successor lets no thread in before the last that
     holds the old one has left, so that writers exclude all others throughout.
 
     Args:
@@ -214,7 +214,7 @@ class ShardedRWLock:
             error = error.__context__
 
     def _look_for_lost(self) -> None:
-        """Replace the locks of those that died without having left; open those that nobody stands in the way of."""
+        """Replace the locks of those that died without having left; open those that no holder stands in the way of."""
         while self._lost:
             try:
                 shards = self._lost.popleft()
@@ -226,7 +226,7 @@ class ShardedRWLock:
             self._open_empty()
 
     def _replace(self, shard: int, lock: rwlock.RWLockFair) -> None:
-        """Give a shard a new lock in place of `lock`, which nobody trusts any more."""
+        """Give a shard a new lock in place of `lock`, which is not trusted any more."""
         with gate.lock, self._replacing:
             if self._locks[shard] is lock:
                 self._put_new(shard)
@@ -246,7 +246,7 @@ class ShardedRWLock:
         self._locks[shard] = new
 
     def _open_empty(self) -> None:
-        """Open every new lock whose predecessors nobody holds any more."""
+        """Open every new lock whose predecessors no thread holds any more."""
         with gate.lock, self._replacing:
             self._open_those_empty()
 

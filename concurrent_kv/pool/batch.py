@@ -87,7 +87,7 @@ class Batch(Handle):
         hold.owner = ref(self)
         self._owns_buffer = owns_buffer
         self._uses = uses  # None on a CPU
-        self.opened = time.monotonic()  # the place of its commit among those who wait for room
+        self.opened = time.monotonic()  # the place of its commit in the queue for room
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
@@ -449,7 +449,7 @@ class Batch(Handle):
         """Order a stream (the current one if left out) after every use of the batch so far; does not block.
 
         To be called before the batch's tensors are used on another stream than the one it was used on last; that stream
-        is counted in, and whoever gets the buffer next is ordered after it.
+        is counted in, and the buffer's next user is ordered after it.
 
         Raises:
             InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
-DRAIN_SECONDS = 0.02  # who waits for room looks so often whether what was dropped can be released by now
+DRAIN_SECONDS = 0.02  # a thread that waits for room looks so often whether what was dropped can be released by now
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
     ledger, quota = pool.storage.ledger, pool.quota
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
-    # A pure replacement evicts nobody, however full the storage is: its own old entry will make the room. Nor does it
+    # A pure replacement evicts nothing, however full the storage is: its own old entry will make the room. Nor does it
     # queue: it takes nothing that others wait for.
     # (Not where that can never be: the headroom is for a few windows at a time.)
     may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
@@ -178,11 +178,11 @@ def _take_from_budget(
                     budget.entries += count
                     return Ticket(count, slots, *taken, lent=taken.slots[reserved:] if slots > reserved else None)
             elif freed == (0, 0) and not looked:
-                looked = True  # somebody else took what was left meanwhile
+                looked = True  # another thread took what was left meanwhile
                 continue
             elif not quota.can_ever_fit(entries_short, slots_short):
                 raise _budget_error(pool, budget, entries_short, slots_short)
-            # Ahead of the queue: who waits there may wait for what this search holds.
+            # Ahead of the queue: an operation that waits there may wait for what this search holds.
             victim, waiter = _victim_or_waiter(pool, want_slots=not entries_short)
         try:
             _evict_or_wait(pool, victim, waiter, deadline, count, slots)
@@ -435,7 +435,7 @@ def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:
             # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
             if pool.storage.drain_abandoned(deadline.part(DRAIN_SECONDS)):
                 return True
-            at_most = DRAIN_SECONDS  # its shard is busy, and whoever leaves that wakes nobody
+            at_most = DRAIN_SECONDS  # its shard is busy, and leaving a shard wakes no waiter
         return (deadline.wait_on(waiter, at_most) or (at_most is not None and deadline.left() > 0)) and (
             not deadline.cancelled
         )
@@ -445,7 +445,7 @@ def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:
 
 
 def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
-    """Take a claimed victim out of the index, if it is still there and still nobody's."""
+    """Take a claimed victim out of the index, if it is still there and no pin has it."""
     ledger, scope = pool.storage.ledger, victim.scope
     dead: list[Entry] = []
     waiters: list[Any] = []
@@ -468,7 +468,7 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
     except BaseException:
         with gate.lock, ledger.mutex:
             _give_back(pool, victim)
-            waiters = ledger.take_waiters()  # somebody may have found no victim because this one was claimed
+            waiters = ledger.take_waiters()  # a thread may have found no victim because this one was claimed
         wake(waiters)
         raise
     wake(waiters)

@@ -150,7 +150,7 @@ class Search(Handle):
                 batch.close()
                 return None
             roots, missing, counters = batch.others, found.count(None), state.pool.account.counters
-            # Only now does the batch end with the search: while it was being copied, nobody may let its entries go.
+            # Only now does the batch end with the search: while it was being copied, no end may let its entries go.
             with gate.lock, storage.ledger.mutex:
                 state.track(hold)
                 # Counted once, when nothing can time out any more: a call that is made again counts once too.

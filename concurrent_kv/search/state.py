@@ -24,7 +24,7 @@ RootKey = tuple[Hashable, Hashable]  # (env_id, key)
 
 
 class SearchState:
-    """What a search owns: scope and budget, adopted roots, open batches. Ended once, by whoever comes first.
+    """What a search owns: scope and budget, adopted roots, open batches. Ended once, by the first thread that ends it.
 
     The search's entries and its roots are guarded by one lock shard, that of its scope.
     """
@@ -84,7 +84,7 @@ class SearchState:
         self.batches.append(hold)
 
     def end_cut_off(self) -> None:
-        """Note the end of a search that nobody will end: it was dropped, or its end was cut off. All locks held.
+        """Note the end of a search that no thread will end: it was dropped, or its end was cut off. All locks held.
 
         Its books are rebuilt without it.
         """
