@@ -144,6 +144,31 @@ def picked(batch: int, columns: int, tokens: int, a_range: bool, seed: int) -> t
 
 
 @needs_native
+@given(layout=layouts, batch=st.integers(1, 4), tokens=st.integers(0, 14), a_range=st.booleans(), seed=seeds)
+def test_keys_and_values_in_two_tensors_are_scattered_as_they_would_be_in_one(
+    layout: KVLayout, batch: int, tokens: int, a_range: bool, seed: int
+) -> None:
+    apart, joined = both(layout, 20, seed)
+    source = random_bits(seed + 1, tuple(apart.new_buffer(batch, 5).shape), layout.dtype)
+    keys, values = source[: layout.num_layers].clone(), source[layout.num_layers :].clone()
+    rows, at, slots = picked(batch, 5, tokens, a_range, seed)
+    assert apart.takes(keys)
+    assert apart.takes(values)
+    apart.scatter_parts(keys, values, rows, at, slots)
+    joined.scatter(source, rows, at, slots)
+    assert same_bits(apart.data, joined.data)
+
+
+def test_only_plain_contiguous_host_memory_is_scattered_as_it_is() -> None:
+    layout = KVLayout(num_layers=1, num_heads=2, head_dim=2, max_tokens=4)
+    tensor = SlotTensor(layout, 4)
+    plain = torch.ones(1, 1, 2, 4, 2)
+    assert tensor.takes(plain) == (native is not None)
+    for other in (plain.transpose(2, 3), plain.to("meta"), torch.nn.Parameter(plain), torch._neg_view(plain)):
+        assert not tensor.takes(other)
+
+
+@needs_native
 @given(
     layout=layouts,
     batch=st.integers(1, 4),

@@ -263,7 +263,7 @@ class Ledger:
                 self.unpark(entry)
 
     def abandon(self, release: Callable[[Deadline], object]) -> None:
-        """Leave something for the next operation, or a thread that waits for room, to release. For finalisers: no lock."""
+        """Leave something for the next operation, or a thread that waits for room, to release. Takes no lock."""
         self.abandoned.append(release)
         self.stir()
 
