@@ -146,6 +146,7 @@ def _entry_problems(ledger: Ledger, recount: Recount, alive: list[Entry]) -> lis
 
 
 def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) -> list[Problem]:
+    """What contradicts a recount of one account. All locks held."""
     quota = account.quota
     own = [entry for entry in published if entry.scope.budget is None]
     found: list[Problem] = []
@@ -262,7 +263,7 @@ def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) ->
 
 
 def _settle_places(ledger: Ledger, account: Account, published: list[Entry]) -> None:
-    """Put every entry where it belongs: with its search, with the policy, or aside as pinned or shared."""
+    """Put entries where they belong: with a search, with the policy, or aside as pinned or shared. All locks held."""
     policy = account.policy
     known = set(published)
     for entry in [entry for entry in policy if entry not in known]:

@@ -185,6 +185,7 @@ class Ledger:
         return not self.tables.named_elsewhere(rows) and not any(other.pins for other in parked)
 
     def _unpark_unshared(self, tails: list[int]) -> None:
+        """Give back an entry parked for each of these slots, if only parked ones still name it. Mutex held."""
         for tail in tails:
             parked = self._shared.get(tail)
             # The last one that is left, or one of several that only wait for each other.
@@ -243,7 +244,7 @@ class Ledger:
             raise
 
     def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
-        """Drop a hold's reference of each; all of them, or none where it raises."""
+        """Drop a hold's reference of each; all of them, or none where it raises. Mutex held."""
         dead = self.let_go(entries)
         if hold.pinning:
             for entry in entries:
@@ -255,6 +256,7 @@ class Ledger:
         return dead
 
     def _unpark_unpinned(self, entries: list[Entry]) -> None:
+        """Give back those that were parked for a pin that is gone. Mutex held."""
         for entry in entries:
             if entry.pins:
                 continue

@@ -180,7 +180,7 @@ def _admit(
     """Count the new entries in and the old ones out, name the slots, and put the entries into their places.
 
     The ticket is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
-    take the ticket's place in it back and say how much the write needs. Mutex held.
+    take the ticket's place in it back and say how much the write needs. Mutex and shards held.
     """
     ledger, budget = pool.storage.ledger, scope.budget
     place = Place.HELD if budget is None else Place.EXEMPT
