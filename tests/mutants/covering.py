@@ -1,0 +1,138 @@
+"""Which tests cover a place, as coverage.py measures it, kept for as long as the sources stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import coverage
+
+from tests.mutants.checkout import COPIED, Checkout
+from tests.mutants.places import FOLDERS, PACKAGE, Place, all_places
+from tests.mutants.trial import Run
+
+KEPT = Path(".mutants", "covering.json")  # git ignores it
+
+# These read the source, or count what it calls: they would see the edit itself, and not what comes of it.
+READ_THE_SOURCE = re.compile(
+    r"tests/(test_calls_made|test_layers|test_loops_under_locks|test_mutant\w*|test_stream_faults)\.py"
+    r"|.*::(test_every_critical_section_enters_the_gate_first|test_all_modules_that_choose_compiled_loops_\w+)"
+)
+# A test that is silent for so long while it is measured is hung, and so is the measuring.
+PATIENCE = 600.0
+
+
+class Covering:
+    """The tests that reach each place, with the seconds that each takes."""
+
+    def __init__(self, digests: dict[str, str]) -> None:
+        self.digests = digests
+        self.seconds: dict[str, float] = {}
+        self.reach: dict[str, list[str]] = {}  # by the test: the names of places
+        self.broken: list[str] = []  # tests that fail where nothing is taken out
+
+    def tests_of(self, place: Place) -> list[str]:
+        """Those that cover it, in the order to run them in: of each function the quickest first, then all others."""
+        return self.ordered(test for test, names in self.reach.items() if place.name in names)
+
+    def ordered(self, tests: Iterable[str]) -> list[str]:
+        """One test of each function, the quickest first, then their other parameters, the quickest first."""
+        seen: set[str] = set()
+        first: list[str] = []
+        others: list[str] = []
+        for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
+            if test in self.broken or READ_THE_SOURCE.match(test):
+                continue
+            function = test.partition("[")[0]
+            (others if function in seen else first).append(test)
+            seen.add(function)
+        return first + others
+
+
+def covering(root: Path, checkout: Checkout, say: Callable[[str], None]) -> Covering:
+    """What was measured of these sources before, or is measured now: of the files of tests that have changed since."""
+    digests = _digests(root)
+    known = _read(root / KEPT)
+    now = Covering(digests)
+    same = known is not None and known.digests[""] == digests[""]
+    for test in known.seconds if known is not None and same else ():
+        assert known is not None
+        file = test.partition("::")[0]
+        if known.digests.get(file) == digests.get(file, "gone"):
+            now.seconds[test] = known.seconds[test]
+            now.reach[test] = known.reach.get(test, [])
+            now.broken += [test] if test in known.broken else []
+    old = set(known.digests.items()) if known is not None and same else set()
+    if files := [file for file, digest in digests.items() if file and (file, digest) not in old]:
+        say(f"measuring what {len(files)} files of tests cover: a quarter of an hour for all of them")
+        _measure(checkout, files, all_places(root), now)
+    for test in now.broken:
+        say(f"fails with all guards in place, and is left out: {test}")
+    _write(root / KEPT, now)
+    return now
+
+
+def _digests(root: Path) -> dict[str, str]:
+    """One of each file of tests, and under "" one of all that they rest on."""
+    found: dict[str, str] = {}
+    whole = hashlib.sha256()
+    for folder in sorted(COPIED):
+        for path in sorted((root / folder).rglob("*.py")):
+            name, text = path.relative_to(root).as_posix(), path.read_bytes()
+            if path.name.startswith("test_") and folder == "tests":
+                found[name] = hashlib.sha256(text).hexdigest()[:16]
+            elif not name.startswith(("tests/mutants/", "benchmarks/")):
+                whole.update(name.encode() + b"\0" + text)
+    return {"": whole.hexdigest()[:16], **found}
+
+
+def _measure(checkout: Checkout, files: list[str], places: list[Place], into: Covering) -> None:
+    folder = checkout.folder / ".mutants"
+    folder.mkdir(exist_ok=True)
+    sources = ",".join(f"{PACKAGE}/{each}" for each in FOLDERS)
+    settings = f"[run]\nsource = {sources}\ndata_file = .mutants/data\nconcurrency = thread,greenlet\n"
+    (folder / "coveragerc").write_text(settings, "utf-8")
+    run = Run(checkout.folder, ["-m", "coverage", "run", "--rcfile=.mutants/coveragerc", "-m", "pytest", *files])
+    for event in run.events(PATIENCE):
+        if "ended" in event:
+            into.seconds[str(event["ended"])] = float(str(event["seconds"]))
+        elif "failed" in event:
+            into.broken.append(str(event["failed"]))
+        elif "silent" in event:
+            raise RuntimeError(f"no test ended for {PATIENCE:g} seconds while the tests were measured")
+    measured = coverage.CoverageData(str(folder / "data"))
+    measured.read()
+    reach: defaultdict[str, list[str]] = defaultdict(list)
+    for place in places:
+        by_line = measured.contexts_by_lineno(str(checkout.folder / PACKAGE / place.file))
+        for test in {test for line in place.lines for test in by_line.get(line, ()) if test}:
+            reach[test].append(place.name)
+    into.reach.update(reach)
+
+
+def _read(path: Path) -> Covering | None:
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text("utf-8"))
+    read = Covering(kept["digests"])
+    read.seconds, read.broken = kept["seconds"], kept["broken"]
+    read.reach = {test: [kept["places"][number] for number in numbers] for test, numbers in kept["reach"].items()}
+    return read
+
+
+def _write(path: Path, known: Covering) -> None:
+    path.parent.mkdir(exist_ok=True)
+    places = sorted({name for names in known.reach.values() for name in names})
+    number = {name: at for at, name in enumerate(places)}
+    kept = {
+        "digests": known.digests,
+        "seconds": known.seconds,
+        "broken": known.broken,
+        "places": places,
+        "reach": {test: [number[name] for name in names] for test, names in known.reach.items()},
+    }
+    path.write_text(json.dumps(kept), "utf-8")
