@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +17,8 @@ from tests.mutants.__main__ import main
 from tests.mutants.checkout import Checkout
 from tests.mutants.choice import chosen
 from tests.mutants.covering import Covering, covering
-from tests.mutants.places import Place, all_places
+from tests.mutants.marking import REACHED, marked
+from tests.mutants.places import Place, all_places, places_of
 from tests.mutants.results import Entry, accepted, record, recorded
 from tests.mutants.trial import CUT_SHORT, HUNG, KILLED, SURVIVED, UNREACHED, Verdict, kill_group, tried
 
@@ -86,8 +91,8 @@ def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 
 @pytest.fixture(scope="module")
-def measured(root: Path, checkout: Checkout) -> Covering:
-    return covering(root, checkout, lambda what: None)
+def measured(root: Path) -> Covering:
+    return covering(root, lambda what: None)
 
 
 def place_in(root: Path, text: str) -> Place:
@@ -139,11 +144,41 @@ def test_the_guard_is_back_afterwards_and_nothing_compiled_without_it_is_left(ro
     assert not stale.exists()
 
 
-def test_what_was_measured_is_kept_while_the_sources_stay(root: Path, checkout: Checkout, measured: Covering) -> None:
+def test_what_was_measured_is_kept_while_the_sources_stay(root: Path, measured: Covering) -> None:
     said: list[str] = []
-    again = covering(root, checkout, said.append)
+    again = covering(root, said.append)
     assert not said
     assert again.reach == measured.reach
+
+
+ENTER = b'''"""A door."""
+from __future__ import annotations
+
+
+def enter(door):
+    if door.closed:
+        return None
+    elif door.ended:
+        raise RuntimeError
+    with door.lock, door.shard:
+        door.users += 1
+    return door.users
+'''
+
+
+def test_a_marked_package_does_the_same_and_says_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = places_of("door.py", ENTER)
+    reached: set[int] = set()
+    monkeypatch.setattr(builtins, REACHED, reached.add, raising=False)
+    names: dict[str, Any] = {}
+    exec(marked(ENTER, {place: number for number, place in enumerate(places)}), names)
+    door = SimpleNamespace(closed=True, ended=False, lock=nullcontext(), shard=nullcontext(), users=0)
+    assert names["enter"](door) is None
+    assert [places[number].text for number in sorted(reached)] == ["if door.closed:"]
+    door.closed = False
+    assert names["enter"](door) == 1
+    assert len(reached) == len(places) == 5
+    assert names["__doc__"] == "A door."
 
 
 def test_a_package_from_elsewhere_is_not_tested_in_the_copys_stead(checkout: Checkout, tmp_path: Path) -> None:

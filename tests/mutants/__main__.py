@@ -142,7 +142,7 @@ def main(given: Sequence[str] | None = None) -> int:
 def tests_for(options: argparse.Namespace, checkout: Checkout, entries: Sequence[Entry]) -> Tests:
     """What gives the tests to run for a place, and the seconds that they usually take."""
     if not options.recorded:
-        measured = covering(ROOT, checkout, say)
+        measured = covering(ROOT, say)
         return lambda place: (measured.tests_of(place), measured.seconds)
     by = {entry.place: entry.by for entry in entries}
     whole = tried(checkout.folder, [*dict.fromkeys(by.values())], {}, WHOLE_SECONDS)

@@ -1,18 +1,16 @@
-"""Which tests cover a place, as coverage.py measures it, kept for as long as the sources stay as they are."""
+"""Which tests reach a place, measured in a marked copy, and kept for as long as the sources stay as they are."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import coverage
-
-from tests.mutants.checkout import COPIED, Checkout
-from tests.mutants.places import FOLDERS, PACKAGE, Place, all_places
+from tests.mutants.checkout import COPIED, Checkout, copied
+from tests.mutants.marking import marked
+from tests.mutants.places import PACKAGE, Place, all_places
 from tests.mutants.trial import Run
 
 KEPT = Path(".mutants", "covering.json")  # git ignores it
@@ -22,8 +20,7 @@ READ_THE_SOURCE = re.compile(
     r"tests/(test_calls_made|test_layers|test_loops_under_locks|test_mutant\w*|test_stream_faults)\.py"
     r"|.*::(test_every_critical_section_enters_the_gate_first|test_all_modules_that_choose_compiled_loops_\w+)"
 )
-# A test that is silent for so long while it is measured is hung, and so is the measuring.
-PATIENCE = 600.0
+PATIENCE = 600.0  # seconds without a word, while the tests are measured, after which they hang
 
 
 class Covering:
@@ -53,7 +50,7 @@ class Covering:
         return first + others
 
 
-def covering(root: Path, checkout: Checkout, say: Callable[[str], None]) -> Covering:
+def covering(root: Path, say: Callable[[str], None]) -> Covering:
     """What was measured of these sources before, or is measured now: of the files of tests that have changed since."""
     digests = _digests(root)
     known = _read(root / KEPT)
@@ -67,9 +64,14 @@ def covering(root: Path, checkout: Checkout, say: Callable[[str], None]) -> Cove
             now.reach[test] = known.reach.get(test, [])
             now.broken += [test] if test in known.broken else []
     old = set(known.digests.items()) if known is not None and same else set()
-    if files := [file for file, digest in digests.items() if file and (file, digest) not in old]:
-        say(f"measuring what {len(files)} files of tests cover: a quarter of an hour for all of them")
-        _measure(checkout, files, all_places(root), now)
+    if files := [
+        file
+        for file, digest in digests.items()
+        if file and (file, digest) not in old and not READ_THE_SOURCE.match(file)
+    ]:
+        say(f"measuring what {len(files)} files of tests reach: ten minutes for all of them")
+        with copied(root) as checkout:
+            _measure(checkout, files, all_places(root), now)
     for test in now.broken:
         say(f"fails with all guards in place, and is left out: {test}")
     _write(root / KEPT, now)
@@ -91,27 +93,23 @@ def _digests(root: Path) -> dict[str, str]:
 
 
 def _measure(checkout: Checkout, files: list[str], places: list[Place], into: Covering) -> None:
-    folder = checkout.folder / ".mutants"
-    folder.mkdir(exist_ok=True)
-    sources = ",".join(f"{PACKAGE}/{each}" for each in FOLDERS)
-    settings = f"[run]\nsource = {sources}\ndata_file = .mutants/data\nconcurrency = thread,greenlet\n"
-    (folder / "coveragerc").write_text(settings, "utf-8")
-    run = Run(checkout.folder, ["-m", "coverage", "run", "--rcfile=.mutants/coveragerc", "-m", "pytest", *files])
-    for event in run.events(PATIENCE):
-        if "ended" in event:
-            into.seconds[str(event["ended"])] = float(str(event["seconds"]))
+    for file in {place.file for place in places}:
+        path = checkout.folder / PACKAGE / file
+        numbers = {place: number for number, place in enumerate(places) if place.file == file}
+        path.write_text(marked(path.read_bytes(), numbers), "utf-8")
+    running = "the imports"
+    for event in Run(checkout.folder, ["-m", "pytest", *files]).events(PATIENCE):
+        if "began" in event:
+            running = str(event["began"])
+        elif "ended" in event:
+            into.seconds[running] = float(str(event["seconds"]))
+            reached = event["reached"]
+            assert isinstance(reached, list)
+            into.reach[running] = [places[number].name for number in reached]
         elif "failed" in event:
             into.broken.append(str(event["failed"]))
         elif "silent" in event:
-            raise RuntimeError(f"no test ended for {PATIENCE:g} seconds while the tests were measured")
-    measured = coverage.CoverageData(str(folder / "data"))
-    measured.read()
-    reach: defaultdict[str, list[str]] = defaultdict(list)
-    for place in places:
-        by_line = measured.contexts_by_lineno(str(checkout.folder / PACKAGE / place.file))
-        for test in {test for line in place.lines for test in by_line.get(line, ()) if test}:
-            reach[test].append(place.name)
-    into.reach.update(reach)
+            raise RuntimeError(f"{running} did not end within {PATIENCE:g} seconds while the tests were measured")
 
 
 def _read(path: Path) -> Covering | None:

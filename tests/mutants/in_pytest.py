@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ from collections.abc import Generator
 from pathlib import Path
 from time import perf_counter
 
-import coverage
 import pytest
 from hypothesis import settings
 
-import concurrent_kv
+reached: set[int] = set()  # places of a marked package, by their numbers
+vars(builtins)["_mutants_reached"] = reached.add  # before the package is imported
+
+import concurrent_kv  # noqa: E402
 
 SAYS = "MUTANTS_SAYS"  # a file descriptor that lines of JSON are written to
 ORDER = "MUTANTS_ORDER"  # a file of test names: these are run, in this order
@@ -45,17 +48,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    measured = coverage.Coverage.current()
-    if measured is not None:
-        measured.switch_context(item.nodeid)
+    reached.clear()
     say(began=item.nodeid)
     start = perf_counter()
     try:
         return (yield)
     finally:
-        if measured is not None:
-            measured.switch_context("")
-        say(ended=item.nodeid, seconds=round(perf_counter() - start, 4))
+        seconds = round(perf_counter() - start, 4)
+        say(ended=item.nodeid, seconds=seconds, reached=list(reached))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
