@@ -78,7 +78,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).mkdir(parents=True)
     for package in ("concurrent_kv", "concurrent_kv/books", "tests/mutants"):
         (root / package / "__init__.py").touch()
-    shutil.copy(ROOT / "tests/mutants/in_pytest.py", root / "tests/mutants")
+    for module in ("in_pytest.py", "trial.py"):
+        shutil.copy(ROOT / "tests/mutants" / module, root / "tests/mutants")
     (root / "concurrent_kv/books/door.py").write_text(DOOR, "utf-8")
     (root / "tests/test_door.py").write_text(TESTS, "utf-8")
     (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\n", "utf-8")

@@ -17,9 +17,7 @@ reached: set[int] = set()  # places of a marked package, by their numbers
 vars(builtins)["_mutants_reached"] = reached.add  # before the package is imported
 
 import concurrent_kv  # noqa: E402
-
-SAYS = "MUTANTS_SAYS"  # a file descriptor that lines of JSON are written to
-ORDER = "MUTANTS_ORDER"  # a file of test names: these are run, in this order
+from tests.mutants.trial import ORDER, SAYS  # noqa: E402
 
 
 def say(**what: object) -> None:

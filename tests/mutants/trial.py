@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from tests.mutants.in_pytest import ORDER, SAYS
-
+SAYS = "MUTANTS_SAYS"  # a file descriptor that the plugin writes lines of JSON to
+ORDER = "MUTANTS_ORDER"  # a file of test names: these are run, in this order
 KILLED, HUNG, SURVIVED, CUT_SHORT, UNREACHED = "killed", "hung", "survived", "cut short", "unreached"
 TO_BEGIN = 90.0  # seconds until the first test begins: the imports and the collection
 
