@@ -22,7 +22,7 @@ from tests.mutants.choice import chosen
 from tests.mutants.covering import covering
 from tests.mutants.places import FOLDERS, Place, all_places
 from tests.mutants.results import Entry, accepted, record, recorded
-from tests.mutants.trial import KILLED, SURVIVED, Verdict, tried
+from tests.mutants.trial import KILLED, NOTICED, SURVIVED, Verdict, tried
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN_FROM = ("books", "flights", "pool", "search")
@@ -40,7 +40,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="mutants at a time, each in a copy of its own (1)")
     parser.add_argument("--seconds", type=float, default=240.0, help="for the tests of one mutant (240)")
     parser.add_argument("--list", action="store_true", help="name the places and run nothing")
-    parser.add_argument("--new", action="store_true", help="only places of the choice that have not been recorded")
+    parser.add_argument(
+        "--new", action="store_true", help="only places that are not recorded as noticed, new ones first"
+    )
     parser.add_argument("--record", action="store_true", help="write what was found to tests/mutants/result.json")
     parser.add_argument(
         "--recorded",
@@ -66,7 +68,10 @@ def places_for(options: argparse.Namespace, places: Sequence[Place], known: dict
     if options.places:
         return [place for place in wanted if re.search(options.places, place.name)]
     choice = chosen(wanted, options.sample, options.seed)
-    return [place for place in choice if not options.new or place.name not in known]
+    if options.new:
+        choice = [place for place in choice if place.name not in known or known[place.name].outcome not in NOTICED]
+        choice.sort(key=lambda place: place.name in known)
+    return choice
 
 
 def verdicts(

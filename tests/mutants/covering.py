@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ READ_THE_SOURCE = re.compile(
     r"tests/(test_calls_made|test_layers|test_loops_under_locks|test_mutant\w*|test_stream_faults)\.py"
     r"|.*::(test_every_critical_section_enters_the_gate_first|test_all_modules_that_choose_compiled_loops_\w+)"
 )
+SECONDS_OF_ANY_TEST = 0.002  # that pytest takes beside the test
 PATIENCE = 600.0  # seconds without a word, while the tests are measured, after which they hang
 
 
@@ -33,21 +35,19 @@ class Covering:
         self.broken: list[str] = []  # tests that fail where nothing is taken out
 
     def tests_of(self, place: Place) -> list[str]:
-        """Those that cover it, in the order to run them in: of each function the quickest first, then all others."""
+        """Those that cover it, in the order to run them in."""
         return self.ordered(test for test, names in self.reach.items() if place.name in names)
 
     def ordered(self, tests: Iterable[str]) -> list[str]:
-        """One test of each function, the quickest first, then their other parameters, the quickest first."""
-        seen: set[str] = set()
-        first: list[str] = []
-        others: list[str] = []
+        """The quickest first; of a function with many parameters each further one is put off a little more."""
+        cost: dict[str, float] = {}
+        before: Counter[str] = Counter()
         for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
-            if test in self.broken or READ_THE_SOURCE.match(test):
-                continue
-            function = test.partition("[")[0]
-            (others if function in seen else first).append(test)
-            seen.add(function)
-        return first + others
+            if test not in self.broken and not READ_THE_SOURCE.match(test):
+                function = test.partition("[")[0]
+                before[function] += 1
+                cost[test] = (self.seconds[test] + SECONDS_OF_ANY_TEST) * before[function]
+        return sorted(cost, key=lambda test: (cost[test], test))
 
 
 def covering(root: Path, say: Callable[[str], None]) -> Covering:

@@ -18,6 +18,7 @@ from time import monotonic
 SAYS = "MUTANTS_SAYS"  # a file descriptor that the plugin writes lines of JSON to
 ORDER = "MUTANTS_ORDER"  # a file of test names: these are run, in this order
 KILLED, HUNG, SURVIVED, CUT_SHORT, UNREACHED = "killed", "hung", "survived", "cut short", "unreached"
+NOTICED = (KILLED, HUNG)
 TO_BEGIN = 90.0  # seconds until the first test begins: the imports and the collection
 
 
@@ -43,7 +44,7 @@ class Verdict:
     @property
     def lives(self) -> bool:
         """No test noticed."""
-        return self.outcome not in (KILLED, HUNG)
+        return self.outcome not in NOTICED
 
 
 class Run:
