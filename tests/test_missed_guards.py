@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from concurrent_kv import KVPool
+from concurrent_kv import KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Place
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
 from tests.conftest import MakePool
 from tests.interrupting import Cut
-from tests.support import WINDOW, tokens
+from tests.support import WINDOW, append, tokens
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -72,3 +75,56 @@ def test_repair_makes_a_claimed_victim_a_candidate_again_though_it_is_pinned(mak
         pin._entry.place = Place.CLAIMED
         pool.repair()
         pool.check_integrity()
+
+
+def test_who_waits_in_vain_hears_of_searches_only_where_they_are_in_the_way(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.put("key", tokens(1, 2))
+    with pool.pin("key"), pytest.raises(WaitTimeoutError, match="nothing can be evicted") as waited:
+        pool.put("other", tokens(2, 2), timeout=0.0)
+    assert "searches" not in str(waited.value).partition("reserved by searches")[2]
+
+
+def test_no_more_is_reserved_than_is_free_where_handles_hold_what_left_the_index() -> None:
+    allocator = SlotAllocator(4)
+    assert allocator.allocate(3) is not None
+    assert allocator.reserve(2) is None
+    assert (allocator.available, allocator.reserved_count) == (1, 0)
+    assert allocator.reserve(1) is not None
+
+
+@contextmanager
+def as_of(task: Caller) -> Iterator[None]:
+    token = caller.set(task)
+    try:
+        yield
+    finally:
+        caller.reset(token)
+
+
+def test_who_finds_no_room_on_a_loop_leaves_what_was_dropped_to_a_worker(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.put("key", tokens(1, 2))
+    released: list[Deadline] = []
+    with pool.pin("key"):
+        with as_of(Caller(steps_on_loop=64)):
+            pool.storage.ledger.abandoned.append(released.append)
+            with pytest.raises(NotOnLoopError):
+                pool.put("other", tokens(2, 2), timeout=0.0)
+        assert not released
+    pool.put("other", tokens(2, 2))
+    assert len(released) == 1
+
+
+def test_a_search_keeps_everything_where_its_task_has_left(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([0]) as search:
+        with search.gather(["root"], [0]) as batch:
+            append(batch, [2])
+            search.commit(["child"], batch)
+        task = Caller()
+        task.leave()
+        with as_of(task), pytest.raises(WaitTimeoutError, match="cancelled before it took effect"):
+            search.keep([])
+        assert search.keys() == ["child"]
+        assert search.held == 2
