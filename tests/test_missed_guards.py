@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv import ClosedError, KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.records import Place
+from concurrent_kv.books.quota import Budget
+from concurrent_kv.books.records import Entry, Hold, Place
 from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.books.turns import Turn, Turns
 from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
-from tests.conftest import MakePool
+from concurrent_kv.locks.gate import gate
+from concurrent_kv.pool.room import reserve_budget
+from tests.conftest import MakeManager, MakePool
 from tests.interrupting import Cut
 from tests.support import WINDOW, append, tokens
 
@@ -128,3 +132,105 @@ def test_a_search_keeps_everything_where_its_task_has_left(manager: KVCacheManag
             search.keep([])
         assert search.keys() == ["child"]
         assert search.held == 2
+
+
+def test_of_those_who_came_in_one_moment_the_first_to_wait_is_the_first() -> None:
+    turns = Turns()
+    first, second, third = Turn(1.0), Turn(1.0), Turn(1.0)
+    for turn in (first, second, third):
+        turns.join(turn, lambda: None)
+    assert [turns.is_first(turn) for turn in (first, second, third)] == [True, False, False]
+    turns.leave(first)
+    assert [turns.is_first(turn) for turn in (second, third)] == [True, False]
+
+
+def test_a_search_whose_pool_closes_while_it_opens_is_never_one_of_the_pools(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager()
+    pool = manager.recur_pool
+
+    def reserve_and_close(*arguments: Any) -> Budget:
+        budget = reserve_budget(*arguments)
+        pool.account.closed = True  # as the first step of a close in another thread
+        return budget
+
+    monkeypatch.setattr("concurrent_kv.search.search.reserve_budget", reserve_and_close)
+    with pytest.raises(ClosedError):
+        manager.search([0])
+    assert not pool.searches
+    assert not pool.storage.ledger.holds
+    assert (pool.stats().reserved_entries, pool.stats().reserved_slots) == (0, 0)
+
+
+def test_the_last_to_use_what_is_released_wakes_who_waits_for_room(pool: KVPool) -> None:
+    ledger = pool.storage.ledger
+    hold = Hold("batch", [])
+    with gate.lock, ledger.mutex:
+        ledger.extend(hold, [])
+        waiter = ledger.waiter()
+    assert ledger.use(hold)
+    assert ledger.stop_using(hold, release=True)
+    assert waiter.wait(0.0)
+
+
+def test_nobody_computes_for_a_pool_whose_flights_are_closed(pool: KVPool) -> None:
+    pool.flights.close()
+    with pytest.raises(ClosedError):
+        pool.try_claim("key")
+    assert len(pool.flights) == 0
+
+
+def test_what_a_search_lets_go_of_last_wakes_who_began_to_wait_since_the_first(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    drop_from, waiters = Ledger.drop_from, []
+
+    def begin_to_wait(ledger: Ledger, hold: Hold, entries: list[Entry]) -> list[Entry]:
+        waiters.append(ledger.waiter())
+        return drop_from(ledger, hold, entries)
+
+    with manager.search([0]) as search:
+        search.gather(["root"], [0]).close()
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "drop_from", begin_to_wait)
+            search.keep([])
+        assert [waiter.wait(0.0) for waiter in waiters] == [True]
+
+
+def test_repair_makes_a_candidate_of_what_was_set_aside_for_a_pin_that_is_gone(pool: KVPool) -> None:
+    pool.put("key", tokens(1, 2))
+    entry = pool.policy.pop_victim()
+    assert entry is not None
+    entry.place = Place.PINNED  # as a thread leaves it that is cut off while it lets its pin go
+    pool.repair()
+    assert entry in pool.policy
+    pool.check_integrity()
+
+
+def test_ctrl_c_while_a_handle_lets_go_is_heard_and_the_handle_lets_go_later(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.put("key", tokens(1, 2))
+    pin = pool.pin("key")
+    with monkeypatch.context() as patch:
+        cut_once(patch, Ledger, "take_waiters", of="release")
+        with pytest.raises(Cut):
+            pin.close()
+    pool.get("key")
+    assert not pool.storage.ledger.holds
+
+
+def test_ctrl_c_at_the_end_of_a_commit_is_heard_and_the_batch_lets_go_later(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.put("key", tokens(1, 2))
+    batch = pool.gather(["key"])
+    append(batch, [2])
+    with monkeypatch.context() as patch:
+        cut_once(patch, Ledger, "take_waiters", of="stop_using")
+        with pytest.raises(Cut):
+            pool.commit(["child"], batch)
+    assert pool.get("child") is not None
+    assert not pool.storage.ledger.holds
