@@ -17,7 +17,10 @@ from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.turns import Turn, Turns
 from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
 from concurrent_kv.locks.gate import gate
+from concurrent_kv.pool import room
 from concurrent_kv.pool.room import reserve_budget
+from concurrent_kv.pool.storage import PoolState
+from concurrent_kv.pool.writing import _keep_candidates
 from tests.conftest import MakeManager, MakePool
 from tests.interrupting import Cut
 from tests.support import WINDOW, append, tokens
@@ -234,3 +237,34 @@ def test_ctrl_c_at_the_end_of_a_commit_is_heard_and_the_batch_lets_go_later(
             pool.commit(["child"], batch)
     assert pool.get("child") is not None
     assert not pool.storage.ledger.holds
+
+
+def test_who_cannot_evict_its_victim_wakes_those_who_found_none_because_of_it(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(1)
+    pool.put("key", tokens(1, 2))
+    give_back, waiters = room._give_back, []
+
+    def begin_to_wait(of: PoolState, victim: Entry) -> None:
+        waiters.append(pool.storage.ledger.waiter())
+        give_back(of, victim)
+
+    with monkeypatch.context() as patch, as_of(Caller(steps_on_loop=0)):
+        patch.setattr(room, "_give_back", begin_to_wait)
+        with pytest.raises(NotOnLoopError):
+            pool.put("other", tokens(2, 2))
+    assert waiters
+    assert waiters[0].wait(0.0)
+
+
+def test_what_has_left_the_pool_meanwhile_is_no_candidate_again_when_a_failed_write_is_undone_later(
+    pool: KVPool,
+) -> None:
+    pool.put("key", tokens(1, 2))
+    with pool.pin("key") as pin:
+        pool.pop("key")
+        with gate.lock, pool.storage.ledger.mutex:
+            _keep_candidates(pool, [pin._entry], [])
+        assert pin._entry not in pool.policy
+        pool.check_integrity()
