@@ -15,8 +15,10 @@ from concurrent_kv.books.quota import Budget
 from concurrent_kv.books.records import Entry, Hold, Place
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.turns import Turn, Turns
+from concurrent_kv.flights.table import FlightState
 from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
 from concurrent_kv.locks.gate import gate
+from concurrent_kv.locks.signal import Signal
 from concurrent_kv.pool import room
 from concurrent_kv.pool.room import reserve_budget
 from concurrent_kv.pool.storage import PoolState
@@ -268,3 +270,33 @@ def test_what_has_left_the_pool_meanwhile_is_no_candidate_again_when_a_failed_wr
             _keep_candidates(pool, [pin._entry], [])
         assert pin._entry not in pool.policy
         pool.check_integrity()
+
+
+def test_what_is_done_again_for_want_of_memory_wakes_who_waits_for_room(pool: KVPool) -> None:
+    ledger = pool.storage.ledger
+    with gate.lock, ledger.mutex:
+        waiter = ledger.waiter()
+    ledger.again(lambda: None, Deadline(0.0))
+    assert waiter.wait(0.0)
+
+
+def test_a_computation_ends_once_with_what_came_first(pool: KVPool) -> None:
+    claim, waiting = pool.try_claim("key"), pool.try_claim("key")
+    error = ArithmeticError()
+    assert pool.flights.settle(claim.flight, FlightState.FAILED, error=error)
+    assert not pool.flights.settle(claim.flight, FlightState.CLOSED)
+    assert claim.flight.state is FlightState.FAILED
+    assert waiting.ending is not None
+    assert waiting.ending.error is error
+
+
+def test_who_waited_in_vain_for_an_orphan_hears_that_it_is_over_and_wakes_the_others(pool: KVPool) -> None:
+    claim, woken = pool.try_claim("key"), Signal()
+    flight = claim.flight
+    assert flight.subscribe(woken.set)
+    assert not flight.over_unheard()
+    flight.loop_ended = lambda: True
+    assert flight.over_unheard()
+    assert flight.state is FlightState.ABANDONED
+    assert woken.wait(0.0)
+    assert pool.try_claim("key").mine
