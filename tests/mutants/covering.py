@@ -21,6 +21,11 @@ READ_THE_SOURCE = re.compile(
     r"tests/(test_calls_made|test_layers|test_loops_under_locks|test_mutant\w*|test_stream_faults)\.py"
     r"|.*::(test_every_critical_section_enters_the_gate_first|test_all_modules_that_choose_compiled_loops_\w+)"
 )
+# These run the library in processes of their own, where nothing is measured: they may reach any place.
+ELSEWHERE = re.compile(
+    r"tests/(test_forked_child|test_imports)\.py|tests/test_aio_loops\.py::test_the_interpreter_shuts_down_\w+"
+    r"|tests/test_native\.py::test_a_search_works_where_\w+|tests/test_pool_life\.py::test_a_(forked_child|pool_made)_\w+"
+)
 SECONDS_OF_ANY_TEST = 0.002  # that pytest takes beside the test
 PATIENCE = 600.0  # seconds without a word, while the tests are measured, after which they hang
 
@@ -36,7 +41,9 @@ class Covering:
 
     def tests_of(self, place: Place) -> list[str]:
         """Those that cover it, in the order to run them in."""
-        return self.ordered(test for test, names in self.reach.items() if place.name in names)
+        return self.ordered(
+            test for test, names in self.reach.items() if place.name in names or (not names and ELSEWHERE.match(test))
+        )
 
     def ordered(self, tests: Iterable[str]) -> list[str]:
         """The quickest first; of a function with many parameters each further one is put off a little more."""
