@@ -16,6 +16,7 @@ from concurrent_kv.books.records import Entry, Hold, Place
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.turns import Turn, Turns
 from concurrent_kv.flights.table import FlightState
+from concurrent_kv.flights.waiting import outcome
 from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.signal import Signal
@@ -300,3 +301,12 @@ def test_who_waited_in_vain_for_an_orphan_hears_that_it_is_over_and_wakes_the_ot
     assert flight.state is FlightState.ABANDONED
     assert woken.wait(0.0)
     assert pool.try_claim("key").mine
+
+
+def test_who_waited_for_a_computation_of_a_dropped_scope_does_not_compute_in_its_stead(pool: KVPool) -> None:
+    scope = pool.scope("elsewhere")
+    computing, waiting = pool.try_claim("key", scope=scope), pool.try_claim("key", scope=scope)
+    assert (computing.mine, waiting.mine) == (True, False)
+    pool.drop_scope(scope)
+    with pytest.raises(ClosedError, match="its scope dropped, while 'key' was being computed"):
+        outcome(waiting, pool.storage.clock, pool.name)
