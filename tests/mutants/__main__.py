@@ -41,7 +41,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=240.0, help="for the tests of one mutant (240)")
     parser.add_argument("--list", action="store_true", help="name the places and run nothing")
     parser.add_argument(
-        "--new", action="store_true", help="only places that are not recorded as noticed, new ones first"
+        "--new", action="store_true", help="only places that are not recorded as noticed: new ones first, accepted last"
     )
     parser.add_argument("--record", action="store_true", help="write what was found to tests/mutants/result.json")
     parser.add_argument(
@@ -70,7 +70,8 @@ def places_for(options: argparse.Namespace, places: Sequence[Place], known: dict
     choice = chosen(wanted, options.sample, options.seed)
     if options.new:
         choice = [place for place in choice if place.name not in known or known[place.name].outcome not in NOTICED]
-        choice.sort(key=lambda place: place.name in known)
+        may_live = accepted()
+        choice.sort(key=lambda place: (place.name in known, place.name in may_live))
     return choice
 
 
