@@ -180,7 +180,7 @@ def test_the_last_to_use_what_is_released_wakes_who_waits_for_room(pool: KVPool)
     assert waiter.wait(0.0)
 
 
-def test_nobody_computes_for_a_pool_whose_flights_are_closed(pool: KVPool) -> None:
+def test_no_caller_computes_for_a_pool_whose_flights_are_closed(pool: KVPool) -> None:
     pool.flights.close()
     with pytest.raises(ClosedError):
         pool.try_claim("key")

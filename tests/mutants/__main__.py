@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from tests.mutants.choice import chosen
 from tests.mutants.covering import covering
 from tests.mutants.places import FOLDERS, Place, all_places
 from tests.mutants.results import Entry, accepted, record, recorded
-from tests.mutants.trial import KILLED, NOTICED, SURVIVED, Verdict, tried
+from tests.mutants.trial import KILLED, NOTICED, SURVIVED, Verdict, stop_all, tried
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN_FROM = ("books", "flights", "pool", "search")
@@ -98,6 +99,7 @@ def verdicts(
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
 
 
 def commit_of(root: Path) -> str:
@@ -165,4 +167,8 @@ def told(place: Place, verdict: Verdict, may_live: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no test is left running
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -79,11 +79,13 @@ class Run:
                 start_new_session=True,
             )
             os.close(writer)
+            _running.add(process)
             try:
                 yield from self._read(reader, until)
             finally:
                 os.close(reader)
                 kill_group(process)
+                _running.discard(process)
 
     def _read(self, reader: int, until: float | None) -> Iterator[dict[str, object]]:
         rest = b""
@@ -98,6 +100,16 @@ class Run:
             *lines, rest = (rest + got).split(b"\n")
             for line in lines:
                 yield json.loads(line)
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop_all() -> None:
+    """Ends what runs in other threads, which hear of it."""
+    for process in tuple(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
