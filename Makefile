@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LIGHTZERO := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 
-.PHONY: bench gpu help play test lint lightzero clean
+.PHONY: bench gpu help mutants play test lint lightzero clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -23,6 +23,7 @@ help:
 	@echo 'make play   play CartPole with a tree search over the cache   (ARGS="--verify --episodes 4", ARGS="--help")'
 	@echo 'make test   run the tests                                     (ARGS="-k scopes")'
 	@echo 'make stress attack the cache from threads and tasks           (ARGS="--profile all --faults all", ARGS="--help")'
+	@echo 'make mutants  take guards out, and see which the tests miss    (ARGS="--sample 20", ARGS="--recorded", ARGS="--help")'
 	@echo 'make gpu    the tests of streams and the benchmark on a GPU    (GPU_PYTHON=python3 takes its torch as it is)'
 	@echo '           with LightZero there too, its recurrent step old against new'
 	@echo 'make bench  the library beside what would be written instead  (ARGS="--quick", ARGS="--record NAME", ARGS="--help")'
@@ -35,6 +36,10 @@ play: $(VENV)/play.stamp
 
 test: $(VENV)/test.stamp
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Half an hour to two: docs/mutants.md.
+mutants: $(VENV)/test.stamp
+	@PYTHONPATH=. $(BIN)/python -m tests.mutants $(ARGS)
 
 # GPU_PYTHON: a Python that has a CUDA build of torch and what the tests import, instead of the environment of make test.
 GPU_PYTHON ?= $(BIN)/python
@@ -59,7 +64,7 @@ lightzero: $(LIGHTZERO)/module.stamp
 	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m benchmarks.benchmark_kv_cache --quick
 
 clean:
-	rm -rf $(VENV) $(LIGHTZERO) .venv-freethreaded build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:

@@ -77,6 +77,25 @@ def test_so_it_does_when_it_is_awaited(gpu: SimGPU, operation: str) -> None:
     manager.close()
 
 
+def test_a_search_works_in_the_streams_that_it_is_given(gpu: SimGPU) -> None:
+    manager = manager_on(gpu)
+    stream: Any = gpu.stream
+    with manager.search([0]) as search:
+        run_device(gpu)
+        del gpu.queues.ran[:]
+        batch = search.gather(["init"], [0], stream=stream(1))
+        assert streams_that_worked(gpu) == {"1"}
+        with gpu.use(stream(1)):
+            batch.append(0, torch.ones(1, 1, 1, 1).to(gpu.devices[0]), torch.ones(1, 1, 1, 1).to(gpu.devices[0]))
+        run_device(gpu)
+        del gpu.queues.ran[:]
+        search.commit(["child"], batch, stream=stream(3))
+        assert streams_that_worked(gpu) == {"3"}
+        assert gpu.current() is stream(0)
+    manager.check_integrity()
+    manager.close()
+
+
 def test_what_was_set_in_one_stream_is_got_in_another(gpu: SimGPU) -> None:
     manager = manager_on(gpu)
     stream: Any = gpu.stream

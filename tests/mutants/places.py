@@ -14,7 +14,7 @@ FOLDERS = ("books", "flights", "locks", "pool", "search")
 
 # An `if` is a guard where it leaves early, or where it asks for one of these.
 ASKED = re.compile(r"\b(pins|ended|closed|released|generation|epoch|version|users|refs|place|spent|state|waiters?)\b")
-# A call whose result nobody looks at is a guard where its name is one of these.
+# A call whose result is not looked at is a guard where its name is one of these.
 CALLED = re.compile(
     r"^(wake|set|step|retain|extend|use|stop_using|add|discard|remove|forget_\w+|let_go|drop\w*|check\w*|leave\w*|release"
     r"|cancel\w*|give_\w+|unpark\w*|park_\w+|hold|unpublish|drain_\w+|_?wake\w*|_?count\w*|_?extend|abandon|settle|end|stamp_\w+)$"
@@ -31,10 +31,16 @@ class Place:
     kind: str
     file: str  # within the package
     line: int
+    last: int
     text: str
     start: int
     end: int
     new: str
+
+    @property
+    def lines(self) -> range:
+        """Those that it stands on."""
+        return range(self.line, self.last + 1)
 
     def taken_out(self, source: bytes) -> bytes:
         """The source without this guard; its lines keep their numbers."""
@@ -128,7 +134,7 @@ class _Finder:
         start = self.starts[where.lineno - 1] + where.col_offset
         end = self.starts[where.end_lineno - 1] + where.end_col_offset
         text = self.source.splitlines()[where.lineno - 1].decode().strip()
-        return Place(f"{key}#{self.seen[key]}", kind, self.file, where.lineno, text, start, end, new)
+        return Place(f"{key}#{self.seen[key]}", kind, self.file, where.lineno, where.end_lineno, text, start, end, new)
 
 
 def _name(function: ast.expr) -> str:

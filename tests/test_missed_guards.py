@@ -1,0 +1,312 @@
+"""Guards that could be taken out without a test noticing, until these: each is of a place that `make mutants` named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from concurrent_kv import ClosedError, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.quota import Budget
+from concurrent_kv.books.records import Entry, Hold, Place
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.books.turns import Turn, Turns
+from concurrent_kv.flights.table import FlightState
+from concurrent_kv.flights.waiting import outcome
+from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
+from concurrent_kv.locks.gate import gate
+from concurrent_kv.locks.signal import Signal
+from concurrent_kv.pool import room
+from concurrent_kv.pool.room import reserve_budget
+from concurrent_kv.pool.storage import PoolState
+from concurrent_kv.pool.writing import _keep_candidates
+from tests.conftest import MakeManager, MakePool
+from tests.interrupting import Cut
+from tests.support import WINDOW, append, tokens
+
+pytestmark = pytest.mark.usefixtures("loops")
+
+
+def cut_once(patch: pytest.MonkeyPatch, owner: type, method: str, of: str) -> None:
+    """One call of a method is cut off, of those that a function of this name makes."""
+    original: Callable[..., Any] = getattr(owner, method)
+    cuts = [Cut()]
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        if cuts and sys._getframe(1).f_code.co_name == of:
+            raise cuts.pop()
+        return original(*arguments, **options)
+
+    patch.setattr(owner, method, cut)
+
+
+def test_what_a_failed_write_took_is_given_back_once_where_the_giving_back_is_cut_off(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All is given back when it is cut off, and is left to the next operation all the same.
+    def fails(*arguments: Any) -> None:
+        raise ArithmeticError
+
+    pool.put("key", tokens(1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.storage.tensor, "scatter", fails)
+        cut_once(patch, Ledger, "take_waiters", of="cancel")
+        with pytest.raises(ArithmeticError):
+            pool.put("new", tokens(2, 3))
+    assert pool.storage.ledger.abandoned
+    pool.get("key")
+    assert not pool.storage.ledger.abandoned
+    pool.check_integrity()
+
+
+def test_repair_leaves_aside_what_is_pinned_and_was_set_aside_for_that(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    pool.put("pinned", tokens(1, 2))
+    with pool.pin("pinned") as pin:
+        pool.put("second", tokens(2, WINDOW))
+        pool.put("third", tokens(3, WINDOW))  # the pinned one comes first, and is set aside
+        assert pin._entry.place is Place.PINNED
+        pool.repair()
+        assert pin._entry.place is Place.PINNED
+        assert pin._entry not in pool.policy
+    assert pin._entry in pool.policy
+
+
+def test_repair_makes_a_claimed_victim_a_candidate_again_though_it_is_pinned(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    pool.put("key", tokens(1, 2))
+    with pool.pin("key") as pin:
+        # As a thread leaves it that is cut off once it has claimed its victim.
+        assert pool.policy.pop_victim() is pin._entry
+        pin._entry.place = Place.CLAIMED
+        pool.repair()
+        pool.check_integrity()
+
+
+def test_who_waits_in_vain_hears_of_searches_only_where_they_are_in_the_way(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.put("key", tokens(1, 2))
+    with pool.pin("key"), pytest.raises(WaitTimeoutError, match="nothing can be evicted") as waited:
+        pool.put("other", tokens(2, 2), timeout=0.0)
+    assert "searches" not in str(waited.value).partition("reserved by searches")[2]
+
+
+def test_no_more_is_reserved_than_is_free_where_handles_hold_what_left_the_index() -> None:
+    allocator = SlotAllocator(4)
+    assert allocator.allocate(3) is not None
+    assert allocator.reserve(2) is None
+    assert (allocator.available, allocator.reserved_count) == (1, 0)
+    assert allocator.reserve(1) is not None
+
+
+@contextmanager
+def as_of(task: Caller) -> Iterator[None]:
+    token = caller.set(task)
+    try:
+        yield
+    finally:
+        caller.reset(token)
+
+
+def test_who_finds_no_room_on_a_loop_leaves_what_was_dropped_to_a_worker(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.put("key", tokens(1, 2))
+    released: list[Deadline] = []
+    with pool.pin("key"):
+        with as_of(Caller(steps_on_loop=64)):
+            pool.storage.ledger.abandoned.append(released.append)
+            with pytest.raises(NotOnLoopError):
+                pool.put("other", tokens(2, 2), timeout=0.0)
+        assert not released
+    pool.put("other", tokens(2, 2))
+    assert len(released) == 1
+
+
+def test_a_search_keeps_everything_where_its_task_has_left(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([0]) as search:
+        with search.gather(["root"], [0]) as batch:
+            append(batch, [2])
+            search.commit(["child"], batch)
+        task = Caller()
+        task.leave()
+        with as_of(task), pytest.raises(WaitTimeoutError, match="cancelled before it took effect"):
+            search.keep([])
+        assert search.keys() == ["child"]
+        assert search.held == 2
+
+
+def test_of_those_who_came_in_one_moment_the_first_to_wait_is_the_first() -> None:
+    turns = Turns()
+    first, second, third = Turn(1.0), Turn(1.0), Turn(1.0)
+    for turn in (first, second, third):
+        turns.join(turn, lambda: None)
+    assert [turns.is_first(turn) for turn in (first, second, third)] == [True, False, False]
+    turns.leave(first)
+    assert [turns.is_first(turn) for turn in (second, third)] == [True, False]
+
+
+def test_a_search_whose_pool_closes_while_it_opens_is_never_one_of_the_pools(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager()
+    pool = manager.recur_pool
+
+    def reserve_and_close(*arguments: Any) -> Budget:
+        budget = reserve_budget(*arguments)
+        pool.account.closed = True  # as the first step of a close in another thread
+        return budget
+
+    monkeypatch.setattr("concurrent_kv.search.search.reserve_budget", reserve_and_close)
+    with pytest.raises(ClosedError):
+        manager.search([0])
+    assert not pool.searches
+    assert not pool.storage.ledger.holds
+    assert (pool.stats().reserved_entries, pool.stats().reserved_slots) == (0, 0)
+
+
+def test_the_last_to_use_what_is_released_wakes_who_waits_for_room(pool: KVPool) -> None:
+    ledger = pool.storage.ledger
+    hold = Hold("batch", [])
+    with gate.lock, ledger.mutex:
+        ledger.extend(hold, [])
+        waiter = ledger.waiter()
+    assert ledger.use(hold)
+    assert ledger.stop_using(hold, release=True)
+    assert waiter.wait(0.0)
+
+
+def test_no_caller_computes_for_a_pool_whose_flights_are_closed(pool: KVPool) -> None:
+    pool.flights.close()
+    with pytest.raises(ClosedError):
+        pool.try_claim("key")
+    assert len(pool.flights) == 0
+
+
+def test_what_a_search_lets_go_of_last_wakes_who_began_to_wait_since_the_first(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    drop_from, waiters = Ledger.drop_from, []
+
+    def begin_to_wait(ledger: Ledger, hold: Hold, entries: list[Entry]) -> list[Entry]:
+        waiters.append(ledger.waiter())
+        return drop_from(ledger, hold, entries)
+
+    with manager.search([0]) as search:
+        search.gather(["root"], [0]).close()
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "drop_from", begin_to_wait)
+            search.keep([])
+        assert [waiter.wait(0.0) for waiter in waiters] == [True]
+
+
+def test_repair_makes_a_candidate_of_what_was_set_aside_for_a_pin_that_is_gone(pool: KVPool) -> None:
+    pool.put("key", tokens(1, 2))
+    entry = pool.policy.pop_victim()
+    assert entry is not None
+    entry.place = Place.PINNED  # as a thread leaves it that is cut off while it lets its pin go
+    pool.repair()
+    assert entry in pool.policy
+    pool.check_integrity()
+
+
+def test_ctrl_c_while_a_handle_lets_go_is_heard_and_the_handle_lets_go_later(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.put("key", tokens(1, 2))
+    pin = pool.pin("key")
+    with monkeypatch.context() as patch:
+        cut_once(patch, Ledger, "take_waiters", of="release")
+        with pytest.raises(Cut):
+            pin.close()
+    pool.get("key")
+    assert not pool.storage.ledger.holds
+
+
+def test_ctrl_c_at_the_end_of_a_commit_is_heard_and_the_batch_lets_go_later(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.put("key", tokens(1, 2))
+    batch = pool.gather(["key"])
+    append(batch, [2])
+    with monkeypatch.context() as patch:
+        cut_once(patch, Ledger, "take_waiters", of="stop_using")
+        with pytest.raises(Cut):
+            pool.commit(["child"], batch)
+    assert pool.get("child") is not None
+    assert not pool.storage.ledger.holds
+
+
+def test_who_cannot_evict_its_victim_wakes_those_who_found_none_because_of_it(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(1)
+    pool.put("key", tokens(1, 2))
+    give_back, waiters = room._give_back, []
+
+    def begin_to_wait(of: PoolState, victim: Entry) -> None:
+        waiters.append(pool.storage.ledger.waiter())
+        give_back(of, victim)
+
+    with monkeypatch.context() as patch, as_of(Caller(steps_on_loop=0)):
+        patch.setattr(room, "_give_back", begin_to_wait)
+        with pytest.raises(NotOnLoopError):
+            pool.put("other", tokens(2, 2))
+    assert waiters
+    assert waiters[0].wait(0.0)
+
+
+def test_what_has_left_the_pool_meanwhile_is_no_candidate_again_when_a_failed_write_is_undone_later(
+    pool: KVPool,
+) -> None:
+    pool.put("key", tokens(1, 2))
+    with pool.pin("key") as pin:
+        pool.pop("key")
+        with gate.lock, pool.storage.ledger.mutex:
+            _keep_candidates(pool, [pin._entry], [])
+        assert pin._entry not in pool.policy
+        pool.check_integrity()
+
+
+def test_what_is_done_again_for_want_of_memory_wakes_who_waits_for_room(pool: KVPool) -> None:
+    ledger = pool.storage.ledger
+    with gate.lock, ledger.mutex:
+        waiter = ledger.waiter()
+    ledger.again(lambda: None, Deadline(0.0))
+    assert waiter.wait(0.0)
+
+
+def test_a_computation_ends_once_with_what_came_first(pool: KVPool) -> None:
+    claim, waiting = pool.try_claim("key"), pool.try_claim("key")
+    error = ArithmeticError()
+    assert pool.flights.settle(claim.flight, FlightState.FAILED, error=error)
+    assert not pool.flights.settle(claim.flight, FlightState.CLOSED)
+    assert claim.flight.state is FlightState.FAILED
+    assert waiting.ending is not None
+    assert waiting.ending.error is error
+
+
+def test_who_waited_in_vain_for_an_orphan_hears_that_it_is_over_and_wakes_the_others(pool: KVPool) -> None:
+    claim, woken = pool.try_claim("key"), Signal()
+    flight = claim.flight
+    assert flight.subscribe(woken.set)
+    assert not flight.over_unheard()
+    flight.loop_ended = lambda: True
+    assert flight.over_unheard()
+    assert flight.state is FlightState.ABANDONED
+    assert woken.wait(0.0)
+    assert pool.try_claim("key").mine
+
+
+def test_who_waited_for_a_computation_of_a_dropped_scope_does_not_compute_in_its_stead(pool: KVPool) -> None:
+    scope = pool.scope("elsewhere")
+    computing, waiting = pool.try_claim("key", scope=scope), pool.try_claim("key", scope=scope)
+    assert (computing.mine, waiting.mine) == (True, False)
+    pool.drop_scope(scope)
+    with pytest.raises(ClosedError, match="its scope dropped, while 'key' was being computed"):
+        outcome(waiting, pool.storage.clock, pool.name)

@@ -1,0 +1,288 @@
+"""`Watch`: a look at every access to what belongs to a lock, and at the thread that has it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from concurrent_kv import KVStorage
+from concurrent_kv.books.eviction import FIFO
+from concurrent_kv.books.index import Index
+from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.books.quota import Budget, Quota
+from concurrent_kv.books.records import Account, Entry, Hold, Scope
+from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.books.stats import Counters
+from concurrent_kv.books.turns import Turns
+from concurrent_kv.flights.table import FlightTable
+from concurrent_kv.locks.gate import gate
+from concurrent_kv.locks.sharded import ShardedRWLock, _Held
+from concurrent_kv.search.state import SearchState
+
+__all__ = ["FIELDS", "UNDER_THE_MUTEX", "Watch"]
+
+# Calls "under the mutex", by their class.
+UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
+    Ledger: (
+        *("make", "let_go", "shares_tail", "park_shared", "unpark", "unpark_shared", "forget_parked", "reset_parked"),
+        *("is_last_sharer", "extend", "drop_from", "end", "waiter", "forget_waiter", "take_waiters"),
+        *("tables_of", "rebuild_rows", "free_rows"),
+    ),
+    SlotAllocator: (
+        *("allocate", "drop", "give_back", "reserve", "extend", "charge", "discharge", "exclusive", "cancel"),
+        *("keep_reservations", "rebuild", "problems"),
+    ),
+    Quota: ("fits", "add", "remove", "exclusive"),
+    Turns: ("join", "leave", "clear"),
+    FIFO: ("add", "remove", "pop_victim", "give_back"),
+    Account: ("all_scopes",),
+    SearchState: ("track", "_end_holds"),
+}
+# Fields "under the mutex": looked at where they are assigned, but for the first time, in the constructor.
+FIELDS: dict[type, tuple[str, ...]] = {
+    Entry: ("refs", "pins", "place"),
+    Hold: ("entries", "released", "users"),
+    Quota: ("entries", "slots", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
+    Budget: ("entries", "max_entries", "ended"),
+    Scope: ("generation",),
+    SearchState: ("batches", "finished"),
+    Account: ("closed", "counters"),
+    Counters: tuple(each.name for each in fields(Counters)),
+}
+WITHOUT_A_SHARD = {"__len__", "discard"}  # they say so: a number, and a look that a finaliser takes
+
+
+class Owned:
+    """A plain lock that knows which thread has it, and notes where that thread has not entered the gate."""
+
+    def __init__(self, lock: Any, name: str, note: Callable[[str], None]) -> None:
+        self.lock, self.name, self.note = lock, name, note
+        self.owner: int | None = None
+
+    def acquire(self, *arguments: Any, **options: Any) -> bool:
+        if not gate.is_inside:
+            self.note(f"{self.name} was taken outside of the gate")
+        taken = bool(self.lock.acquire(*arguments, **options))
+        if taken:
+            self.owner = threading.get_ident()
+        return taken
+
+    def release(self) -> None:
+        self.owner = None
+        self.lock.release()
+
+    def locked(self) -> bool:
+        return bool(self.lock.locked())
+
+    @property
+    def is_mine(self) -> bool:
+        return self.owner == threading.get_ident()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class OwnedDict(dict[Any, Any]):
+    """A dict that is looked at and changed with a lock alone, but for its length."""
+
+    lock: Owned
+
+    def get(self, *arguments: Any) -> Any:
+        self._look("get")
+        return super().get(*arguments)
+
+    def pop(self, *arguments: Any) -> Any:
+        self._look("pop")
+        return super().pop(*arguments)
+
+    def values(self) -> Any:
+        self._look("values")
+        return super().values()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._look("item")
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._look("del")
+        super().__delitem__(key)
+
+    def _look(self, what: str) -> None:
+        if not self.lock.is_mine:
+            self.lock.note(f"{what} of what belongs to {self.lock.name}, without it")
+
+
+class OwnedSet(set[Any]):
+    """A set that is changed with a lock alone."""
+
+    lock: Owned
+
+    def add(self, each: Any) -> None:
+        self._look("add")
+        super().add(each)
+
+    def discard(self, each: Any) -> None:
+        self._look("discard")
+        super().discard(each)
+
+    def _look(self, what: str) -> None:
+        if not self.lock.is_mine:
+            self.lock.note(f"{what} to what belongs to {self.lock.name}, without it")
+
+
+class Watch:
+    """Notes every access to the books of a manager that its thread has not the lock for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.found: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
+        self.active = False
+        self.shards: dict[int, tuple[Index[Entry], int]] = {}  # by the id of a scope's part
+        self.held: defaultdict[int, list[tuple[ShardedRWLock, tuple[int, ...], bool]]] = defaultdict(list)  # by thread
+        self.mutex: Owned
+        self._watch_scopes()
+
+    def begin(self, storage: KVStorage) -> None:
+        ledger = storage.ledger
+        ledger.mutex = self.mutex = Owned(ledger.mutex, "the mutex", self.note)
+        ledger.holds = self._owned_set(ledger.holds)
+        for pool in storage.pools:
+            self._watch_pool(pool)
+        for owner, names in UNDER_THE_MUTEX.items():
+            for name in names:
+                self._watch_call(owner, name)
+        for owner, names in FIELDS.items():
+            self._watch_fields(owner, frozenset(names))
+        self._watch_shards()
+        self.active = True
+
+    def note(self, what: str) -> None:
+        if not self.active:
+            return
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename == __file__:
+            frame = frame.f_back
+        self.found[f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}: {what}"] += 1
+
+    def _owned_set(self, members: set[Any]) -> OwnedSet:
+        owned = OwnedSet(members)
+        owned.lock = self.mutex
+        return owned
+
+    def _watch_pool(self, pool: Any) -> None:
+        pool.account.searches = self._owned_set(pool.account.searches)
+        scopes = OwnedDict(pool.account.scopes)
+        scopes.lock = self.mutex
+        pool.account.scopes = scopes
+        flights: FlightTable = pool.flights
+        flights._lock = Owned(flights._lock, "the flights' lock", self.note)
+        table = OwnedDict(flights._flights)
+        table.lock = flights._lock
+        flights._flights = table
+
+    def _watch_call(self, owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(this: Any, *arguments: Any, **options: Any) -> Any:
+            self.seen[f"{owner.__name__}.{name}"] += 1
+            if not self.mutex.is_mine:
+                self.note(f"{owner.__name__}.{name} without the mutex")
+            return original(this, *arguments, **options)
+
+        self.patch.setattr(owner, name, watched)
+
+    def _watch_fields(self, owner: type, names: frozenset[str]) -> None:
+        def watched(this: Any, name: str, value: object) -> None:
+            if name in names and hasattr(this, name):
+                self.seen[f"{owner.__name__}.{name}"] += 1
+                if not self.mutex.is_mine and sys._getframe(1).f_code.co_name != "__init__":
+                    self.note(f"{owner.__name__}.{name} without the mutex")
+            object.__setattr__(this, name, value)
+
+        self.patch.setattr(owner, "__setattr__", watched)
+
+    # Shards
+
+    def _watch_scopes(self) -> None:
+        make = Scope.__init__
+
+        def made(scope: Scope, *arguments: Any, **options: Any) -> None:
+            make(scope, *arguments, **options)
+            for part, shard in zip(scope.entries, scope.shards, strict=True):
+                self.shards[id(part)] = part, shard
+
+        self.patch.setattr(Scope, "__init__", made)
+
+    def _watch_shards(self) -> None:
+        enter, leave = _Held.__enter__, _Held.__exit__
+
+        def entered(held: _Held) -> None:
+            if not gate.is_inside:
+                self.note("shards were taken outside of the gate")
+            enter(held)
+            self.held[threading.get_ident()].append((held._owner, tuple(held._shards), held._write))
+
+        def left(held: _Held, *error: Any) -> None:
+            mine = self.held[threading.get_ident()]
+            if mine:
+                mine.pop()
+            leave(held, *error)
+
+        self.patch.setattr(_Held, "__enter__", entered)
+        self.patch.setattr(_Held, "__exit__", left)
+        cells = Index.__dict__["cells"]
+
+        def looked_at(index: Index[Entry]) -> Any:
+            self._look_at(index, write=False)
+            return cells.__get__(index)
+
+        self.patch.setattr(Index, "cells", property(looked_at, cells.__set__))
+        for name in ("remove", "new_place", "put", "clear", "drop_empty"):
+            self._watch_change(name)
+
+        def assign_roots(state: SearchState, value: Any) -> None:
+            if "roots" in vars(state):
+                self.seen["SearchState.roots"] += 1
+                self._look_at(state.own, write=True)
+            vars(state)["roots"] = value
+
+        self.patch.setattr(
+            SearchState, "roots", property(lambda state: vars(state)["roots"], assign_roots), raising=False
+        )
+
+    def _watch_change(self, name: str) -> None:
+        original = getattr(Index, name)
+
+        def watched(index: Index[Entry], *arguments: Any) -> Any:
+            self._look_at(index, write=True)
+            return original(index, *arguments)
+
+        self.patch.setattr(Index, name, watched)
+
+    def _look_at(self, index: Index[Entry], *, write: bool) -> None:
+        known = self.shards.get(id(index))
+        if known is None:
+            return
+        self.seen["shard for writing" if write else "shard for reading"] += 1
+        shard = known[1]
+        for _, shards, writes in self.held[threading.get_ident()]:
+            if shard in shards and (writes or not write):
+                return
+        frame = sys._getframe(1)
+        for _ in range(8):
+            if frame.f_code.co_name in WITHOUT_A_SHARD:
+                return
+            if frame.f_back is None:
+                break
+            frame = frame.f_back
+        self.note(f"a scope's index without its shard{' for writing' if write else ''}")
