@@ -250,7 +250,7 @@ def test_a_pool_of_its_own_sets_aside_and_closes_with_its_locks(watch: Watch) ->
     assert not watch.found
 
 
-def test_everything_that_is_watched_is_come_by() -> None:
+def test_everything_that_is_watched_is_come_by(loops: str) -> None:
     seen: set[str] = set()
     for operation in [*OPERATIONS, *MORE]:
         with watching() as watch:
@@ -262,7 +262,8 @@ def test_everything_that_is_watched_is_come_by() -> None:
     watched = [
         f"{each.__name__}.{name}" for of in (UNDER_THE_MUTEX, FIELDS) for each, names in of.items() for name in names
     ]
-    assert [name for name in watched if name not in seen] == []
+    compiled = "_Python" if loops == "compiled" else "nothing"  # what compiled code has in its stead, is not seen
+    assert [name for name in watched if name not in seen and not name.startswith(compiled)] == []
 
 
 def test_a_section_without_its_lock_is_seen(watch: Watch) -> None:

@@ -19,6 +19,7 @@ from concurrent_kv.books.quota import Budget, Quota
 from concurrent_kv.books.records import Account, Entry, Hold, Scope
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.stats import Counters
+from concurrent_kv.books.tables import _PythonTables, _PythonUses
 from concurrent_kv.books.turns import Turns
 from concurrent_kv.flights.table import FlightTable
 from concurrent_kv.locks.gate import gate
@@ -32,13 +33,14 @@ UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
     Ledger: (
         *("make", "let_go", "shares_tail", "park_shared", "unpark", "unpark_shared", "forget_parked", "reset_parked"),
         *("is_last_sharer", "extend", "drop_from", "end", "waiter", "forget_waiter", "take_waiters"),
-        *("tables_of", "rebuild_rows", "free_rows"),
     ),
     SlotAllocator: (
-        *("allocate", "drop", "give_back", "reserve", "extend", "charge", "discharge", "exclusive", "cancel"),
+        *("allocate", "release", "give_back", "reserve", "extend", "charge", "discharge", "cancel"),
         *("keep_reservations", "rebuild", "problems"),
     ),
-    Quota: ("fits", "add", "remove", "exclusive"),
+    _PythonTables: ("enter", "leave", "exclusive", "named_elsewhere", "weights", "keep"),
+    _PythonUses: ("add", "remove", "exclusive", "weights", "keep"),
+    Quota: ("fits",),
     Turns: ("join", "leave", "clear"),
     FIFO: ("add", "remove", "pop_victim", "give_back"),
     Account: ("all_scopes",),
@@ -48,14 +50,15 @@ UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
 FIELDS: dict[type, tuple[str, ...]] = {
     Entry: ("refs", "pins", "place"),
     Hold: ("entries", "released", "users"),
-    Quota: ("entries", "slots", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
+    Quota: ("entries", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
     Budget: ("entries", "max_entries", "ended"),
     Scope: ("generation",),
     SearchState: ("batches", "finished"),
     Account: ("closed", "counters"),
     Counters: tuple(each.name for each in fields(Counters)),
 }
-WITHOUT_A_SHARD = {"__len__", "discard"}  # they say so: a number, and a look that a finaliser takes
+# They say so: a number, a look that a finaliser takes, and one that is looked at again under the mutex.
+WITHOUT_A_SHARD = {"__len__", "discard", "_present"}
 
 
 class Owned:
@@ -247,7 +250,7 @@ class Watch:
             return cells.__get__(index)
 
         self.patch.setattr(Index, "cells", property(looked_at, cells.__set__))
-        for name in ("remove", "new_place", "put", "clear", "drop_empty"):
+        for name in ("remove", "new_place", "put", "take_all", "clear", "drop_empty"):
             self._watch_change(name)
 
         def assign_roots(state: SearchState, value: Any) -> None:
