@@ -96,19 +96,19 @@ def what_a_cancelled_put_leaves() -> object:
     pool = KVPool(LAYOUT, 4, wait_timeout=JOIN_SECONDS)
     aio = AsyncKVPool(pool, inline_bytes=0)
     begun = threading.Event()
-    read = pool.storage.locks.read
+    write = pool.storage.locks.write
 
-    def seen(*arguments: Any) -> Any:
-        begun.set()
-        return read(*arguments)
+    def seen(shards: Any, deadline: Any) -> Any:
+        if len(shards) == 1:  # the put's, and not all of them
+            begun.set()
+        return write(shards, deadline)
 
-    pool.storage.locks.read = seen  # type: ignore[method-assign, assignment]
+    pool.storage.locks.write = seen  # type: ignore[method-assign, assignment]
 
     async def main() -> None:
         with shards_held(pool) as let_go:
             task = asyncio.ensure_future(aio.put("key", tokens(1, 2)))
-            while not begun.is_set():
-                await asyncio.sleep(0)
+            assert await asyncio.to_thread(begun.wait, JOIN_SECONDS)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
