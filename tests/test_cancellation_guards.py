@@ -103,7 +103,7 @@ def what_a_cancelled_put_leaves() -> object:
             begun.set()
         return write(shards, deadline)
 
-    pool.storage.locks.write = seen  # type: ignore[method-assign, assignment]
+    pool.storage.locks.write = seen  # type: ignore[method-assign]
 
     async def main() -> None:
         with shards_held(pool) as let_go:
