@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from concurrent_kv import CapacityError, InvalidArgumentError, KVPool, SearchEnd
 from concurrent_kv.books.records import Entry
 from concurrent_kv.eviction import LRU
 from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import room
 from tests.conftest import MakeManager, MakePool
 from tests.support import HANG_SECONDS, LAYOUT, WINDOW, append, assert_same, config, store, tokens
 
@@ -172,3 +174,24 @@ def test_a_replaced_root_is_read_by_its_search_as_it_was(make_manager: MakeManag
 def test_a_device_that_is_not_there_is_an_error_that_names_it(make_manager: MakeManager) -> None:
     with pytest.raises(InvalidArgumentError, match="device"):
         make_manager(1, settings=config(device="cuda:99"))
+
+
+def test_a_victim_that_was_pinned_and_removed_before_it_went_is_no_candidate_again(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(1)
+    pool.put("victim", tokens(1, 2))
+    evict = room._evict
+    pins: list[Any] = []
+
+    def late(of: Any, victim: Any, deadline: Any) -> None:
+        if not pins:  # as two other threads, after it was claimed
+            pins.append(pool.pin("victim"))
+            pool.pop("victim")
+        evict(of, victim, deadline)
+
+    monkeypatch.setattr(room, "_evict", late)
+    pool.put("new", tokens(2, 2))
+    pins[0].close()
+    pool.check_integrity()
+    assert list(pool.policy) == [pool.default_scope.entries[hash("new") % len(pool.default_scope.shards)]["new"]]

@@ -454,7 +454,8 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
         part = scope.part_of(victim.key_hash)
         with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline), ledger.mutex:
             if victim.pins:
-                victim.place = Place.PINNED
+                if victim.place is Place.CLAIMED:  # or it was removed meanwhile, and is no candidate any more
+                    victim.place = Place.PINNED
                 return
             if not scope.entries[part].remove(victim):
                 return
