@@ -10,6 +10,8 @@ import pytest
 
 import concurrent_kv
 from concurrent_kv import KVCacheManager, Search
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import clearing
 from tests.interrupting import cut_at
 from tests.support import append, slots_in_use, tokens
 
@@ -111,3 +113,43 @@ def test_searches_whose_end_by_a_bump_was_cut_off_anywhere_give_their_reservatio
         if not cut:
             break
     assert number > 50
+
+
+def test_what_an_end_had_taken_out_when_it_failed_is_dropped_by_the_next(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    search = used_search(manager)
+    assert len(search)
+
+    def fails(*arguments: object) -> list[object]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clearing, "unpublish", fails)
+        with pytest.raises(MemoryError):
+            search.close()
+    search.close()
+    assert reserved(manager) == (0, 0)
+    assert slots_in_use(manager) == 3  # the root's
+    manager.check_integrity()
+
+
+def test_what_an_end_had_taken_out_when_it_failed_is_dropped_once_where_repair_came_first(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    search = used_search(manager)
+
+    def fails(*arguments: object) -> list[object]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clearing, "unpublish", fails)
+        with pytest.raises(MemoryError):
+            search.close()
+    manager.repair()
+    state = search._state
+    state.end("again", Deadline(1.0))  # as a finaliser's note, made before the repair
+    manager.check_integrity()
+    assert slots_in_use(manager) == 3

@@ -16,6 +16,7 @@ from concurrent_kv import (
     Search,
     SearchEndedError,
 )
+from concurrent_kv.books.records import Place
 from concurrent_kv.search.search import LookupOrder
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, row_of, slots_in_use, stacked, store, tokens
@@ -439,3 +440,18 @@ def test_rows_of_many_environments_go_through_one_batch(make_manager: MakeManage
         for env_id in range(4):
             expected = child_of(tokens(env_id, 1 + env_id), 10 + env_id)
             assert_same(read(search, (env_id, 0), env_id), expected)
+
+
+def test_an_entry_that_left_its_search_has_no_place_though_a_batch_holds_it(manager: KVCacheManager) -> None:
+    with manager.search([0]) as search:
+        batch = search.gather(["a"], [0])
+        batch.fill(0, tokens(1, 2))
+        append(batch, [3])
+        search.commit(["child"], batch)
+        with search.gather(["child"], [0]) as held:
+            (entry,) = held.entries
+            assert entry is not None
+            before = entry.place
+            search.release(["child"])
+            assert (before, entry.place) == (Place.EXEMPT, Place.NONE)
+    manager.check_integrity()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..device.native import native
@@ -12,7 +13,7 @@ from .records import Entry, Generation, Place, Scope
 if TYPE_CHECKING:
     from ..device.positions import Correction
 
-__all__ = ["Described", "describe", "let_go", "new_entries", "occupy", "retain", "rows_of"]
+__all__ = ["Described", "describe", "let_go", "new_entries", "occupy", "retain", "row_of", "rows_of"]
 
 if native is not None:
     native.bind(Entry, Place.NONE)
@@ -61,6 +62,9 @@ def describe(entries: list[Entry | None], scope: Scope | None = None) -> Describ
         corrections=[None if entry is None else entry.correction for entry in entries],
         others=[entry for entry in present if entry.scope is not scope],
     )
+
+
+row_of: Callable[[Entry], int] = attrgetter("row")
 
 
 def rows_of(entries: Sequence[Entry | None]) -> list[int]:

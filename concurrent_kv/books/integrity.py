@@ -215,7 +215,7 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
     for account in accounts:
         for search in list(account.searches):
             if search.roots_hold.released or search.ended is not None:
-                search.end_cut_off()
+                kept += search.end_cut_off()
                 kept += search.scope.entries[0].values()
                 search.scope.entries[0].clear()  # an entry and its scope name each other
         for scope in account.all_scopes():

@@ -22,7 +22,7 @@ from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.signal import Signal
-from .entries import let_go, retain
+from .entries import let_go, retain, row_of
 from .records import Account, Entry, Hold, Place
 from .slots import SlotAllocator
 from .tables import new_tables
@@ -30,7 +30,7 @@ from .tables import new_tables
 __all__ = ["Ledger", "wake"]
 
 
-_ROW, _TICKS = attrgetter("row"), attrgetter("ticks")
+_TICKS = attrgetter("ticks")
 
 
 class Ledger:
@@ -97,7 +97,7 @@ class Ledger:
                 ticks: Ticks = NO_TICKS
                 for used in filter(None, map(_TICKS, dead)):
                     ticks = merge(ticks, used)
-                rows = list(map(_ROW, dead))
+                rows = list(map(row_of, dead))
                 parted = self._parked_beside(rows) if self._shared else ()
                 unnamed, others_left = self.tables.leave(rows)
             except Exception:
@@ -181,7 +181,7 @@ class Ledger:
         Each of them would wait for the others to go: that the first of them goes is what frees the token in the end.
         """
         parked = self._shared.get(entry.tail, ())
-        rows = [entry.row, *(other.row for other in parked)]
+        rows = [entry.row, *map(row_of, parked)]
         return not self.tables.named_elsewhere(rows) and not any(other.pins for other in parked)
 
     def _unpark_unshared(self, tails: list[int]) -> None:
@@ -194,7 +194,7 @@ class Ledger:
 
     def _are_named_elsewhere(self, parked: Iterable[Entry]) -> bool:
         """Whether an entry that is not parked names the last token of those parked for it."""
-        return self.tables.named_elsewhere([entry.row for entry in parked])
+        return self.tables.named_elsewhere(list(map(row_of, parked)))
 
     def _unpark_all(self) -> None:
         """Give back what is set aside without a reason. Mutex held."""

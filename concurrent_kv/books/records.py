@@ -215,8 +215,11 @@ class OpenSearch(Protocol):
     def end(self, reason: str, deadline: Deadline) -> None:
         """Release everything that it holds."""
 
-    def end_cut_off(self) -> None:
-        """Note the end of a search that no thread will end any more. All locks held."""
+    def end_cut_off(self) -> list[Entry]:
+        """Note the end of a search that no thread will end any more. All locks held.
+
+        Returns what its end had taken out of the index.
+        """
 
 
 class Account:

@@ -118,7 +118,7 @@ static Py_ssize_t most_slots(const Tables *tables, const int64_t *rows, Py_ssize
     return pages * tables->width;
 }
 
-/* The numbers of rows that are taken; below 0, with an exception set, where one is not. */
+/* The numbers of rows, all of them taken; or NULL, with an exception set. The caller frees it. */
 static int64_t *taken_rows(const Tables *tables, PyObject *list, Py_ssize_t *number)
 {
     int64_t *rows = rows_of(list, tables->row_count, number);

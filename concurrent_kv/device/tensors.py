@@ -65,8 +65,8 @@ def _normal_mode() -> Iterator[None]:
 DROPS_AT_ONCE = 4  # of which the differences are looked up together: each takes as much memory as the batch
 
 
-class Tables(Protocol):
-    """What a gather needs to know of rows of slots; the books have them."""
+class SlotRows(Protocol):
+    """What a gather asks of the tables of the books, which stand above this."""
 
     def columns(self, rows: list[int], end: int, columns: int) -> Any:
         """int64 slots `[rows, columns]`, each row's newest before column `end`, 0 elsewhere."""
@@ -156,7 +156,7 @@ class SlotTensor:
         return (self.num_slots + 1) * self.layout.bytes_per_token
 
     def gather(
-        self, tables: Tables, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+        self, tables: SlotRows, rows: list[int], end: int, out: Tensor, *, whole: bool = True
     ) -> tuple[Tensor, ...]:
         """Copy the tokens of some rows of the tables into `out`, each row's newest before column `end`.
 
@@ -182,7 +182,7 @@ class SlotTensor:
 
     def gather_stepwise(
         self,
-        tables: Tables,
+        tables: SlotRows,
         rows: list[int],
         end: int,
         out: Tensor,

@@ -9,6 +9,7 @@ window when a search or a commit is given it: rows of up to limit - 1 tokens get
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -42,14 +43,14 @@ class Drop(NamedTuple):
     corrects: bool  # the tokens that stay get slots of their own
 
 
-class _Policy:
+class _Policy(ABC):
     """What a commit asks a policy; each says what it does otherwise."""
 
     corrects_lazily = False  # whether entries may need corrections on reading
 
+    @abstractmethod
     def drop(self) -> Drop:
         """What it does, as far as it concerns lengths."""
-        raise NotImplementedError
 
     def most_appended(self) -> int | None:
         """The most tokens that are appended before a commit, where that was stated."""

@@ -16,7 +16,7 @@ from .room import unpublish
 if TYPE_CHECKING:  # as in room.py
     from .storage import PoolState
 
-__all__ = ["discard", "drop_some", "drop_taken", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
+__all__ = ["discard", "drop_taken", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
@@ -97,22 +97,29 @@ def take_out(pool: PoolState, index: Index[Entry], going: Sequence[Entry | None]
 
 
 def drop_taken(pool: PoolState, going: list[Entry]) -> None:
-    """Close the books of entries that were taken out of a search's index. Each hold of the mutex is bounded work."""
+    """Close the books of entries taken out of a search's index; where it raises, a later call closes the others'.
+
+    `going` belongs to the mutex: another thread may end the same search.
+    """
     ledger = pool.storage.ledger
     while going:
-        # The newest first, as in `take_out`.
-        some = going[-ENTRIES_PER_HOLD:]
         with gate.lock, ledger.mutex:
-            dead = drop_some(pool, going, some)
+            dead = _drop_some(pool, going)
             waiters = ledger.take_waiters()
         wake(waiters)
-        del dead, some  # keys and side data are finalised here, outside of every lock
+        del dead  # keys and side data are finalised here, outside of every lock
 
 
-def drop_some(pool: PoolState, going: list[Entry], some: list[Entry]) -> list[Entry]:
-    """Close the books of `some`, the last of `going`, and take them off it; returns the dead. Mutex held."""
-    dead = unpublish(pool, some)
-    del going[len(going) - len(some) :]  # no call from the books' end to here
+def _drop_some(pool: PoolState, going: list[Entry]) -> list[Entry]:
+    """Close the books of the newest of `going`, as many as in `take_out`; returns the dead. Mutex held."""
+    some = going[-ENTRIES_PER_HOLD:]
+    # First: what is cut off after this is lost until repair, and not dropped twice.
+    del going[-ENTRIES_PER_HOLD:]
+    try:
+        dead = unpublish(pool, some)
+    except Exception:
+        going += some
+        raise
     pool.account.counters.removal_count += len(some)
     return dead
 

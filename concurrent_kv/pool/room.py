@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..books.entries import rows_of
+from ..books.entries import row_of
 from ..books.ledger import wake
 from ..books.quota import Budget, Quota
 from ..books.records import Entry, Place, Scope, sorted_shards
@@ -494,13 +494,13 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
         return []
     scope, quota = entries[0].scope, pool.quota
     budget = scope.budget
+    for entry in entries:
+        if budget is None and not (counted_out and entry.place is Place.HELD):
+            pool.policy.remove(entry)  # also of victims that were given out and have not come back
+            ledger.forget_parked(entry)
+        entry.place = Place.NONE
+    rows = list(map(row_of, entries))
     if budget is None:
-        for entry in entries:
-            if not counted_out or entry.place is not Place.HELD:
-                pool.policy.remove(entry)  # also of victims that were given out and have not come back
-                ledger.forget_parked(entry)
-            entry.place = Place.NONE
-        rows = rows_of(entries)
         if not counted_out:
             quota.uses.remove(rows)
             quota.entries -= len(rows)
@@ -510,7 +510,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
             ledger.abandoned.append(partial(ledger.again, partial(ledger.let_go, entries)))
             return []
     # Once the search is over, its whole reservation goes back.
-    slots = _slots_of(pool, rows_of(entries)) if budget.promoted_to and scope.ended is None else None
+    slots = _slots_of(pool, rows) if budget.promoted_to and scope.ended is None else None
     dead = ledger.let_go(entries)
     if not counted_out:
         budget.entries -= len(entries)

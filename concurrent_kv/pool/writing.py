@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
-from operator import attrgetter
 
 from torch import Tensor
 
-from ..books.entries import new_entries, occupy
+from ..books.entries import new_entries, occupy, row_of
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
 from ..books.records import Entry, Generation, Place, Scope, sorted_shards
@@ -22,9 +21,6 @@ from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
 from .storage import KVStorage, PoolState
 
 __all__ = ["write"]
-
-
-_ROW = attrgetter("row")
 
 
 class Outcome(Enum):
@@ -211,7 +207,7 @@ def _count(
     """Count entries in and others out, with the quota, the policy and the slots; or say what is missing. Mutex held."""
     ledger, quota = pool.storage.ledger, pool.quota
     uses, tables = quota.uses, ledger.tables
-    old_rows = [entry.row for entry in old]
+    old_rows = list(map(row_of, old))
     leaving = [entry for entry in old if entry.place is Place.HELD]
     entries_taken, slots_taken = ticket.entries, ticket.slots
     # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
@@ -220,7 +216,7 @@ def _count(
     quota.pending_slots -= slots_taken
     before = quota.entries, quota.slots
     plan.make(ledger, entries, ticket.taken)
-    rows = list(map(_ROW, entries))
+    rows = list(map(row_of, entries))
     undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the ticket's
     needed = 0, 0
     error: Exception | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ..books.index import Index
@@ -12,7 +11,7 @@ from ..books.records import Entry, Hold, Scope
 from ..errors import SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..pool.clearing import drop_some, drop_taken
+from ..pool.clearing import drop_taken
 from ..pool.room import give_budget_back
 
 if TYPE_CHECKING:  # as in pool/room.py
@@ -39,6 +38,8 @@ class SearchState:
         # Not pinning: a root may be evicted from its init pool like any other. The search keeps what it adopted.
         self.roots_hold = Hold("search", [])
         self.batches: list[Hold] = []  # under the mutex
+        # Taken out of the index by its end, which has yet to close their books. Under the mutex.
+        self.going: list[Entry] = []
         self.finished = False  # under the mutex
         # Weights versions that the search began with: a promotion must not carry its entries into a later one.
         self.versions = {env_id: init_pool.default_scope.version for env_id, init_pool in init_pools.items()}
@@ -83,10 +84,10 @@ class SearchState:
             self.batches = [batch for batch in self.batches if not batch.released]
         self.batches.append(hold)
 
-    def end_cut_off(self) -> None:
+    def end_cut_off(self) -> list[Entry]:
         """Note the end of a search that no thread will end: it was dropped, or its end was cut off. All locks held.
 
-        Its books are rebuilt without it.
+        Its books are rebuilt without it. Returns what its end had taken out of the index.
         """
         self.scope.ended = self.budget.ended = self.ended or "the search was dropped without being closed"
         for hold in [self.roots_hold, *self.batches]:
@@ -94,6 +95,8 @@ class SearchState:
             self.pool.storage.ledger.holds.discard(hold)
         self.pool.searches.discard(self)
         self.finished = True
+        taken, self.going = self.going, []  # a later end must not close their books once more
+        return taken
 
     def _end_holds(self) -> list[Entry]:
         """Let go of the roots and of what open batches read; returns the dead. Mutex held."""
@@ -102,10 +105,6 @@ class SearchState:
         for hold in self.batches:
             dead += ledger.end(hold)
         return dead
-
-    def _drop_rest(self, going: list[Entry]) -> list[Entry]:
-        """What `end` had taken out of the index when it failed; returns the dead. Mutex held."""
-        return drop_some(self.pool, going, going[:])
 
     def end(self, reason: str, deadline: Deadline) -> None:
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next."""
@@ -116,12 +115,10 @@ class SearchState:
             if self.scope.ended is None:
                 self.scope.ended = reason
             roots, self.roots = self.roots, {}
-            going, cells = self.own.take_all()
-        try:
-            drop_taken(self.pool, going)
-        except Exception:  # no memory, no frames
-            ledger.abandoned.append(partial(ledger.again, partial(self._drop_rest, going)))
-            raise
+            taken, cells = self.own.take_all()
+            with gate.lock, ledger.mutex:
+                self.going += taken
+        drop_taken(self.pool, self.going)
         with gate.lock, ledger.mutex:
             if self.finished:
                 return
@@ -133,4 +130,4 @@ class SearchState:
             self.finished = True
             waiters = ledger.take_waiters()
         wake(waiters)
-        del roots, dead, cells
+        del roots, dead, taken, cells

@@ -13,7 +13,7 @@ from torch import Tensor
 from concurrent_kv import KVLayout, WaitTimeoutError
 from concurrent_kv.books import tables as books_tables
 from concurrent_kv.device.slot_numbers import Slots, as_array
-from concurrent_kv.device.tensors import Block, Indices, SlotTensor, Tables
+from concurrent_kv.device.tensors import Block, Indices, SlotRows, SlotTensor
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
 
@@ -164,7 +164,7 @@ class ModelTensor(SlotTensor):
         self._writing: set[int] = set()
 
     def gather(
-        self, tables: Tables, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+        self, tables: SlotRows, rows: list[int], end: int, out: Tensor, *, whole: bool = True
     ) -> tuple[Tensor, ...]:
         table = books_tables.in_columns(cast(books_tables.Tables, tables), rows, end, out.shape[3])
         slots = self.data[:, torch.from_numpy(table)]

@@ -146,6 +146,14 @@ SEARCH_PROGRAMS = [
         preemptions=1,
     ),
     search_program(
+        "search replaces its child, budget spent|so does another thread",
+        lambda w: unless_full(lambda: w.grow({X: (A, 81)})),
+        lambda w: unless_full(lambda: w.grow({X: (A, 82)})),
+        before=root_and_child,
+        after=lambda w: w.own.clear(),  # which of the two was last, only they know
+        search=(1, 1),
+    ),
+    search_program(
         "search replaces its child, budget spent|put in its pool",
         lambda w: unless_full(lambda: w.grow({X: (A, 81)})),
         lambda w: w.recur.put(Y, keys_values((value(8),))),
