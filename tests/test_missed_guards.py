@@ -273,14 +273,6 @@ def test_what_has_left_the_pool_meanwhile_is_no_candidate_again_when_a_failed_wr
         pool.check_integrity()
 
 
-def test_what_is_done_again_for_want_of_memory_wakes_who_waits_for_room(pool: KVPool) -> None:
-    ledger = pool.storage.ledger
-    with gate.lock, ledger.mutex:
-        waiter = ledger.waiter()
-    ledger.again(lambda: None, Deadline(0.0))
-    assert waiter.wait(0.0)
-
-
 def test_a_computation_ends_once_with_what_came_first(pool: KVPool) -> None:
     claim, waiting = pool.try_claim("key"), pool.try_claim("key")
     error = ArithmeticError()

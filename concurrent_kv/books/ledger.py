@@ -110,12 +110,12 @@ class Ledger:
             try:
                 release()
             except Exception:  # no memory, no frames: they are free a little later
-                self.abandoned.append(partial(self.again, release))
+                self.abandoned.append(partial(self.again, [release]))
             if parted:
                 try:
                     self._unpark_unshared(parted)
                 except Exception:  # as above: they come back to their policies a little later
-                    self.abandoned.append(partial(self.again, self._unpark_all))
+                    self.abandoned.append(partial(self.again, [self._unpark_all]))
         return dead
 
     def _release(self, slots: SlotArray | bytearray, ticks: Ticks, others_left: bool) -> None:
@@ -126,10 +126,22 @@ class Ledger:
         named = {slot for row in rows for slot in np.frombuffer(self.tables.slots_of(row), dtype=np.int64).tolist()}
         return [slot for slot in self._shared if slot in named]
 
-    def again(self, work: Callable[[], object], deadline: Deadline) -> None:
-        """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes."""
+    def again(self, once: list[Callable[[], object]], deadline: Deadline) -> None:
+        """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes.
+
+        Takes the work off `once`, as two threads may come to it at the same time. Where it raises, it is there again.
+        """
         with gate.lock, self.mutex:
-            dead = work()
+            if not once:
+                return
+            work = once[0]
+            # First: what is cut off after this is lost until repair, and not done twice.
+            del once[:]
+            try:
+                dead = work()
+            except Exception:
+                once += (work,)
+                raise
             waiters = self.take_waiters()
         wake(waiters)
         del dead
@@ -252,7 +264,7 @@ class Ledger:
             try:
                 self._unpark_unpinned(entries)
             except Exception:  # as in `let_go`
-                self.abandoned.append(partial(self.again, partial(self._unpark_unpinned, entries)))
+                self.abandoned.append(partial(self.again, [partial(self._unpark_unpinned, entries)]))
         return dead
 
     def _unpark_unpinned(self, entries: list[Entry]) -> None:
@@ -321,13 +333,18 @@ class Ledger:
         del dead
         return first
 
-    def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
-        """As `release`, in the form that `abandoned` takes; waits for no shard."""
-        self.release(hold)
+    def end_use(self, hold: Hold) -> list[Entry]:
+        """As `stop_using`, all of it or nothing where it raises; returns the dead. Mutex held."""
+        hold.users -= 1
+        try:
+            return self.end(hold) if hold.released else []
+        except Exception:
+            hold.users += 1
+            raise
 
-    def stop_using_abandoned(self, hold: Hold, deadline: Deadline) -> None:
-        """As `stop_using`, in the form that `abandoned` takes."""
-        self.stop_using(hold)
+    def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
+        """As `release`, in the form that `abandoned` takes; waits for no shard. Raises where it cannot be done."""
+        self.again([partial(self.end, hold)], deadline)
 
     def stamp_reads(self, entries: Iterable[Entry], ticks: Ticks) -> None:
         """Note a use of each entry's slots. Mutex held."""

@@ -35,7 +35,7 @@ def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> b
             try:
                 dead = unpublish(pool, [entry])
             except Exception:
-                ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [entry])))
+                ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [entry])]))
                 raise
             waiters = ledger.take_waiters()
     wake(waiters)
@@ -90,7 +90,7 @@ def take_out(pool: PoolState, index: Index[Entry], going: Sequence[Entry | None]
                 dead += unpublish(pool, some)
                 pool.account.counters.removal_count += len(some)
         except Exception:
-            ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, some)))
+            ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, some)]))
             raise
     with gate.lock, ledger.mutex:
         return ledger.take_waiters()

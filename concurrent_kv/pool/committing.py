@@ -173,13 +173,13 @@ def commit_batch(
         try:
             ledger.stop_using(batch.hold)
         except Exception:  # no memory, no frames
-            ledger.abandoned.append(partial(ledger.stop_using_abandoned, batch.hold))
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, batch.hold)]))
         raise
     try:
         batch.end_commit(committed)
     except Exception:
         if batch.hold.users:  # one thread uses a batch at a time
-            ledger.abandoned.append(partial(ledger.stop_using_abandoned, batch.hold))
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, batch.hold)]))
         raise
     return stored
 

@@ -136,7 +136,7 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
                 _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots, turn)
             except BaseException:
                 if victim is not None:
-                    ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                    ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
                 raise
             del victim  # here, where no lock is held: it may be the last to name the entry
     finally:
@@ -144,7 +144,7 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
+                ledger.abandoned.append(partial(ledger.again, [partial(quota.turns.leave, turn)]))
 
 
 def _take_from_budget(
@@ -188,7 +188,7 @@ def _take_from_budget(
             _evict_or_wait(pool, victim, waiter, deadline, count, slots)
         except BaseException:
             if victim is not None:
-                ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
             raise
         del victim  # as in `_take`
 
@@ -255,7 +255,7 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
                 _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
             except BaseException:
                 if victim is not None:
-                    ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                    ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
                 raise
             del victim  # as in `_take`
     finally:
@@ -263,7 +263,7 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
+                ledger.abandoned.append(partial(ledger.again, [partial(quota.turns.leave, turn)]))
 
 
 def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
@@ -292,7 +292,7 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
                 try:
                     _evict(pool, victim, deadline)
                 except BaseException:
-                    ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+                    ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
                     raise
             elif waiter is None:
                 deadline.step(pool.name, VICTIMS_PER_HOLD)
@@ -305,7 +305,7 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, partial(quota.turns.leave, turn)))
+                ledger.abandoned.append(partial(ledger.again, [partial(quota.turns.leave, turn)]))
     with gate.lock, ledger.mutex:
         reserved_entries, reserved_slots = quota.reserved_entries, quota.reserved_slots
         need_entries, need_slots = reserved_entries + entries, reserved_slots + slots
@@ -386,7 +386,7 @@ def _victim_or_waiter(pool: PoolState, *, want_slots: bool) -> tuple[Entry | Non
             else:
                 return victim, None
         except BaseException:
-            ledger.abandoned.append(partial(ledger.again, partial(_give_back, pool, victim)))
+            ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
             raise
     return None, None
 
@@ -462,7 +462,7 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
             try:
                 dead = unpublish(pool, [victim])
             except Exception:
-                ledger.abandoned.append(partial(ledger.again, partial(unpublish, pool, [victim])))
+                ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [victim])]))
                 raise
             pool.account.counters.eviction_count += 1
             waiters = ledger.take_waiters()
@@ -507,7 +507,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
         try:
             return ledger.let_go(entries)
         except Exception:  # no memory, no frames: they die a little later
-            ledger.abandoned.append(partial(ledger.again, partial(ledger.let_go, entries)))
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.let_go, entries)]))
             return []
     # Once the search is over, its whole reservation goes back.
     slots = _slots_of(pool, rows) if budget.promoted_to and scope.ended is None else None
@@ -518,7 +518,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
         try:
             _discharge(pool, budget, slots)
         except Exception:  # no memory, no frames
-            ledger.abandoned.append(partial(ledger.again, partial(_discharge, pool, budget, slots)))
+            ledger.abandoned.append(partial(ledger.again, [partial(_discharge, pool, budget, slots)]))
     return dead
 
 

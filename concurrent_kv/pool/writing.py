@@ -143,14 +143,14 @@ def _publish(
                         dead = unpublish(pool, old, counted_out=True)
                     except Exception:  # no memory, no frames; what was written is there
                         again = partial(unpublish, pool, old, counted_out=True)
-                        ledger.abandoned.append(partial(ledger.again, again))
+                        ledger.abandoned.append(partial(ledger.again, [again]))
                 if ticket.spent and ticket.lent is not None and scope.budget is not None:
                     # After the replaced let go of theirs: those make up for what was lent.
                     charge = partial(ledger.slots.charge, scope.budget.reservation, ticket.lent)
                     try:
                         charge()
                     except Exception:  # no memory, no frames
-                        ledger.abandoned.append(partial(ledger.again, charge))
+                        ledger.abandoned.append(partial(ledger.again, [charge]))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters() if ledger.waiters else []
         finally:
@@ -244,7 +244,7 @@ def _count(
             undo[-1]()
         except Exception:  # no memory, no frames
             while undo:
-                ledger.abandoned.append(partial(ledger.again, undo.pop()))
+                ledger.abandoned.append(partial(ledger.again, [undo.pop()]))
             break
         del undo[-1]
     if error is None:

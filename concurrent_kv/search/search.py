@@ -444,7 +444,7 @@ def open_search(
         return _opened(pool, init_pools, ids, number, budget, order, overflow)
     except BaseException:
         ledger = pool.storage.ledger
-        ledger.abandoned.append(partial(ledger.again, partial(give_budget_back, pool, budget)))
+        ledger.abandoned.append(partial(ledger.again, [partial(give_budget_back, pool, budget)]))
         raise
 
 
