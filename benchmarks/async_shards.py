@@ -5,7 +5,7 @@ try would gain.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Barrier, Event, Thread
 from time import perf_counter_ns
 from typing import Any
@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.async_thresholds import Held, Loops
 from concurrent_kv import AsyncKVPool, DropOldest, KeysValues, KVCacheManager, KVLayout, KVPool
 from concurrent_kv.locks.deadline import Deadline
-from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.locks.shards import ShardLocks
 
 __all__ = ["measure_shards", "shards_tables"]
 
@@ -32,40 +32,35 @@ ENVS = 8
 MICROSECONDS = 1e-3  # of a nanosecond
 
 
-class TimedLocks(ShardedRWLock):
+class TimedLocks:
     """Shards that note how long they are waited for, and held, in nanoseconds."""
 
-    def __init__(self, count: int, *, name: str) -> None:
-        super().__init__(count, name=name)
+    def __init__(self, locks: ShardLocks) -> None:
+        self._locks = locks
+        self.count = locks.count
+        self.contention = locks.contention
         self.waited: list[int] = []  # where one was not free at once
-        self.held: dict[str, list[int]] = {"read": [], "write": []}
+        self.noted: dict[str, list[int]] = {"read": [], "write": []}
 
-    def read(self, shards: Sequence[int], deadline: Deadline) -> Any:
-        return _TimedHold(super().read(shards, deadline), self.held["read"])
+    @property
+    def held(self) -> int:
+        return self._locks.held
 
-    def write(self, shards: Sequence[int], deadline: Deadline) -> Any:
-        return _TimedHold(super().write(shards, deadline), self.held["write"])
+    def read(self, shards: Sequence[int], deadline: Deadline) -> AbstractContextManager[None]:
+        return self._timed(self._locks.read(shards, deadline), self.noted["read"])
 
-    def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, *rest: Any) -> bool:
-        before, begin = self._wait_count, perf_counter_ns()
-        acquired = super()._acquire(shards, write, deadline, *rest)
-        if self._wait_count != before:
-            self.waited.append(perf_counter_ns() - begin)
-        return acquired
+    def write(self, shards: Sequence[int], deadline: Deadline) -> AbstractContextManager[None]:
+        return self._timed(self._locks.write(shards, deadline), self.noted["write"])
 
-
-class _TimedHold:
-    def __init__(self, hold: Any, noted: list[int]) -> None:
-        self._hold = hold
-        self._noted = noted
-
-    def __enter__(self) -> None:
-        self._hold.__enter__()
-        self._begin = perf_counter_ns()
-
-    def __exit__(self, *error: Any) -> None:
-        self._noted.append(perf_counter_ns() - self._begin)
-        self._hold.__exit__(*error)
+    @contextmanager
+    def _timed(self, hold: AbstractContextManager[None], noted: list[int]) -> Iterator[None]:
+        before, asked = self.contention.read()[0], perf_counter_ns()
+        with hold:
+            begin = perf_counter_ns()
+            if self.contention.read()[0] != before:
+                self.waited.append(begin - asked)
+            yield
+            noted.append(perf_counter_ns() - begin)
 
 
 def holds_of(num_threads: int, steps: int) -> dict[str, dict[str, float]]:
@@ -74,7 +69,7 @@ def holds_of(num_threads: int, steps: int) -> dict[str, dict[str, float]]:
     config: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "embed_dim": 64, "context_length": 8}
     config |= {"num_simulations": steps, "max_cache_size": 2 * entries, "device": "cpu"}
     manager = KVCacheManager(config, ENVS, recur_slots=4 * entries)
-    locks = manager.storage.locks = TimedLocks(manager.storage.locks.count, name="cache")
+    locks = manager.storage.locks = TimedLocks(manager.storage.locks)
     root = KeysValues.from_packed(torch.randn(4, 1, 2, 3, 32))
     new = torch.randn(ENVS, 2, 2, 32)
     for env in range(ENVS):
@@ -102,8 +97,8 @@ def holds_of(num_threads: int, steps: int) -> dict[str, dict[str, float]]:
     manager.check_integrity()
     manager.close()
     return {
-        "held for reading": _spread(locks.held["read"]),
-        "held for writing": _spread(locks.held["write"]),
+        "held for reading": _spread(locks.noted["read"]),
+        "held for writing": _spread(locks.noted["write"]),
         "waited for": _spread(locks.waited),
     }
 

@@ -1,4 +1,5 @@
-/* The loops over tokens, slots and entries: each does in one call what `numpy`, `torch` or Python do in several.
+/* The locks of the shards, and the loops over tokens, slots and entries, each of which does in one call what `numpy`,
+ * `torch` or Python do in several.
  *
  * Optional. Every function has a counterpart in Python that leaves the same bytes and books; `native.py` says which is
  * used. Who calls it holds the locks that the counterpart needs, and keeps alive the contiguous tensors whose addresses it
@@ -16,6 +17,7 @@
 #include "csrc/copies.h"
 #include "csrc/entries.h"
 #include "csrc/hashes.h"
+#include "csrc/locks.h"
 #include "csrc/tables.h"
 
 /* advise_huge_pages(address, bytes): fewer pages to look up, where the system has larger ones and agrees. */
@@ -57,7 +59,10 @@ static int add_types(PyObject *module)
 {
     if (intern_names() < 0)
         return -1;
-    return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) ? 0 : -1;
+    return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) &&
+                   add_type(module, &shard_locks_type, &shard_locks_spec) && add_type(module, &held_type, &held_spec)
+               ? 0
+               : -1;
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -6,7 +6,7 @@
 # `shape` is that of the slots: (planes, slots, heads, bytes of one head of a token); planes are 2 * layers. Slots are
 # an array, or a range of step 1.
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,8 @@ from typing_extensions import Buffer
 
 from .books.index import Cells
 from .books.records import Entry
+from .locks.contention import Contention
+from .locks.deadline import Deadline
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
@@ -52,6 +54,24 @@ class Uses:
     def weights(self, slots: _Slots, /) -> bytearray: ...
     def counted(self) -> tuple[bytearray, bytearray]: ...
     def keep(self, rows: list[int], /) -> None: ...
+
+# `ShardLocks` of `locks/shards.py`. The `wait_until` of `contention` is called where a shard has to be waited for.
+# Shards are in ascending order, or a ValueError is raised.
+class ShardLocks:
+    def __init__(self, count: int, contention: Contention) -> None: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def contention(self) -> Contention: ...
+    @property
+    def held(self) -> int: ...
+    def read(self, shards: Sequence[int], deadline: Deadline, /) -> Held: ...
+    def write(self, shards: Sequence[int], deadline: Deadline, /) -> Held: ...
+
+class Held:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+    def wait(self, seconds: float, /) -> bool: ...
 
 # Tokens of rows of the tables, each row's newest before column `end`, into columns 0 to `filled` of a batch [planes,
 # rows, heads, columns] at the address `batch`. What no row fills becomes slot 0, which is zeros. Lets go of the GIL for

@@ -381,7 +381,7 @@ class KVCacheManager(Handle):
         """The statistics of every pool and their total, as numbers. Never waits for a shard."""
         self.storage.check_process()
         pools = (*self._init_pools, self.recur_pool, self.wm_pool)
-        contention = self.storage.locks.contention()
+        contention = self.storage.locks.contention.read()
 
         def stats_now() -> dict[str, PoolStats]:
             return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
@@ -395,7 +395,7 @@ class KVCacheManager(Handle):
         """Start every count from zero."""
         for pool in (*self._init_pools, self.recur_pool, self.wm_pool):
             pool.reset_stats()
-        self.storage.locks.reset_contention()
+        self.storage.locks.contention.reset()
 
     def step(self) -> None:
         """Note one environment step: with `log_every_steps=N`, every N-th logs the statistics."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 from tests.support import NATIVE_USERS, bits
 
 needs_native = pytest.mark.skipif(native is None, reason="the compiled module was not built, or is switched off")

@@ -17,7 +17,8 @@ from concurrent_kv import Batch, KeysValues, KVCacheManager, KVLayout, KVPool, K
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Entry
 from concurrent_kv.books.tables import Tables, new_tables
-from concurrent_kv.device.native import native
+from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.native import native
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
 WINDOW = LAYOUT.max_tokens
@@ -43,9 +44,12 @@ NATIVE_USERS = (
     "books.tables",
     "device.appends",
     "device.tensors",
+    "locks.shards",
     "model.hashing",
 )
 LOOPS = ("torch",) if native is None else ("torch", "compiled")  # that this build of the package has
+# Classes of shard locks, of which a storage has the last where its loops are compiled.
+LOCKS: tuple[Any, ...] = (ShardedRWLock,) if native is None else (ShardedRWLock, native.ShardLocks)
 
 
 def layout(**changes: Any) -> KVLayout:

@@ -16,11 +16,12 @@ import pytest
 from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, CapacityError, KeysValues, KVCacheManager, KVPool
 from concurrent_kv.aio.cell import Cell
 from concurrent_kv.errors import WaitTimeoutError
+from concurrent_kv.locks.shards import ShardLocks
 from concurrent_kv.search.state import SearchState
 from tests.async_support import LOOPS, always_in_workers, join_workers, run_on
 from tests.conftest import MakeManager, MakePool
 from tests.flight_support import counted_waiters
-from tests.support import HANG_SECONDS, append, assert_same, config, layout, stacked, tokens
+from tests.support import HANG_SECONDS, LOCKS, append, assert_same, config, layout, stacked, tokens
 from tests.threading_support import JOIN_SECONDS, Background, Gate
 
 on_every_loop = pytest.mark.parametrize("loop", LOOPS)
@@ -172,20 +173,24 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
 ) -> None:
     """First on the loop's thread, which finds a shard busy, then in a worker."""
     facade = AsyncKVCacheManager(manager)
-    locks = manager.storage.locks
-    acquire = locks._acquire
     refused: list[Any] = []
 
-    def busy_once(shards: Any, write: bool, deadline: Any, *rest: Any) -> bool:
-        if deadline.on_loop:
-            refused.append(shards)
-            raise WaitTimeoutError("busy")
-        return acquire(shards, write, deadline, *rest)
+    def busy_on_a_loop(kind: str) -> None:
+        lock = getattr(LOCKS[-1], kind)
+
+        def locked(self: ShardLocks, shards: Any, deadline: Any) -> Any:
+            if deadline.on_loop:
+                refused.append(shards)
+                raise WaitTimeoutError("busy")
+            return lock(self, shards, deadline)
+
+        patch.setattr(LOCKS[-1], kind, locked)
 
     async def main() -> None:
         manager.set_init_cache(0, "root", tokens(1, 2))
         async with facade.search(iter([0])) as search:
-            locks._acquire = busy_once  # type: ignore[method-assign, assignment]
+            busy_on_a_loop("read")
+            busy_on_a_loop("write")
             batch = await search.gather(iter(["root"]), iter([0]))  # type: ignore[arg-type]
             append(batch, [1])
             await search.commit(iter(["child"]), batch, rows=iter([0]), sides=iter(["side"]))  # type: ignore[arg-type]
@@ -194,9 +199,10 @@ def test_arguments_that_can_be_read_once_serve_an_operation_that_is_made_again(
             rows: dict[str, Any] = {"sides": iter("xy"), "priorities": iter([1.0, 2.0])}
             await facade.recur_pool.put_many(iter("ab"), kv, **rows)  # type: ignore[arg-type]
             await facade.hierarchical_get(0, "a", order=iter(["init", "recur"]))  # type: ignore[arg-type]
-            locks._acquire = acquire  # type: ignore[method-assign]
+            patch.undo()
 
-    run_on(loop, main)
+    with pytest.MonkeyPatch.context() as patch:
+        run_on(loop, main)
     assert len(refused) == 5
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from concurrent_kv import Batch, KeysValues, KVLayout, KVPool
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 from tests.native_support import needs_native
 from tests.support import LOOPS, OperatorCalls, bits, loops_of
 

@@ -77,7 +77,7 @@ def inside_a_leaf(pool: KVPool) -> Iterator[None]:
 
 @contextmanager
 def inside_the_counters(pool: KVPool) -> Iterator[None]:
-    with gate.lock, pool.storage.locks._counter_lock:
+    with gate.lock, pool.storage.locks.contention._lock:
         yield
 
 
@@ -152,7 +152,7 @@ def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any])
         lambda: pool.closed,
         lambda: repr(pool),
         pool.allocation,
-        pool.storage.locks.contention,
+        pool.storage.locks.contention.read,
         lambda: len(pool.flights),
         AsyncKVPool(pool).offload_stats,
     )

@@ -96,14 +96,14 @@ def what_a_cancelled_put_leaves() -> object:
     pool = KVPool(LAYOUT, 4, wait_timeout=JOIN_SECONDS)
     aio = AsyncKVPool(pool, inline_bytes=0)
     begun = threading.Event()
-    write = pool.storage.locks.write
+    contention = pool.storage.locks.contention
+    wait_until = contention.wait_until
 
-    def seen(shards: Any, deadline: Any) -> Any:
-        if len(shards) == 1:  # the put's, and not all of them
-            begun.set()
-        return write(shards, deadline)
+    def seen(*arguments: Any) -> None:
+        begun.set()
+        wait_until(*arguments)
 
-    pool.storage.locks.write = seen  # type: ignore[method-assign]
+    contention.wait_until = seen  # type: ignore[method-assign, assignment]
 
     async def main() -> None:
         with shards_held(pool) as let_go:

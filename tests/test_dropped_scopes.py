@@ -14,10 +14,10 @@ import pytest
 from concurrent_kv import AsyncKVPool, ClosedError, InvalidArgumentError, KeyNotFoundError, KVPool, Scope
 from concurrent_kv.books.records import Hold
 from concurrent_kv.locks.gate import gate
-from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.locks.shards import ShardLocks
 from concurrent_kv.pool.reading import generations_of, retain
 from tests.conftest import MakePool
-from tests.support import HANG_SECONDS, append, assert_same, slots_in_use, tokens
+from tests.support import HANG_SECONDS, LOCKS, append, assert_same, slots_in_use, tokens
 from tests.threading_support import JOIN_SECONDS, Background, GatedPool, filled
 
 USES: dict[str, Callable[[KVPool, Scope], object]] = {
@@ -122,15 +122,15 @@ def test_a_drop_that_was_cut_off_is_finished_by_the_next(pool: KVPool, monkeypat
     scope = pool.scope("episode")
     for key in range(4):
         pool.put(key, tokens(key, 3), scope=scope)
-    write = ShardedRWLock.write
+    write = LOCKS[-1].write
 
-    def cut_off(self: ShardedRWLock, shards: Any, deadline: Any) -> Any:
+    def cut_off(self: ShardLocks, shards: Any, deadline: Any) -> Any:
         if tuple(shards) == (2,):
             raise KeyboardInterrupt
         return write(self, shards, deadline)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardedRWLock, "write", cut_off)
+        patch.setattr(LOCKS[-1], "write", cut_off)
         with pytest.raises(KeyboardInterrupt):
             pool.drop_scope(scope)
     pool.check_integrity()
@@ -161,13 +161,13 @@ def test_each_shard_is_locked_for_many_scopes_at_once(
     pool.put("a", tokens(1, 3), scope=pool.scope(7))
     pool.put("a", tokens(2, 3), scope=pool.scope(700))
     taken: list[Any] = []
-    write = ShardedRWLock.write
+    write = LOCKS[-1].write
 
-    def counted(self: ShardedRWLock, shards: Any, deadline: Any) -> Any:
+    def counted(self: ShardLocks, shards: Any, deadline: Any) -> Any:
         taken.append(shards)
         return write(self, shards, deadline)
 
-    monkeypatch.setattr(ShardedRWLock, "write", counted)
+    monkeypatch.setattr(LOCKS[-1], "write", counted)
     act(pool)
     assert len(taken) <= 4 * 4  # shards, times holds of 256 scopes
     assert pool.stats().entries == 0

@@ -211,7 +211,7 @@ def test_what_comes_after_an_effect_is_logged_outside_of_every_lock(
         def emit(self, record: logging.LogRecord) -> None:
             assert full.storage.ledger.mutex.acquire(False)
             full.storage.ledger.mutex.release()
-            assert not full.storage.locks._holders
+            assert not full.storage.locks.held
 
     handler = Asking()
     logging.getLogger("concurrent_kv").addHandler(handler)

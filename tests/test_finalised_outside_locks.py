@@ -49,7 +49,7 @@ class Watch:
                 lock.release()
             else:
                 self.seen.append(f"{name} died under {lock}")
-        if self.storage.locks._holders:
+        if self.storage.locks.held:
             self.seen.append(f"{name} died under a shard")
 
 

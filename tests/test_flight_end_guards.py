@@ -226,9 +226,9 @@ def whether_a_claim_waits_for_a_shard() -> object:
     with shards_held(manager.recur_pool):
         search.clear()
         gc.collect()
-        before = manager.storage.locks.contention()[0]
+        before = manager.storage.locks.contention.read()[0]
         assert manager.recur_pool.try_claim("key").mine
-        return manager.storage.locks.contention()[0] > before
+        return manager.storage.locks.contention.read()[0] > before
 
 
 def entering_like_any_operation(patch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class Looking:
         return self is other
 
     def __repr__(self) -> str:
-        assert not self.storage.locks._holders, "shown under a shard"
+        assert not self.storage.locks.held, "shown under a shard"
         assert self.storage.ledger.mutex.acquire(False), "shown under the mutex"
         self.storage.ledger.mutex.release()
         self.shown += 1

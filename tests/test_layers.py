@@ -14,6 +14,7 @@ LAYERS = (
     "errors",
     "never_copied",
     "_checks",
+    "native",
     "locks",
     "device",
     "model",
@@ -26,7 +27,7 @@ LAYERS = (
     "compat",
 )
 FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere
-FREE_OF_TORCH = ("errors", "never_copied", "_checks", "locks", "books")
+FREE_OF_TORCH = ("errors", "never_copied", "_checks", "native", "locks", "books")
 
 
 def modules() -> dict[str, Path]:

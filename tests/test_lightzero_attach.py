@@ -15,7 +15,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv import ClosedError, InvalidArgumentError, InvalidTypeError, KVCacheManager
 from concurrent_kv.compat.lightzero import Attachment, attach, attachment_of, detach
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 from tests.lightzero_support import SHAPES, Walk, make_world_model
 
 ENV_NUM = 2

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv.compat.lightzero import attach, detach
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 from tests.lightzero_support import SHAPES, Walk, make_world_model
 from tests.support import OperatorCalls
 from tests.test_operator_calls import launching

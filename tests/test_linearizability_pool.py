@@ -16,13 +16,13 @@ from concurrent_kv import IntegrityError, KVPool
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Entry, Hold, Scope
 from concurrent_kv.locks.deadline import Deadline
-from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.locks.shards import ShardLocks
 from concurrent_kv.pool import clearing
 from stress.content import BrokenPromiseError
 from stress.histories.campaign import histories_of_both, histories_of_searches, histories_of_tasks, histories_of_threads
 from stress.histories.programs import Shape
 from stress.histories.recording import new_pool
-from tests.support import LOOPS, loops_of
+from tests.support import LOCKS, LOOPS, loops_of
 
 ROOMY = Shape(capacity=64)
 TIGHT = Shape(capacity=2)
@@ -66,11 +66,12 @@ Removal = Callable[[pytest.MonkeyPatch], None]
 
 
 def without_shard_locks(patch: pytest.MonkeyPatch) -> None:
-    def unlocked(self: ShardedRWLock, shards: Sequence[int], deadline: Deadline) -> AbstractContextManager[None]:
+    def unlocked(self: ShardLocks, shards: Sequence[int], deadline: Deadline) -> AbstractContextManager[None]:
         return nullcontext()
 
-    patch.setattr(ShardedRWLock, "read", unlocked)
-    patch.setattr(ShardedRWLock, "write", unlocked)
+    for kind in LOCKS:
+        patch.setattr(kind, "read", unlocked)
+        patch.setattr(kind, "write", unlocked)
 
 
 def without_retaining_what_is_read(patch: pytest.MonkeyPatch) -> None:

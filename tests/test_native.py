@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concurrent_kv import KVLayout, PositionSteps
-from concurrent_kv.device.native import native
 from concurrent_kv.device.tensors import Indices, SlotTensor
 from concurrent_kv.model.hashing import hash_states
+from concurrent_kv.native import native
 from tests.native_support import needs_native, random_bits, random_numbers, same_bits, without_native
 from tests.support import HANG_SECONDS, NATIVE_USERS, tables_of
 
@@ -262,7 +262,7 @@ def test_all_modules_that_choose_compiled_loops_are_known_to_the_tests_that_choo
 SEARCH = """
 import torch
 from concurrent_kv import DropOldest, KeysValues, KVCacheManager
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 assert native is None
 sizes = {"num_layers": 2, "num_heads": 2, "embed_dim": 64, "context_length": 8, "num_simulations": 25}
 manager = KVCacheManager(config=sizes | {"max_cache_size": 500, "device": "cpu"}, env_num=1)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVLayout, KVPool, KVStorage, PositionSteps
 from concurrent_kv.books import slots as slots_module
-from concurrent_kv.device.native import native
 from concurrent_kv.errors import InvalidArgumentError
+from concurrent_kv.native import native
 from tests.conftest import MakePool
 from tests.native_support import needs_native
 from tests.simulated.backend import SimStreams

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 from tests.native_support import needs_native
 
 pytestmark = needs_native

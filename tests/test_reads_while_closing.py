@@ -9,9 +9,9 @@ import pytest
 
 from concurrent_kv import ClosedError, KVPool, KVStorage, Search
 from concurrent_kv.locks.deadline import Deadline
-from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.locks.shards import ShardLocks
 from tests.conftest import MakeManager, MakePool
-from tests.support import LAYOUT, WINDOW, append, tokens
+from tests.support import LAYOUT, LOCKS, WINDOW, append, tokens
 from tests.threading_support import Background
 
 READS: dict[str, Callable[[KVPool], object]] = {
@@ -41,14 +41,15 @@ SEARCH_READS: dict[str, Callable[[Search], object]] = {
 
 def before_the_next_shard(patch: pytest.MonkeyPatch, kind: str, happens: Callable[[], object]) -> None:
     """Has another thread do something when the next call has begun, and before it has its first shard."""
-    lock = getattr(ShardedRWLock, kind)
+    of = LOCKS[-1]
+    lock = getattr(of, kind)
 
-    def locked(self: ShardedRWLock, shards: Sequence[int], deadline: Deadline) -> Any:
-        patch.setattr(ShardedRWLock, kind, lock)
+    def locked(self: ShardLocks, shards: Sequence[int], deadline: Deadline) -> Any:
+        patch.setattr(of, kind, lock)
         Background(happens).result()
         return lock(self, shards, deadline)
 
-    patch.setattr(ShardedRWLock, kind, locked)
+    patch.setattr(of, kind, locked)
 
 
 @pytest.mark.parametrize("shares_storage", [False, True])

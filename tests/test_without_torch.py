@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,8 @@ from concurrent_kv.flights.table import Claim, FlightState, FlightTable
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.numbers import Numbers
 from concurrent_kv.locks.sharded import ShardedRWLock
+from concurrent_kv.locks.shards import ShardLocks, new_locks
+from concurrent_kv.native import native
 from concurrent_kv.pool.room import give_budget_back, reserve_budget
 from concurrent_kv.search.state import SearchState
 
@@ -109,8 +112,18 @@ def test_no_number_is_given_twice() -> None:
     assert sorted(number for each in taken for number in each) == list(range(THREADS * 2000))
 
 
-def test_writers_exclude_everybody_and_readers_only_writers() -> None:
-    locks = ShardedRWLock(3, name="locks")
+@pytest.fixture(params=["Python", "compiled"])
+def sharded(request: pytest.FixtureRequest) -> Callable[[int], ShardLocks]:
+    """Makes locks of so many shards."""
+    if request.param == "Python":
+        return partial(ShardedRWLock, name="locks")
+    if native is None:
+        pytest.skip("the package was built without compiled locks")
+    return partial(new_locks, name="locks")
+
+
+def test_writers_exclude_everybody_and_readers_only_writers(sharded: Callable[[int], ShardLocks]) -> None:
+    locks = sharded(3)
     readers, writers = [0] * 3, [0] * 3
     counting = threading.Lock()
 
@@ -131,11 +144,11 @@ def test_writers_exclude_everybody_and_readers_only_writers() -> None:
                         inside[shard] -= 1
 
     together(work)
-    assert not locks._holders
+    assert not locks.held
 
 
-def test_readers_are_inside_together() -> None:
-    locks, inside = ShardedRWLock(1, name="locks"), threading.Barrier(THREADS)
+def test_readers_are_inside_together(sharded: Callable[[int], ShardLocks]) -> None:
+    locks, inside = sharded(1), threading.Barrier(THREADS)
 
     def work(mine: int) -> None:
         with locks.read((0,), Deadline(BOUND_SECONDS)):
@@ -144,8 +157,8 @@ def test_readers_are_inside_together() -> None:
     together(work)
 
 
-def test_a_deadline_is_kept_while_others_hold_the_lock() -> None:
-    locks = ShardedRWLock(1, name="locks")
+def test_a_deadline_is_kept_while_others_hold_the_lock(sharded: Callable[[int], ShardLocks]) -> None:
+    locks = sharded(1)
     with locks.write((0,), Deadline(BOUND_SECONDS)):
 
         def work(mine: int) -> None:
@@ -156,11 +169,11 @@ def test_a_deadline_is_kept_while_others_hold_the_lock() -> None:
                 pass
 
         together(work)
-    assert locks.contention()[0] == THREADS
+    assert locks.contention.read()[0] == THREADS
 
 
-def test_an_index_under_its_shards_loses_nothing() -> None:
-    locks, parts = ShardedRWLock(4, name="locks"), [Index[Entry]() for _ in range(4)]
+def test_an_index_under_its_shards_loses_nothing(sharded: Callable[[int], ShardLocks]) -> None:
+    locks, parts = sharded(4), [Index[Entry]() for _ in range(4)]
     scope = StubPool(1, 8).scope("scope")
     kept: list[dict[int, Entry]] = [{} for _ in range(THREADS)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -22,9 +23,11 @@ from concurrent_kv.books.stats import Counters
 from concurrent_kv.books.tables import _PythonTables, _PythonUses
 from concurrent_kv.books.turns import Turns
 from concurrent_kv.flights.table import FlightTable
+from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.gate import gate
-from concurrent_kv.locks.sharded import ShardedRWLock, _Held
+from concurrent_kv.locks.shards import ShardLocks
 from concurrent_kv.search.state import SearchState
+from tests.support import LOCKS
 
 __all__ = ["FIELDS", "UNDER_THE_MUTEX", "Watch"]
 
@@ -151,7 +154,7 @@ class Watch:
         self.seen: Counter[str] = Counter()
         self.active = False
         self.shards: dict[int, tuple[Index[Entry], int]] = {}  # by the id of a scope's part
-        self.held: defaultdict[int, list[tuple[ShardedRWLock, tuple[int, ...], bool]]] = defaultdict(list)  # by thread
+        self.held: defaultdict[int, list[tuple[tuple[int, ...], bool]]] = defaultdict(list)  # by thread
         self.mutex: Owned
         self._watch_scopes()
 
@@ -227,22 +230,9 @@ class Watch:
         self.patch.setattr(Scope, "__init__", made)
 
     def _watch_shards(self) -> None:
-        enter, leave = _Held.__enter__, _Held.__exit__
-
-        def entered(held: _Held) -> None:
-            if not gate.is_inside:
-                self.note("shards were taken outside of the gate")
-            enter(held)
-            self.held[threading.get_ident()].append((held._owner, tuple(held._shards), held._write))
-
-        def left(held: _Held, *error: Any) -> None:
-            mine = self.held[threading.get_ident()]
-            if mine:
-                mine.pop()
-            leave(held, *error)
-
-        self.patch.setattr(_Held, "__enter__", entered)
-        self.patch.setattr(_Held, "__exit__", left)
+        for kind in LOCKS:
+            self._watch_locks(kind, "read")
+            self._watch_locks(kind, "write")
         cells = Index.__dict__["cells"]
 
         def looked_at(index: Index[Entry]) -> Any:
@@ -263,6 +253,23 @@ class Watch:
             SearchState, "roots", property(lambda state: vars(state)["roots"], assign_roots), raising=False
         )
 
+    def _watch_locks(self, kind: Any, name: str) -> None:
+        lock = getattr(kind, name)
+
+        @contextmanager
+        def held(locks: ShardLocks, shards: Sequence[int], deadline: Deadline) -> Iterator[None]:
+            if not gate.is_inside:
+                self.note("shards were taken outside of the gate")
+            with lock(locks, shards, deadline):
+                mine = self.held[threading.get_ident()]
+                mine.append((tuple(shards), name == "write"))
+                try:
+                    yield
+                finally:
+                    mine.pop()
+
+        self.patch.setattr(kind, name, held)
+
     def _watch_change(self, name: str) -> None:
         original = getattr(Index, name)
 
@@ -278,7 +285,7 @@ class Watch:
             return
         self.seen["shard for writing" if write else "shard for reading"] += 1
         shard = known[1]
-        for _, shards, writes in self.held[threading.get_ident()]:
+        for shards, writes in self.held[threading.get_ident()]:
             if shard in shards and (writes or not write):
                 return
         frame = sys._getframe(1)

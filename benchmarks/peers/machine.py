@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from concurrent_kv.device.native import native
+from concurrent_kv.native import native
 
 __all__ = ["About"]
 

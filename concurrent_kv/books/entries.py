@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..device.native import native
 from ..device.streams import Ticks
+from ..native import native
 from .records import Entry, Generation, Place, Scope
 
 if TYPE_CHECKING:

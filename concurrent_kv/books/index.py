@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import attrgetter
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from ..device.native import native
+from ..native import native
 
 __all__ = ["Cells", "Index", "Indexed", "find_places", "take_away"]
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.ma
 import numpy.typing as npt
 
-from ..device.native import native
 from ..device.slot_numbers import SlotArray, Slots, as_array
 from ..device.streams import NO_TICKS, Ticks, merge
+from ..native import native
 
 __all__ = ["Reservation", "SlotAllocator", "Taken"]
 

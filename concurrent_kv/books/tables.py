@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..device.native import native
 from ..device.slot_numbers import SlotArray, Slots, as_array
+from ..native import native
 
 __all__ = ["MOST", "Tables", "Uses", "in_columns", "new_tables", "new_uses", "weights_of"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from .native import address_of, native
+from ..native import address_of, native
 
 __all__ = ["ALL_LAYERS", "HostMemory", "append_in", "host_memory"]
 

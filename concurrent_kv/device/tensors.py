@@ -19,9 +19,9 @@ from torch.autograd.graph import increment_version
 
 from ..errors import ClosedError
 from ..locks.gate import gate
+from ..native import address_of, native
 from .layout import KVLayout
 from .moving import upload
-from .native import address_of, native
 from .positions import Correction, PositionSteps, PositionTable
 from .slot_numbers import Slots, as_array
 from .streams import NO_TICKS, Ticks

@@ -1,16 +1,13 @@
 """`ShardedRWLock`: fair reader-writer locks, one per shard, taken in ascending order under one deadline.
 
-Lock order of the package, in one place: shards in ascending number, then the ledger's mutex, then the stream clock's
-own lock. Nothing is locked inside the mutex but the clock, and no torch call and no user code runs inside any of them
-(a key's `__hash__` and `__eq__` excepted, which run under its shard). The lists of free buffers and the contention
-counters have locks of their own, under which nothing else is locked.
+Over `readerwriterlock`; for where the package was built without `shards.py`'s compiled locks, or a scheduler makes the
+locks.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,13 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from readerwriterlock import rwlock
 
-from ..errors import WaitTimeoutError
+from .contention import Contention
 from .deadline import Deadline
 from .gate import gate
 
 __all__ = ["ShardedRWLock"]
-
-LOOK_SECONDS = 0.05  # a thread that waits for a shard looks so often whether its lock was left stuck
 
 
 class _Held:
@@ -113,12 +108,9 @@ class ShardedRWLock:
 
     def __init__(self, count: int, *, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
         self.count = count
-        self.name = name
+        self.contention = Contention(name, lock_factory)
         self._lock_factory = lock_factory
         self._locks = [rwlock.RWLockFair(lock_factory=lock_factory) for _ in range(count)]
-        self._counter_lock = lock_factory()
-        self._wait_count = 0
-        self._wait_seconds = 0.0
         self._holders: dict[int, list[Any]] = {}  # the handles of every `_Held`, by its id
         self._lost: deque[Sequence[int]] = deque()  # shards of those that died without having left
         self._replacing = lock_factory()
@@ -136,17 +128,10 @@ class ShardedRWLock:
         """Hold `shards` for writing; otherwise as `read`."""
         return _Held(self, shards, deadline, write=True)
 
-    def contention(self) -> tuple[int, float]:
-        """How often a shard had to be waited for, and for how many seconds in all."""
-        if gate.is_inside:
-            return self._wait_count, self._wait_seconds
-        with gate.lock, self._counter_lock:
-            return self._wait_count, self._wait_seconds
-
-    def reset_contention(self) -> None:
-        """Start both counters from zero."""
-        with gate.lock, self._counter_lock:
-            self._wait_count, self._wait_seconds = 0, 0.0
+    @property
+    def held(self) -> int:
+        """How many threads hold shards, or wait for some, just now."""
+        return len(self._holders)
 
     def _acquire(
         self, shards: Sequence[int], write: bool, deadline: Deadline, held: list[Any], at_most: float | None = None
@@ -180,21 +165,12 @@ class ShardedRWLock:
     def _wait(self, shard: int, write: bool, deadline: Deadline, held: list[Any]) -> None:
         """Acquire a shard that was not free at once."""
         self._look_for_cut(sys.exc_info()[1])
-        started = time.monotonic()
-        self._look_for_lost()
-        while not (acquired := self._acquire((shard,), write, deadline, held, min(deadline.left(), LOOK_SECONDS))):
-            if not deadline.left():
-                break
+
+        def is_free(seconds: float) -> bool:
             self._look_for_lost()
-        waited = time.monotonic() - started
-        with gate.lock, self._counter_lock:
-            self._wait_count += 1
-            self._wait_seconds += waited
-        if not acquired:
-            raise WaitTimeoutError(
-                f"{self.name}: shard {shard} was not free for {'writing' if write else 'reading'} "
-                f"within {deadline.seconds:g} s"
-            )
+            return self._acquire((shard,), write, deadline, held, seconds)
+
+        self.contention.wait_until(is_free, shard, write, deadline)
 
     # After asynchronous exceptions ---------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from ..device.native import address_of, native
 from ..device.tensor_checks import check_tensor
 from ..errors import InvalidArgumentError, shown
+from ..native import address_of, native
 
 __all__ = ["State", "hash_state", "hash_states"]
 

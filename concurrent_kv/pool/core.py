@@ -307,7 +307,7 @@ class PoolCore(PoolState, Handle):
         Inside a critical section of the calling thread (in a finaliser, say) the numbers may be of different moments.
         """
         self.storage.check_process()
-        contention = self.storage.locks.contention()
+        contention = self.storage.locks.contention.read()
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:
             return self.stats_now(contention)
@@ -338,7 +338,7 @@ class PoolCore(PoolState, Handle):
         with gate.lock, self.storage.ledger.mutex:
             self.account.counters = type(self.counters)()
         if self.owns_storage:
-            self.storage.locks.reset_contention()
+            self.storage.locks.contention.reset()
 
     def allocation(self) -> Allocation:
         """What was allocated when it was made: what `allocation_for()` says for its arguments. Never blocks."""

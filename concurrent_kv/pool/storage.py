@@ -23,7 +23,7 @@ from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
 from ..flights.table import FlightTable
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..locks.sharded import ShardedRWLock
+from ..locks.shards import ShardLocks, new_locks
 from ..locks.signal import Signal
 from ..model.overflow import Drop, Overflow, RaiseOnOverflow, check_overflow
 from ..never_copied import NeverCopied
@@ -71,7 +71,7 @@ class KVStorage(NeverCopied):
         name: str = "storage",
         lock_factory: Callable[[], Any] = threading.Lock,
         event_factory: Callable[[], Any] = Signal,
-        locks: ShardedRWLock | None = None,
+        locks: ShardLocks | None = None,
         tensor: SlotTensor | None = None,
         backend: StreamBackend | None = None,
     ) -> None:
@@ -80,7 +80,7 @@ class KVStorage(NeverCopied):
         self.name = name
         self.headroom_slots = headroom_slots
         self.wait_timeout = check_seconds("wait_timeout", wait_timeout)
-        self.locks = locks or ShardedRWLock(positive_int("shards", shards), name=name, lock_factory=lock_factory)
+        self.locks = locks or new_locks(positive_int("shards", shards), name=name, lock_factory=lock_factory)
         self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
         self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
         stream = self.clock.current()  # before anything is allocated, which a capture would take into its graph

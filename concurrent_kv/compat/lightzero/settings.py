@@ -9,11 +9,11 @@ import torch
 
 from ..._checks import check_env_ids
 from ...device.layout import KVLayout
-from ...device.native import native
 from ...device.positions import PositionSteps
 from ...errors import InvalidArgumentError, InvalidTypeError
 from ...manager import KVCacheManager
 from ...model.overflow import DropAndCorrect, DropLazily, DropOldest
+from ...native import native
 
 __all__ = [
     "Answer",

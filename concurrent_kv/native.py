@@ -16,7 +16,7 @@ def _load() -> Any:
     if os.environ.get("CONCURRENT_KV_NATIVE") == "0":
         return None
     try:
-        from .. import _native
+        from . import _native
     except ImportError:
         return None
     return _native
