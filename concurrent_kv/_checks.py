@@ -15,6 +15,7 @@ from weakref import WeakSet
 import numpy as np
 
 from .errors import InvalidArgumentError, InvalidTypeError, shown
+from .native import native
 
 __all__ = [
     "check_env_ids",
@@ -129,7 +130,7 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
         raise InvalidTypeError(f"keys must be a sequence of keys, got {type(keys).__name__}") from error
     if len(keys) < minimum:
         raise InvalidArgumentError("keys must name at least one key, got none")
-    if not PLAIN.issuperset(map(type, keys)):
+    if not (PLAIN.issuperset(map(type, keys)) if native is None else native.are_plain(keys)):
         hash_all(keys, "keys")
     return keys
 

@@ -17,6 +17,7 @@
 #include "csrc/copies.h"
 #include "csrc/entries.h"
 #include "csrc/hashes.h"
+#include "csrc/keys.h"
 #include "csrc/locks.h"
 #include "csrc/tables.h"
 
@@ -44,7 +45,7 @@ static PyMethodDef functions[] = {
     FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
     FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
-    FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),
+    FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),      FUNCTION(are_plain),
     {NULL, NULL, 0, NULL},
 };
 

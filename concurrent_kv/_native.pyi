@@ -55,6 +55,9 @@ class Uses:
     def counted(self) -> tuple[bytearray, bytearray]: ...
     def keep(self, rows: list[int], /) -> None: ...
 
+# Whether nothing has to be asked of any of some keys: they are text, bytes, numbers, None, or tuples of such.
+def are_plain(keys: list[Hashable], /) -> bool: ...
+
 # `ShardLocks` of `locks/shards.py`. The `wait_until` of `contention` is called where a shard has to be waited for.
 # Shards are in ascending order, or a ValueError is raised.
 class ShardLocks:

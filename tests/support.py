@@ -38,6 +38,7 @@ UNITS = 128  # numbers of one token, at most
 TOKENS = 16  # token indices, at most
 # The modules that choose between compiled loops and others at each call.
 NATIVE_USERS = (
+    "_checks",
     "books.entries",
     "books.index",
     "books.slots",

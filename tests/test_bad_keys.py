@@ -13,6 +13,8 @@ import torch
 from concurrent_kv import InvalidTypeError, KVCacheManager, KVPool
 from tests.support import Incomparable, stacked, tokens
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 TWO = stacked(tokens(1, 2), tokens(2, 2))
 
 

@@ -13,8 +13,8 @@ ROOT = Path(concurrent_kv.__file__).parent
 LAYERS = (
     "errors",
     "never_copied",
-    "_checks",
     "native",
+    "_checks",
     "locks",
     "device",
     "model",
@@ -27,7 +27,7 @@ LAYERS = (
     "compat",
 )
 FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere
-FREE_OF_TORCH = ("errors", "never_copied", "_checks", "native", "locks", "books")
+FREE_OF_TORCH = ("errors", "never_copied", "native", "_checks", "locks", "books")
 
 
 def modules() -> dict[str, Path]:

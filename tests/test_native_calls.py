@@ -85,6 +85,7 @@ class Arguments:
             "hash_rows": [self.states, 3],
             "hash_memory": [self.states.ctypes.data, 3, 4],
             "advise_huge_pages": [slots, 8],
+            "are_plain": [["a", 1, ("b", None)]],
         }
 
     def call(self, name: str, changes: dict[int, object] | None = None) -> Any:
@@ -249,6 +250,7 @@ CASES: dict[str, list[Case]] = {
         ({2: [None, "two"]}, TypeError),
         ({2: [made("one")]}, ValueError),
     ],
+    "are_plain": [({0: ("a", "b")}, TypeError), ({0: None}, TypeError)],
     "append": [
         ({0: [1] * 9}, TypeError),
         ({0: (1,) * 8}, TypeError),

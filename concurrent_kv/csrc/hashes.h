@@ -1,4 +1,4 @@
-/* `hash_rows` and `hash_memory`: keys of states. Their counterpart is in `keys.py`. */
+/* `hash_rows` and `hash_memory`: keys of states. Their counterpart is in `model/hashing.py`. */
 
 #ifndef CONCURRENT_KV_HASHES_H
 #define CONCURRENT_KV_HASHES_H

@@ -11,11 +11,6 @@
 
 #include "arguments.h"
 
-#ifndef Py_BEGIN_CRITICAL_SECTION /* without it, the GIL keeps the threads apart */
-#define Py_BEGIN_CRITICAL_SECTION(object) {
-#define Py_END_CRITICAL_SECTION() }
-#endif
-
 typedef struct HeldStruct Held;
 
 typedef struct {

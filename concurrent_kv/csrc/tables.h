@@ -7,11 +7,6 @@
 
 #include "arguments.h"
 
-#ifndef Py_BEGIN_CRITICAL_SECTION /* without it, the GIL keeps the threads apart */
-#define Py_BEGIN_CRITICAL_SECTION(object) {
-#define Py_END_CRITICAL_SECTION() }
-#endif
-
 #define LONGEST_PAGE 64 /* slots of the only page of a short window */
 #define PAGE 32
 #define MOST 2 /* rows of one page that count: one, or more */

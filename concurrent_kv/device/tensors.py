@@ -142,6 +142,7 @@ class SlotTensor:
         self._batch_shape = (shape[0], layout.num_heads, layout.head_dim)  # of a batch, without its rows and columns
         self._large_slots = -(-LARGE_BYTES // layout.bytes_per_token)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
+        # By batch and columns. Each list is popped from and appended to without the lock, which is for the dict.
         self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
         self._buffers_lock = threading.Lock()
 
@@ -372,10 +373,12 @@ class SlotTensor:
 
     def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
-        with gate.lock, self._buffers_lock:
-            free = self._buffers.get((batch, columns))
+        free = self._buffers.get((batch, columns))
+        try:
             if free:
                 return free.pop()
+        except IndexError:
+            free = None  # another thread took the last
         return self.new_buffer(batch, columns), NO_TICKS
 
     def new_buffer(self, batch: int, columns: int) -> Tensor:
@@ -392,18 +395,26 @@ class SlotTensor:
         # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
         sizes, returned = buffer.shape, (buffer.detach(), ticks)
         shape = (sizes[1], sizes[3])
+        free = self._buffers.get(shape)
+        if free is None:
+            free = self._free_of(shape)
+        if len(free) < keep:
+            free.append(returned)
+        if self.freed:  # perhaps just now
+            free.clear()
+
+    def _free_of(self, shape: tuple[int, int]) -> list[tuple[Tensor, Ticks]]:
+        """The free buffers of a shape, which is remembered from now on."""
         with gate.lock, self._buffers_lock:
-            free = self._buffers.get(shape)
-            if free is None:
-                if len(self._buffers) >= MAX_BUFFER_SHAPES:
-                    self._buffers.pop(next(iter(self._buffers)))
-                free = self._buffers[shape] = []
-            if len(free) < keep and not self.freed:
-                free.append(returned)
+            if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
+                del self._buffers[next(iter(self._buffers))]
+            return self._buffers.setdefault(shape, [])
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
         self.freed = True
         self.__dict__.pop("data", None)
         with gate.lock, self._buffers_lock:
-            self._buffers.clear()
+            known, self._buffers = self._buffers, {}
+        for free in known.values():
+            free.clear()
