@@ -123,6 +123,7 @@ def walk() -> dict[str, set[str]]:
         "compute": lambda: tokens(3, 2),
         "error": ValueError("failed"),
         "row": 0,
+        "ended": False,
         "rows": [0],
         "layer": 0,
         "index": 0,

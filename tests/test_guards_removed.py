@@ -131,7 +131,12 @@ def child_whose_batch_is_closed_while_it_is_committed() -> list[float]:
 
 def without_using_the_hold_of_a_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ledger, "use", lambda self, hold: not hold.released)
-    patch.setattr(Ledger, "stop_using", lambda self, hold, release=False: release and self.release(hold))
+
+    def end_what_is_released(self: Ledger, hold: Hold, *, release: bool) -> list[Entry]:
+        hold.released = hold.released or release
+        return self.end(hold) if hold.released else []
+
+    patch.setattr(Ledger, "end_use", end_what_is_released)
 
 
 def test_a_commit_that_did_not_use_its_batch_would_share_slots_of_somebody_else() -> None:

@@ -267,10 +267,12 @@ def test_everything_that_is_watched_is_come_by(loops: str) -> None:
 
 
 def test_a_section_without_its_lock_is_seen(watch: Watch) -> None:
-    def use(ledger: Ledger, hold: Hold) -> bool:
-        hold.users += 1
-        return True
+    release = Ledger.release
 
-    watch.patch.setattr(Ledger, "use", use)
-    run(failing_calls.commit, watch)
-    assert set(watch.found) == {"test_kept_under_locks.py:use: Hold.users without the mutex"}
+    def released(ledger: Ledger, hold: Hold) -> bool:
+        hold.released = hold.released
+        return release(ledger, hold)
+
+    watch.patch.setattr(Ledger, "release", released)
+    run(failing_calls.read, watch)
+    assert set(watch.found) == {"test_kept_under_locks.py:released: Hold.released without the mutex"}

@@ -9,10 +9,10 @@ import pytest
 
 from concurrent_kv import KVPool
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.records import Entry
+from concurrent_kv.books.records import Entry, Hold
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.gate import gate
-from tests.support import HANG_SECONDS, tokens
+from tests.support import HANG_SECONDS, append, tokens
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -63,19 +63,6 @@ def test_what_fails_is_there_again_for_the_next(pool: KVPool) -> None:
         assert len(outcomes) == left
 
 
-def test_a_use_of_a_batch_ends_once_though_two_threads_end_it(pool: KVPool) -> None:
-    pool.put("key", tokens(1, 2))
-    ledger = pool.storage.ledger
-    with pool.gather(["key"]) as batch:
-        assert ledger.use(batch.hold)
-        job = partial(ledger.again, [partial(ledger.end_use, batch.hold)])
-        job(NOW)
-        job(NOW)
-        assert batch.hold.users == 0
-    assert not ledger.holds
-    pool.check_integrity()
-
-
 def test_a_hold_that_cannot_be_released_is_left_once_however_often_it_is_tried(
     pool: KVPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,25 +87,25 @@ def test_a_hold_that_cannot_be_released_is_left_once_however_often_it_is_tried(
     pool.check_integrity()
 
 
-def test_a_use_that_cannot_end_for_want_of_memory_ends_with_the_next(
+def test_a_commit_whose_batch_cannot_end_for_want_of_memory_leaves_that_to_the_next(
     pool: KVPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool.put("key", tokens(1, 2))
-    ledger, batch = pool.storage.ledger, pool.gather(["key"])
-    assert ledger.use(batch.hold)
-    batch.close()
+    batch = pool.gather(["key"])
+    append(batch, [2])
     failures = [MemoryError()]
-    let_go = Ledger.let_go
+    end = Ledger.end
 
-    def fails_once(self: Ledger, entries: list[Entry]) -> list[Entry]:
+    def fails_once(self: Ledger, hold: Hold) -> list[Entry]:
         if failures:
             raise failures.pop()
-        return let_go(self, entries)
+        return end(self, hold)
 
-    monkeypatch.setattr(Ledger, "let_go", fails_once)
-    ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, batch.hold)]))
-    for users in (1, 0):
-        pool.storage.drain_abandoned(NOW)
-        assert batch.hold.users == users
-    assert not ledger.holds
+    monkeypatch.setattr(Ledger, "end", fails_once)
+    assert pool.commit(["child"], batch)
+    assert batch.closed
+    assert batch.hold.users == 0
+    assert pool.storage.ledger.holds
+    assert pool.get("child") is not None
+    assert not pool.storage.ledger.holds
     pool.check_integrity()

@@ -169,15 +169,24 @@ def test_a_search_whose_pool_closes_while_it_opens_is_never_one_of_the_pools(
     assert (pool.stats().reserved_entries, pool.stats().reserved_slots) == (0, 0)
 
 
-def test_the_last_to_use_what_is_released_wakes_who_waits_for_room(pool: KVPool) -> None:
-    ledger = pool.storage.ledger
-    hold = Hold("batch", [])
-    with gate.lock, ledger.mutex:
-        ledger.extend(hold, [])
-        waiter = ledger.waiter()
-    assert ledger.use(hold)
-    assert ledger.stop_using(hold, release=True)
-    assert waiter.wait(0.0)
+def test_a_commit_that_stores_nothing_wakes_who_waits_for_what_its_batch_kept(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.put("key", tokens(1, 2))
+    batch = pool.gather(["key"])
+    append(batch, [2])
+    pool.clear()
+    waiters: list[Any] = []
+
+    def begin_to_wait_then(*arguments: Any) -> None:
+        room.cancel(*arguments)
+        with gate.lock, pool.storage.ledger.mutex:
+            waiters.append(pool.storage.ledger.waiter())
+
+    monkeypatch.setattr("concurrent_kv.pool.writing.cancel", begin_to_wait_then)
+    assert not pool.commit(["child"], batch)
+    assert waiters[0].wait(0.0)
+    assert batch.closed
 
 
 def test_no_caller_computes_for_a_pool_whose_flights_are_closed(pool: KVPool) -> None:
@@ -235,7 +244,7 @@ def test_ctrl_c_at_the_end_of_a_commit_is_heard_and_the_batch_lets_go_later(
     batch = pool.gather(["key"])
     append(batch, [2])
     with monkeypatch.context() as patch:
-        cut_once(patch, Ledger, "take_waiters", of="stop_using")
+        cut_once(patch, Ledger, "end", of="end_use")
         with pytest.raises(Cut):
             pool.commit(["child"], batch)
     assert pool.get("child") is not None

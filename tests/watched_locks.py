@@ -35,7 +35,7 @@ __all__ = ["FIELDS", "UNDER_THE_MUTEX", "Watch"]
 UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
     Ledger: (
         *("make", "let_go", "shares_tail", "park_shared", "unpark", "unpark_shared", "forget_parked", "reset_parked"),
-        *("is_last_sharer", "extend", "drop_from", "end", "waiter", "forget_waiter", "take_waiters"),
+        *("is_last_sharer", "extend", "drop_from", "end", "use", "end_use", "waiter", "forget_waiter", "take_waiters"),
     ),
     SlotAllocator: (
         *("allocate", "release", "give_back", "reserve", "extend", "charge", "discharge", "cancel"),

@@ -305,42 +305,28 @@ class Ledger:
         return first
 
     def use(self, hold: Hold) -> bool:
-        """Keep what a hold holds until `stop_using`, also if another thread releases it; False if it is released."""
-        with gate.lock, self.mutex:
-            if hold.released:
-                return False
-            hold.users += 1
-            return True
+        """Keep what a hold holds until `end_use`, whoever releases it; False if it is released. Mutex held."""
+        if hold.released:
+            return False
+        hold.users += 1
+        return True
 
-    def stop_using(self, hold: Hold, *, release: bool = False) -> bool:
-        """The other end of `use`; or of the hold itself, with `release`. False if that was released before."""
-        dead: list[Entry] = []
-        waiters: list[Any] = []
-        with gate.lock, self.mutex:
-            first = not hold.released
-            hold.users -= 1
-            hold.released = hold.released or release
-            if hold.released:
-                try:
-                    dead = self.end(hold)
-                    waiters = self.take_waiters()
-                except BaseException as error:
-                    self.abandoned.append(partial(self.release_abandoned, hold))
-                    if not isinstance(error, Exception):
-                        raise
-        if waiters:
-            wake(waiters)
-        del dead
-        return first
+    def end_use(self, hold: Hold, *, release: bool) -> list[Entry]:
+        """The other end of `use`, and of the hold itself with `release`; returns the dead. Mutex held.
 
-    def end_use(self, hold: Hold) -> list[Entry]:
-        """As `stop_using`, all of it or nothing where it raises; returns the dead. Mutex held."""
+        What cannot be let go of, for want of memory or of frames, is let go of by the next operation.
+        """
         hold.users -= 1
+        hold.released = hold.released or release
+        if not hold.released:
+            return []
         try:
-            return self.end(hold) if hold.released else []
-        except Exception:
-            hold.users += 1
-            raise
+            return self.end(hold)
+        except BaseException as error:
+            self.abandoned.append(partial(self.release_abandoned, hold))
+            if not isinstance(error, Exception):
+                raise
+            return []
 
     def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
         """As `release`, in the form that `abandoned` takes; waits for no shard. Raises where it cannot be done."""

@@ -423,8 +423,8 @@ class Batch(Handle):
             gathered if len(rows) == len(gathered) and type(rows) is range else [gathered[row] for row in rows]
         )
 
-    def end_commit(self, rows: Sequence[int]) -> None:
-        """Note commits, and stop using the hold; the batch closes when no row is left."""
+    def end_commit(self, rows: Sequence[int], ended: bool) -> None:
+        """Note commits; `ended`: they ended the batch, whose buffer goes back then."""
         self._storage.check_process()
         committed = self._committed
         if len(rows) == len(committed):
@@ -432,8 +432,7 @@ class Batch(Handle):
         else:
             for row in rows:
                 committed[row] = True
-        over = False not in self._committed
-        if self._storage.ledger.stop_using(self.hold, release=over) and over:
+        if ended:
             self._give_buffer_back()
 
     # Streams -------------------------------------------------------------------------------------------------------

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from .._checks import check_keys, check_priorities, check_sides, last_of_each, positive_int, sequence_of
 from ..books.entries import describe
+from ..books.ledger import Ledger, wake
 from ..books.records import Entry, Generation, Hold, Scope
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensor_checks import check_tensor
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..locks.deadline import Deadline
+from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
 from ..model.overflow import Overflow
 from .batch import Batch
-from .plan import plan_commit, plan_put
+from .plan import WritePlan, plan_commit, plan_put
 from .reading import gather_entries
 from .storage import KVStorage, PoolState
 from .writing import write
@@ -154,34 +156,37 @@ def commit_batch(
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
     items, ranks = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
     ledger = pool.storage.ledger
-    # The search that owns the batch may be closed by another thread at any point.
-    if not ledger.use(batch.hold):
-        raise batch.why_closed()
+    new = batch.check_committable(committed, lengths)
+    last, going = last_of_each(keys), committed
+    if len(last) < len(keys):
+        keys, going = [keys[i] for i in last], [committed[i] for i in last]
+        items, ranks = [items[i] for i in last], [ranks[i] for i in last]
+        new = new if isinstance(new, int) else tuple([new[i] for i in last])
+    plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
+    plan.ends_batch = rows is None or len(batch.pending_rows()) == len(committed)
     try:
-        new = batch.check_committable(committed, lengths)
-        last, going = last_of_each(keys), committed
-        if len(last) < len(keys):
-            keys, going = [keys[i] for i in last], [committed[i] for i in last]
-            items, ranks = [items[i] for i in last], [ranks[i] for i in last]
-            new = new if isinstance(new, int) else tuple([new[i] for i in last])
-        plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
-        plan.since = batch.opened
         if pool.storage.clock.backend is not None:
             batch.use_here()
         stored = write(pool, scope, batch.generation, plan, deadline)
+        if plan.uses_batch:  # nothing was published, or there were no frames
+            _leave_batch(ledger, plan, ends=plan.ends_batch)
     except BaseException:
-        try:
-            ledger.stop_using(batch.hold)
-        except Exception:  # no memory, no frames
-            ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, batch.hold)]))
+        if plan.uses_batch:
+            try:
+                _leave_batch(ledger, plan, ends=False)
+            except Exception:  # no memory, no frames
+                ledger.abandoned.append(partial(ledger.again, [partial(plan.leave_batch, ledger, ends=False)]))
         raise
-    try:
-        batch.end_commit(committed)
-    except Exception:
-        if batch.hold.users:  # one thread uses a batch at a time
-            ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, batch.hold)]))
-        raise
+    batch.end_commit(committed, plan.ended_batch)
     return stored
+
+
+def _leave_batch(ledger: Ledger, plan: WritePlan, *, ends: bool) -> None:
+    with gate.lock, ledger.mutex:
+        dead = plan.leave_batch(ledger, ends=ends)
+        waiters = ledger.take_waiters()
+    wake(waiters)
+    del dead
 
 
 def _check_rows(batch: Batch, rows: Sequence[int]) -> Sequence[int]:

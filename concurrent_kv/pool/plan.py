@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -39,6 +40,10 @@ class WritePlan:
             after them.
         foreign_slots: shared slots that come from another pool, and count in this one's quota from now on.
         since: when the operation came, if before its deadline began: a commit came with its gather.
+        batch: what it commits rows of; its entries are kept until the new ones are published.
+        ends_batch: whether no row of it is left after that.
+        uses_batch: whether they are kept just now. Under the mutex.
+        ended_batch: whether it ended the batch, and no other thread before it. Under the mutex.
         hashes: of the keys, each asked for once: where an entry is looked up, and found again when it goes.
     """
 
@@ -48,6 +53,10 @@ class WritePlan:
     shared_writes: Ticks = NO_TICKS
     foreign_slots = 0
     since: float | None = None
+    batch: Batch | None = None
+    ends_batch = False
+    uses_batch = False
+    ended_batch = False
 
     def __init__(
         self,
@@ -68,6 +77,20 @@ class WritePlan:
         self.num_slots = len(shape.rows)
         self.parents = parents
         self.source = source
+
+    def leave_batch(self, ledger: Ledger, *, ends: bool) -> list[Entry]:
+        """Let go of what `reserve` kept, and of the batch where `ends`; returns the dead. Mutex held."""
+        if self.batch is None or not self.uses_batch:
+            return []
+        # First: what is cut off after this is lost until repair, and not let go of twice.
+        self.uses_batch = False
+        hold = self.batch.hold
+        self.ended_batch = ends and not hold.released
+        try:
+            return ledger.end_use(hold, release=ends)
+        except Exception:  # no frames for the call
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, hold, release=ends)]))
+            return []
 
     def slots_together(self, tables: Tables, limit: int) -> int:
         """Slots that it needs and shares, if they may be more than `limit`; or a number that is not."""
@@ -160,6 +183,7 @@ def plan_commit(
         shared = [correction if kept else None for correction, kept in zip(inherited, shape.kept, strict=True)]
         corrections = overflow.corrections(shared, shape.over, shape.moved)
     plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
+    plan.batch, plan.since = batch, batch.opened
     difference = overflow.difference_of(shape.corrected) if shape.corrected else None
     if difference is not None:
         plan.difference, plan.runs = difference

@@ -55,7 +55,10 @@ class Ticket:
 def reserve(
     pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> Ticket:
-    """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing."""
+    """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing.
+
+    From here on the plan uses its batch.
+    """
     budget = scope.budget
     if budget is not None:
         entries, slots, ledger = len(plan.keys), plan.num_slots, pool.storage.ledger
@@ -64,12 +67,21 @@ def reserve(
             # In the same hold as the taking: what a closed search took would never come back.
             if budget.ended is not None:
                 raise SearchEndedError(budget.ended)
+            if plan.batch is not None:
+                if not ledger.use(plan.batch.hold):
+                    raise plan.batch.why_closed()
+                plan.uses_batch = True
             if budget.entries + entries <= budget.max_entries and slots <= budget.reservation.left:
                 taken = ledger.slots.allocate(slots, budget.reservation)
                 if taken is not None:
                     budget.entries += entries
                     return Ticket(entries, slots, *taken)
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
+    if plan.batch is not None:
+        with gate.lock, pool.storage.ledger.mutex:
+            if not pool.storage.ledger.use(plan.batch.hold):
+                raise plan.batch.why_closed()
+            plan.uses_batch = True
     quota = pool.quota
     quota.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, quota.max_slots))
     return _take(pool, plan, _freed_by(pool, scope, plan, located, deadline), deadline)

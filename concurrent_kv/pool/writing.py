@@ -151,6 +151,12 @@ def _publish(
                         charge()
                     except Exception:  # no memory, no frames
                         ledger.abandoned.append(partial(ledger.again, [charge]))
+                if ticket.spent and plan.uses_batch:
+                    leave = partial(plan.leave_batch, ledger, ends=plan.ends_batch)
+                    try:
+                        dead += leave()
+                    except Exception:  # no memory, no frames; nothing happens the second time
+                        ledger.abandoned.append(partial(ledger.again, [leave]))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters() if ledger.waiters else []
         finally:
