@@ -27,6 +27,39 @@ def test_it_wakes_who_waits_for_room(pool: KVPool) -> None:
     assert waiter.wait(0.0)
 
 
+def test_who_waits_is_woken_by_the_next_where_who_did_it_had_no_memory_for_that(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, done = pool.storage.ledger, list[str]()
+    with gate.lock, ledger.mutex:
+        waiter = ledger.waiter()
+    ledger.abandoned.append(partial(ledger.again, [partial(done.append, "done")]))
+
+    def fails(self: Ledger) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "take_waiters", fails)
+        assert not pool.storage.drain_abandoned(NOW)
+    assert pool.storage.drain_abandoned(NOW)
+    assert done == ["done"]
+    assert waiter.wait(0.0)
+
+
+def test_what_the_interpreter_had_no_memory_to_call_is_left_to_the_next(pool: KVPool) -> None:
+    outcomes: list[Exception | None] = [SystemError("returned NULL without setting an exception"), None]
+
+    def release(deadline: Deadline) -> None:
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+    pool.storage.ledger.abandoned.append(release)
+    assert not pool.storage.drain_abandoned(NOW)
+    assert pool.storage.drain_abandoned(NOW)
+    assert outcomes == []
+
+
 def test_threads_that_come_to_it_at_the_same_time_do_it_once(pool: KVPool) -> None:
     done: list[str] = []
     job = partial(pool.storage.ledger.again, [partial(done.append, "done")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -200,6 +201,81 @@ def test_a_compiled_hold_that_dies_without_having_left_lets_go() -> None:
     hold.__enter__()
     assert is_refused(locks, "read")
     del hold
+    check_free(locks)
+
+
+@compiled
+def test_a_compiled_hold_that_a_circle_keeps_lets_go_when_that_is_collected() -> None:
+    class Naming(Deadline):
+        hold: Any
+
+    locks, deadline = native.ShardLocks(1, contention.Contention("pool")), Naming(0.0)
+    deadline.hold = locks.write((0,), deadline)
+    deadline.hold.__enter__()
+    del deadline
+    gc.collect()
+    check_free(locks)
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_hold_is_entered_once_and_left_once(locks: ShardLocks, kind: str) -> None:
+    hold = getattr(locks, kind)((0, 1), AT_ONCE())
+    hold.__exit__(None, None, None)
+    assert locks.held == 0
+    with hold:
+        with pytest.raises(RuntimeError, match="held already"):
+            hold.__enter__()
+        assert is_refused(locks, "write", (1,))
+    hold.__exit__(None, None, None)
+    check_free(locks)
+
+
+def test_a_hold_that_waits_in_another_thread_is_neither_entered_nor_left(locks: ShardLocks) -> None:
+    hold, noted = locks.write((0, 1), LONG()), list[str]()
+
+    def wait() -> None:
+        with hold:
+            noted.append("inside")
+
+    with held(locks, "write", (1,)):
+        waiting = Background(wait)
+        until(lambda: is_refused(locks, "read", (0,)))
+        with pytest.raises(RuntimeError, match="held already"):
+            hold.__enter__()
+        with pytest.raises(RuntimeError, match="still waited for"):
+            hold.__exit__(None, None, None)
+        assert noted == []
+    waiting.result()
+    assert noted == ["inside"]
+    check_free(locks)
+
+
+@compiled
+def test_a_compiled_hold_that_does_not_wait_says_so_at_once() -> None:
+    locks = native.ShardLocks(1, contention.Contention("pool"))
+    with held(locks, "write"):
+        hold = locks.write((0,), AT_ONCE())
+        with pytest.raises(WaitTimeoutError):
+            hold.__enter__()
+        assert hold.wait(10 * JOIN_SECONDS)
+
+
+@compiled
+def test_a_shard_that_is_handed_over_just_before_its_wait_begins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a finaliser that the collector runs there, say."""
+    asked: list[object] = []
+
+    class Handing(contention.Contention):
+        @property
+        def wait_until(self) -> Any:  # type: ignore[override]
+            holder.__exit__(None, None, None)
+            return lambda is_free, shard, write, deadline: asked.append(shard)
+
+    locks = native.ShardLocks(2, Handing("pool"))
+    holder = locks.write((1,), AT_ONCE())
+    holder.__enter__()
+    with locks.read((0, 1), AT_ONCE()):
+        assert asked == [1]
     check_free(locks)
 
 

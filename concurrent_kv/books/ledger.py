@@ -126,22 +126,22 @@ class Ledger:
         named = {slot for row in rows for slot in np.frombuffer(self.tables.slots_of(row), dtype=np.int64).tolist()}
         return [slot for slot in self._shared if slot in named]
 
-    def again(self, once: list[Callable[[], object]], deadline: Deadline) -> None:
+    def again(self, once: list[Callable[[], object] | None], deadline: Deadline) -> None:
         """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes.
 
         Takes the work off `once`, as two threads may come to it at the same time. Where it raises, it is there again.
         """
         with gate.lock, self.mutex:
-            if not once:
-                return
-            work = once[0]
-            # First: what is cut off after this is lost until repair, and not done twice.
-            del once[:]
-            try:
-                dead = work()
-            except Exception:
-                once += (work,)
-                raise
+            work, dead = once[0], None
+            if work is not None:
+                # First: what is cut off after this is lost until repair, and not done twice.
+                once[0] = None
+                try:
+                    dead = work()
+                except Exception:
+                    once[0] = work  # in its place: this needs no memory
+                    raise
+            # Also where it was done before: who did it may have failed before it woke anyone.
             waiters = self.take_waiters()
         wake(waiters)
         del dead

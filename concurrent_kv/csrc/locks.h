@@ -31,13 +31,16 @@ struct HeldStruct {
     PyObject_HEAD
     ShardLocks *locks;
     PyObject *deadline;
-    int write, inside;
+    int write;
+    int inside;  /* OUTSIDE, ENTERING or INSIDE */
     int waiting; /* in the queue of the shard after those taken */
     Py_ssize_t wanted, taken;
     Py_ssize_t one, *shards; /* `shards` is `&one` where it is one */
     Held *before, *after;
     PyThread_type_lock bell; /* locked, until the shard that is waited for is handed over */
 };
+
+enum { OUTSIDE, ENTERING, INSIDE };
 
 static PyTypeObject *shard_locks_type, *held_type;
 
@@ -115,7 +118,7 @@ static void leave(Held *held)
         hand_over(shard);
     }
     if (held->inside) {
-        held->inside = 0;
+        held->inside = OUTSIDE;
         held->locks->held--;
     }
 }
@@ -128,13 +131,13 @@ static void leave_locked(Held *held)
 }
 
 /* Wait, in Python, for the next shard. */
-static int wait_for_next(Held *held)
+static int wait_for_next(Held *held, Py_ssize_t shard)
 {
     PyObject *is_free = PyObject_GetAttrString((PyObject *)held, "wait");
     PyObject *result = NULL;
     if (is_free != NULL)
-        result = PyObject_CallMethod(held->locks->contention, "wait_until", "OnOO", is_free,
-                                     held->shards[held->taken], held->write ? Py_True : Py_False, held->deadline);
+        result = PyObject_CallMethod(held->locks->contention, "wait_until", "OnOO", is_free, shard,
+                                     held->write ? Py_True : Py_False, held->deadline);
     Py_XDECREF(is_free);
     if (result == NULL)
         return 0;
@@ -150,26 +153,40 @@ static int wait_for_next(Held *held)
 
 static PyObject *held_enter(Held *held, PyObject *unused)
 {
-    if (held->inside) {
+    int was;
+    Py_BEGIN_CRITICAL_SECTION(held->locks);
+    was = held->inside;
+    if (was == OUTSIDE) {
+        held->inside = ENTERING;
+        held->locks->held++;
+    }
+    Py_END_CRITICAL_SECTION();
+    if (was != OUTSIDE) {
         PyErr_SetString(PyExc_RuntimeError, "these shards are held already");
         return NULL;
     }
-    Py_BEGIN_CRITICAL_SECTION(held->locks);
-    held->inside = 1;
-    held->locks->held++;
-    Py_END_CRITICAL_SECTION();
     for (;;) {
         int outcome;
+        Py_ssize_t next = -1; /* read here: once the section is over, the shard may be handed over */
         Py_BEGIN_CRITICAL_SECTION(held->locks);
         outcome = take_or_wait(held);
+        if (outcome == TAKEN)
+            held->inside = INSIDE;
+        else
+            next = held->shards[held->taken];
         Py_END_CRITICAL_SECTION();
         if (outcome == TAKEN)
             Py_RETURN_NONE;
-        if (outcome == LACKS_BELL && (held->bell = PyThread_allocate_lock()) == NULL) {
-            PyErr_NoMemory();
-            break;
-        }
-        if (outcome == WAITING && !wait_for_next(held))
+        if (outcome == LACKS_BELL) {
+            PyThread_type_lock bell = PyThread_allocate_lock();
+            if (bell == NULL) {
+                PyErr_NoMemory();
+                break;
+            }
+            Py_BEGIN_CRITICAL_SECTION(held->locks);
+            held->bell = bell;
+            Py_END_CRITICAL_SECTION();
+        } else if (!wait_for_next(held, next))
             break;
     }
     leave_locked(held);
@@ -178,7 +195,16 @@ static PyObject *held_enter(Held *held, PyObject *unused)
 
 static PyObject *held_exit(Held *held, PyObject *const *arguments, Py_ssize_t count)
 {
-    leave_locked(held);
+    int entering;
+    Py_BEGIN_CRITICAL_SECTION(held->locks);
+    entering = held->inside == ENTERING;
+    if (!entering)
+        leave(held);
+    Py_END_CRITICAL_SECTION();
+    if (entering) { /* who waits would take them after this, and hold them unknown to `inside` */
+        PyErr_SetString(PyExc_RuntimeError, "these shards are still waited for");
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -188,23 +214,38 @@ static PyObject *held_wait(Held *held, PyObject *seconds)
     double left = PyFloat_AsDouble(seconds);
     if (left == -1.0 && PyErr_Occurred())
         return NULL;
-    if (held->bell == NULL)
-        return PyBool_FromLong(!held->waiting);
-    PY_TIMEOUT_T microseconds = left > 0 ? (left < 1e9 ? (PY_TIMEOUT_T)(left * 1e6) : (PY_TIMEOUT_T)1e15) : 0;
-    Py_BEGIN_ALLOW_THREADS
-    PyThread_acquire_lock_timed(held->bell, microseconds, 1); /* a signal ends it: its handler runs in the caller */
-    Py_END_ALLOW_THREADS
     int waiting;
+    PyThread_type_lock bell; /* lives as long as the hold */
+    Py_BEGIN_CRITICAL_SECTION(held->locks);
+    waiting = held->waiting;
+    bell = held->bell;
+    Py_END_CRITICAL_SECTION();
+    if (!waiting) /* the bell may be locked for good */
+        Py_RETURN_TRUE;
+    PY_TIMEOUT_T microseconds = left > 0 ? (PY_TIMEOUT_T)((left < 1e6 ? left : 1e6) * 1e6) : 0;
+    Py_BEGIN_ALLOW_THREADS
+    PyThread_acquire_lock_timed(bell, microseconds, 1); /* a signal ends it: its handler runs in the caller */
+    Py_END_ALLOW_THREADS
     Py_BEGIN_CRITICAL_SECTION(held->locks);
     waiting = held->waiting;
     Py_END_CRITICAL_SECTION();
     return PyBool_FromLong(!waiting);
 }
 
+/* A deadline may name the hold that it is for. Nothing is cleared here: what else such a circle goes through clears it. */
+static int held_traverse(Held *held, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(held));
+    Py_VISIT(held->locks);
+    Py_VISIT(held->deadline);
+    return 0;
+}
+
 static void held_dealloc(Held *held)
 {
     PyTypeObject *type = Py_TYPE(held);
-    if (held->locks != NULL && (held->inside || held->waiting))
+    PyObject_GC_UnTrack(held);
+    if (held->locks != NULL && held->inside != OUTSIDE)
         leave_locked(held);
     if (held->bell != NULL) {
         PyThread_acquire_lock(held->bell, NOWAIT_LOCK);
@@ -225,6 +266,7 @@ static int shards_of(Held *held, PyObject *shards)
     PyObject *numbers = PySequence_Fast(shards, "shards must be a sequence of ints");
     if (numbers == NULL)
         return 0;
+    Py_BEGIN_CRITICAL_SECTION(numbers); /* a list may be changed by another thread */
     held->wanted = PySequence_Fast_GET_SIZE(numbers);
     if (held->wanted > 1)
         held->shards = PyMem_Malloc(held->wanted * sizeof(Py_ssize_t));
@@ -241,6 +283,7 @@ static int shards_of(Held *held, PyObject *shards)
         else if (i > 0 && shard <= held->shards[i - 1])
             PyErr_SetString(PyExc_ValueError, "shards must be in ascending order, each once");
     }
+    Py_END_CRITICAL_SECTION();
     Py_DECREF(numbers);
     return !PyErr_Occurred();
 }
@@ -297,9 +340,17 @@ static PyObject *shard_locks_new(PyTypeObject *type, PyObject *arguments, PyObje
     return (PyObject *)locks;
 }
 
+static int shard_locks_traverse(ShardLocks *locks, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(locks));
+    Py_VISIT(locks->contention);
+    return 0;
+}
+
 static void shard_locks_dealloc(ShardLocks *locks)
 {
     PyTypeObject *type = Py_TYPE(locks);
+    PyObject_GC_UnTrack(locks);
     PyMem_Free(locks->shards);
     Py_XDECREF(locks->contention);
     type->tp_free(locks);
@@ -318,7 +369,11 @@ static PyObject *shard_locks_contention(ShardLocks *locks, void *closure)
 
 static PyObject *shard_locks_held(ShardLocks *locks, void *closure)
 {
-    return PyLong_FromSsize_t(locks->held);
+    Py_ssize_t held;
+    Py_BEGIN_CRITICAL_SECTION(locks);
+    held = locks->held;
+    Py_END_CRITICAL_SECTION();
+    return PyLong_FromSsize_t(held);
 }
 
 #define FAST(prefix, name) {#name, (PyCFunction)(void (*)(void))prefix##_##name, METH_FASTCALL, NULL}
@@ -342,20 +397,26 @@ static PyGetSetDef shard_locks_fields[] = {
 };
 
 static PyType_Slot held_slots[] = {
-    {Py_tp_dealloc, held_dealloc}, {Py_tp_methods, held_methods}, {0, NULL},
+    {Py_tp_dealloc, held_dealloc}, {Py_tp_traverse, held_traverse}, {Py_tp_methods, held_methods}, {0, NULL},
 };
 
 static PyType_Slot shard_locks_slots[] = {
-    {Py_tp_new, shard_locks_new}, {Py_tp_dealloc, shard_locks_dealloc}, {Py_tp_methods, shard_locks_methods},
-    {Py_tp_getset, shard_locks_fields}, {0, NULL},
+    {Py_tp_new, shard_locks_new},
+    {Py_tp_dealloc, shard_locks_dealloc},
+    {Py_tp_traverse, shard_locks_traverse},
+    {Py_tp_methods, shard_locks_methods},
+    {Py_tp_getset, shard_locks_fields},
+    {0, NULL},
 };
 
 static PyType_Spec held_spec = {
-    "concurrent_kv._native.Held", sizeof(Held), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, held_slots,
+    "concurrent_kv._native.Held", sizeof(Held), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, held_slots,
 };
 
 static PyType_Spec shard_locks_spec = {
-    "concurrent_kv._native.ShardLocks", sizeof(ShardLocks), 0, Py_TPFLAGS_DEFAULT, shard_locks_slots,
+    "concurrent_kv._native.ShardLocks", sizeof(ShardLocks), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    shard_locks_slots,
 };
 
 #endif

@@ -30,7 +30,7 @@ class _Held:
     is found: such a hold dies without having left.
     """
 
-    __slots__ = ("_deadline", "_held", "_inside", "_owner", "_shards", "_write")
+    __slots__ = ("_deadline", "_entering", "_held", "_inside", "_owner", "_shards", "_write")
 
     def __init__(self, owner: ShardedRWLock, shards: Sequence[int], deadline: Deadline, write: bool) -> None:
         self._owner = owner
@@ -38,15 +38,19 @@ class _Held:
         self._deadline = deadline
         self._write = write
         self._held: list[Any] = []  # handles of the first of `shards`
-        self._inside = False
+        self._inside = self._entering = False
 
     def __enter__(self) -> None:
+        if self._inside:
+            raise RuntimeError("these shards are held already")
         owner, held = self._owner, self._held
-        self._inside = True
+        self._inside = self._entering = True
         owner._holders[id(self)] = held
         try:
             owner._acquire(self._shards, self._write, self._deadline, held)
+            self._entering = False
         except BaseException:
+            self._entering = False
             self.__exit__()
             raise
 
@@ -56,6 +60,10 @@ class _Held:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
+        if self._entering:  # another thread waits with it
+            raise RuntimeError("these shards are still waited for")
+        if not self._inside:
+            return
         owner, held = self._owner, self._held
         while held:
             handle = held.pop()

@@ -199,8 +199,9 @@ class KVStorage(NeverCopied):
             try:
                 release(deadline)
                 released = True
-            except (WaitTimeoutError, MemoryError, RecursionError):
-                # Not this operation's business: the next one tries again, the others first.
+            except (WaitTimeoutError, MemoryError, RecursionError, SystemError):
+                # Not this operation's business: the next one tries again, the others first. (CPython says SystemError
+                # where there was no memory for a call.)
                 logger.debug("%s: something dropped without being closed could not be released yet", self.name)
                 abandoned.append(release)
             except Exception:
