@@ -267,7 +267,7 @@ def test_a_shard_that_is_handed_over_just_before_its_wait_begins_is_named(monkey
 
     class Handing(contention.Contention):
         @property
-        def wait_until(self) -> Any:  # type: ignore[override]
+        def wait_until(self) -> Any:
             holder.__exit__(None, None, None)
             return lambda is_free, shard, write, deadline: asked.append(shard)
 
