@@ -9,24 +9,28 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import ClosedError, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv import ClosedError, KVCacheManager, KVPool, Search, SearchEndedError, WaitTimeoutError
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.quota import Budget
 from concurrent_kv.books.records import Entry, Hold, Place
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.turns import Turn, Turns
+from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.flights.table import FlightState
 from concurrent_kv.flights.waiting import outcome
 from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.signal import Signal
 from concurrent_kv.pool import room
+from concurrent_kv.pool.clearing import drop_taken
+from concurrent_kv.pool.plan import plan_commit
 from concurrent_kv.pool.room import reserve_budget
 from concurrent_kv.pool.storage import PoolState
 from concurrent_kv.pool.writing import _keep_candidates
 from tests.conftest import MakeManager, MakePool
 from tests.interrupting import Cut
 from tests.support import WINDOW, append, tokens
+from tests.threading_support import Background
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -187,6 +191,68 @@ def test_a_commit_that_stores_nothing_wakes_who_waits_for_what_its_batch_kept(
     assert not pool.commit(["child"], batch)
     assert waiters[0].wait(0.0)
     assert batch.closed
+
+
+def test_what_a_search_lets_go_of_while_it_ends_wakes_who_waits_for_room(manager: KVCacheManager) -> None:
+    with manager.search([0]) as search:
+        store_child(search)
+        state, ledger = search._state, manager.storage.ledger
+        with gate.lock, manager.storage.locks.write(state.scope.shards, Deadline(0.0)):
+            state.going, cells = state.own.take_all()
+        with gate.lock, ledger.mutex:
+            waiter = ledger.waiter()
+        drop_taken(state.pool, state.going)
+        assert waiter.wait(0.0)
+        assert not state.going
+        del cells
+    manager.check_integrity()
+
+
+def store_child(search: Search) -> None:
+    with search.gather(["none"], [0]) as batch:
+        batch.fill(0, tokens(1, 2))
+        append(batch, [2])
+        search.commit(["child"], batch)
+
+
+def test_a_gather_during_which_its_search_ends_opens_no_batch(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = manager.search([0])
+    store_child(search)
+    copy = SlotTensor.gather
+
+    def ends_meanwhile(self: SlotTensor, *arguments: Any, **options: Any) -> Any:
+        Background(search.close).result()
+        return copy(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotTensor, "gather", ends_meanwhile)
+        with pytest.raises(SearchEndedError):
+            search.gather(["child"], [0])
+    assert not manager.storage.ledger.holds
+    manager.check_integrity()
+
+
+def test_a_search_takes_no_room_of_a_storage_that_is_closed_meanwhile(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with manager.search([0]) as search:
+        store_child(search)
+        batch = search.gather(["child"], [0])
+        append(batch, [3])
+
+        def closed_meanwhile(*arguments: Any) -> Any:
+            manager.storage.closed = True
+            return plan_commit(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("concurrent_kv.pool.committing.plan_commit", closed_meanwhile)
+            with pytest.raises(ClosedError):
+                search.commit(["grandchild"], batch)
+        manager.storage.closed = False
+        batch.close()
+    manager.check_integrity()
 
 
 def test_no_caller_computes_for_a_pool_whose_flights_are_closed(pool: KVPool) -> None:

@@ -181,3 +181,17 @@ def test_what_cannot_be_entered_changes_nothing(loops: str) -> None:
         assert (tables.used, tables.shared) == (3, 0)
         assert array(tables.slots_of(1)) == [1, 2, 3]
         assert tables.enter([1], [3], [1], range(4, 5), np.arange(1)) == ([2], [4])
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+def test_a_row_that_was_not_counted_in_is_not_counted_out(loops: str) -> None:
+    with loops_of(loops):
+        tables = tables_of([[1, 2], [3]], 8, 4)
+        uses = new_uses(tables)
+        uses.add([1])
+        for rows in ([2], [1, 2]):
+            with pytest.raises(ValueError, match="was not counted in"):
+                uses.remove(rows)
+            assert uses.used == 2
+        uses.remove([1])
+        assert uses.used == 0
