@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVPool, SearchEndedError, WaitTimeoutError
 from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool import room
 from concurrent_kv.pool.writing import write
 from tests.threading_support import JOIN_SECONDS, LAYOUT, WINDOW, Background, GatedPool, filled, keys_of, value_of
 
@@ -200,6 +202,26 @@ def test_a_search_that_closes_just_before_a_commit_takes_room_leaves_nothing_res
         return write(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("concurrent_kv.pool.committing.write", close_and_write)
+    with pytest.raises(SearchEndedError):
+        search.commit(["child"], batch)
+    stats = manager.recur_pool.stats()
+    assert (stats.reserved_entries, stats.reserved_slots, stats.slots_in_use) == (0, 0, 0)
+
+
+def test_a_search_that_closes_just_before_a_commit_takes_more_than_it_reserved_leaves_nothing_reserved(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = manager.search([0], entries=2, tokens=1)
+    batch = search.gather(["root"], [0])
+    append(batch)
+    append(batch)
+    take = room._take_from_budget
+
+    def close_and_take(*arguments: Any) -> Any:
+        Background(search.close).result()
+        return take(*arguments)
+
+    monkeypatch.setattr(room, "_take_from_budget", close_and_take)
     with pytest.raises(SearchEndedError):
         search.commit(["child"], batch)
     stats = manager.recur_pool.stats()
