@@ -187,6 +187,33 @@ def test_a_pool_closed_while_a_put_copies_ends_it_with_an_error_and_keeps_nothin
     assert len(pool) == 0
 
 
+def test_a_commit_that_waits_for_room_once_more_keeps_its_batch_until_then(
+    pools: Callable[..., GatedPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was to replace goes while it copies, and another entry takes that room."""
+    pool = pools(2)
+    pool.put("parent", filled(1, 2))
+    pool.put("old", filled(2))
+    batch = pool.gather(["parent"])
+    append(batch)
+    make, users = room.make_room, list[int]()
+
+    def make_room(*arguments: Any) -> None:
+        users.append(batch.hold.users)
+        make(*arguments)
+
+    monkeypatch.setattr("concurrent_kv.pool.writing.make_room", make_room)
+    with pool.gated.hold_up("scatter") as gate:
+        commit = Background(lambda: pool.commit(["old"], batch))
+        assert gate.entered.wait(JOIN_SECONDS)
+        pool.pop("old")
+        pool.put("new", filled(3))
+    assert commit.result()
+    assert users == [1]
+    assert batch.hold.users == 0
+    pool.check_integrity()
+
+
 # --- a search that ends under an operation --------------------------------------------------------------------------
 
 
