@@ -1,4 +1,6 @@
-"""`native`: loops over tokens, slots and entries as compiled code, or None where the package was built without them.
+"""`native`: compiled code, or None where the package was built without it.
+
+It has the locks of the shards, and loops over tokens, slots, entries and keys.
 
 What it does has a counterpart in Python that leaves the same bytes and books; `CONCURRENT_KV_NATIVE=0` in the
 environment, when the package is imported, chooses that.

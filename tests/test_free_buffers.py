@@ -88,4 +88,4 @@ def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
     for thread in threads:
         thread.join(HANG_SECONDS)
     assert not mixed_up
-    assert len(slots._buffers[1, 2]) <= 4 + THREADS  # each may have looked before the others put theirs back
+    assert len(slots._buffers[1, 2]) <= 4

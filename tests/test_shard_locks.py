@@ -93,9 +93,8 @@ def test_a_scheduler_s_locks_are_used_where_it_has_some() -> None:
         assert any(lock.locked() for lock in made)
 
 
-def test_writers_come_in_one_after_the_other_in_the_order_in_which_they_asked() -> None:
-    if native is None:
-        pytest.skip("readerwriterlock promises no order among those that wait")
+@compiled
+def test_compiled_locks_let_those_that_wait_in_one_after_the_other_as_they_asked_and_readers_together() -> None:
     locks = native.ShardLocks(1, contention.Contention("pool"))
     noted: list[str] = []
     with ExitStack() as stack, held(locks, "write"):

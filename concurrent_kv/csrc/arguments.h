@@ -12,6 +12,9 @@
 #define Py_END_CRITICAL_SECTION() }
 #endif
 
+/* An entry of a type's table of methods. */
+#define METHOD(prefix, name, flags) {#name, (PyCFunction)(void (*)(void))prefix##_##name, flags, NULL}
+
 static int enough(Py_ssize_t count, Py_ssize_t expected)
 {
     if (count == expected)

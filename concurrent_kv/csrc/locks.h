@@ -1,5 +1,5 @@
 /* `ShardLocks`: fair reader-writer locks by number, each of them nothing but a count, a flag and a queue. Their
- * counterpart is `locks/sharded.py`, which says what they promise.
+ * counterpart is in `locks/sharded.py`; `locks/shards.py` says what both promise.
  *
  * No exception from outside can part the taking of a lock from the note that it is taken: both happen in C. Whoever lets
  * go hands a lock to the first in its queue, and to the readers right behind a reader; who comes while others wait
@@ -376,8 +376,6 @@ static PyObject *shard_locks_held(ShardLocks *locks, void *closure)
     return PyLong_FromSsize_t(held);
 }
 
-#define FAST(prefix, name) {#name, (PyCFunction)(void (*)(void))prefix##_##name, METH_FASTCALL, NULL}
-
 static PyMethodDef held_methods[] = {
     {"__enter__", (PyCFunction)held_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))held_exit, METH_FASTCALL, NULL},
@@ -386,7 +384,7 @@ static PyMethodDef held_methods[] = {
 };
 
 static PyMethodDef shard_locks_methods[] = {
-    FAST(shard_locks, read), FAST(shard_locks, write), {NULL, NULL, 0, NULL},
+    METHOD(shard_locks, read, METH_FASTCALL), METHOD(shard_locks, write, METH_FASTCALL), {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef shard_locks_fields[] = {

@@ -653,8 +653,6 @@ static PyObject *tables_shared(Tables *tables, void *closure)
     return PyLong_FromSsize_t(tables->counts.shared);
 }
 
-#define METHOD(prefix, name, flags) {#name, (PyCFunction)(void (*)(void))prefix##_##name, flags, NULL}
-
 static PyMethodDef tables_methods[] = {
     METHOD(tables, enter, METH_FASTCALL), METHOD(tables, leave, METH_O),
     METHOD(tables, columns, METH_FASTCALL), METHOD(tables, slots_of, METH_O),

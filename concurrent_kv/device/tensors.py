@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -398,8 +398,10 @@ class SlotTensor:
         free = self._buffers.get(shape)
         if free is None:
             free = self._free_of(shape)
-        if len(free) < keep:
-            free.append(returned)
+        free.append(returned)
+        if len(free) > keep:  # each thread that makes it one too many takes one off
+            with suppress(IndexError):
+                free.pop()
         if self.freed:  # perhaps just now
             free.clear()
 

@@ -13,7 +13,9 @@ from .gate import gate
 
 __all__ = ["LOOK_SECONDS", "Contention"]
 
-LOOK_SECONDS = 0.05  # a thread that waits for a shard looks so often whether its caller has left
+# A thread that waits for a shard looks so often whether its caller has left, or, with `readerwriterlock`, whether the
+# shard's lock was left stuck.
+LOOK_SECONDS = 0.05
 
 
 class Contention:

@@ -4,7 +4,7 @@ No asynchronous exception comes between the steps of a compiled one, which are t
 
 Lock order of the package, in one place: shards in ascending number, then the ledger's mutex, then the stream clock's
 own lock. Nothing is locked inside the mutex but the clock, and no torch call and no user code runs inside any of them
-(a key's `__hash__` and `__eq__` excepted, which run under its shard). The lists of free buffers and the contention
+(a key's `__hash__` and `__eq__` excepted, which run under its shard). The shapes of free buffers and the contention
 counters have locks of their own, under which nothing else is locked.
 """
 
