@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = ["main"]
 
 FAILED, INTERRUPTED = 1, 130  # 130 as a shell reports SIGINT
 MOST_ACTORS, MOST_SHARDS = 1000, 1024
+BOUNDS_TO_END = 15  # how many bounds a run may take beyond its seconds; every wait of its own end is over before
 DEFAULT = "default: %(default)s"
 T = TypeVar("T")
 
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted = False
     try:
         for settings in profiles:
-            result = run_profile(settings, live_watch(console) if options.progress else None)
+            with _ends_for_sure(2 * settings.seconds + BOUNDS_TO_END * settings.bound_seconds):
+                result = run_profile(settings, live_watch(console) if options.progress else None)
             results.append(result)
             console.print(outcome(result))
             if result.interrupted:
@@ -76,6 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print("interrupted")
         return INTERRUPTED
     return FAILED if any(result.failures for result in results) else 0
+
+
+@contextmanager
+def _ends_for_sure(seconds: float) -> Iterator[None]:
+    """After so many seconds every thread's stack goes to stderr and the process exits with 1, whoever waits for what.
+
+    The main thread may be an actor, and what it waits for need not hear that the run is over.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Settings]:

@@ -43,7 +43,7 @@ class Failures:
 
     def __init__(self, over: threading.Event) -> None:
         self._over = over
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser that dies unheard while its thread adds one adds another
         self._all: list[Failure] = []
 
     def add(self, failure: Failure) -> None:

@@ -47,7 +47,7 @@ class LiveFigures:
             table.add_row("loop lag", f"at most {_time(sample.loop_lag_us)}")
             table.add_row("fill", f"{sample.entries:,} entries, {sample.slots_in_use:,} slots")
             table.add_row("checks passed", f"{sample.checks:,}")
-        faults = ", ".join(f"{count:,} {name}" for name, count in sorted(monitor.run.faults.counts.copy().items()))
+        faults = ", ".join(f"{count:,} {name}" for name, count in sorted(monitor.run.faults.made().items()))
         if faults:
             table.add_row("faults", faults)
         failures = monitor.run.failures.all()

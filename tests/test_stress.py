@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
+from contextlib import closing
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 from concurrent_kv import KVPool
 from stress.__main__ import main
 from stress.content import BrokenPromiseError, Content, Token
-from stress.faults.plan import FAULTS, parse_faults
+from stress.faults.plan import FAULTS, Faults, parse_faults
 from stress.gate import Gate
 from stress.measures import Latencies
 from stress.monitor import Monitor
@@ -344,3 +348,43 @@ def test_a_mutex_that_nobody_gives_back_ends_the_run(monkeypatch: pytest.MonkeyP
     stuck = [failure for failure in result.failures if failure.kind == "stuck"]
     assert stuck
     assert "mutex:" in stuck[0].details
+
+
+def test_a_main_thread_that_is_stuck_for_good_ends_the_run_with_every_stack() -> None:
+    """In a process of its own, which is what ends. What the main thread waits for hears of no run that is over."""
+    program = """
+import sys, threading
+from stress import runner
+from stress.__main__ import main
+
+runner._Runner._stay = lambda self: threading.Event().wait()
+sys.exit(main("--profile hot-key --seconds 0.2 --bound 0.2 --no-progress".split()))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=JOIN_SECONDS)
+    assert ended.returncode == 1
+    assert "Timeout (0:00:03.400000)" in ended.stderr
+    assert "in execute" in ended.stderr
+
+
+def test_a_finaliser_may_count_a_fault_while_its_thread_counts_one() -> None:
+    """The collector runs it wherever an object is made, within `count` too."""
+    with closing(World(settings("hot-key"))) as world:
+        faults = Faults(world, Gate())
+
+        def within(frame: FrameType, event: str, argument: object) -> Any:
+            if frame.f_code is Faults.count.__code__ and event == "line":
+                sys.settrace(None)
+                faults.count("inner")
+                sys.settrace(within)
+            return within
+
+        def count() -> None:
+            sys.settrace(within)
+            try:
+                faults.count("outer")
+            finally:
+                sys.settrace(None)
+
+        Background(count).result()
+        assert faults.made()["outer"] == 1
+        assert faults.made()["inner"] >= 1

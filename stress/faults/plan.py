@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
@@ -78,9 +78,9 @@ class Faults:
     def __init__(self, world: World, gate: Gate) -> None:
         self.enabled = world.settings.faults
         self.may_starve = "interrupts" in self.enabled
-        self.counts: Counter[str] = Counter()
+        # One name for each. No lock: a finaliser or a signal handler of the thread that counts may count meanwhile.
+        self._counted: deque[str] = deque()
         self._world = world
-        self._lock = threading.Lock()
         self._interrupter = Interrupter(world.settings.seed, self.count)
         self._exposures = threading.local()
         self.doomed = Doomed(world) if "close" in self.enabled else None
@@ -98,8 +98,7 @@ class Faults:
 
     def count(self, fault: str) -> None:
         """One more of a kind."""
-        with self._lock:
-            self.counts[fault] += 1
+        self._counted.append(fault)
 
     # Operations that are faults by themselves --------------------------------------------------------------------
 
@@ -138,7 +137,8 @@ class Faults:
 
     def made(self) -> Counter[str]:
         """How often each was made."""
-        return self.counts + Counter(() if self._inside is None else tuple(self._inside.heard))
+        heard = deque() if self._inside is None else self._inside.heard
+        return Counter([*self._counted.copy(), *heard.copy()])
 
     # Around operations -------------------------------------------------------------------------------------------
 
