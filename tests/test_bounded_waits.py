@@ -15,6 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from concurrent_kv import AsyncKVPool, CapacityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import clearing, room
@@ -326,7 +327,7 @@ def set_aside_given_back_in_one_hold(number: int = 300) -> int:
     pins += [pool.pin(key) for key in keys_in(pool) if key not in range(number)]
     holds = counted(pool)
     with pytest.MonkeyPatch.context() as patch:
-        counting(Ledger, "unpark", holds, patch)
+        counting(Candidates, "_unpark", holds, patch)
         pool.put("an entry more", tokens(3, 1))
     assert len(pins) >= number
     return holds.most

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv import ClosedError, KVCacheManager, KVPool, Search, SearchEndedError, WaitTimeoutError
+from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.quota import Budget
 from concurrent_kv.books.records import Entry, Hold, Place
@@ -25,8 +26,6 @@ from concurrent_kv.pool import room
 from concurrent_kv.pool.clearing import drop_taken
 from concurrent_kv.pool.plan import plan_commit
 from concurrent_kv.pool.room import reserve_budget
-from concurrent_kv.pool.storage import PoolState
-from concurrent_kv.pool.writing import _keep_candidates
 from tests.conftest import MakeManager, MakePool
 from tests.interrupting import Cut
 from tests.support import WINDOW, append, tokens
@@ -322,14 +321,14 @@ def test_who_cannot_evict_its_victim_wakes_those_who_found_none_because_of_it(
 ) -> None:
     pool = make_pool(1)
     pool.put("key", tokens(1, 2))
-    give_back, waiters = room._give_back, []
+    give_back, waiters = Candidates.give_back, []
 
-    def begin_to_wait(of: PoolState, victim: Entry) -> None:
+    def begin_to_wait(self: Candidates, victim: Entry) -> None:
         waiters.append(pool.storage.ledger.waiter())
-        give_back(of, victim)
+        give_back(self, victim)
 
     with monkeypatch.context() as patch, as_of(Caller(steps_on_loop=0)):
-        patch.setattr(room, "_give_back", begin_to_wait)
+        patch.setattr(Candidates, "give_back", begin_to_wait)
         with pytest.raises(NotOnLoopError):
             pool.put("other", tokens(2, 2))
     assert waiters
@@ -343,7 +342,7 @@ def test_what_has_left_the_pool_meanwhile_is_no_candidate_again_when_a_failed_wr
     with pool.pin("key") as pin:
         pool.pop("key")
         with gate.lock, pool.storage.ledger.mutex:
-            _keep_candidates(pool, [pin._entry], [])
+            pool.storage.ledger.candidates.exchange_back(pool.account, [pin._entry], [])
         assert pin._entry not in pool.policy
         pool.check_integrity()
 

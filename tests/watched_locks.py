@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv import KVStorage
+from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.eviction import FIFO
 from concurrent_kv.books.index import Index
 from concurrent_kv.books.ledger import Ledger
@@ -34,8 +35,11 @@ __all__ = ["FIELDS", "UNDER_THE_MUTEX", "Watch"]
 # Calls "under the mutex", by their class.
 UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
     Ledger: (
-        *("make", "let_go", "shares_tail", "park_shared", "unpark", "unpark_shared", "forget_parked", "reset_parked"),
-        *("is_last_sharer", "extend", "drop_from", "end", "use", "end_use", "waiter", "forget_waiter", "take_waiters"),
+        *("make", "let_go", "extend", "drop_from", "end", "use", "end_use", "waiter", "forget_waiter", "take_waiters"),
+    ),
+    Candidates: (
+        *("exchange", "withdraw", "set_aside", "shares_tail", "beside", "return_shared", "return_unshared"),
+        *("return_unpinned", "settle", "forget_parked"),
     ),
     SlotAllocator: (
         *("allocate", "release", "give_back", "reserve", "extend", "charge", "discharge", "cancel"),

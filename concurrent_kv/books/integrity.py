@@ -174,7 +174,7 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
             note(f"is published, but in place {entry.place.name}", entry)
         if entry.place is Place.PINNED and not entry.pins:
             note("is set aside as pinned, and no handle pins it", entry)
-        if entry.place is Place.SHARED and not ledger.shares_tail(entry):
+        if entry.place is Place.SHARED and not ledger.candidates.shares_tail(entry):
             note("is set aside as shared, and shares nothing", entry)
     if not held <= set(own):
         note(f"the policy of {account.name} holds entries that are not in its index")
@@ -234,9 +234,9 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
     ledger.slots.keep_reservations([s.budget.reservation for account in accounts for s in account.searches])
     ledger.tables.keep(sorted({entry.row for entry in alive}))
     slots = ledger.slots.rebuild(_named_by(ledger, alive).slots > 0, used)
-    ledger.reset_parked()
+    ledger.candidates.forget_parked()
     for account, published in recount.published.items():
-        _settle_places(ledger, account, published)
+        ledger.candidates.settle(account, published)
     return RepairReport(slots, entries, pending)
 
 
@@ -260,22 +260,3 @@ def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) ->
         search.budget.entries = sum(entry.scope is search.scope for entry in published)
     quota.reserved_entries = sum(search.budget.max_entries for search in account.searches)
     quota.reserved_slots = sum(search.budget.reservation.size for search in account.searches)
-
-
-def _settle_places(ledger: Ledger, account: Account, published: list[Entry]) -> None:
-    """Put entries where they belong: with a search, with the policy, or aside as pinned or shared. All locks held."""
-    policy = account.policy
-    known = set(published)
-    for entry in [entry for entry in policy if entry not in known]:
-        policy.remove(entry)
-    for entry in published:
-        if entry.scope.budget is not None:
-            entry.place = Place.EXEMPT
-        elif entry in policy:
-            entry.place = Place.HELD
-        elif entry.place is Place.SHARED and ledger.shares_tail(entry) and not ledger.is_last_sharer(entry):
-            ledger.park_shared(entry)
-        elif entry.place is not Place.PINNED or not entry.pins:
-            # It was on its way out, or set aside for a reason that is over: it has had its turn, and is next.
-            entry.place = Place.HELD
-            policy.give_back(entry)

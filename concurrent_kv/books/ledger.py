@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -22,8 +21,9 @@ from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.signal import Signal
+from .candidates import Candidates
 from .entries import let_go, retain, row_of
-from .records import Account, Entry, Hold, Place
+from .records import Entry, Hold
 from .slots import SlotAllocator
 from .tables import new_tables
 
@@ -53,13 +53,11 @@ class Ledger:
         self.mutex = lock_factory()
         self.slots = SlotAllocator(num_slots)
         self.tables = new_tables(num_slots, window)
+        self.candidates = Candidates(self.tables)
         self.holds: set[Hold] = set()
         self.waiters: list[Any] = []  # events of the threads that wait for room
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], object]] = deque()
-        # Entries in Place.SHARED, by tail slot and by pool.
-        self._shared: dict[int, dict[Entry, None]] = {}
-        self._shared_of: dict[Account, dict[Entry, None]] = {}
         self._event_factory = event_factory
 
     def mutex_for_numbers(self) -> AbstractContextManager[object]:
@@ -98,7 +96,7 @@ class Ledger:
                 for used in filter(None, map(_TICKS, dead)):
                     ticks = merge(ticks, used)
                 rows = list(map(row_of, dead))
-                parted = self._parked_beside(rows) if self._shared else ()
+                parted = self.candidates.beside(rows) if self.candidates.shared else ()
                 unnamed, others_left = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
@@ -113,18 +111,13 @@ class Ledger:
                 self.abandoned.append(partial(self.again, [release]))
             if parted:
                 try:
-                    self._unpark_unshared(parted)
+                    self.candidates.return_unshared(parted)
                 except Exception:  # as above: they come back to their policies a little later
-                    self.abandoned.append(partial(self.again, [self._unpark_all]))
+                    self.abandoned.append(partial(self.again, [self.candidates.return_all]))
         return dead
 
     def _release(self, slots: SlotArray | bytearray, ticks: Ticks, others_left: bool) -> None:
         self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
-
-    def _parked_beside(self, rows: list[int]) -> list[int]:
-        """The slots of some rows that entries are parked for, which end in them. Mutex held."""
-        named = {slot for row in rows for slot in np.frombuffer(self.tables.slots_of(row), dtype=np.int64).tolist()}
-        return [slot for slot in self._shared if slot in named]
 
     def again(self, once: list[Callable[[], object] | None], deadline: Deadline) -> None:
         """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes.
@@ -145,75 +138,6 @@ class Ledger:
             waiters = self.take_waiters()
         wake(waiters)
         del dead
-
-    # Eviction candidates -----------------------------------------------------------------------------------------
-
-    def shares_tail(self, entry: Entry) -> bool:
-        """Whether another entry names the last token of `entry`, so that evicting it would free no slot. Mutex held."""
-        return self.tables.named_elsewhere([entry.row])
-
-    def park_shared(self, entry: Entry) -> None:
-        """Set a claimed victim aside until its last token is its own again. Mutex held."""
-        entry.place = Place.SHARED
-        self._shared.setdefault(entry.tail, {})[entry] = None
-        self._shared_of.setdefault(entry.scope.account, {})[entry] = None
-
-    def unpark(self, entry: Entry) -> None:
-        """Give a parked entry back to its policy, as the next candidate. Mutex held."""
-        self.forget_parked(entry)
-        entry.place = Place.HELD
-        entry.scope.account.policy.give_back(entry)
-
-    def unpark_shared(self, account: Account, number: int) -> bool:
-        """Give back `number` of what `account` had parked for sharing: an entry is wanted, not a slot. Mutex held.
-
-        False if there is none.
-        """
-        parked = list(islice(self._shared_of.get(account, ()), number))
-        for entry in parked:
-            self.unpark(entry)
-        return bool(parked)
-
-    def forget_parked(self, entry: Entry) -> None:
-        """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
-        if entry.place is Place.SHARED:
-            siblings = self._shared[entry.tail]
-            del siblings[entry], self._shared_of[entry.scope.account][entry]
-            if not siblings:
-                del self._shared[entry.tail]
-
-    def reset_parked(self) -> None:
-        """Forget what is set aside for sharing; repair gives all of it back to the policies. Mutex held."""
-        self._shared.clear()
-        self._shared_of.clear()
-
-    def is_last_sharer(self, entry: Entry) -> bool:
-        """Whether all others that name the last token of `entry` are parked for it, and none is pinned. Mutex held.
-
-        Each of them would wait for the others to go: that the first of them goes is what frees the token in the end.
-        """
-        parked = self._shared.get(entry.tail, ())
-        rows = [entry.row, *map(row_of, parked)]
-        return not self.tables.named_elsewhere(rows) and not any(other.pins for other in parked)
-
-    def _unpark_unshared(self, tails: list[int]) -> None:
-        """Give back an entry parked for each of these slots, if only parked ones still name it. Mutex held."""
-        for tail in tails:
-            parked = self._shared.get(tail)
-            # The last one that is left, or one of several that only wait for each other.
-            if parked and not self._are_named_elsewhere(parked):
-                self.unpark(next(reversed(parked)))
-
-    def _are_named_elsewhere(self, parked: Iterable[Entry]) -> bool:
-        """Whether an entry that is not parked names the last token of those parked for it."""
-        return self.tables.named_elsewhere(list(map(row_of, parked)))
-
-    def _unpark_all(self) -> None:
-        """Give back what is set aside without a reason. Mutex held."""
-        for siblings in list(self._shared.values()):
-            for entry in list(siblings):
-                if not self.shares_tail(entry):
-                    self.unpark(entry)
 
     # Holds -------------------------------------------------------------------------------------------------------
 
@@ -262,19 +186,10 @@ class Ledger:
             for entry in entries:
                 entry.pins -= 1
             try:
-                self._unpark_unpinned(entries)
+                self.candidates.return_unpinned(entries)
             except Exception:  # as in `let_go`
-                self.abandoned.append(partial(self.again, [partial(self._unpark_unpinned, entries)]))
+                self.abandoned.append(partial(self.again, [partial(self.candidates.return_unpinned, entries)]))
         return dead
-
-    def _unpark_unpinned(self, entries: list[Entry]) -> None:
-        """Give back those that were parked for a pin that is gone. Mutex held."""
-        for entry in entries:
-            if entry.pins:
-                continue
-            parked = self._shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
-            if entry.place is Place.PINNED or (parked and not self._are_named_elsewhere(parked)):
-                self.unpark(entry)
 
     def abandon(self, release: Callable[[Deadline], object]) -> None:
         """Leave something for the next operation, or a thread that waits for room, to release. Takes no lock."""

@@ -148,7 +148,7 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
                 _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots, turn)
             except BaseException:
                 if victim is not None:
-                    ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
+                    ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
                 raise
             del victim  # here, where no lock is held: it may be the last to name the entry
     finally:
@@ -200,7 +200,7 @@ def _take_from_budget(
             _evict_or_wait(pool, victim, waiter, deadline, count, slots)
         except BaseException:
             if victim is not None:
-                ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
+                ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
             raise
         del victim  # as in `_take`
 
@@ -267,7 +267,7 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
                 _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
             except BaseException:
                 if victim is not None:
-                    ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
+                    ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
                 raise
             del victim  # as in `_take`
     finally:
@@ -304,7 +304,7 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
                 try:
                     _evict(pool, victim, deadline)
                 except BaseException:
-                    ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
+                    ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
                     raise
             elif waiter is None:
                 deadline.step(pool.name, VICTIMS_PER_HOLD)
@@ -386,19 +386,15 @@ def _victim_or_waiter(pool: PoolState, *, want_slots: bool) -> tuple[Entry | Non
     for _ in range(VICTIMS_PER_HOLD):
         victim = pool.policy.pop_victim()
         if victim is None:
-            if want_slots or not ledger.unpark_shared(pool.account, VICTIMS_PER_HOLD):
+            if want_slots or not ledger.candidates.return_shared(pool.account, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
             continue
         victim.place = Place.CLAIMED
         try:
-            if victim.pins:
-                victim.place = Place.PINNED
-            elif want_slots and ledger.shares_tail(victim) and not ledger.is_last_sharer(victim):
-                ledger.park_shared(victim)
-            else:
+            if not ledger.candidates.set_aside(victim, want_slots=want_slots):
                 return victim, None
         except BaseException:
-            ledger.abandoned.append(partial(ledger.again, [partial(_give_back, pool, victim)]))
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
             raise
     return None, None
 
@@ -480,20 +476,12 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
             waiters = ledger.take_waiters()
     except BaseException:
         with gate.lock, ledger.mutex:
-            _give_back(pool, victim)
+            ledger.candidates.give_back(victim)
             waiters = ledger.take_waiters()  # a thread may have found no victim because this one was claimed
         wake(waiters)
         raise
     wake(waiters)
     del dead
-
-
-def _give_back(pool: PoolState, victim: Entry) -> None:
-    """Make a claimed victim a candidate again, if it is still in the index. Mutex held."""
-    scope = victim.scope
-    if victim.place is Place.CLAIMED and scope.entries[scope.part_of(victim.key_hash)].holds(victim):
-        pool.policy.give_back(victim)
-        victim.place = Place.HELD
 
 
 def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
@@ -508,8 +496,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     budget = scope.budget
     for entry in entries:
         if budget is None and not (counted_out and entry.place is Place.HELD):
-            pool.policy.remove(entry)  # also of victims that were given out and have not come back
-            ledger.forget_parked(entry)
+            ledger.candidates.withdraw(entry)
         entry.place = Place.NONE
     rows = list(map(row_of, entries))
     if budget is None:

@@ -230,7 +230,7 @@ def _count(
         out, back, told = (
             partial(uses.remove, rows),
             partial(uses.add, old_rows),
-            partial(_keep_candidates, pool, leaving, entries),
+            partial(ledger.candidates.exchange_back, pool.account, leaving, entries),
         )
         uses.add(rows)
         undo.append(out)
@@ -240,7 +240,7 @@ def _count(
         needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
         if not any(quota.excess()):
             undo.append(told)
-            _change_candidates(pool, leaving, entries)
+            ledger.candidates.exchange(pool.account, leaving, entries)
             return None
     except Exception as raised:
         error = raised
@@ -259,20 +259,3 @@ def _count(
         raise error
     finally:
         del error  # it names this frame
-
-
-def _change_candidates(pool: PoolState, leaving: list[Entry], entries: list[Entry]) -> None:
-    """Tell the policy which entries go and which come; it may be the user's, and raise. Nothing has taken effect."""
-    for entry in leaving:
-        pool.policy.remove(entry)
-    for entry in entries:
-        pool.policy.add(entry)
-
-
-def _keep_candidates(pool: PoolState, leaving: list[Entry], entries: list[Entry]) -> None:
-    """Undo `_change_candidates`, perhaps a second time. Mutex held."""
-    for entry in entries:
-        pool.policy.remove(entry)
-    for entry in reversed(leaving):
-        if entry.place is Place.HELD and entry not in pool.policy:
-            pool.policy.give_back(entry)

@@ -17,7 +17,7 @@ ASKED = re.compile(r"\b(pins|ended|closed|released|generation|epoch|version|user
 # A call whose result is not looked at is a guard where its name is one of these.
 CALLED = re.compile(
     r"^(wake|set|step|retain|extend|use|end_use|add|discard|remove|forget_\w+|let_go|drop\w*|check\w*|leave\w*|release"
-    r"|cancel\w*|give_\w+|unpark\w*|park_\w+|hold|unpublish|drain_\w+|_?wake\w*|_?count\w*|_?extend|abandon|settle|end|stamp_\w+)$"
+    r"|cancel\w*|give_\w+|set_aside|withdraw|return_\w+|_?un?park|_park|hold|unpublish|drain_\w+|_?wake\w*|_?count\w*|_?extend|abandon|settle|end|stamp_\w+)$"
 )
 # An attribute that says how far a thing has come.
 MARKED = re.compile(r"^_?(place|spent|released|ended|closed|generation|ticks|state|finished|refs|pins|users|batches)$")

@@ -1,0 +1,177 @@
+"""`Candidates`: which entries may be evicted, and which are set aside for now, of all accounts of a storage.
+
+The order among candidates is an account's policy, which knows nothing of pins, slots or indexes. Every method is called
+with the ledger's mutex held. The picture of an entry's places is in `records.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+
+from .entries import row_of
+from .records import Account, Entry, Place
+from .tables import Tables
+
+__all__ = ["Candidates"]
+
+
+class Candidates:
+    """The entries that policies hold, and those parked beside them.
+
+    Args:
+        tables: where the slots of entries are listed.
+
+    Attributes:
+        shared: entries in Place.SHARED, by tail slot.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self.shared: dict[int, dict[Entry, None]] = {}
+        self._shared_of: dict[Account, dict[Entry, None]] = {}
+
+    # Coming and going ------------------------------------------------------------------------------------------------
+
+    def exchange(self, account: Account, leaving: list[Entry], coming: list[Entry]) -> None:
+        """Tell the policy which entries go and which come; it may be the user's, and raise. Mutex held."""
+        for entry in leaving:
+            account.policy.remove(entry)
+        for entry in coming:
+            account.policy.add(entry)
+
+    def exchange_back(self, account: Account, leaving: list[Entry], coming: list[Entry]) -> None:
+        """Undo `exchange`, perhaps a second time. Mutex held."""
+        for entry in coming:
+            account.policy.remove(entry)
+        for entry in reversed(leaving):
+            if entry.place is Place.HELD and entry not in account.policy:
+                account.policy.give_back(entry)
+
+    def withdraw(self, entry: Entry) -> None:
+        """Forget an entry that left the index, wherever it is: with the policy, given out, or parked. Mutex held."""
+        entry.scope.account.policy.remove(entry)
+        self._forget(entry)
+
+    def give_back(self, victim: Entry) -> None:
+        """Make a claimed victim a candidate again, if it is still in the index. Mutex held."""
+        scope = victim.scope
+        if victim.place is Place.CLAIMED and scope.entries[scope.part_of(victim.key_hash)].holds(victim):
+            scope.account.policy.give_back(victim)
+            victim.place = Place.HELD
+
+    # Set aside -------------------------------------------------------------------------------------------------------
+
+    def set_aside(self, victim: Entry, *, want_slots: bool) -> bool:
+        """Park a claimed victim that is pinned, or whose eviction would free none of the wanted slots. Mutex held."""
+        if victim.pins:
+            victim.place = Place.PINNED
+        elif want_slots and self.shares_tail(victim) and not self._is_last_sharer(victim):
+            self._park(victim)
+        else:
+            return False
+        return True
+
+    def shares_tail(self, entry: Entry) -> bool:
+        """Whether another entry names the last token of `entry`, so that evicting it would free no slot. Mutex held."""
+        return self._tables.named_elsewhere([entry.row])
+
+    def beside(self, rows: list[int]) -> list[int]:
+        """The slots of some rows that entries are parked for, which end in them. Mutex held."""
+        named = {slot for row in rows for slot in np.frombuffer(self._tables.slots_of(row), dtype=np.int64).tolist()}
+        return [slot for slot in self.shared if slot in named]
+
+    def return_shared(self, account: Account, number: int) -> bool:
+        """Give back `number` of what `account` had parked for sharing: an entry is wanted, not a slot. Mutex held.
+
+        False if there is none.
+        """
+        parked = list(islice(self._shared_of.get(account, ()), number))
+        for entry in parked:
+            self._unpark(entry)
+        return bool(parked)
+
+    def return_unshared(self, tails: list[int]) -> None:
+        """Give back an entry parked for each of these slots, if only parked ones still name it. Mutex held."""
+        for tail in tails:
+            parked = self.shared.get(tail)
+            # The last one that is left, or one of several that only wait for each other.
+            if parked and not self._are_named_elsewhere(parked):
+                self._unpark(next(reversed(parked)))
+
+    def return_unpinned(self, entries: list[Entry]) -> None:
+        """Give back those that were parked for a pin that is gone. Mutex held."""
+        for entry in entries:
+            if entry.pins:
+                continue
+            parked = self.shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
+            if entry.place is Place.PINNED or (parked and not self._are_named_elsewhere(parked)):
+                self._unpark(entry)
+
+    def return_all(self) -> None:
+        """Give back what is set aside for sharing without a reason. Mutex held."""
+        for siblings in list(self.shared.values()):
+            for entry in list(siblings):
+                if not self.shares_tail(entry):
+                    self._unpark(entry)
+
+    def settle(self, account: Account, published: list[Entry]) -> None:
+        """Put an account's entries where they belong: with the policy, aside, or with a search. All locks held.
+
+        After `forget_parked`, once for each account.
+        """
+        policy = account.policy
+        known = set(published)
+        for entry in [entry for entry in policy if entry not in known]:
+            policy.remove(entry)
+        for entry in published:
+            if entry.scope.budget is not None:
+                entry.place = Place.EXEMPT
+            elif entry in policy:
+                entry.place = Place.HELD
+            elif entry.place is Place.SHARED and self.shares_tail(entry) and not self._is_last_sharer(entry):
+                self._park(entry)
+            elif entry.place is not Place.PINNED or not entry.pins:
+                # It was on its way out, or set aside for a reason that is over: it has had its turn, and is next.
+                entry.place = Place.HELD
+                policy.give_back(entry)
+
+    def forget_parked(self) -> None:
+        """Forget what is set aside for sharing; `settle` parks what has to be. Mutex held."""
+        self.shared.clear()
+        self._shared_of.clear()
+
+    def _park(self, entry: Entry) -> None:
+        """Set a claimed victim aside until its last token is its own again. Mutex held."""
+        entry.place = Place.SHARED
+        self.shared.setdefault(entry.tail, {})[entry] = None
+        self._shared_of.setdefault(entry.scope.account, {})[entry] = None
+
+    def _unpark(self, entry: Entry) -> None:
+        """Give a parked entry back to its policy, as the next candidate. Mutex held."""
+        self._forget(entry)
+        entry.place = Place.HELD
+        entry.scope.account.policy.give_back(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
+        if entry.place is Place.SHARED:
+            siblings = self.shared[entry.tail]
+            del siblings[entry], self._shared_of[entry.scope.account][entry]
+            if not siblings:
+                del self.shared[entry.tail]
+
+    def _is_last_sharer(self, entry: Entry) -> bool:
+        """Whether all others that name the last token of `entry` are parked for it, and none is pinned. Mutex held.
+
+        Each of them would wait for the others to go: that the first of them goes is what frees the token in the end.
+        """
+        parked = self.shared.get(entry.tail, ())
+        rows = [entry.row, *map(row_of, parked)]
+        return not self._tables.named_elsewhere(rows) and not any(other.pins for other in parked)
+
+    def _are_named_elsewhere(self, parked: Iterable[Entry]) -> bool:
+        """Whether an entry that is not parked names the last token of those parked for it."""
+        return self._tables.named_elsewhere(list(map(row_of, parked)))
