@@ -143,7 +143,7 @@ class KVCacheManager(Handle):
                 storage=self.storage,
                 scope_shards=None if shard is None else (shard % self.storage.locks.count,),
             )
-            made.quota.arguments = arguments
+            made.account.arguments = arguments
             if not enable_stats:
                 made.account.counters = NoCounters()
             return made

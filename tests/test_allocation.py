@@ -63,8 +63,8 @@ def assert_allocated(made: KVPool | KVCacheManager) -> None:
     assert storage.headroom_slots == allocation.headroom_slots
     assert storage.tensor.nbytes == storage.tensor.data.nbytes == allocation.nbytes
     assert allocation.total_slots == sum(allocation.slots.values()) + allocation.headroom_slots
-    assert [pool.quota.max_slots for pool in storage.pools] == list(allocation.slots.values())
-    assert [pool.quota.max_entries for pool in storage.pools] == list(allocation.entries.values())
+    assert [pool.account.max_slots for pool in storage.pools] == list(allocation.slots.values())
+    assert [pool.account.max_entries for pool in storage.pools] == list(allocation.entries.values())
 
 
 # Pools ---------------------------------------------------------------------------------------------------------------

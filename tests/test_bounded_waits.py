@@ -98,9 +98,9 @@ def everything_pinned(world: World) -> Iterator[None]:
     """Every pool is full, of entries that are pinned; the open search keeps what it has."""
     manager, pins = world.manager, []
     for pool in [*manager.init_pools, manager.recur_pool, manager.wm_pool]:
-        for number in range(pool.quota.max_entries):
+        for number in range(pool.account.max_entries):
             for length in (WINDOW, 1):
-                if pool.quota.fits(1, length):
+                if pool.account.fits(1, length):
                     pool.put(("pinned", number, length), tokens(1, length))
         pins += [pool.pin(key) for key in keys_in(pool)]
     try:

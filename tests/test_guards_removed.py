@@ -288,18 +288,18 @@ def publishing_shard_by_shard(patch: pytest.MonkeyPatch) -> None:
     gate = Gate()
 
     def one_at_a_time(
-        pool: Any, scope: Any, generation: Any, entries: Any, plan: Any, located: Any, ticket: Any, deadline: Any
+        pool: Any, scope: Any, generation: Any, entries: Any, plan: Any, located: Any, grant: Any, deadline: Any
     ) -> Any:
         if len(entries) < 2 or not pool.gated_locks.gate:
-            return publish(pool, scope, generation, entries, plan, located, ticket, deadline)
+            return publish(pool, scope, generation, entries, plan, located, grant, deadline)
         parts = [scope.entries[part] for _, part in located]
         with pool.storage.locks.write((located[0][0].shards[located[0][1]],), deadline), pool.storage.ledger.mutex:
-            plan.make(pool.storage.ledger, entries, ticket.taken)
+            plan.make(pool.storage.ledger, entries, grant.taken)
             parts[0].put(entries[0])
         gate.pass_through()
         with pool.storage.locks.write((located[1][0].shards[located[1][1]],), deadline), pool.storage.ledger.mutex:
             parts[1].put(entries[1])
-        ticket.spent = True
+        grant.spent = True
         return writing.Outcome.PUBLISHED, (0, 0)
 
     patch.setattr(writing, "_publish", one_at_a_time)

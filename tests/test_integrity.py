@@ -112,7 +112,7 @@ def free_a_row_in_use(books: Books) -> None:
 
 
 def count_a_quota_slot_once_more(books: Books) -> None:
-    books.pool.quota.uses.add([books.entry("b").row])
+    books.pool.account.uses.add([books.entry("b").row])
 
 
 def leave_a_hold(books: Books) -> None:
@@ -145,16 +145,16 @@ MENDED = [
     Planted("free count", add("ledger.slots", "free_count"), "free count"),
     Planted("used slot free", free_a_used_slot, "free slot is referenced"),
     Planted("reserved count", add("ledger.slots", "reserved_count"), "reserved count"),
-    Planted("reservation", add("search._state.budget.reservation", "left", -1), "reserv"),
+    Planted("reservation", add("search._state.budget", "left", -1), "reserv"),
     Planted("references too many", put("b", refs=2), "references"),
     Planted("references too few", put("c", refs=1), "references"),
     Planted("pins", put("c", pins=0), "pins"),
-    Planted("quota entries", add("pool.quota", "entries"), "counts 4 entries"),
+    Planted("quota entries", add("pool.account", "entries"), "counts 4 entries"),
     Planted("quota slot counts", count_a_quota_slot_once_more, "slots"),
-    Planted("pending entries", add("pool.quota", "pending_entries"), "pending"),
-    Planted("pending slots", add("pool.quota", "pending_slots"), "pending"),
-    Planted("reserved entries of a pool", add("manager.recur_pool.quota", "reserved_entries"), "as reserved"),
-    Planted("reserved slots of a pool", add("manager.recur_pool.quota", "reserved_slots"), "as reserved"),
+    Planted("pending entries", add("pool.account", "pending_entries"), "pending"),
+    Planted("pending slots", add("pool.account", "pending_slots"), "pending"),
+    Planted("reserved entries of a pool", add("manager.recur_pool.account", "reserved_entries"), "as reserved"),
+    Planted("reserved slots of a pool", add("manager.recur_pool.account", "reserved_slots"), "as reserved"),
     Planted("entries of a search", add("search._state.budget", "entries"), "counts 2 entries"),
     Planted("not in the policy", forget_in_policy, "policy"),
     Planted("ghost in the policy", hold_a_foreign_entry, "policy"),
@@ -236,7 +236,7 @@ def test_repair_of_a_sound_storage_keeps_entries_parked_for_sharing_evictable() 
 def test_every_contradiction_is_listed() -> None:
     books = Books()
     write_slot_0(books)
-    books.pool.quota.pending_slots += 1
+    books.pool.account.pending_slots += 1
     with pytest.raises(IntegrityError, match="slot 0") as caught:
         books.manager.check_integrity()
     assert len(caught.value.problems) == 2

@@ -97,8 +97,8 @@ def check_repaired(manager: KVCacheManager) -> None:
     """Nobody has a handle, and the whole capacity can be had at once."""
     gc.collect()
     for pool in manager.storage.pools:  # what is cut loose may not let others take more than there is, until repair
-        assert pool.quota.pending_entries >= 0
-        assert pool.quota.pending_slots >= 0
+        assert pool.account.pending_entries >= 0
+        assert pool.account.pending_slots >= 0
     manager.repair()
     assert manager.check_integrity().handles == 0
     pool = manager.wm_pool

@@ -220,7 +220,7 @@ def test_a_configuration_object_without_the_optional_settings_will_do() -> None:
     names = ("num_layers", "num_heads", "embed_dim", "context_length", "device")
     made = LightZeroKVCacheManager(SimpleNamespace(**{name: config()[name] for name in names}), 3)
     assert made.manager.config.num_simulations == 50
-    assert made.manager.recur_pool.quota.max_entries == 3 * 51
+    assert made.manager.recur_pool.account.max_entries == 3 * 51
     made.manager.close()
 
 

@@ -12,9 +12,8 @@ import pytest
 from concurrent_kv import ClosedError, KVCacheManager, KVPool, Search, SearchEndedError, WaitTimeoutError
 from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.quota import Budget
-from concurrent_kv.books.records import Entry, Hold, Place
-from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.books.records import Budget, Entry, Hold, Place
+from concurrent_kv.books.slots import Reservation, SlotAllocator
 from concurrent_kv.books.turns import Turn, Turns
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.flights.table import FlightState
@@ -101,9 +100,9 @@ def test_who_waits_in_vain_hears_of_searches_only_where_they_are_in_the_way(make
 def test_no_more_is_reserved_than_is_free_where_handles_hold_what_left_the_index() -> None:
     allocator = SlotAllocator(4)
     assert allocator.allocate(3) is not None
-    assert allocator.reserve(2) is None
+    assert not allocator.reserve(Reservation(), 2)
     assert (allocator.available, allocator.reserved_count) == (1, 0)
-    assert allocator.reserve(1) is not None
+    assert allocator.reserve(Reservation(), 1)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def books(storage: KVStorage) -> tuple[object, ...]:
     return (
         entries,
         weights.tolist(),
-        [weights_of(pool.account.quota.uses, slots).tolist() for pool in storage.pools],
+        [weights_of(pool.account.uses, slots).tolist() for pool in storage.pools],
         (ledger.tables.used, ledger.tables.shared),
         ledger.slots._owner.tolist(),
         np.frombuffer(ledger.tables.positions(slots), dtype=np.int32).tolist(),

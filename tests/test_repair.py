@@ -171,7 +171,7 @@ def test_a_key_whose_comparison_raises_leaves_the_pool_as_it_was(full: KVPool) -
 
 STEPS: list[tuple[str, Callable[[KVPool, Cutter], None]]] = [
     ("slots taken", lambda pool, cut: cut.at(pool.storage.ledger.slots, "allocate", after=True)),
-    ("counted in", lambda pool, cut: cut.at_part(pool.quota, "uses", "add", after=True)),
+    ("counted in", lambda pool, cut: cut.at_part(pool.account, "uses", "add", after=True)),
     ("before the slots are named", lambda pool, cut: cut.at(pool.storage.ledger, "make")),
     ("after the slots are named", lambda pool, cut: cut.at(pool.storage.ledger, "make", after=True)),
     ("before the policy knows", lambda pool, cut: cut.at(pool.policy, "add")),
@@ -236,7 +236,7 @@ def test_repair_mends_a_removal_cut_off_between_two_steps(
     ledger = full.storage.ledger
     pin = full.pin(1) if pinned else None
     if owner == "uses":
-        cutter.at_part(full.quota, owner, method)
+        cutter.at_part(full.account, owner, method)
     else:
         cutter.at({"policy": full.policy, "ledger": ledger, "slots": ledger.slots}[owner], method)
     with suppress(Cut):

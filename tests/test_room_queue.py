@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def waiting(pool: KVPool) -> int:
     """Operations in the pool's queue for room."""
     with pool.storage.ledger.mutex:
-        return len(pool.quota.turns)
+        return len(pool.account.turns)
 
 
 def looked_again(pool: KVPool) -> int:
@@ -69,7 +69,7 @@ class Putters:
 def search_beside_putters(manager: KVCacheManager) -> bool:
     """Whether a search that needs the whole pool gets it at once, evicting hardly more than it needs."""
     pool = manager.recur_pool
-    whole = pool.quota.max_entries
+    whole = pool.account.max_entries
     putters = Putters(pool, 8)
     try:
         wait_until(lambda: len(pool) > whole - 10 and min(putters.puts) > 0)
@@ -99,7 +99,7 @@ def without_a_queue(patch: pytest.MonkeyPatch) -> None:
 def test_without_the_queue_others_would_take_what_a_search_evicts(make_manager: MakeManager) -> None:
     manager = a_manager(make_manager)
     pool = manager.recur_pool
-    whole = pool.quota.max_entries
+    whole = pool.account.max_entries
     for number in range(whole):
         pool.put(number, tokens(1, 2))
     with pytest.MonkeyPatch.context() as patch:
@@ -191,7 +191,7 @@ def test_who_gave_up_lets_the_next_have_what_is_free(make_pool: MakePool) -> Non
 def test_who_was_cut_off_while_it_waited_is_in_nobodys_way(make_pool: MakePool) -> None:
     pool = make_pool(2, wait_timeout=JOIN_SECONDS)
     unpin = full_but_for(pool, 2)
-    turns, ledger = pool.quota.turns, pool.storage.ledger
+    turns, ledger = pool.account.turns, pool.storage.ledger
     cut_off = Turn(0.0)
     with ledger.mutex:
         turns.join(cut_off, ledger.stir)
@@ -209,7 +209,7 @@ def test_repair_forgets_who_was_cut_off_while_it_waited(make_pool: MakePool) -> 
     pool = make_pool(1)
     cut_off = Turn(0.0)
     with pool.storage.ledger.mutex:
-        pool.quota.turns.join(cut_off, pool.storage.ledger.stir)
+        pool.account.turns.join(cut_off, pool.storage.ledger.stir)
     with pytest.raises(IntegrityError, match="waiting for room"):
         pool.check_integrity()
     pool.repair()

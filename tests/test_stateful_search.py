@@ -112,7 +112,7 @@ class SearchMachine(RuleBasedStateMachine):
         reserved_entries = sum(opened.entries for opened in self.open_ones())
         reserved_slots = sum(opened.slots for opened in self.open_ones())
         return (
-            self.recur.quota.max_entries - len(self.plain) - reserved_entries,
+            self.recur.account.max_entries - len(self.plain) - reserved_entries,
             RECUR_SLOTS - self.plain_slots() - reserved_slots,
         )
 

@@ -204,7 +204,7 @@ def played(overflow: Callable[[], Overflow]) -> list[KeysValues]:
     found.append(pool.get_or_compute("computed", lambda: FILLED))
     pool.put("row", KeysValues(FILLED.keys, FILLED.values))
     found += [pool.get("row"), from_lightzero(to_lightzero(ROOT, LAYOUT)), pool.pop("row")]
-    pool.put_many(["x", "y"], PAIR) if pool.quota.max_entries > 1 else pool.put("x", PAIR.row(0))
+    pool.put_many(["x", "y"], PAIR) if pool.account.max_entries > 1 else pool.put("x", PAIR.row(0))
     found.append(pool.peek("x"))
     manager.check_integrity()
     manager.close()

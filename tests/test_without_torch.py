@@ -21,10 +21,8 @@ import pytest
 from concurrent_kv.books.eviction.registry import POLICIES, make_policy
 from concurrent_kv.books.index import Index
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.quota import Quota
-from concurrent_kv.books.records import Entry, Hold, Place, Scope
+from concurrent_kv.books.records import Account, Entry, Hold, Place, Scope
 from concurrent_kv.books.slots import SlotAllocator
-from concurrent_kv.books.stats import Counters
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.errors import CapacityError, SearchEndedError, WaitTimeoutError
 from concurrent_kv.flights.table import Claim, FlightState, FlightTable
@@ -48,7 +46,7 @@ class NoTorch:
 
 import sys
 sys.meta_path.insert(0, NoTorch())
-for part in ("books.index", "books.integrity", "books.ledger", "books.quota", "books.records", "books.slots",
+for part in ("books.index", "books.integrity", "books.candidates", "books.ledger", "books.records", "books.slots",
              "books.stats", "device.streams", "errors", "eviction", "flights", "locks", "pool.clearing", "pool.room",
              "search.state"):
     __import__("concurrent_kv." + part)
@@ -225,16 +223,14 @@ def test_slots_are_given_to_one_at_a_time_and_none_is_lost() -> None:
 
 
 class StubPool:
-    """What the bookkeeping looks at of a pool: a quota, a policy, counters and a storage without a tensor."""
+    """What the bookkeeping looks at of a pool: an account, and a storage without a tensor."""
 
     def __init__(self, entries: int, slots: int, policy: str = "fifo") -> None:
         self.name = "stub"
         self.closed = False
-        self.policy: Any = make_policy(policy, capacity=entries)
-        self.counters = Counters()
-        self.searches: set[SearchState] = set()
         ledger = Ledger(slots, 4)
-        self.quota = Quota(entries, slots, ledger.tables)
+        self.account = Account("stub", entries, slots, ledger.tables, make_policy(policy, capacity=entries))
+        self.policy, self.searches, self.counters = self.account.policy, self.account.searches, self.account.counters
         self.storage: Any = SimpleNamespace(
             ledger=ledger,
             locks=ShardedRWLock(2, name="stub"),
@@ -246,7 +242,7 @@ class StubPool:
         assert not self.closed
 
     def scope(self, name: str, budget: Any = None) -> Scope:
-        return Scope(self, name, (0,) if budget else (0, 1), budget=budget)  # type: ignore[arg-type]
+        return Scope(self.account, name, (0,) if budget else (0, 1), budget=budget)
 
 
 def test_a_ledgers_counts_are_those_of_its_entries() -> None:
@@ -388,12 +384,12 @@ def test_searches_reserve_no_more_than_there_is_and_give_all_of_it_back() -> Non
                 budget = reserve_budget(pool, entries, entries * 4, Deadline(0.0))  # type: ignore[arg-type]
             except CapacityError:
                 continue
-            assert pool.quota.reserved_entries <= 8
+            assert pool.account.reserved_entries <= 8
             with pool.storage.ledger.mutex:
                 give_budget_back(pool, budget)  # type: ignore[arg-type]
 
     together(work)
-    assert (pool.quota.reserved_entries, pool.quota.reserved_slots) == (0, 0)
+    assert (pool.account.reserved_entries, pool.account.reserved_slots) == (0, 0)
     assert pool.storage.ledger.slots.reserved_count == 0
 
 
@@ -411,5 +407,5 @@ def test_a_search_that_many_end_at_once_ends_once() -> None:
             state.check_open()
     assert not pool.searches
     assert not pool.storage.ledger.holds
-    assert pool.quota.reserved_entries == 0
+    assert pool.account.reserved_entries == 0
     assert pool.storage.ledger.slots.free_count == 32

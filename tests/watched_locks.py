@@ -17,8 +17,7 @@ from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.eviction import FIFO
 from concurrent_kv.books.index import Index
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.quota import Budget, Quota
-from concurrent_kv.books.records import Account, Entry, Hold, Scope
+from concurrent_kv.books.records import Account, Budget, Entry, Hold, Scope
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.stats import Counters
 from concurrent_kv.books.tables import _PythonTables, _PythonUses
@@ -47,21 +46,21 @@ UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
     ),
     _PythonTables: ("enter", "leave", "exclusive", "named_elsewhere", "weights", "keep"),
     _PythonUses: ("add", "remove", "exclusive", "weights", "keep"),
-    Quota: ("fits",),
     Turns: ("join", "leave", "clear"),
     FIFO: ("add", "remove", "pop_victim", "give_back"),
-    Account: ("all_scopes",),
+    Account: ("all_scopes", "fits"),
     SearchState: ("track", "_end_holds"),
 }
 # Fields "under the mutex": looked at where they are assigned, but for the first time, in the constructor.
 FIELDS: dict[type, tuple[str, ...]] = {
     Entry: ("refs", "pins", "place"),
     Hold: ("entries", "released", "users"),
-    Quota: ("entries", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
     Budget: ("entries", "max_entries", "ended"),
     Scope: ("generation",),
     SearchState: ("batches", "finished"),
-    Account: ("closed", "counters"),
+    Account: (
+        *("closed", "counters", "entries", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
+    ),
     Counters: tuple(each.name for each in fields(Counters)),
 }
 # They say so: a number, a look that a finaliser takes, and one that is looked at again under the mutex.

@@ -147,7 +147,6 @@ def _entry_problems(ledger: Ledger, recount: Recount, alive: list[Entry]) -> lis
 
 def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) -> list[Problem]:
     """What contradicts a recount of one account. All locks held."""
-    quota = account.quota
     own = [entry for entry in published if entry.scope.budget is None]
     found: list[Problem] = []
     named = _named_by(ledger, own)
@@ -155,17 +154,17 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
     def note(text: str, entry: Entry | None = None) -> None:
         found.append(Problem(text, entry))
 
-    if quota.entries != len(own):
-        note(f"{account.name} counts {quota.entries} entries, {len(own)} are in its index")
-    differs = named.differs(quota.uses)
+    if account.entries != len(own):
+        note(f"{account.name} counts {account.entries} entries, {len(own)} are in its index")
+    differs = named.differs(account.uses)
     if differs is not None:
         note(f"{account.name}: {differs}")
-    if quota.pending_entries or quota.pending_slots:
-        note(f"{account.name} has {quota.pending_entries} entries and {quota.pending_slots} slots pending")
-    if len(quota.turns):
-        note(f"{account.name} has {len(quota.turns)} operations waiting for room")
-    if quota.entries > quota.max_entries or quota.slots > quota.max_slots:
-        note(f"{account.name} is over its quota: {quota.entries} entries, {quota.slots} slots")
+    if account.pending_entries or account.pending_slots:
+        note(f"{account.name} has {account.pending_entries} entries and {account.pending_slots} slots pending")
+    if len(account.turns):
+        note(f"{account.name} has {len(account.turns)} operations waiting for room")
+    if account.entries > account.max_entries or account.slots > account.max_slots:
+        note(f"{account.name} is over its limits: {account.entries} entries, {account.slots} slots")
     held = set(account.policy)
     for entry in published:
         if (entry.place is Place.HELD) != (entry in held):
@@ -183,10 +182,10 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
         if search.budget.entries != len(entries):
             note(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
     budgets = [search.budget for search in account.searches]
-    reserved = (sum(budget.max_entries for budget in budgets), sum(budget.reservation.size for budget in budgets))
-    if (quota.reserved_entries, quota.reserved_slots) != reserved:
+    reserved = (sum(budget.max_entries for budget in budgets), sum(budget.size for budget in budgets))
+    if (account.reserved_entries, account.reserved_slots) != reserved:
         note(
-            f"{account.name} counts {quota.reserved_entries} entries and {quota.reserved_slots} slots as reserved, "
+            f"{account.name} counts {account.reserved_entries} entries and {account.reserved_slots} slots as reserved, "
             f"its searches {reserved}"
         )
     for scope in account.all_scopes():
@@ -223,7 +222,7 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
     recount = recount_of(ledger, accounts)
     entries = pending = 0
     for account, published in recount.published.items():
-        pending += account.quota.pending_entries
+        pending += account.pending_entries
         _repair_account(ledger, account, published)
     alive = recount.alive()
     for entry in alive:
@@ -231,7 +230,7 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
         entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
         if not recount.indexed[entry]:
             entry.place = Place.NONE
-    ledger.slots.keep_reservations([s.budget.reservation for account in accounts for s in account.searches])
+    ledger.slots.keep_reservations([s.budget for account in accounts for s in account.searches])
     ledger.tables.keep(sorted({entry.row for entry in alive}))
     slots = ledger.slots.rebuild(_named_by(ledger, alive).slots > 0, used)
     ledger.candidates.forget_parked()
@@ -250,13 +249,12 @@ def _drop_nameless(scope: Scope, kept: list[object]) -> None:
 
 
 def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) -> None:
-    quota = account.quota
-    quota.pending_entries = quota.pending_slots = 0
-    quota.turns.clear()
+    account.pending_entries = account.pending_slots = 0
+    account.turns.clear()
     own = [entry for entry in published if entry.scope.budget is None]
-    quota.uses.keep([entry.row for entry in own])
-    quota.entries = len(own)
+    account.uses.keep([entry.row for entry in own])
+    account.entries = len(own)
     for search in account.searches:
         search.budget.entries = sum(entry.scope is search.scope for entry in published)
-    quota.reserved_entries = sum(search.budget.max_entries for search in account.searches)
-    quota.reserved_slots = sum(search.budget.reservation.size for search in account.searches)
+    account.reserved_entries = sum(search.budget.max_entries for search in account.searches)
+    account.reserved_slots = sum(search.budget.size for search in account.searches)

@@ -1,4 +1,5 @@
-"""The records of the books: `Entry`, one cached sequence, `Scope`, its namespace, `Account`, who pays, and `Hold`.
+"""The records of the books: `Entry`, one cached sequence, `Scope`, its namespace, `Account`, who pays (a `Budget` for a
+search), and `Hold`.
 
 An entry's life: made (in flight, unknown to anyone), published (its scope's index names it), removed from the index
 (replaced, evicted, popped, released or swept by a clear), dead when the last hold lets go; then its slots are free.
@@ -19,19 +20,22 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import ref
 
 from ..device.streams import NO_TICKS, Ticks
-from ..errors import ClosedError, SearchEndedError
+from ..errors import CapacityError, ClosedError, SearchEndedError
 from ..locks.deadline import Deadline
 from ..locks.numbers import Numbers
 from ..never_copied import NeverCopied
 from .eviction import EvictionPolicy
 from .index import Index
-from .quota import Budget, Quota
+from .size_arguments import SizeArguments
+from .slots import Reservation
 from .stats import Counters
+from .tables import Tables, Uses, new_uses
+from .turns import Turns
 
 if TYPE_CHECKING:
     from ..device.positions import Correction
 
-__all__ = ["Account", "Entry", "Generation", "Hold", "OpenSearch", "Place", "Scope", "sorted_shards"]
+__all__ = ["Account", "Budget", "Entry", "Generation", "Hold", "OpenSearch", "Place", "Scope", "sorted_shards"]
 
 
 class Generation(NamedTuple):
@@ -223,18 +227,42 @@ class OpenSearch(Protocol):
 
 
 class Account:
-    """Who pays for room: the quota of one pool, its candidates for eviction, its counters, and its scopes.
+    """Who pays for room: the entries and slots of one pool, its candidates for eviction, its counters, and its scopes.
 
+    It counts what is stored, about to be stored (pending), and reserved by searches. A slot that several entries of the
+    pool share counts once. Entries of searches do not count here: their search reserved room for them when it opened.
     Under the mutex, but for `closed`, which is read without it.
 
+    Args:
+        tables: where the slots of its entries are listed.
+
     Attributes:
-        searches: the open ones, whose budgets are set aside of the quota.
+        arguments: what its size was given by.
+        uses: of its entries' rows.
+        searches: the open ones, whose budgets are set aside of it.
         scopes: by name, without those of searches.
     """
 
-    def __init__(self, name: str, quota: Quota, policy: EvictionPolicy[Entry]) -> None:
+    def __init__(
+        self,
+        name: str,
+        max_entries: int,
+        max_slots: int,
+        tables: Tables,
+        policy: EvictionPolicy[Entry],
+        arguments: SizeArguments | None = None,
+    ) -> None:
         self.name = name
-        self.quota = quota
+        self.max_entries = max_entries
+        self.max_slots = max_slots
+        self.arguments = arguments or SizeArguments()
+        self.entries = 0
+        self.uses: Uses = new_uses(tables)
+        self.pending_entries = 0
+        self.pending_slots = 0
+        self.reserved_entries = 0
+        self.reserved_slots = 0
+        self.turns = Turns()
         self.policy = policy
         self.counters = Counters()
         self.closed = False
@@ -245,8 +273,71 @@ class Account:
         """Those of searches too. Mutex held."""
         return [*self.scopes.values(), *(search.scope for search in self.searches)]
 
+    @property
+    def slots(self) -> int:
+        """Slots of its entries."""
+        return self.uses.used
+
+    def fits(self, entries: int, slots: int) -> bool:
+        """Whether so much more can be stored without evicting."""
+        return (
+            entries <= self.max_entries - self.entries - self.pending_entries - self.reserved_entries
+            and slots <= self.max_slots - self.uses.used - self.pending_slots - self.reserved_slots
+        )
+
+    def can_ever_fit(self, entries: int, slots: int) -> bool:
+        """Whether so much more fits once everything that is not reserved is evicted."""
+        return entries <= self.max_entries - self.reserved_entries and slots <= self.max_slots - self.reserved_slots
+
+    def check_size(self, name: str, entries: int, slots: int) -> None:
+        """Raise `CapacityError` if so much can never be stored at once in the pool called `name`."""
+        if entries > self.max_entries or slots > self.max_slots:
+            raise CapacityError(
+                f"{name} holds at most {self.max_entries} entries and {self.max_slots} slots, and {entries} entries "
+                f"with {slots} slots were to be stored at once; {self.that_holds(entries, slots)} would do, or fewer "
+                "at a time",
+                required_entries=entries,
+                required_slots=slots,
+            )
+
+    def that_holds(self, entries: int, slots: int) -> str:
+        """The arguments with which a pool holds so much, of those that have to grow."""
+        return self.arguments.that_hold(entries, slots, max_entries=self.max_entries, max_slots=self.max_slots)
+
+    def excess(self) -> tuple[int, int]:
+        """Entries and slots by which everything counted, pending and reserved exceeds what it may hold."""
+        return (
+            max(0, self.entries + self.pending_entries + self.reserved_entries - self.max_entries),
+            max(0, self.uses.used + self.pending_slots + self.reserved_slots - self.max_slots),
+        )
+
     def __repr__(self) -> str:
         return f"<Account {self.name!r}>"
+
+
+class Budget(Reservation):
+    """A search's own account, a child of its pool's: what it has set aside of that, and of the storage's slots.
+
+    Under the mutex, but for `ended`, which is read without it.
+
+    Attributes:
+        promoted_to: accounts of init pools that may pay for its slots too.
+        ended: why the search is over; nothing can be taken from its budget then.
+    """
+
+    def __init__(self, parent: Account, max_entries: int) -> None:
+        super().__init__()
+        self.parent = parent
+        self.max_entries = max_entries
+        self.entries = 0
+        self.promoted_to: set[Account] = set()
+        self.ended: str | None = None
+
+    def missing(self, entries: int, slots: int) -> tuple[int, int]:
+        """Entries and slots by which a request exceeds what is left."""
+        entries += self.entries - self.max_entries
+        slots -= self.left
+        return (entries if entries > 0 else 0, slots if slots > 0 else 0)
 
 
 class Hold:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -81,13 +80,17 @@ def _joined(first: Run, second: Run) -> Run | None:
     return None
 
 
-@dataclass(eq=False)
 class Reservation:
-    """Slots set aside for one owner (a search): no other can take them, and what it frees comes back to it."""
+    """Slots set aside for one owner (a search): no other can take them, and what it frees comes back to it.
 
-    number: int
-    size: int  # slots set aside in all
-    left: int  # of these, not yet taken
+    Attributes:
+        number: 0 until slots are reserved for it.
+        size: slots set aside in all.
+        left: of these, not yet taken.
+    """
+
+    def __init__(self) -> None:
+        self.number = self.size = self.left = 0
 
 
 class SlotAllocator:
@@ -220,15 +223,16 @@ class SlotAllocator:
         known = [self._reservations.get(number) for number in numbers]
         return [(owner, count) for owner, count in zip(known, counts, strict=True) if owner is not None]
 
-    def reserve(self, count: int) -> Reservation | None:
-        """Set `count` free slots aside, or None with nothing changed."""
+    def reserve(self, reservation: Reservation, count: int) -> bool:
+        """Set `count` free slots aside for a new reservation; False with nothing changed where there are not enough."""
         if count > self.available:
-            return None
+            return False
         self._last_reservation += 1
-        reservation = Reservation(self._last_reservation, count, count)
+        reservation.number = self._last_reservation
+        reservation.size = reservation.left = count
         self._reservations[reservation.number] = reservation
         self.reserved_count += count
-        return reservation
+        return True
 
     def extend(self, reservation: Reservation, count: int) -> bool:
         """Set `count` more slots aside for `reservation`; False with nothing changed where there are not enough."""
@@ -313,7 +317,8 @@ class SlotAllocator:
         if reserved != self.reserved_count:
             found.append(f"reserved count {self.reserved_count} but reservations add up to {reserved}")
         found += [
-            f"{reservation} does not add up: {self._taken(reservation, named)} of its slots are in use"
+            f"reservation {reservation.number} of {reservation.size} slots, with {reservation.left} left, does not add "
+            f"up: {self._taken(reservation, named)} of its slots are in use"
             for reservation in self._reservations.values()
             if reservation.left + self._taken(reservation, named) != reservation.size
         ]

@@ -12,7 +12,6 @@ from ..books.allocation import Allocation, headroom_of
 from ..books.eviction import EvictionPolicy, PolicyFactory, make_policy
 from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport
-from ..books.quota import Quota
 from ..books.records import Account, Entry, Generation, Scope
 from ..books.size_arguments import SizeArguments
 from ..books.stats import PoolStats
@@ -56,7 +55,7 @@ def _shards_of_scopes(shards: Sequence[int] | None, count: int) -> tuple[int, ..
 def _check_room(storage: KVStorage, max_slots: int) -> None:
     """Raise unless a pool of `max_slots` has room in `storage` beside the pools that are there. Mutex held."""
     total = storage.ledger.slots.num_slots - storage.headroom_slots
-    left = total - sum(pool.quota.max_slots for pool in storage.pools)
+    left = total - sum(pool.account.max_slots for pool in storage.pools)
     if max_slots > left:
         raise InvalidArgumentError(
             f"storage must have {max_slots} slots for this pool, and {left} of its {total} are no open pool's"
@@ -107,11 +106,10 @@ class PoolCore(PoolState, Handle):
             wait_timeout=wait_timeout,
             name=name,
         )
-        quota = Quota(max_entries, max_slots, storage.ledger.tables)
-        if max_bytes is not None:
-            quota.arguments = SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
+        stated = None if max_bytes is None else SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
-        super().__init__(storage, Account(name, quota, candidates))
+        account = Account(name, max_entries, max_slots, storage.ledger.tables, candidates, stated)
+        super().__init__(storage, account)
         self._emptied = False
         self.default_scope = Scope(self.account, name, _shards_of_scopes(scope_shards, storage.locks.count))
         self.account.scopes[name] = self.default_scope
@@ -314,20 +312,20 @@ class PoolCore(PoolState, Handle):
 
     def stats_now(self, contention: tuple[int, float]) -> PoolStats:
         """As `stats`, with the mutex held already, and with what the locks counted looked up before."""
-        quota = self.quota
+        account = self.account
         budgets = [search.budget for search in self.searches.copy()]
-        in_use = quota.slots + sum(budget.reservation.size - budget.reservation.left for budget in budgets)
+        in_use = account.slots + sum(budget.size - budget.left for budget in budgets)
         return PoolStats(
             **vars(self.counters),
-            entries=quota.entries + sum(budget.entries for budget in budgets),
-            max_entries=quota.max_entries,
+            entries=account.entries + sum(budget.entries for budget in budgets),
+            max_entries=account.max_entries,
             slots_in_use=in_use,
-            max_slots=quota.max_slots,
+            max_slots=account.max_slots,
             bytes_in_use=in_use * self.layout.bytes_per_token,
-            max_bytes=quota.max_slots * self.layout.bytes_per_token,
+            max_bytes=account.max_slots * self.layout.bytes_per_token,
             shared_slots=self.storage.ledger.tables.shared,
-            reserved_entries=quota.reserved_entries,
-            reserved_slots=quota.reserved_slots,
+            reserved_entries=account.reserved_entries,
+            reserved_slots=account.reserved_slots,
             lock_wait_count=contention[0],
             lock_wait_seconds=contention[1],
         )
@@ -366,10 +364,10 @@ class PoolCore(PoolState, Handle):
         return deadline
 
     def __repr__(self) -> str:
-        quota = self.quota
+        account = self.account
         return (
-            f"<{type(self).__name__} {self.name!r}: {quota.entries} of {quota.max_entries} entries, "
-            f"{quota.slots} of {quota.max_slots} slots{', closed' if self.closed else ''}>"
+            f"<{type(self).__name__} {self.name!r}: {account.entries} of {account.max_entries} entries, "
+            f"{account.slots} of {account.max_slots} slots{', closed' if self.closed else ''}>"
         )
 
 

@@ -153,7 +153,7 @@ class KVPool(PoolCore):
     def __len__(self) -> int:
         """Entries stored, without those of searches. Takes no lock."""
         self.storage.check_process()
-        return self.quota.entries
+        return self.account.entries
 
     def _read(
         self, key: Hashable, scope: Scope | None, deadline: Deadline, use: Callable[[Entry], R], *, quiet: bool = True

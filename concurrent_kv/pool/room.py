@@ -11,8 +11,7 @@ import numpy as np
 
 from ..books.entries import row_of
 from ..books.ledger import wake
-from ..books.quota import Budget, Quota
-from ..books.records import Entry, Place, Scope, sorted_shards
+from ..books.records import Account, Budget, Entry, Place, Scope, sorted_shards
 from ..books.tables import Tables, Uses, weights_of
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray, Slots
@@ -26,7 +25,7 @@ if TYPE_CHECKING:  # without torch, the books and the room of a pool can be impo
     from .storage import PoolState
 
 __all__ = [
-    "Ticket",
+    "Grant",
     "cancel",
     "check_budget",
     "give_budget_back",
@@ -41,7 +40,7 @@ DRAIN_SECONDS = 0.02  # a thread that waits for room looks so often whether what
 
 
 @dataclass
-class Ticket:
+class Grant:
     """What a write in flight has taken; given back whole if it fails."""
 
     entries: int  # pending in the quota (or the budget)
@@ -54,7 +53,7 @@ class Ticket:
 
 def reserve(
     pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
-) -> Ticket:
+) -> Grant:
     """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing.
 
     From here on the plan uses its batch.
@@ -71,19 +70,19 @@ def reserve(
                 if not ledger.use(plan.batch.hold):
                     raise plan.batch.why_closed()
                 plan.uses_batch = True
-            if budget.entries + entries <= budget.max_entries and slots <= budget.reservation.left:
-                taken = ledger.slots.allocate(slots, budget.reservation)
+            if budget.entries + entries <= budget.max_entries and slots <= budget.left:
+                taken = ledger.slots.allocate(slots, budget)
                 if taken is not None:
                     budget.entries += entries
-                    return Ticket(entries, slots, *taken)
+                    return Grant(entries, slots, *taken)
         return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
     if plan.batch is not None:
         with gate.lock, pool.storage.ledger.mutex:
             if not pool.storage.ledger.use(plan.batch.hold):
                 raise plan.batch.why_closed()
             plan.uses_batch = True
-    quota = pool.quota
-    quota.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, quota.max_slots))
+    account = pool.account
+    account.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, account.max_slots))
     return _take(pool, plan, _freed_by(pool, scope, plan, located, deadline), deadline)
 
 
@@ -114,14 +113,14 @@ def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]
 
 def _freed_of(pool: PoolState, scope: Scope, replaced: list[Entry]) -> tuple[int, int] | None:
     """How many entries these are, and their slots that no others name; None unless all are published. Mutex held."""
-    uses: Uses | Tables = pool.quota.uses if scope.budget is None else pool.storage.ledger.tables
+    uses: Uses | Tables = pool.account.uses if scope.budget is None else pool.storage.ledger.tables
     rows = [entry.row for entry in replaced if entry.refs and entry.place is not Place.NONE]
     return (len(rows), uses.exclusive(rows)) if len(rows) == len(replaced) else None
 
 
-def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Ticket:
+def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Grant:
     """Take slots and quota together, evicting or waiting until both are there."""
-    ledger, quota = pool.storage.ledger, pool.quota
+    ledger, account = pool.storage.ledger, pool.account
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
     # A pure replacement evicts nothing, however full the storage is: its own old entry will make the room. Nor does it
@@ -133,15 +132,15 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
         while True:
             with gate.lock, ledger.mutex:
                 pool.check_open()
-                if (not may_evict or quota.turns.is_first(turn)) and quota.fits(entries, slots):
+                if (not may_evict or account.turns.is_first(turn)) and account.fits(entries, slots):
                     taken = ledger.slots.allocate(plan.num_slots)
                     if taken is not None:
-                        quota.pending_entries += entries
-                        quota.pending_slots += slots
-                        return Ticket(entries, slots, *taken)
+                        account.pending_entries += entries
+                        account.pending_slots += slots
+                        return Grant(entries, slots, *taken)
                 if may_evict:
-                    turn.stalled = not quota.can_ever_fit(entries, slots)
-                    victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
+                    turn.stalled = not account.can_ever_fit(entries, slots)
+                    victim, waiter = _next_for(pool, turn, want_slots=account.fits(entries, 0))
                 else:
                     victim, waiter = None, ledger.waiter()
             try:
@@ -156,7 +155,7 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, [partial(quota.turns.leave, turn)]))
+                ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
 
 
 def _take_from_budget(
@@ -165,9 +164,9 @@ def _take_from_budget(
     plan: WritePlan,
     look_up_freed: Callable[[], tuple[int, int]],
     deadline: Deadline,
-) -> Ticket:
+) -> Grant:
     """Take what a search reserved; beyond that, what the pool has or can evict, or an error that says what would do."""
-    ledger, quota = pool.storage.ledger, pool.quota
+    ledger, account = pool.storage.ledger, pool.account
     count, slots = len(plan.keys), plan.num_slots
     freed, looked = (0, 0), False
     while True:
@@ -184,15 +183,15 @@ def _take_from_budget(
                 _extend(pool, budget, entries_short, slots_short)
                 entries_short, slots_short = _beyond(budget, count, slots, freed)
             if not entries_short and not slots_short:
-                reserved = budget.reservation.left
-                taken = ledger.slots.allocate(slots, budget.reservation)
+                reserved = budget.left
+                taken = ledger.slots.allocate(slots, budget)
                 if taken is not None:
                     budget.entries += count
-                    return Ticket(count, slots, *taken, lent=taken.slots[reserved:] if slots > reserved else None)
+                    return Grant(count, slots, *taken, lent=taken.slots[reserved:] if slots > reserved else None)
             elif freed == (0, 0) and not looked:
                 looked = True  # another thread took what was left meanwhile
                 continue
-            elif not quota.can_ever_fit(entries_short, slots_short):
+            elif not account.can_ever_fit(entries_short, slots_short):
                 raise _budget_error(pool, budget, entries_short, slots_short)
             # Ahead of the queue: an operation that waits there may wait for what this search holds.
             victim, waiter = _victim_or_waiter(pool, want_slots=not entries_short)
@@ -211,13 +210,13 @@ def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> t
 
 def _extend(pool: PoolState, budget: Budget, entries: int, slots: int) -> None:
     """Grow a search's budget beyond what it reserved, if the pool has room just now. Mutex held."""
-    quota = pool.quota
-    if (entries or slots) and quota.fits(entries, slots):
-        if slots and not pool.storage.ledger.slots.extend(budget.reservation, slots):
+    account = pool.account
+    if (entries or slots) and account.fits(entries, slots):
+        if slots and not pool.storage.ledger.slots.extend(budget, slots):
             return
         budget.max_entries += entries
-        quota.reserved_entries += entries
-        quota.reserved_slots += slots
+        account.reserved_entries += entries
+        account.reserved_slots += slots
 
 
 def check_budget(pool: PoolState, budget: Budget, replaced: int) -> None:
@@ -230,16 +229,16 @@ def check_budget(pool: PoolState, budget: Budget, replaced: int) -> None:
 
 
 def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> CapacityError:
-    quota = pool.quota
-    need_entries, need_slots = budget.max_entries + entries, budget.reservation.size + slots
-    other_entries = quota.reserved_entries - budget.max_entries
-    other_slots = quota.reserved_slots - budget.reservation.size
+    account = pool.account
+    need_entries, need_slots = budget.max_entries + entries, budget.size + slots
+    other_entries = account.reserved_entries - budget.max_entries
+    other_slots = account.reserved_slots - budget.size
     others = f", of which other searches reserved {other_entries} and {other_slots}"
-    room = quota.that_holds(other_entries + need_entries, other_slots + need_slots)
+    room = account.that_holds(other_entries + need_entries, other_slots + need_slots)
     return CapacityError(
-        f"the search reserved {budget.max_entries} entries and {budget.reservation.size} slots in {pool.name} and "
-        f"needs {entries} entries and {slots} slots more; the pool holds at most {quota.max_entries} entries and "
-        f"{quota.max_slots} slots{others if other_entries or other_slots else ''}; open the search with "
+        f"the search reserved {budget.max_entries} entries and {budget.size} slots in {pool.name} and "
+        f"needs {entries} entries and {slots} slots more; the pool holds at most {account.max_entries} entries and "
+        f"{account.max_slots} slots{others if other_entries or other_slots else ''}; open the search with "
         f"entries={need_entries} and tokens={need_slots}{f', where {room} makes the room' if room else ''}",
         required_entries=need_entries,
         required_slots=need_slots,
@@ -251,18 +250,18 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
 
     In the turn of an operation that came at `since`, with the `deadline` if left out.
     """
-    ledger, quota = pool.storage.ledger, pool.quota
+    ledger, account = pool.storage.ledger, pool.account
     turn = Turn(deadline.started if since is None else since)
     try:
         while True:
             with gate.lock, ledger.mutex:
                 pool.check_open()
-                if quota.turns.is_first(turn) and quota.fits(entries, slots):
-                    quota.pending_entries += entries
-                    quota.pending_slots += slots
+                if account.turns.is_first(turn) and account.fits(entries, slots):
+                    account.pending_entries += entries
+                    account.pending_slots += slots
                     return
-                turn.stalled = not quota.can_ever_fit(entries, slots)
-                victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
+                turn.stalled = not account.can_ever_fit(entries, slots)
+                victim, waiter = _next_for(pool, turn, want_slots=account.fits(entries, 0))
             try:
                 _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
             except BaseException:
@@ -275,31 +274,30 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, [partial(quota.turns.leave, turn)]))
+                ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
 
 
 def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
     """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do."""
-    ledger, quota = pool.storage.ledger, pool.quota
-    turn = Turn(deadline.started, reserves=True)
+    ledger, account = pool.storage.ledger, pool.account
+    budget, turn = Budget(account, entries), Turn(deadline.started, reserves=True)
     try:
         while True:
             with gate.lock, ledger.mutex:
                 pool.check_open()
-                if entries > quota.max_entries or slots > quota.max_slots:
+                if entries > account.max_entries or slots > account.max_slots:
                     break  # no waiting will help
-                if quota.turns.is_first(turn) and quota.fits(entries, slots):
-                    reservation = ledger.slots.reserve(slots)
-                    if reservation is not None:
-                        quota.reserved_entries += entries
-                        quota.reserved_slots += slots
-                        return Budget(quota, reservation, entries)
-                turn.stalled = not quota.can_ever_fit(entries, slots)
-                quota.turns.join(turn, ledger.stir)  # as it needs room for many: others take none of it from here on
+                is_next = account.turns.is_first(turn) and account.fits(entries, slots)
+                if is_next and ledger.slots.reserve(budget, slots):
+                    account.reserved_entries += entries
+                    account.reserved_slots += slots
+                    return budget
+                turn.stalled = not account.can_ever_fit(entries, slots)
+                account.turns.join(turn, ledger.stir)  # as it needs room for many: others take none of it from here on
                 if turn.stalled:
                     victim, waiter = None, ledger.waiter()
                 else:
-                    victim, waiter = _next_for(pool, turn, want_slots=quota.fits(entries, 0))
+                    victim, waiter = _next_for(pool, turn, want_slots=account.fits(entries, 0))
             if victim is not None:
                 try:
                     _evict(pool, victim, deadline)
@@ -317,14 +315,14 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, [partial(quota.turns.leave, turn)]))
+                ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
     with gate.lock, ledger.mutex:
-        reserved_entries, reserved_slots = quota.reserved_entries, quota.reserved_slots
+        reserved_entries, reserved_slots = account.reserved_entries, account.reserved_slots
         need_entries, need_slots = reserved_entries + entries, reserved_slots + slots
-        if quota.can_ever_fit(entries, slots):
+        if account.can_ever_fit(entries, slots):
             # Everything that could be evicted was; what is left is pinned or held.
-            need_entries += quota.entries + quota.pending_entries
-            need_slots += quota.slots + quota.pending_slots
+            need_entries += account.entries + account.pending_entries
+            need_slots += account.slots + account.pending_slots
     taken = [
         f"{number_entries} and {number_slots} are {how}"
         for number_entries, number_slots, how in (
@@ -337,12 +335,12 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
         )
         if number_entries or number_slots
     ]
-    enough = quota.that_holds(need_entries, need_slots) or "closing what is held"
+    enough = account.that_holds(need_entries, need_slots) or "closing what is held"
     of_which = f", of which {' and '.join(taken)}" if taken else ""
     raise CapacityError(
         f"{pool.name} cannot set {entries} entries and {slots} slots aside for this search: it holds at most "
-        f"{quota.max_entries} entries and {quota.max_slots} slots{of_which}; {enough} would do, or a search with fewer "
-        "environments, or smaller entries= and tokens=",
+        f"{account.max_entries} entries and {account.max_slots} slots{of_which}; {enough} would do, or a search with "
+        "fewer environments, or smaller entries= and tokens=",
         required_entries=need_entries,
         required_slots=need_slots,
     )
@@ -350,17 +348,17 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
 
 def give_budget_back(pool: PoolState, budget: Budget) -> None:
     """Return what a search reserved; nothing happens the second time. Mutex held."""
-    quota = budget.quota
-    slots = pool.storage.ledger.slots.cancel(budget.reservation)
+    account = budget.parent
+    slots = pool.storage.ledger.slots.cancel(budget)
     # No call from the return of that one to the end, so that no asynchronous exception parts what belongs together.
-    quota.reserved_slots -= slots
-    quota.reserved_entries -= budget.max_entries
+    account.reserved_slots -= slots
+    account.reserved_entries -= budget.max_entries
     budget.max_entries = 0
 
 
 def _next_for(pool: PoolState, turn: Turn, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """As `_victim_or_waiter`, for an operation in its turn: it waits while another is before it. Mutex held."""
-    turns = pool.quota.turns
+    turns = pool.account.turns
     if not turns.is_first(turn):
         turns.join(turn, pool.storage.ledger.stir)
         return None, pool.storage.ledger.waiter()
@@ -375,7 +373,7 @@ def _leave(pool: PoolState, turn: Turn) -> None:
     """Let the next in the queue have what is free."""
     ledger = pool.storage.ledger
     with gate.lock, ledger.mutex:
-        pool.quota.turns.leave(turn)
+        pool.account.turns.leave(turn)
         waiters = ledger.take_waiters()
     wake(waiters)
 
@@ -413,23 +411,23 @@ def _evict_or_wait(
     elif waiter is None:
         deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
     elif not _wait(pool, waiter, deadline):
-        quota = pool.quota
+        account = pool.account
         why = "nothing can be evicted (pinned, or held by open batches)"
-        if turn is not None and not quota.turns.is_first(turn):
+        if turn is not None and not account.turns.is_first(turn):
             why = "writes that came earlier wait for more room than is free (a search that opens, say)"
         raise WaitTimeoutError(
             f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
-            f"{quota.max_entries} entries and {quota.max_slots} slots, {quota.entries} and {quota.slots} are stored, "
-            f"{quota.reserved_entries} and {quota.reserved_slots} reserved by searches, and {why}"
-            f"{_room_beside_searches(quota, entries, slots)}"
+            f"{account.max_entries} entries and {account.max_slots} slots, {account.entries} and {account.slots} are "
+            f"stored, {account.reserved_entries} and {account.reserved_slots} reserved by searches, and {why}"
+            f"{_room_beside_searches(account, entries, slots)}"
         )
 
 
-def _room_beside_searches(quota: Quota, entries: int, slots: int) -> str:
+def _room_beside_searches(account: Account, entries: int, slots: int) -> str:
     """What would do for a write that open searches leave no room for; nothing where it is not they."""
-    if quota.can_ever_fit(entries, slots):
+    if account.can_ever_fit(entries, slots):
         return ""
-    room = quota.that_holds(quota.reserved_entries + entries, quota.reserved_slots + slots)
+    room = account.that_holds(account.reserved_entries + entries, account.reserved_slots + slots)
     return f"; {room} leaves room beside the open searches"
 
 
@@ -492,7 +490,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     ledger = pool.storage.ledger
     if not entries:
         return []
-    scope, quota = entries[0].scope, pool.quota
+    scope, account = entries[0].scope, pool.account
     budget = scope.budget
     for entry in entries:
         if budget is None and not (counted_out and entry.place is Place.HELD):
@@ -501,8 +499,8 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     rows = list(map(row_of, entries))
     if budget is None:
         if not counted_out:
-            quota.uses.remove(rows)
-            quota.entries -= len(rows)
+            account.uses.remove(rows)
+            account.entries -= len(rows)
         try:
             return ledger.let_go(entries)
         except Exception:  # no memory, no frames: they die a little later
@@ -531,26 +529,26 @@ def _discharge(pool: PoolState, budget: Budget, slots: SlotArray) -> None:
     """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
     ledger = pool.storage.ledger
     weights = weights_of(ledger.tables, slots)
-    elsewhere = sum([weights_of(quota.uses, slots) for quota in budget.promoted_to])
-    ledger.slots.discharge(budget.reservation, slots[(weights > 0) & (weights == elsewhere)])
+    elsewhere = sum([weights_of(account.uses, slots) for account in budget.promoted_to])
+    ledger.slots.discharge(budget, slots[(weights > 0) & (weights == elsewhere)])
 
 
-def cancel(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks) -> None:
+def cancel(pool: PoolState, scope: Scope, grant: Grant, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
     ledger = pool.storage.ledger
     with gate.lock, ledger.mutex:
-        if ticket.spent:
+        if grant.spent:
             return
-        ticket.spent = True
+        grant.spent = True
         try:
-            ledger.slots.give_back(ticket.taken, used)
+            ledger.slots.give_back(grant.taken, used)
         except Exception:
-            ticket.spent = False
+            grant.spent = False
             raise
         if scope.budget is None:
-            pool.quota.pending_entries -= ticket.entries
-            pool.quota.pending_slots -= ticket.slots
+            pool.account.pending_entries -= grant.entries
+            pool.account.pending_slots -= grant.slots
         else:
-            scope.budget.entries -= ticket.entries
+            scope.budget.entries -= grant.entries
         waiters = ledger.take_waiters()
     wake(waiters)

@@ -219,7 +219,6 @@ class PoolState:
         self.layout = storage.layout
         self.account = account
         # The account's own, each the same for good: an attribute, because a call under the mutex may fail.
-        self.quota = account.quota
         self.policy = account.policy
         self.searches = account.searches
         self.name = account.name

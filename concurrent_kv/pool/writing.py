@@ -17,7 +17,7 @@ from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .plan import WritePlan
-from .room import Ticket, cancel, check_budget, make_room, reserve, unpublish
+from .room import Grant, cancel, check_budget, make_room, reserve, unpublish
 from .storage import KVStorage, PoolState
 
 __all__ = ["write"]
@@ -44,22 +44,22 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
     located = scope.locate(plan.hashes)
-    ticket = reserve(pool, scope, plan, located, deadline)
-    used = ticket.ticks
+    grant = reserve(pool, scope, plan, located, deadline)
+    used = grant.ticks
     entries: list[Entry] = []
     try:
         written = NO_TICKS
         if plan.source is not None:
             if clock.backend is None:
-                _copy(storage, plan.source, plan, ticket)
+                _copy(storage, plan.source, plan, grant)
             else:
                 stream = clock.current()
-                clock.order_after(stream, merge(ticket.ticks, storage.zeroed))
+                clock.order_after(stream, merge(grant.ticks, storage.zeroed))
                 temporaries: tuple[Tensor, ...] = (plan.source,)
                 if plan.difference is not None:
                     temporaries += (plan.difference,)
                 try:
-                    temporaries += _copy(storage, plan.source, plan, ticket)
+                    temporaries += _copy(storage, plan.source, plan, grant)
                 finally:
                     written = clock.stamp(stream, temporaries)
                     used = merge(used, written)
@@ -69,39 +69,39 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
         of_each = (shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
         entries = new_entries(plan.keys, scope, generation, *of_each, written)
         while True:
-            outcome, missing = _publish(pool, scope, generation, entries, plan, located, ticket, deadline)
+            outcome, missing = _publish(pool, scope, generation, entries, plan, located, grant, deadline)
             if outcome is not Outcome.NO_ROOM:
                 break
             make_room(pool, *missing, deadline, plan.since)
-            ticket.entries, ticket.slots = missing
+            grant.entries, grant.slots = missing
     except BaseException:
         try:
-            cancel(pool, scope, ticket, used)
+            cancel(pool, scope, grant, used)
         except BaseException:
             # What cannot be undone here, where memory or frames are short, is undone by the next operation.
-            ledger.abandoned.append(partial(_cancel_later, pool, scope, ticket, used))
+            ledger.abandoned.append(partial(_cancel_later, pool, scope, grant, used))
         raise
     if outcome is Outcome.STALE:
         try:
-            cancel(pool, scope, ticket, used)
+            cancel(pool, scope, grant, used)
         except BaseException:
-            ledger.abandoned.append(partial(_cancel_later, pool, scope, ticket, used))
+            ledger.abandoned.append(partial(_cancel_later, pool, scope, grant, used))
             raise
     return outcome is Outcome.PUBLISHED
 
 
-def _cancel_later(pool: PoolState, scope: Scope, ticket: Ticket, used: Ticks, deadline: Deadline) -> None:
-    cancel(pool, scope, ticket, used)
+def _cancel_later(pool: PoolState, scope: Scope, grant: Grant, used: Ticks, deadline: Deadline) -> None:
+    cancel(pool, scope, grant, used)
 
 
-def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, ticket: Ticket) -> tuple[Tensor, ...]:
+def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> tuple[Tensor, ...]:
     """Copy a plan's tokens into the slots taken for them; returns what has to live until that is done."""
     shape = plan.shape
     if plan.parts is not None:
-        storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, ticket.taken)
+        storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, grant.taken)
         return ()
-    block = shape.block if type(ticket.taken) is range else None
-    return storage.tensor.scatter(source, shape.rows, shape.columns, ticket.taken, plan.difference, plan.runs, block)
+    block = shape.block if type(grant.taken) is range else None
+    return storage.tensor.scatter(source, shape.rows, shape.columns, grant.taken, plan.difference, plan.runs, block)
 
 
 # Publication ------------------------------------------------------------
@@ -114,7 +114,7 @@ def _publish(
     entries: list[Entry],
     plan: WritePlan,
     located: Sequence[tuple[Scope, int]],
-    ticket: Ticket,
+    grant: Grant,
     deadline: Deadline,
 ) -> tuple[Outcome, tuple[int, int]]:
     """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
@@ -137,21 +137,21 @@ def _publish(
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
             with gate.lock, ledger.mutex:
-                missing = _admit(pool, scope, entries, cells, replaced, plan, old, ticket)
-                if ticket.spent and old:
+                missing = _admit(pool, scope, entries, cells, replaced, plan, old, grant)
+                if grant.spent and old:
                     try:
                         dead = unpublish(pool, old, counted_out=True)
                     except Exception:  # no memory, no frames; what was written is there
                         again = partial(unpublish, pool, old, counted_out=True)
                         ledger.abandoned.append(partial(ledger.again, [again]))
-                if ticket.spent and ticket.lent is not None and scope.budget is not None:
+                if grant.spent and grant.lent is not None and scope.budget is not None:
                     # After the replaced let go of theirs: those make up for what was lent.
-                    charge = partial(ledger.slots.charge, scope.budget.reservation, ticket.lent)
+                    charge = partial(ledger.slots.charge, scope.budget, grant.lent)
                     try:
                         charge()
                     except Exception:  # no memory, no frames
                         ledger.abandoned.append(partial(ledger.again, [charge]))
-                if ticket.spent and plan.uses_batch:
+                if grant.spent and plan.uses_batch:
                     leave = partial(plan.leave_batch, ledger, ends=plan.ends_batch)
                     try:
                         dead += leave()
@@ -160,11 +160,11 @@ def _publish(
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters() if ledger.waiters else []
         finally:
-            if not ticket.spent:
+            if not grant.spent:
                 take_away(added)
     if waiters:
         wake(waiters)
-    outcome = Outcome.PUBLISHED if ticket.spent else Outcome.NO_ROOM
+    outcome = Outcome.PUBLISHED if grant.spent else Outcome.NO_ROOM
     del dead, old, replaced, cells
     return outcome, missing
 
@@ -177,12 +177,12 @@ def _admit(
     replaced: list[Entry | None],
     plan: WritePlan,
     old: list[Entry],
-    ticket: Ticket,
+    grant: Grant,
 ) -> tuple[int, int]:
     """Count the new entries in and the old ones out, name the slots, and put the entries into their places.
 
-    The ticket is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
-    take the ticket's place in it back and say how much the write needs. Mutex and shards held.
+    The grant is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
+    take the grant's place in it back and say how much the write needs. Mutex and shards held.
     """
     ledger, budget = pool.storage.ledger, scope.budget
     place = Place.HELD if budget is None else Place.EXEMPT
@@ -190,16 +190,16 @@ def _admit(
         if budget.entries - len(old) > budget.max_entries:
             # Less is replaced than when the room was taken: a key was released meanwhile.
             check_budget(pool, budget, len(old))
-        plan.make(ledger, entries, ticket.taken)
+        plan.make(ledger, entries, grant.taken)
     else:
-        needed = _count(pool, entries, plan, old, ticket)
+        needed = _count(pool, entries, plan, old, grant)
         if needed is not None:
             return needed
     try:
         occupy(cells, entries, replaced, place)
     except (MemoryError, RecursionError):
         occupy(cells, entries, replaced, place)  # less than `make` took
-    ticket.spent = True
+    grant.spent = True
     pool.account.counters.insert_count += len(entries) - len(old)
     pool.account.counters.replace_count += len(old)
     if budget is not None:
@@ -208,22 +208,22 @@ def _admit(
 
 
 def _count(
-    pool: PoolState, entries: list[Entry], plan: WritePlan, old: list[Entry], ticket: Ticket
+    pool: PoolState, entries: list[Entry], plan: WritePlan, old: list[Entry], grant: Grant
 ) -> tuple[int, int] | None:
     """Count entries in and others out, with the quota, the policy and the slots; or say what is missing. Mutex held."""
-    ledger, quota = pool.storage.ledger, pool.quota
-    uses, tables = quota.uses, ledger.tables
+    ledger, account = pool.storage.ledger, pool.account
+    uses, tables = account.uses, ledger.tables
     old_rows = list(map(row_of, old))
     leaving = [entry for entry in old if entry.place is Place.HELD]
-    entries_taken, slots_taken = ticket.entries, ticket.slots
+    entries_taken, slots_taken = grant.entries, grant.slots
     # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
-    ticket.entries = ticket.slots = 0
-    quota.pending_entries -= entries_taken
-    quota.pending_slots -= slots_taken
-    before = quota.entries, quota.slots
-    plan.make(ledger, entries, ticket.taken)
+    grant.entries = grant.slots = 0
+    account.pending_entries -= entries_taken
+    account.pending_slots -= slots_taken
+    before = account.entries, account.slots
+    plan.make(ledger, entries, grant.taken)
     rows = list(map(row_of, entries))
-    undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the ticket's
+    undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the grant's
     needed = 0, 0
     error: Exception | None = None
     try:
@@ -236,15 +236,15 @@ def _count(
         undo.append(out)
         uses.remove(old_rows)
         undo.append(back)
-        quota.entries += len(rows) - len(old_rows)
-        needed = max(0, quota.entries - before[0]), max(0, quota.slots - before[1])
-        if not any(quota.excess()):
+        account.entries += len(rows) - len(old_rows)
+        needed = max(0, account.entries - before[0]), max(0, account.slots - before[1])
+        if not any(account.excess()):
             undo.append(told)
             ledger.candidates.exchange(pool.account, leaving, entries)
             return None
     except Exception as raised:
         error = raised
-    quota.entries = before[0]
+    account.entries = before[0]
     while undo:
         try:
             undo[-1]()

@@ -14,8 +14,7 @@ from torch import Tensor
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
 from ..books.allocation import default_tokens
 from ..books.ledger import wake
-from ..books.quota import Budget
-from ..books.records import Entry, Hold, Scope
+from ..books.records import Budget, Entry, Hold, Scope
 from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -346,7 +345,7 @@ class Search(Handle):
         try:
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
             with gate.lock, storage.ledger.mutex:
-                state.budget.promoted_to.add(init_pool.quota)
+                state.budget.promoted_to.add(init_pool.account)
             return write(init_pool, target, generation, plan, deadline)
         finally:
             del entry

@@ -11,8 +11,7 @@ import pytest
 
 from concurrent_kv.books.entries import new_entries
 from concurrent_kv.books.ledger import Ledger, wake
-from concurrent_kv.books.quota import Quota
-from concurrent_kv.books.records import Entry, Generation, Hold, Place, Scope, sorted_shards
+from concurrent_kv.books.records import Account, Entry, Generation, Hold, Place, Scope, sorted_shards
 from concurrent_kv.device.slot_numbers import Slots, as_array
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.locks.deadline import Deadline
@@ -20,7 +19,7 @@ from concurrent_kv.pool import room, writing
 from concurrent_kv.pool.clearing import sweep_if
 from concurrent_kv.pool.core import PoolCore
 from concurrent_kv.pool.plan import WritePlan
-from concurrent_kv.pool.room import Ticket, unpublish
+from concurrent_kv.pool.room import Grant, unpublish
 from concurrent_kv.pool.writing import Outcome
 from concurrent_kv.search.state import SearchState
 
@@ -35,13 +34,13 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
         entries: list[Entry],
         plan: WritePlan,
         located: Sequence[tuple[Scope, int]],
-        ticket: Ticket,
+        grant: Grant,
         deadline: Deadline,
     ) -> tuple[Outcome, tuple[int, int]]:
         if scope.generation is not generation:
             return Outcome.STALE, (0, 0)
         with pool.storage.locks.write(sorted_shards(located), deadline):
-            _enter_books(pool, entries, plan, located, ticket)
+            _enter_books(pool, entries, plan, located, grant)
         return Outcome.PUBLISHED, (0, 0)
 
     patch.setattr("concurrent_kv.pool.writing._publish", publish)
@@ -52,23 +51,23 @@ def _enter_books(
     entries: list[Entry],
     plan: WritePlan,
     located: Sequence[tuple[Scope, int]],
-    ticket: Ticket,
+    grant: Grant,
 ) -> None:
     """Publish to a pool that has room, checking nothing. Shards held."""
     parts = [scope.entries[part] for scope, part in located]
     old = [part[entry.key] for part, entry in zip(parts, entries, strict=True) if entry.key in part]
     with pool.storage.ledger.mutex:
-        pool.quota.pending_entries -= ticket.entries
-        pool.quota.pending_slots -= ticket.slots
-        plan.make(pool.storage.ledger, entries, ticket.taken)
-        pool.quota.uses.add([entry.row for entry in entries])
-        pool.quota.entries += len(entries)
+        pool.account.pending_entries -= grant.entries
+        pool.account.pending_slots -= grant.slots
+        plan.make(pool.storage.ledger, entries, grant.taken)
+        pool.account.uses.add([entry.row for entry in entries])
+        pool.account.entries += len(entries)
         unpublish(pool, old)
         for part, entry in zip(parts, entries, strict=True):
             part.put(entry)
             entry.place = Place.HELD
             pool.policy.add(entry)
-        ticket.spent = True
+        grant.spent = True
         waiters = pool.storage.ledger.take_waiters()
     wake(waiters)
 
@@ -81,11 +80,11 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         entries: list[Entry],
         plan: WritePlan,
         located: Sequence[tuple[Scope, int]],
-        ticket: Ticket,
+        grant: Grant,
         deadline: Deadline,
     ) -> tuple[Outcome, tuple[int, int]]:
-        pending = ticket
-        taken = as_array(ticket.taken)
+        pending = grant
+        taken = as_array(grant.taken)
         for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
             with pool.storage.locks.write(sorted_shards([at]), deadline):
                 one, first, number = copy(plan), sum(plan.shape.owned[:row]), plan.shape.owned[row]
@@ -97,7 +96,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
                 )
                 pending.taken = taken[first : first + number]
                 _enter_books(pool, [entry], one, [at], pending)
-            pending = Ticket(0, 0, ticket.taken, ticket.ticks)
+            pending = Grant(0, 0, grant.taken, grant.ticks)
         return Outcome.PUBLISHED, (0, 0)
 
     patch.setattr("concurrent_kv.pool.writing._publish", publish)
@@ -106,12 +105,12 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
 def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         located = [(scope, scope.part_of(key_hash)) for key_hash in plan.hashes]
-        ticket = room.reserve(pool, scope, plan, located, deadline)
+        grant = room.reserve(pool, scope, plan, located, deadline)
         of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
         entries = new_entries(plan.keys, scope, generation, *of_each, {})
-        writing._publish(pool, scope, generation, entries, plan, located, ticket, deadline)
+        writing._publish(pool, scope, generation, entries, plan, located, grant, deadline)
         assert plan.source is not None
-        pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, ticket.taken)
+        pool.storage.tensor.scatter(plan.source, plan.shape.rows, plan.shape.columns, grant.taken)
         return True
 
     patch.setattr("concurrent_kv.pool.committing.write", write)
@@ -127,19 +126,19 @@ def shards_taken_in_the_order_of_the_keys(patch: Patch) -> None:
 def slots_reserved_one_at_a_time(patch: Patch) -> None:
     def reserve(
         pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
-    ) -> Ticket:
+    ) -> Grant:
         taken: list[Slots] = []
         while len(taken) < plan.num_slots:
             with pool.storage.ledger.mutex:
-                one = pool.storage.ledger.slots.allocate(1) if pool.quota.fits(0, 1) else None
+                one = pool.storage.ledger.slots.allocate(1) if pool.account.fits(0, 1) else None
                 if one is None:
                     victim, waiter = room._victim_or_waiter(pool, want_slots=True)
                 else:
-                    pool.quota.pending_slots += 1
+                    pool.account.pending_slots += 1
                     taken.append(one[0])
             if one is None:
                 room._evict_or_wait(pool, victim, waiter, deadline, 1, 1)
-        return Ticket(0, len(taken), np.concatenate(taken), NO_TICKS)
+        return Grant(0, len(taken), np.concatenate(taken), NO_TICKS)
 
     patch.setattr("concurrent_kv.pool.writing.reserve", reserve)
 
@@ -169,13 +168,13 @@ def release_that_wakes_nobody(patch: Patch) -> None:
 
 
 def reservation_of_a_search_not_respected(patch: Patch) -> None:
-    def fits(self: Quota, entries: int, slots: int) -> bool:
+    def fits(self: Account, entries: int, slots: int) -> bool:
         return (
             entries <= self.max_entries - self.entries - self.pending_entries
             and slots <= self.max_slots - self.slots - self.pending_slots
         )
 
-    patch.setattr(Quota, "fits", fits)
+    patch.setattr(Account, "fits", fits)
 
 
 def search_marked_as_ended_after_its_sweep(patch: Patch) -> None:

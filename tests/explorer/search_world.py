@@ -130,7 +130,7 @@ class SearchWorld(World):
         """Also: what searches reserved is not taken by others."""
         super().watch()
         for pool in self.pools():
-            if len(entries_of(pool.default_scope)) + pool.quota.reserved_entries > pool.quota.max_entries:
+            if len(entries_of(pool.default_scope)) + pool.account.reserved_entries > pool.account.max_entries:
                 raise BrokenPromiseError(f"{pool.name} holds more entries than its searches leave")
 
     def check_statistics(self) -> None:
@@ -145,9 +145,9 @@ class SearchWorld(World):
                     self.gather_here([key]).close()
             self.search.close()
             super().check()
-        quota, slots = self.recur.quota, self.storage.ledger.slots
-        if quota.reserved_entries or quota.reserved_slots or slots.reserved_count:
+        account, slots = self.recur.account, self.storage.ledger.slots
+        if account.reserved_entries or account.reserved_slots or slots.reserved_count:
             raise BrokenPromiseError(
-                f"no search is open, and {quota.reserved_entries} entries and {quota.reserved_slots} slots are "
+                f"no search is open, and {account.reserved_entries} entries and {account.reserved_slots} slots are "
                 f"reserved in the quota, {slots.reserved_count} slots in the storage"
             )

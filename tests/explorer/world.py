@@ -197,11 +197,11 @@ class World:
         ledger = self.storage.ledger
         for pool in self.pools():
             entries = [entry for scope in pool.registered_scopes() for entry in entries_of(scope)]
-            if len(entries) > pool.quota.max_entries:
-                raise BrokenPromiseError(f"{pool.name} holds {len(entries)} entries of {pool.quota.max_entries}")
+            if len(entries) > pool.account.max_entries:
+                raise BrokenPromiseError(f"{pool.name} holds {len(entries)} entries of {pool.account.max_entries}")
             used = {slot for entry in entries if entry.row >= 0 for slot in slots_named(ledger, entry)}
-            if len(used) > pool.quota.max_slots:
-                raise BrokenPromiseError(f"{pool.name} holds {len(used)} slots of {pool.quota.max_slots}")
+            if len(used) > pool.account.max_slots:
+                raise BrokenPromiseError(f"{pool.name} holds {len(used)} slots of {pool.account.max_slots}")
 
     def check(self) -> None:
         """What holds when every operation is over and every batch and pin closed."""
@@ -237,10 +237,10 @@ class World:
         if left:
             raise BrokenPromiseError(f"{len(left)} references were never let go: {[hold.what for hold in left]}")
         for pool in self.pools():
-            reserved = sum(search.budget.reservation.size for search in pool.searches)
-            if pool.quota.reserved_slots != reserved:
+            reserved = sum(search.budget.size for search in pool.searches)
+            if pool.account.reserved_slots != reserved:
                 raise BrokenPromiseError(
-                    f"{pool.name} counts {pool.quota.reserved_slots} reserved slots, searches {reserved}"
+                    f"{pool.name} counts {pool.account.reserved_slots} reserved slots, searches {reserved}"
                 )
 
 

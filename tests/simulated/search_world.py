@@ -274,8 +274,8 @@ class GpuSearchWorld(GpuWorld):
         self.look_at_end(self._check_roots)
         self.handles += [known.search for known in self.searches.values()]
         super().check()
-        quota, slots = self.recur.quota, self.storage.ledger.slots
-        must(not (quota.reserved_entries or quota.reserved_slots or slots.reserved_count), "room stayed reserved")
+        account, slots = self.recur.account, self.storage.ledger.slots
+        must(not (account.reserved_entries or account.reserved_slots or slots.reserved_count), "room stayed reserved")
 
     def _check_roots(self) -> None:
         for key, seen in self._roots_seen:

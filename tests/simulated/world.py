@@ -257,7 +257,7 @@ class GpuWorld:
             with self.noted(Kind.READ, parents) as read:
                 batch = self.pool.gather(parents)
             self.look_at_batch(read, batch)
-        too_many = len(children) > self.pool.quota.max_entries
+        too_many = len(children) > self.pool.account.max_entries
         if (not all(batch.hits) and (lengths is None or too_many)) or max(batch.lengths) == WINDOW:
             batch.close()
             return None

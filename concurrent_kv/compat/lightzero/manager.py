@@ -52,7 +52,7 @@ class LightZeroPool:
     @property
     def pool_size(self) -> int:
         """Entries that it holds at most."""
-        return self.pool.quota.max_entries
+        return self.pool.account.max_entries
 
     def __len__(self) -> int:
         return len(self.pool)
