@@ -83,7 +83,15 @@ def reserve(
             plan.uses_batch = True
     account = pool.account
     account.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, account.max_slots))
-    return _take(pool, plan, _freed_by(pool, scope, plan, located, deadline), deadline)
+    freed = _freed_by(pool, scope, plan, located, deadline)
+    entries = len(plan.keys) - freed[0]
+    slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
+    # A pure replacement evicts nothing, however full the storage is: its own old entry will make the room. Nor does it
+    # queue: it takes nothing that others wait for.
+    # (Not where that can never be: the headroom is for a few windows at a time.)
+    may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
+    of = len(plan.keys), plan.num_slots
+    return _take(pool, entries, slots, plan.num_slots, deadline, plan.since, of=of, may_evict=may_evict)
 
 
 def _freed_by(
@@ -118,22 +126,30 @@ def _freed_of(pool: PoolState, scope: Scope, replaced: list[Entry]) -> tuple[int
     return (len(rows), uses.exclusive(rows)) if len(rows) == len(replaced) else None
 
 
-def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: Deadline) -> Grant:
-    """Take slots and quota together, evicting or waiting until both are there."""
+def _take(
+    pool: PoolState,
+    entries: int,
+    slots: int,
+    num_slots: int,
+    deadline: Deadline,
+    since: float | None,
+    *,
+    of: tuple[int, int],
+    may_evict: bool = True,
+) -> Grant:
+    """Take a place for `entries` and `slots` in the account, and `num_slots` slots; evict or wait until both are there.
+
+    In the turn of an operation that came at `since`, with the `deadline` if None, and stores as many entries and slots
+    as `of` says.
+    """
     ledger, account = pool.storage.ledger, pool.account
-    entries = len(plan.keys) - freed[0]
-    slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
-    # A pure replacement evicts nothing, however full the storage is: its own old entry will make the room. Nor does it
-    # queue: it takes nothing that others wait for.
-    # (Not where that can never be: the headroom is for a few windows at a time.)
-    may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
-    turn = Turn(deadline.started if plan.since is None else plan.since)
+    turn = Turn(deadline.started if since is None else since)
     try:
         while True:
             with gate.lock, ledger.mutex:
                 pool.check_open()
                 if (not may_evict or account.turns.is_first(turn)) and account.fits(entries, slots):
-                    taken = ledger.slots.allocate(plan.num_slots)
+                    taken = ledger.slots.allocate(num_slots)
                     if taken is not None:
                         account.pending_entries += entries
                         account.pending_slots += slots
@@ -144,7 +160,7 @@ def _take(pool: PoolState, plan: WritePlan, freed: tuple[int, int], deadline: De
                 else:
                     victim, waiter = None, ledger.waiter()
             try:
-                _evict_or_wait(pool, victim, waiter, deadline, len(plan.keys), plan.num_slots, turn)
+                _evict_or_wait(pool, victim, waiter, deadline, of, turn)
             except BaseException:
                 if victim is not None:
                     ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
@@ -196,7 +212,7 @@ def _take_from_budget(
             # Ahead of the queue: an operation that waits there may wait for what this search holds.
             victim, waiter = _victim_or_waiter(pool, want_slots=not entries_short)
         try:
-            _evict_or_wait(pool, victim, waiter, deadline, count, slots)
+            _evict_or_wait(pool, victim, waiter, deadline, (count, slots))
         except BaseException:
             if victim is not None:
                 ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
@@ -246,35 +262,11 @@ def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> 
 
 
 def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, since: float | None = None) -> None:
-    """Count `entries` and `slots` more as pending in the pool's quota, evicting or waiting until they fit.
+    """Count `entries` and `slots` more as pending in the pool's account, evicting or waiting until they fit.
 
     In the turn of an operation that came at `since`, with the `deadline` if left out.
     """
-    ledger, account = pool.storage.ledger, pool.account
-    turn = Turn(deadline.started if since is None else since)
-    try:
-        while True:
-            with gate.lock, ledger.mutex:
-                pool.check_open()
-                if account.turns.is_first(turn) and account.fits(entries, slots):
-                    account.pending_entries += entries
-                    account.pending_slots += slots
-                    return
-                turn.stalled = not account.can_ever_fit(entries, slots)
-                victim, waiter = _next_for(pool, turn, want_slots=account.fits(entries, 0))
-            try:
-                _evict_or_wait(pool, victim, waiter, deadline, entries, slots, turn)
-            except BaseException:
-                if victim is not None:
-                    ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
-                raise
-            del victim  # as in `_take`
-    finally:
-        if turn.joined:
-            try:
-                _leave(pool, turn)
-            except Exception:  # no memory, no frames: what was taken is the caller's all the same
-                ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
+    _take(pool, entries, slots, 0, deadline, since, of=(entries, slots))
 
 
 def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
@@ -402,16 +394,16 @@ def _evict_or_wait(
     victim: Entry | None,
     waiter: Any,
     deadline: Deadline,
-    entries: int,
-    slots: int,
+    of: tuple[int, int],
     turn: Turn | None = None,
 ) -> None:
+    """Make room in one way or the other for `of` entries and slots; `WaitTimeoutError` where the time is over."""
     if victim is not None:
         _evict(pool, victim, deadline)
     elif waiter is None:
         deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
     elif not _wait(pool, waiter, deadline):
-        account = pool.account
+        account, (entries, slots) = pool.account, of
         why = "nothing can be evicted (pinned, or held by open batches)"
         if turn is not None and not account.turns.is_first(turn):
             why = "writes that came earlier wait for more room than is free (a search that opens, say)"

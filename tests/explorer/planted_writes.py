@@ -137,7 +137,7 @@ def slots_reserved_one_at_a_time(patch: Patch) -> None:
                     pool.account.pending_slots += 1
                     taken.append(one[0])
             if one is None:
-                room._evict_or_wait(pool, victim, waiter, deadline, 1, 1)
+                room._evict_or_wait(pool, victim, waiter, deadline, (1, 1))
         return Grant(0, len(taken), np.concatenate(taken), NO_TICKS)
 
     patch.setattr("concurrent_kv.pool.writing.reserve", reserve)
