@@ -88,7 +88,7 @@ def _ends_for_sure(seconds: float) -> Iterator[None]:
 
     The main thread may be an actor, and what it waits for need not hear that the run is over.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # stderr itself, whatever stands in for it
     try:
         yield
     finally:

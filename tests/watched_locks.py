@@ -38,7 +38,7 @@ UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
     ),
     Candidates: (
         *("exchange", "withdraw", "set_aside", "shares_tail", "beside", "return_shared", "return_unshared"),
-        *("return_unpinned", "settle", "forget_parked"),
+        *("return_unpinned", "arrange", "forget_parked"),
     ),
     SlotAllocator: (
         *("allocate", "release", "give_back", "reserve", "extend", "charge", "discharge", "cancel"),

@@ -117,7 +117,7 @@ class Candidates:
                 if not self.shares_tail(entry):
                     self._unpark(entry)
 
-    def settle(self, account: Account, published: list[Entry]) -> None:
+    def arrange(self, account: Account, published: list[Entry]) -> None:
         """Put an account's entries where they belong: with the policy, aside, or with a search. All locks held.
 
         After `forget_parked`, once for each account.
@@ -139,7 +139,7 @@ class Candidates:
                 policy.give_back(entry)
 
     def forget_parked(self) -> None:
-        """Forget what is set aside for sharing; `settle` parks what has to be. Mutex held."""
+        """Forget what is set aside for sharing; `arrange` parks what has to be. Mutex held."""
         self.shared.clear()
         self._shared_of.clear()
 

@@ -235,7 +235,7 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
     slots = ledger.slots.rebuild(_named_by(ledger, alive).slots > 0, used)
     ledger.candidates.forget_parked()
     for account, published in recount.published.items():
-        ledger.candidates.settle(account, published)
+        ledger.candidates.arrange(account, published)
     return RepairReport(slots, entries, pending)
 
 
