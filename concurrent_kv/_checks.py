@@ -27,6 +27,7 @@ __all__ = [
     "hash_of",
     "last_of_each",
     "list_or_none",
+    "listed",
     "numbers_or_none",
     "positive_int",
     "sequence_of",
@@ -48,6 +49,8 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
 
 def check_seconds(name: str, value: object) -> float:
     """`value` as a finite number of seconds of at least 0, or an error that names the argument."""
+    if type(value) is float and 0.0 <= value <= threading.TIMEOUT_MAX:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name} must be a number of seconds, got {shown(value)}")
     if not math.isfinite(value) or not 0 <= float(value) <= threading.TIMEOUT_MAX:
@@ -133,6 +136,11 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
     if not (PLAIN.issuperset(map(type, keys)) if native is None else native.are_plain(keys)):
         hash_all(keys, "keys")
     return keys
+
+
+def listed(keys: Iterable[Hashable]) -> list[Hashable]:
+    """A copy of `keys`, for an operation that checks them itself; what may be iterated only once is checked here."""
+    return list(keys) if type(keys) is list or type(keys) is tuple else check_keys(keys, minimum=0)
 
 
 def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:

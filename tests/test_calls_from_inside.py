@@ -219,15 +219,10 @@ def test_the_calls_of_a_search_raise_or_work(manager: KVCacheManager, inside: Ca
         assert search.keys() == ["child"]
 
 
-def test_the_counts_of_a_facade_are_had_inside_its_own_counting(pool: KVPool) -> None:
+@pytest.mark.parametrize("inside", INSIDE)
+def test_the_counts_of_a_facade_are_had_inside(pool: KVPool, inside: Callable[[KVPool], Any]) -> None:
     facade = AsyncKVPool(pool)
-
-    @contextmanager
-    def inside_its_counters(pool: KVPool) -> Iterator[None]:
-        with gate.lock, facade._offload._counter_lock:
-            yield
-
-    assert isinstance(from_inside(inside_its_counters, pool, facade.offload_stats), OffloadStats)
+    assert isinstance(from_inside(inside, pool, facade.offload_stats), OffloadStats)
 
 
 @pytest.mark.parametrize("inside", INSIDE)

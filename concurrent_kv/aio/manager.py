@@ -130,14 +130,11 @@ class AsyncKVCacheManager(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVCacheManager.hierarchical_get`."""
+        order = sequence_of("order", order, "'init', 'recur' and 'wm'")
         return await self._offload.run(
-            self.sync.hierarchical_get,
-            env_id,
-            cache_key,
-            copied_bytes=self.sync.layout.bytes_per_entry,
-            order=sequence_of("order", order, "'init', 'recur' and 'wm'"),
+            lambda seconds: self.sync.hierarchical_get(env_id, cache_key, order=order, timeout=seconds, stream=stream),
+            self.sync.layout.bytes_per_entry,
             timeout=timeout,
-            stream=stream,
         )
 
     def search(

@@ -8,11 +8,13 @@ What users compute is theirs: it is never cut off, and what it does to a pool is
 
 from __future__ import annotations
 
-import threading
+import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any, TypeVar
 
 import anyio
@@ -20,7 +22,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from .._checks import check_seconds, positive_int
-from ..device.cuda import current_streams
+from ..device.cuda import AS_THEY_ARE, current_streams
 from ..errors import WaitTimeoutError
 from ..flights.table import Flight
 from ..flights.waiting import timed_out, waiting_for
@@ -90,32 +92,29 @@ class Offload:
         # And one for what closes, which gives room to the operations in the others' workers: it queues behind its own
         # kind only, whose waits are bounded.
         self._closing_limiter: Limiter = anyio.lowlevel.RunVar("concurrent_kv closes")
-        self._counter_lock = threading.Lock()
-        self._inline_count = 0
-        self._worker_count = 0
+        # By thread: each counts its own, without a lock.
+        self._inline_counts: defaultdict[int, int] = defaultdict(int)
+        self._worker_counts: defaultdict[int, int] = defaultdict(int)
 
     def stats(self) -> OffloadStats:
         """How often each path was taken."""
-        if gate.is_inside:
-            return OffloadStats(self._inline_count, self._worker_count)
-        with gate.lock, self._counter_lock:
-            return OffloadStats(self._inline_count, self._worker_count)
+        return OffloadStats(sum(list(self._inline_counts.values())), sum(list(self._worker_counts.values())))
 
     async def run(
         self,
-        operation: Callable[..., T],
-        *args: Any,
+        operation: Callable[[float], T],
         copied_bytes: int = 0,
         entries: int = 1,
+        *,
         timeout: float | None = None,
         undo: Callable[[T], object] | None = None,
         waits_for_device: bool = False,
         streams: AbstractContextManager[object] | None = None,
-        **options: Any,
     ) -> T:
-        """Run `operation(*args, timeout=..., **options)`, perhaps twice: its arguments must bear that.
+        """Run `operation(seconds)`, perhaps twice: it must bear that.
 
         Args:
+            operation: given how long it may wait.
             copied_bytes: at most so many bytes are copied by it.
             entries: about so many entries are looked up, stored or removed by it.
             timeout: seconds it may wait in all.
@@ -125,28 +124,34 @@ class Offload:
         """
         # Looked up before any hop: which stream is current belongs to the thread, and other tasks change it.
         streams = streams or current_streams()
-        await anyio.lowlevel.checkpoint()
+        if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+            await asyncio.sleep(0)  # as anyio's own checkpoint comes to by a longer way
+        else:
+            await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
         # What a caller dropped unclosed is released by the next operation, for which a loop has no time.
         small = self._is_small(copied_bytes, entries) and not waits_for_device
         if small and not self.storage.ledger.abandoned:
+            inline_wait = self.inline_wait_seconds
             # It ends before its task can be cancelled: the one caller serves all.
             before = caller.set(self._on_loop)
             try:
-                with streams:
-                    result = operation(*args, timeout=min(limit, self.inline_wait_seconds), **options)
+                seconds = limit if limit < inline_wait else inline_wait
+                if streams is AS_THEY_ARE:  # nothing to enter
+                    result = operation(seconds)
+                else:
+                    with streams:
+                        result = operation(seconds)
             except WaitTimeoutError as error:
                 # Nothing has happened: the same call can be made again, where it may wait.
-                if limit <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
+                if limit <= inline_wait and not isinstance(error, NotOnLoopError):
                     raise
             else:
-                with gate.lock, self._counter_lock:
-                    self._inline_count += 1
+                self._inline_counts[get_ident()] += 1
                 return result
             finally:
                 caller.reset(before)
-        making = partial(operation, *args, timeout=limit, **options)
-        return await self._in_worker(making, undo, streams, seconds=limit)
+        return await self._in_worker(partial(operation, limit), undo, streams, seconds=limit)
 
     async def copy(
         self, operation: Callable[[], T], copied_bytes: int, streams: AbstractContextManager[object] | None = None
@@ -154,8 +159,7 @@ class Offload:
         """Run `operation()`, which copies so many bytes and waits for nothing."""
         streams = streams or current_streams()
         if self._is_small(copied_bytes):
-            with gate.lock, self._counter_lock:
-                self._inline_count += 1
+            self._inline_counts[get_ident()] += 1
             with streams:
                 return operation()
         return await self.in_worker(operation, streams)
@@ -259,8 +263,7 @@ class Offload:
             seconds = self.storage.wait_timeout
         if limiter is None:
             limiter = self._limiter_here(self._limiter)
-        with gate.lock, self._counter_lock:
-            self._worker_count += 1
+        self._worker_counts[get_ident()] += 1
         cell: Cell[T] = Cell(undo)
         streams = streams or current_streams()
         task = Caller()

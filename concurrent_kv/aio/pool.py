@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._checks import check_keys, check_seconds, hash_of, list_or_none, numbers_or_none
+from .._checks import check_seconds, hash_of, list_or_none, listed, numbers_or_none
 from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
@@ -79,7 +79,7 @@ class AsyncKVPool(NeverCopied):
             max_workers=max_workers,
         )
         self._entry_bytes = pool.layout.bytes_per_entry
-        self._on_cpu = pool.layout.device.type == "cpu"
+        self._on_device = pool.layout.device.type != "cpu"  # a copy to the host has to wait for it
 
     async def get(
         self,
@@ -91,7 +91,12 @@ class AsyncKVPool(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.get`."""
-        return await self._read(self.sync.get, key, scope=scope, timeout=timeout, to=to, stream=stream)
+        return await self._offload.run(
+            lambda seconds: self.sync.get(key, scope=scope, timeout=seconds, to=to, stream=stream),
+            self._entry_bytes,
+            timeout=timeout,
+            waits_for_device=to is not None and self._on_device,
+        )
 
     async def peek(
         self,
@@ -103,30 +108,30 @@ class AsyncKVPool(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.peek`."""
-        return await self._read(self.sync.peek, key, scope=scope, timeout=timeout, to=to, stream=stream)
-
-    async def _read(
-        self, operation: Callable[..., T], key: Hashable, *, to: torch.device | str | None, **options: Any
-    ) -> T:
-        # A copy to the host has to wait for the device.
-        leaves_device = to is not None and not self._on_cpu
         return await self._offload.run(
-            operation, key, copied_bytes=self._entry_bytes, waits_for_device=leaves_device, to=to, **options
+            lambda seconds: self.sync.peek(key, scope=scope, timeout=seconds, to=to, stream=stream),
+            self._entry_bytes,
+            timeout=timeout,
+            waits_for_device=to is not None and self._on_device,
         )
 
     def _comes_from_device(self, kv: object) -> bool:
         """Whether `kv` has to be copied to the host first, and the device waited for."""
-        return self._on_cpu and isinstance(kv, KeysValues) and kv.keys.device.type != "cpu"
+        return not self._on_device and isinstance(kv, KeysValues) and not kv.keys.is_cpu
 
     async def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
     ) -> object:
         """See `KVPool.side`."""
-        return await self._offload.run(self.sync.side, key, default, scope=scope, timeout=timeout)
+        return await self._offload.run(
+            lambda seconds: self.sync.side(key, default, scope=scope, timeout=seconds), timeout=timeout
+        )
 
     async def contains(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> bool:
         """Whether `key` is stored; `in` cannot be awaited."""
-        return await self._offload.run(self.sync.contains, key, scope=scope, timeout=timeout)
+        return await self._offload.run(
+            lambda seconds: self.sync.contains(key, scope=scope, timeout=seconds), timeout=timeout
+        )
 
     async def put(
         self,
@@ -141,16 +146,12 @@ class AsyncKVPool(NeverCopied):
     ) -> bool:
         """See `KVPool.put`. `kv` must not be written to until this returns."""
         return await self._offload.run(
-            self.sync.put,
-            key,
-            kv,
-            copied_bytes=self._entry_bytes,
-            waits_for_device=self._comes_from_device(kv),
-            side=side,
-            priority=priority,
-            scope=scope,
+            lambda seconds: self.sync.put(
+                key, kv, side=side, priority=priority, scope=scope, timeout=seconds, stream=stream
+            ),
+            self._entry_bytes,
             timeout=timeout,
-            stream=stream,
+            waits_for_device=self._comes_from_device(kv),
         )
 
     async def put_many(
@@ -165,19 +166,16 @@ class AsyncKVPool(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.put_many`. `kv` must not be written to until this returns."""
-        keys = check_keys(keys)
+        keys = listed(keys)
+        sides, priorities = list_or_none("sides", sides), list_or_none("priorities", priorities)
         return await self._offload.run(
-            self.sync.put_many,
-            keys,
-            kv,
-            copied_bytes=len(keys) * self._entry_bytes,
-            entries=len(keys),
-            waits_for_device=self._comes_from_device(kv),
-            sides=list_or_none("sides", sides),
-            priorities=list_or_none("priorities", priorities),
-            scope=scope,
+            lambda seconds: self.sync.put_many(
+                keys, kv, sides=sides, priorities=priorities, scope=scope, timeout=seconds, stream=stream
+            ),
+            len(keys) * self._entry_bytes,
+            len(keys),
             timeout=timeout,
-            stream=stream,
+            waits_for_device=self._comes_from_device(kv),
         )
 
     async def gather(
@@ -191,18 +189,13 @@ class AsyncKVPool(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> Batch:
         """See `KVPool.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
-        keys = check_keys(keys)
+        keys = listed(keys)
         return await self._offload.run(
-            self.sync.gather,
-            keys,
-            copied_bytes=len(keys) * self._entry_bytes,
-            entries=len(keys),
-            undo=Batch.abandon,
-            scope=scope,
-            room=room,
-            out=out,
+            lambda seconds: self.sync.gather(keys, scope=scope, room=room, out=out, timeout=seconds, stream=stream),
+            len(keys) * self._entry_bytes,
+            len(keys),
             timeout=timeout,
-            stream=stream,
+            undo=Batch.abandon,
         )
 
     async def commit(
@@ -219,20 +212,24 @@ class AsyncKVPool(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> bool:
         """See `KVPool.commit`."""
-        keys = check_keys(keys)
+        keys = listed(keys)
+        rows, lengths = list_or_none("rows", rows), numbers_or_none("lengths", lengths)
+        sides, priorities = list_or_none("sides", sides), list_or_none("priorities", priorities)
         return await self._offload.run(
-            self.sync.commit,
-            keys,
-            batch,
-            copied_bytes=len(keys) * self._entry_bytes,
-            entries=len(keys),
-            rows=list_or_none("rows", rows),
-            lengths=numbers_or_none("lengths", lengths),
-            overflow=overflow,
-            sides=list_or_none("sides", sides),
-            priorities=list_or_none("priorities", priorities),
+            lambda seconds: self.sync.commit(
+                keys,
+                batch,
+                rows=rows,
+                lengths=lengths,
+                overflow=overflow,
+                sides=sides,
+                priorities=priorities,
+                timeout=seconds,
+                stream=stream,
+            ),
+            len(keys) * self._entry_bytes,
+            len(keys),
             timeout=timeout,
-            stream=stream,
         )
 
     async def pop(
@@ -245,7 +242,12 @@ class AsyncKVPool(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> KeysValues | None:
         """See `KVPool.pop`."""
-        return await self._read(self.sync.pop, key, scope=scope, timeout=timeout, to=to, stream=stream)
+        return await self._offload.run(
+            lambda seconds: self.sync.pop(key, scope=scope, timeout=seconds, to=to, stream=stream),
+            self._entry_bytes,
+            timeout=timeout,
+            waits_for_device=to is not None and self._on_device,
+        )
 
     def discard(self, key: Hashable, *, scope: Scope | None = None) -> None:
         """See `KVPool.discard`; it never waits."""
@@ -253,7 +255,9 @@ class AsyncKVPool(NeverCopied):
 
     async def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """See `KVPool.pin`; the pin itself is released without waiting."""
-        return await self._offload.run(self.sync.pin, key, undo=Pin.abandon, scope=scope, timeout=timeout)
+        return await self._offload.run(
+            lambda seconds: self.sync.pin(key, scope=scope, timeout=seconds), timeout=timeout, undo=Pin.abandon
+        )
 
     async def clear(self, scope: Scope | None = None, *, timeout: float | None = None) -> None:
         """See `KVPool.clear`; always in a worker thread, as it may have much to sweep."""
@@ -291,7 +295,12 @@ class AsyncKVPool(NeverCopied):
         hash_of(key)
         deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         streams = current_streams()  # those of the caller, whatever other tasks do while this one waits
-        found = await self.get(key, scope=scope, timeout=timeout)
+        found = await self._offload.run(
+            lambda seconds: pool.get(key, scope=scope, timeout=seconds),
+            self._entry_bytes,
+            timeout=timeout,
+            streams=streams,
+        )
         flown_in = scope or pool.default_scope
         while found is None:
             joined, mine = claim(pool, flown_in, key, flown_in.generation, side, priority)
@@ -300,9 +309,7 @@ class AsyncKVPool(NeverCopied):
                 return await self._compute(joined, key, scope, compute, deadline, streams)
             await wait_in_task(joined.flight, deadline, pool.name)
             if joined.late and joined.flight.state is FlightState.DONE:
-                found = await self._read(
-                    self.sync.peek, key, scope=scope, to=None, streams=streams, timeout=deadline.left()
-                )
+                found = await self._peek(key, scope, streams, deadline.left())
             else:
                 found = await self._outcome(joined, streams)
         return found
@@ -320,7 +327,7 @@ class AsyncKVPool(NeverCopied):
             with heard_by_all(joined):
                 # Another flight may have ended between the caller's lookup and its claim.
                 joined.flight.settling = True
-                kv = await self._read(self.sync.peek, key, scope=scope, to=None, streams=streams)
+                kv = await self._peek(key, scope, streams, None)
                 joined.flight.settling = kv is not None
                 if kv is not None:
                     await self._offload.copy(partial(joined.pass_on, kv), self._entry_bytes, streams)
@@ -344,6 +351,16 @@ class AsyncKVPool(NeverCopied):
         assert result is not None
         return result
 
+    async def _peek(
+        self, key: Hashable, scope: Scope | None, streams: AbstractContextManager[object], timeout: float | None
+    ) -> KeysValues | None:
+        return await self._offload.run(
+            lambda seconds: self.sync.peek(key, scope=scope, timeout=seconds),
+            self._entry_bytes,
+            timeout=timeout,
+            streams=streams,
+        )
+
     async def _outcome(self, joined: Claim, streams: AbstractContextManager[object]) -> KeysValues | None:
         """See `outcome`."""
         copied_bytes = self._entry_bytes if joined.flight.state is FlightState.DONE else 0
@@ -364,11 +381,10 @@ class AsyncKVPool(NeverCopied):
         self, claim: Claim, kv: KeysValues, timeout: float | None, streams: AbstractContextManager[object] | None
     ) -> bool:
         return await self._offload.run(
-            claim.fulfil,
-            kv,
-            copied_bytes=self._entry_bytes,
-            waits_for_device=self._comes_from_device(kv),
+            lambda seconds: claim.fulfil(kv, timeout=seconds),
+            self._entry_bytes,
             timeout=timeout,
+            waits_for_device=self._comes_from_device(kv),
             streams=streams,
         )
 
@@ -413,7 +429,9 @@ class AsyncKVPool(NeverCopied):
 
     async def keys(self, *, scope: Scope | None = None, timeout: float | None = None) -> list[Hashable]:
         """See `KVPool.keys`."""
-        return await self._offload.run(self.sync.keys, entries=len(self.sync), scope=scope, timeout=timeout)
+        return await self._offload.run(
+            lambda seconds: self.sync.keys(scope=scope, timeout=seconds), entries=len(self.sync), timeout=timeout
+        )
 
     async def __aiter__(self) -> AsyncIterator[Hashable]:
         """See `KVPool.__iter__`."""

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .._checks import check_env_ids, check_keys, list_or_none, numbers_or_none
+from .._checks import check_env_ids, list_or_none, listed, numbers_or_none
 from ..errors import ClosedError
 from ..model.overflow import Overflow
 from ..never_copied import NeverCopied
@@ -29,6 +29,7 @@ class AsyncSearch(NeverCopied):
         self._open = open_search
         self._offload = offload
         self._timeout = timeout
+        self._entry_bytes = offload.storage.layout.bytes_per_entry
         self._search: Search | None = None
         self._entered = False
 
@@ -60,19 +61,18 @@ class AsyncSearch(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> Batch:
         """See `Search.gather`. After asyncio's own `cancel()`, `out` may still be written to for a moment."""
-        keys = check_keys(keys)
+        keys = listed(keys)
+        # As the keys: a copy that nobody can change meanwhile, which the search checks.
+        env_ids = tuple(env_ids) if type(env_ids) in (list, tuple) else check_env_ids(env_ids)
+        search = self.sync
         return await self._offload.run(
-            self.sync.gather,
-            keys,
-            check_env_ids(env_ids),
-            copied_bytes=len(keys) * self._offload.storage.layout.bytes_per_entry,
-            entries=len(keys),
-            undo=Batch.abandon,
-            order=order,
-            room=room,
-            out=out,
+            lambda seconds: search.gather(
+                keys, env_ids, order=order, room=room, out=out, timeout=seconds, stream=stream
+            ),
+            len(keys) * self._entry_bytes,
+            len(keys),
             timeout=timeout,
-            stream=stream,
+            undo=Batch.abandon,
         )
 
     async def commit(
@@ -88,25 +88,32 @@ class AsyncSearch(NeverCopied):
         stream: torch.Stream | None = None,
     ) -> None:
         """See `Search.commit`."""
-        keys = check_keys(keys)
+        keys = listed(keys)
+        rows, lengths = list_or_none("rows", rows), numbers_or_none("lengths", lengths)
+        sides, search = list_or_none("sides", sides), self.sync
         await self._offload.run(
-            self.sync.commit,
-            keys,
-            batch,
-            copied_bytes=len(keys) * self._offload.storage.layout.bytes_per_entry,
-            entries=len(keys),
-            rows=list_or_none("rows", rows),
-            lengths=numbers_or_none("lengths", lengths),
-            overflow=overflow,
-            sides=list_or_none("sides", sides),
+            lambda seconds: search.commit(
+                keys,
+                batch,
+                rows=rows,
+                lengths=lengths,
+                overflow=overflow,
+                sides=sides,
+                timeout=seconds,
+                stream=stream,
+            ),
+            len(keys) * self._entry_bytes,
+            len(keys),
             timeout=timeout,
-            stream=stream,
         )
 
     async def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """See `Search.release`."""
-        keys = check_keys(keys)
-        await self._offload.run(self.sync.release, keys, entries=len(keys), timeout=timeout)
+        keys = listed(keys)
+        search = self.sync
+        await self._offload.run(
+            lambda seconds: search.release(keys, timeout=seconds), entries=len(keys), timeout=timeout
+        )
 
     def discard(self, key: Hashable) -> None:
         """See `Search.discard`; it never waits."""
@@ -114,8 +121,11 @@ class AsyncSearch(NeverCopied):
 
     async def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """See `Search.keep`."""
-        keys = check_keys(keys, minimum=0)
-        return await self._offload.run(self.sync.keep, keys, entries=self.sync.held, timeout=timeout)
+        keys = listed(keys)
+        search = self.sync
+        return await self._offload.run(
+            lambda seconds: search.keep(keys, timeout=seconds), entries=search.held, timeout=timeout
+        )
 
     async def promote(
         self,
@@ -128,17 +138,23 @@ class AsyncSearch(NeverCopied):
         timeout: float | None = None,
     ) -> bool:
         """See `Search.promote`."""
+        search = self.sync
         return await self._offload.run(
-            self.sync.promote, key, env_id, as_key=as_key, side=side, priority=priority, timeout=timeout
+            lambda seconds: search.promote(key, env_id, as_key=as_key, side=side, priority=priority, timeout=seconds),
+            timeout=timeout,
         )
 
     async def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
         """See `Search.contains`; `in` cannot be awaited."""
-        return await self._offload.run(self.sync.contains, key, timeout=timeout)
+        search = self.sync
+        return await self._offload.run(lambda seconds: search.contains(key, timeout=seconds), timeout=timeout)
 
     async def keys(self, *, timeout: float | None = None) -> list[Hashable]:
         """See `Search.keys`."""
-        return await self._offload.run(self.sync.keys, entries=len(self.sync), timeout=timeout)
+        search = self.sync
+        return await self._offload.run(
+            lambda seconds: search.keys(timeout=seconds), entries=len(search), timeout=timeout
+        )
 
     async def __aiter__(self) -> AsyncIterator[Hashable]:
         """See `Search.__iter__`."""
@@ -161,7 +177,9 @@ class AsyncSearch(NeverCopied):
         if self._entered:
             raise ClosedError("this search was entered before: open another with manager.search()")
         self._entered = True
-        self._search = await self._offload.run(self._open, undo=Search.abandon, timeout=self._timeout)
+        self._search = await self._offload.run(
+            lambda seconds: self._open(timeout=seconds), timeout=self._timeout, undo=Search.abandon
+        )
         return self
 
     async def __aexit__(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InvalidArgumentError, InvalidTypeError, StreamCaptureError, WaitTimeoutError, shown
 from .streams import StreamBackend, StreamKey
 
-__all__ = ["CudaStreams", "backend_for", "current_streams", "refuse_capture", "settle"]
+__all__ = ["AS_THEY_ARE", "CudaStreams", "backend_for", "current_streams", "refuse_capture", "settle"]
 
 MAX_FREE_EVENTS = 256
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
@@ -111,9 +111,15 @@ def settle(device: torch.device, seconds: float = 60.0) -> None:
         backend.recycle(event)
 
 
+AS_THEY_ARE: AbstractContextManager[object] = nullcontext()
+
+
 def current_streams() -> AbstractContextManager[object]:
-    """A context in which any thread has the current device and streams that the caller has now."""
-    return _CallersStreams() if torch.cuda.is_initialized() else nullcontext()  # type: ignore[no-untyped-call]
+    """A context in which any thread has the current device and streams that the caller has now.
+
+    `AS_THEY_ARE` where no work has used CUDA.
+    """
+    return _CallersStreams() if torch.cuda.is_initialized() else AS_THEY_ARE  # type: ignore[no-untyped-call]
 
 
 class _CallersStreams(AbstractContextManager[None]):
