@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import gc
+import logging
 import pathlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 
 import concurrent_kv
-from concurrent_kv import KVCacheManager, KVPool
+from concurrent_kv import CapacityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv.books.records import Place
 from concurrent_kv.flights.table import FlightState
 from tests.interrupting import Cut, cut_at
-from tests.support import WINDOW, append, assert_same, slots_in_use, stacked, tokens
+from tests.support import (
+    LOOPS,
+    WINDOW,
+    append,
+    assert_same,
+    loops_of,
+    packed,
+    row_of,
+    slots_in_use,
+    slots_named,
+    stacked,
+    tokens,
+)
 
 OTHERS = {"aio", "compat", "eviction", "lightzero"}
 PACKAGE = {
@@ -83,7 +99,7 @@ def test_a_pool_whose_operation_was_cut_off_anywhere_is_repaired(
         manager.clear_all()
         pool.put("key", tokens(1, WINDOW))
         pool.put("other", tokens(2, 4))
-        cut = cut_at(number, lambda: work(pool), PACKAGE)
+        cut = cut_at(number, lambda: work(pool), PACKAGE, jumps=True)
         check_repaired(manager)
         other = pool.get("other")
         if other is not None:  # cleared, or evicted
@@ -137,12 +153,136 @@ def test_a_search_that_was_cut_off_anywhere_is_repaired(
     for number in range(1, MOST_PLACES):
         manager.clear_all()
         manager.set_init_cache(0, "root", tokens(1, 3))
-        cut = cut_at(number, lambda: work(manager), PACKAGE)
+        cut = cut_at(number, lambda: work(manager), PACKAGE, jumps=True)
         check_repaired(manager)
         assert_same(manager.get_init_cache(0, "root"), tokens(1, 3))
         if not cut:
             break
     assert number > 100
+
+
+# Before repair -----------------------------------------------------------------------------------------------------
+
+
+def replace_both(pool: KVPool) -> None:
+    pool.put_many(["key", "other"], stacked(tokens(7, 3), tokens(8, 4)))
+
+
+WRITTEN_TOGETHER = {replace_both: ("key", "other"), insert_many: ("new", "newer")}
+
+
+def is_of(kv: KeysValues | None, expected: KeysValues) -> bool:
+    return kv is not None and kv.lengths == expected.lengths and torch.equal(packed(kv), packed(expected))
+
+
+def repair(pool: KVPool) -> None:
+    pool.repair()
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+@pytest.mark.parametrize("work", [replace, replace_both, insert_many, commit, pin_and_pop, clear, drop, repair])
+def test_until_repair_an_operation_that_was_cut_off_costs_others_no_more_than_room(
+    work: Callable[[KVPool], None],
+    loops: str,
+    make_manager: Callable[..., KVCacheManager],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing that others do raises anything else, or finds what is another's, or leaves work that cannot be done."""
+    caplog.set_level(logging.WARNING, "concurrent_kv")
+    with loops_of(loops):
+        manager = make_manager(1, wm_entries=3, shards=2)
+        pool = manager.wm_pool
+        for number in range(1, MOST_PLACES):
+            manager.clear_all()
+            pool.put("key", tokens(1, WINDOW))
+            pool.put("other", tokens(2, 4))
+            cut = cut_at(number, lambda: work(pool), PACKAGE, jumps=True)
+            if work in WRITTEN_TOGETHER:
+                first, second = map(pool.get, WRITTEN_TOGETHER[work])
+                assert is_of(first, tokens(7, 3)) == is_of(second, tokens(8, 4))
+            use_as_others_do(pool)
+            check_repaired(manager)
+            if not cut:
+                break
+    assert number > 100
+    assert not caplog.records
+
+
+def each_cut(work: Callable[[], object]) -> Iterator[None]:
+    """Run `work` again and again, cut off at one place after the other; the last time to its end."""
+    for number in range(1, MOST_PLACES):
+        cut = cut_at(number, work, PACKAGE, jumps=True)
+        yield
+        if not cut:
+            break
+    assert number > 1
+
+
+def use_as_others_do(pool: KVPool) -> None:
+    """Replace, insert, evict, read, commit and remove; and look whether what is counted can be."""
+    stored = {}
+    for number, key in enumerate(["key", "other", "new", "newer", "child"]):
+        with suppress(WaitTimeoutError, CapacityError):
+            pool.put(key, tokens(10 + number, 2 + number), timeout=0.0)
+            stored[key] = tokens(10 + number, 2 + number)
+    with pool.gather([*stored, "missing"], timeout=0.0) as batch:
+        for row, kv in enumerate(stored.values()):
+            if batch.lengths[row]:
+                assert_same(row_of(batch, row), kv)
+    with suppress(WaitTimeoutError, CapacityError), pool.gather(["child"], timeout=0.0) as batch:
+        if batch.lengths[0]:
+            append(batch, [5], 1)
+            pool.commit(["child"], batch, timeout=0.0)
+    pool.pop("new", timeout=0.0)
+    ledger, account = pool.storage.ledger, pool.account
+    assert (
+        min(account.entries, account.slots, account.pending_entries, account.pending_slots, ledger.slots.free_count)
+        >= 0
+    )
+    free = ledger.slots.free_slots().tolist()
+    assert len(set(free)) == len(free)
+    published = [entry for scope in pool.account.all_scopes() for part in scope.entries for entry in part.values()]
+    assert len(published) <= account.max_entries
+    for entry in published:
+        assert entry.pins >= 0
+        assert not set(free) & set(slots_named(ledger, entry))
+    pool.clear(timeout=0.0)
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+def test_a_pin_that_is_cut_off_takes_no_other_away(loops: str, make_manager: Callable[..., KVCacheManager]) -> None:
+    with loops_of(loops):
+        manager = make_manager(1, wm_entries=3)
+        pool = manager.wm_pool
+        pool.put("key", tokens(1, 3))
+        with pool.pin("key") as other:
+            for _ in each_cut(lambda: pool.pin("key").close()):
+                pool.get("key")  # closes what was dropped
+                assert other._entry.pins >= 1
+        check_repaired(manager)
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+def test_an_entry_whose_setting_aside_was_cut_off_is_forgotten_like_any_other(
+    loops: str, make_manager: Callable[..., KVCacheManager]
+) -> None:
+    with loops_of(loops):
+        manager = make_manager(1, wm_entries=3)
+        pool, ledger = manager.wm_pool, manager.storage.ledger
+        pool.put("key", tokens(1, 3))
+        with pool.pin("key") as pin:
+            entry = pin._entry
+
+        def park_and_forget() -> None:
+            ledger.candidates._park(entry)
+            ledger.candidates._forget(entry)
+
+        for _ in each_cut(park_and_forget):
+            ledger.candidates._forget(entry)
+            assert not ledger.candidates.shared
+            assert not any(ledger.candidates._shared_of.values())
+        entry.place = Place.HELD
+        check_repaired(manager)
 
 
 # Finalisers that are cut off ---------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from concurrent_kv.books import slots as slots_module
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.device.slot_numbers import as_array
+from tests.interrupting import cut_at
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -101,3 +103,25 @@ def test_whatever_is_taken_and_freed_nothing_is_lost_or_handed_out_twice(steps: 
             mine.append(array)
         used = np.concatenate([*mine, slots.free_slots()])
         assert sorted(used.tolist()) == list(range(1, 31))
+
+
+def test_slots_that_an_operation_was_cut_off_with_are_no_room_until_repair() -> None:
+    cut, number = True, 0
+    while cut:
+        number += 1
+        slots = SlotAllocator(20)
+        entries = [held(slots, 2) for _ in range(10)]
+        for one in entries[::2]:
+            slots.give_back(one, {})
+        cut = cut_at(number, lambda: slots.allocate(7), {slots_module.__file__}, jumps=True)  # noqa: B023
+        taken: list[int] = []
+        while (some := slots.allocate(3)) is not None:
+            taken += as_array(some.slots).tolist()
+        assert len({*taken}) == len(taken)
+        kept = np.zeros(21, dtype=bool)
+        kept[np.concatenate(entries[1::2])] = True
+        assert not kept[taken].any()
+        slots.rebuild(kept, {})
+        assert not slots.problems(kept)
+        assert slots.allocate(10) is not None
+    assert number > 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -266,6 +267,17 @@ def test_a_short_run_with_every_fault_finds_nothing(backend: str) -> None:
     assert not result.failures
     assert result.faults["interrupt"] > 0
     assert result.faults["slow copy"] > 0
+
+
+def test_a_short_run_that_is_interrupted_finds_nothing_where_nothing_is_compiled() -> None:
+    """In a process of its own, as the package chooses when it is imported."""
+    program = "import sys; from stress.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["--profile", "hot-key", "--faults", "interrupts", "--seconds", "3", "--no-progress"]
+    environment = os.environ | {"CONCURRENT_KV_NATIVE": "0"}
+    command = [sys.executable, "-c", program, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=JOIN_SECONDS, env=environment)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "could not be removed" not in ended.stderr
 
 
 def test_a_run_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

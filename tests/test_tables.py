@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections import Counter
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from concurrent_kv.books import tables as tables_module
 from concurrent_kv.books.tables import in_columns, new_tables, new_uses, weights_of
 from concurrent_kv.device.slot_numbers import Slots
+from tests.interrupting import cut_at
 from tests.support import LOOPS, loops_of, tables_of
 
 NUM_SLOTS = 1200
@@ -195,3 +198,101 @@ def test_a_row_that_was_not_counted_in_is_not_counted_out(loops: str) -> None:
             assert uses.used == 2
         uses.remove([1])
         assert uses.used == 0
+
+
+@pytest.mark.parametrize("step", ["enter", "add", "remove", "leave", "keep", "keep counts"])
+@pytest.mark.parametrize("window", [8, 200])
+@pytest.mark.parametrize("reused", [True, False])
+def test_what_is_cut_off_counts_too_much_at_most_and_nothing_is_given_out_twice(
+    window: int, step: str, reused: bool
+) -> None:
+    """Of the tables in Python, between whose steps an asynchronous exception may come."""
+    cut, number = True, 0
+    while cut:
+        number += 1
+        with loops_of("torch"):
+            tables = Trial(window)
+            for _ in range(3 if step in ("enter", "add") else 1):
+                cut = cut_at(number, partial(tables.do, step), {tables_module.__file__}, jumps=True)
+                tables.lose(reused)
+            tables.go_on()
+    assert number > 5
+
+
+class Trial:
+    """A parent and two children, of which one goes, and what others do after a step that may have been cut off."""
+
+    def __init__(self, window: int) -> None:
+        self.length, self.new = window - 4, 2
+        self.tables = new_tables(NUM_SLOTS, window)
+        self.uses = new_uses(self.tables)
+        self.free = list(range(NUM_SLOTS, 0, -1))
+        self.rows: dict[int, list[int]] = {0: []}
+        self.parent = self.enter(0, 0, self.length)
+        self.sibling, self.going = self.child(), self.child()
+        self.staying = [self.parent, self.sibling, self.going]
+        self.uses.add(self.staying)
+
+    def enter(self, parent: int, kept: int, own: int) -> int:
+        taken = [self.free.pop() for _ in range(own)]
+        positions = np.arange(own)
+        (row,), _ = self.tables.enter([parent], [kept], [own], np.array(taken, dtype=np.int64), positions)
+        assert row not in self.rows
+        self.rows[row] = self.rows[parent][len(self.rows[parent]) - kept :] + taken
+        return row
+
+    def child(self) -> int:
+        return self.enter(self.parent, self.length, self.new)
+
+    def do(self, step: str) -> None:
+        staying = [self.parent, self.sibling]
+        if step == "enter":
+            self.child()
+            return
+        if step == "add":
+            self.uses.add([self.child()])
+            return
+        self.staying = staying
+        if step == "remove":
+            self.uses.remove([self.going])
+        elif step == "leave":
+            self.tables.leave([self.going])
+        elif step == "keep":
+            self.tables.keep(staying)
+        else:
+            self.uses.keep(staying)
+
+    def lose(self, reused: bool) -> None:
+        """What a step made that was cut off: nobody names its rows, and its slots are given back."""
+        self.rows = {row: self.rows[row] for row in (0, *self.staying)}
+        if reused:
+            named = self.named()
+            self.free = [slot for slot in range(NUM_SLOTS, 0, -1) if slot not in named]
+
+    def go_on(self) -> None:
+        made = [self.child(), self.child(), self.enter(0, 0, self.new)]
+        self.uses.add(made)
+        self.check()
+        for row in made:
+            self.uses.remove([row])
+            unnamed, _ = self.tables.leave([row])
+            slots = self.rows.pop(row)
+            assert {*array(unnamed)} <= {*slots} - self.named()
+            self.check()
+        left = self.staying
+        self.tables.keep(left)
+        self.uses.keep(left)
+        assert (self.tables.used, self.uses.used) == (len(self.named()), len(self.named()))
+        self.uses.remove(left)
+        self.tables.leave(left)
+        assert (self.tables.used, self.uses.used) == (0, 0)
+
+    def named(self) -> set[int]:
+        return {slot for slots in self.rows.values() for slot in slots}
+
+    def check(self) -> None:
+        named = sorted(self.named())
+        assert {row: array(self.tables.slots_of(row)) for row in self.rows} == self.rows
+        assert self.uses.used >= len(named)
+        for counts in (self.tables, self.uses):
+            assert weights_of(counts, np.array(named, dtype=np.int64)).all()

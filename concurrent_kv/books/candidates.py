@@ -158,10 +158,15 @@ class Candidates:
     def _forget(self, entry: Entry) -> None:
         """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
         if entry.place is Place.SHARED:
-            siblings = self.shared[entry.tail]
-            del siblings[entry], self._shared_of[entry.scope.account][entry]
-            if not siblings:
-                del self.shared[entry.tail]
+            siblings, of_account = self.shared.get(entry.tail), self._shared_of.get(entry.scope.account)
+            # It is in none, or in one, where `_park` was cut off. No call from here on, so that this is not.
+            if siblings is not None:
+                if entry in siblings:
+                    del siblings[entry]
+                if not siblings:
+                    del self.shared[entry.tail]
+            if of_account is not None and entry in of_account:
+                del of_account[entry]
 
     def _is_last_sharer(self, entry: Entry) -> bool:
         """Whether all others that name the last token of `entry` are parked for it, and none is pinned. Mutex held.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, setitem
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..device.streams import Ticks
@@ -99,10 +100,9 @@ def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | No
     if native is not None:
         native.occupy(cells, entries, held, place)
         return
-    for cell, entry, previous in zip(cells, entries, held, strict=True):
+    for entry, previous in zip(entries, held, strict=True):
         entry.place = place
-        if previous is None:
-            cell.append(entry)
-        else:
+        if previous is not None:
             entry.index_key = previous.index_key  # a dict keeps the key object that it has
-            cell[0] = entry
+    # In one call of C functions: what cuts in from outside comes before all of them, or after.
+    any(map(setitem, cells, repeat(slice(None)), zip(entries)))

@@ -143,11 +143,18 @@ class Ledger:
 
     def extend(self, hold: Hold, entries: list[Entry]) -> None:
         """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
-        retain(entries, hold.entries)
-        self.holds.add(hold)
         if hold.pinning:
+            # First: what is cut off here is pinned until repair, and no pin of another's is taken away.
             for entry in entries:
                 entry.pins += 1
+        try:
+            retain(entries, hold.entries)
+        except Exception:
+            if hold.pinning:
+                for entry in entries:
+                    entry.pins -= 1
+            raise
+        self.holds.add(hold)
 
     def drop_from(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""

@@ -126,7 +126,10 @@ class SlotAllocator:
         own = 0 if reservation is None else min(count, reservation.left)
         if count - own > self.free_count - self.reserved_count:
             return None
-        slots, ticks = self._take(count)
+        run = self._take(count)
+        if run is None:
+            return None
+        slots, ticks = run
         try:
             if type(slots) is not range and count:
                 slots = _as_range(slots) or slots
@@ -145,7 +148,7 @@ class SlotAllocator:
             self.reserved_count -= own
         return Taken(slots, ticks)
 
-    def _take(self, count: int) -> Run:
+    def _take(self, count: int) -> Run | None:
         """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
         runs = self._runs
         for place in range(min(len(runs), RUNS_LOOKED_AT)):
@@ -158,10 +161,13 @@ class SlotAllocator:
                 return run
         return self._take_several(count)
 
-    def _take_several(self, count: int) -> Run:
+    def _take_several(self, count: int) -> Run | None:
         left = count
         popped: list[Run] = []
         while left > 0:
+            if not self._runs:  # fewer than are counted: a thread was cut off in here, and what it had is for repair
+                self._runs.extendleft(reversed(popped))
+                return None
             run = self._runs.popleft()
             popped.append(run)
             left -= len(run[0])

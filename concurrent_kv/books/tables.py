@@ -172,9 +172,11 @@ class _Counts:
         slots = tables.slots[pages]
         return int(np.count_nonzero((self.slots[slots] == 1) & (slots > 0)))
 
-    def clear(self) -> None:
-        self.pages[:] = 0
-        self.slots[:] = 0
+    def anew(self, tables: _PythonTables, pages: list[int]) -> _Counts:
+        """Others, of one row for each of `pages`."""
+        counts = _Counts(len(self.slots) - 1, len(tables.slots))
+        counts.change(tables, pages, counts.slots_in(tables, pages), 1)
+        return counts
 
 
 class _PythonTables:
@@ -242,13 +244,16 @@ class _PythonTables:
         several = self.have_several
         self.have_several += sum([len(of_row) > 1 for of_row in pages])
         every = numbers if short else [page for of_row in pages for page in of_row]
+        # First: what is cut off after this is lost until repair, and no row or page is given out twice.
+        del self._free_rows[len(self._free_rows) - number :]
+        del self._free_pages[len(self._free_pages) - len(numbers) :]
         try:
             self._counts.change(self, every, self._counts.slots_in(self, every), 1)
         except Exception:
             self.have_several = several
+            self._free_rows += rows
+            self._free_pages += numbers
             raise
-        del self._free_rows[len(self._free_rows) - number :]
-        del self._free_pages[len(self._free_pages) - len(numbers) :]
         return rows, tails
 
     def _short_rows(self, parents: list[int], kept: list[int], own: list[int], slots: SlotArray) -> SlotArray:
@@ -399,14 +404,15 @@ class _PythonTables:
     def keep(self, rows: list[int]) -> None:
         kept = set(rows)
         pages = self.pages_in(rows)
-        self._free_rows = [row for row in range(len(self._length) - 1, 0, -1) if row not in kept]
-        for row in self._free_rows:
-            self._length[row], self._pages[row] = 0, [0]
-        self.have_several = sum([len(self._pages[row]) > 1 for row in rows])
-        self._counts.clear()
-        self._counts.change(self, pages, self._counts.slots_in(self, pages), 1)
         used = set(pages)
-        self._free_pages = [page for page in range(len(self.slots) - 1, 0, -1) if page not in used]
+        free_rows = [row for row in range(len(self._length) - 1, 0, -1) if row not in kept]
+        free_pages = [page for page in range(len(self.slots) - 1, 0, -1) if page not in used]
+        self.have_several = sum([len(self._pages[row]) > 1 for row in rows])
+        counts = self._counts.anew(self, pages)
+        for row in free_rows:
+            self._length[row], self._pages[row] = 0, [0]
+        # No call from here on: these belong together.
+        self._counts, self._free_rows, self._free_pages = counts, free_rows, free_pages
 
 
 class _PythonUses:
@@ -420,9 +426,14 @@ class _PythonUses:
     def add(self, rows: list[int]) -> None:
         pages, slots = self._in(rows)
         fresh = slots[(self._counts.slots[slots] == 0) & (slots > 0)]
-        used = self.used + len(np.unique(fresh))
-        self._counts.change(self._tables, pages, slots, 1)
-        self.used = used
+        before = self.used
+        # First: what is cut off after this leaves too much counted until repair, which lets nothing in.
+        self.used = before + len(np.unique(fresh))
+        try:
+            self._counts.change(self._tables, pages, slots, 1)
+        except Exception:
+            self.used = before
+            raise
 
     def remove(self, rows: list[int]) -> None:
         pages, slots = self._in(rows)
@@ -449,6 +460,7 @@ class _PythonUses:
         return self._counts.pages, self._counts.slots
 
     def keep(self, rows: list[int]) -> None:
-        self._counts.clear()
-        self.used = 0
-        self.add(rows)
+        counts = self._counts.anew(self._tables, self._tables.pages_in(rows))
+        used = int(np.count_nonzero(counts.slots))
+        # No call from here on: the two belong together.
+        self._counts, self.used = counts, used

@@ -474,8 +474,8 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
-def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = False) -> list[Entry]:
-    """Books of entries that left the index: policy, the index's reference, and the quota unless that was done before.
+def unpublish(pool: PoolState, entries: list[Entry], *, told: bool = False) -> list[Entry]:
+    """Books of entries that left the index: account, the index's reference, and the policy unless it was told before.
 
     Returns the dead. Where it raises it can be done again: what takes effect once comes last. Mutex held.
     """
@@ -485,14 +485,13 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     scope, account = entries[0].scope, pool.account
     budget = scope.budget
     for entry in entries:
-        if budget is None and not (counted_out and entry.place is Place.HELD):
+        if budget is None and not (told and entry.place is Place.HELD):
             ledger.candidates.withdraw(entry)
         entry.place = Place.NONE
     rows = list(map(row_of, entries))
     if budget is None:
-        if not counted_out:
-            account.uses.remove(rows)
-            account.entries -= len(rows)
+        account.uses.remove(rows)
+        account.entries -= len(rows)
         try:
             return ledger.let_go(entries)
         except Exception:  # no memory, no frames: they die a little later
@@ -501,8 +500,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, counted_out: bool = Fals
     # Once the search is over, its whole reservation goes back.
     slots = _slots_of(pool, rows) if budget.promoted_to and scope.ended is None else None
     dead = ledger.let_go(entries)
-    if not counted_out:
-        budget.entries -= len(entries)
+    budget.entries -= len(entries)
     if slots is not None:
         try:
             _discharge(pool, budget, slots)

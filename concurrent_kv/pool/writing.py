@@ -140,9 +140,9 @@ def _publish(
                 missing = _admit(pool, scope, entries, cells, replaced, plan, old, grant)
                 if grant.spent and old:
                     try:
-                        dead = unpublish(pool, old, counted_out=True)
+                        dead = unpublish(pool, old, told=True)
                     except Exception:  # no memory, no frames; what was written is there
-                        again = partial(unpublish, pool, old, counted_out=True)
+                        again = partial(unpublish, pool, old, told=True)
                         ledger.abandoned.append(partial(ledger.again, [again]))
                 if grant.spent and grant.lent is not None and scope.budget is not None:
                     # After the replaced let go of theirs: those make up for what was lent.
@@ -179,7 +179,7 @@ def _admit(
     old: list[Entry],
     grant: Grant,
 ) -> tuple[int, int]:
-    """Count the new entries in and the old ones out, name the slots, and put the entries into their places.
+    """Count the new entries in, name the slots, and put the entries into their places; `unpublish` then takes the old.
 
     The grant is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
     take the grant's place in it back and say how much the write needs. Mutex and shards held.
@@ -195,22 +195,28 @@ def _admit(
         needed = _count(pool, entries, plan, old, grant)
         if needed is not None:
             return needed
-    try:
-        occupy(cells, entries, replaced, place)
-    except (MemoryError, RecursionError):
-        occupy(cells, entries, replaced, place)  # less than `make` took
+    # First: what is cut off after this is lost until repair, and no slots of entries that are found are given back.
     grant.spent = True
+    try:
+        try:
+            occupy(cells, entries, replaced, place)
+        except (MemoryError, RecursionError):
+            occupy(cells, entries, replaced, place)  # less than `make` took
+    except Exception:
+        grant.spent = False
+        raise
     pool.account.counters.insert_count += len(entries) - len(old)
     pool.account.counters.replace_count += len(old)
-    if budget is not None:
-        budget.entries -= len(old)
     return 0, 0
 
 
 def _count(
     pool: PoolState, entries: list[Entry], plan: WritePlan, old: list[Entry], grant: Grant
 ) -> tuple[int, int] | None:
-    """Count entries in and others out, with the quota, the policy and the slots; or say what is missing. Mutex held."""
+    """Count entries in, with the account, the policy and the slots; or say what is missing. Mutex held.
+
+    The old ones are counted out once they have left their places: nothing in the index is ever not counted.
+    """
     ledger, account = pool.storage.ledger, pool.account
     uses, tables = account.uses, ledger.tables
     old_rows = list(map(row_of, old))
@@ -227,18 +233,15 @@ def _count(
     needed = 0, 0
     error: Exception | None = None
     try:
-        out, back, told = (
-            partial(uses.remove, rows),
-            partial(uses.add, old_rows),
-            partial(ledger.candidates.exchange_back, pool.account, leaving, entries),
-        )
+        out, told = partial(uses.remove, rows), partial(ledger.candidates.exchange_back, pool.account, leaving, entries)
         uses.add(rows)
         undo.append(out)
-        uses.remove(old_rows)
-        undo.append(back)
-        account.entries += len(rows) - len(old_rows)
-        needed = max(0, account.entries - before[0]), max(0, account.slots - before[1])
-        if not any(account.excess()):
+        account.entries += len(rows)
+        entries_over, slots_over = account.excess()
+        # What the old ones share with each other counts as staying, as it did when the grant was taken.
+        freed = uses.exclusive(old_rows) if entries_over or slots_over else 0
+        needed = max(0, len(rows) - len(old)), max(0, account.slots - before[1] - freed)
+        if entries_over <= len(old) and slots_over <= freed:
             undo.append(told)
             ledger.candidates.exchange(pool.account, leaving, entries)
             return None
