@@ -168,6 +168,32 @@ def replace_both(pool: KVPool) -> None:
     pool.put_many(["key", "other"], stacked(tokens(7, 3), tokens(8, 4)))
 
 
+@pytest.mark.parametrize("loops", LOOPS)
+@pytest.mark.parametrize("work", [search, dropped_search])
+def test_until_repair_a_search_that_was_cut_off_costs_others_no_more_than_room(
+    work: Callable[[KVCacheManager], None],
+    loops: str,
+    make_manager: Callable[..., KVCacheManager],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "concurrent_kv")
+    with loops_of(loops):
+        manager = make_manager(1, wm_entries=3, shards=2, wait_timeout=0.0)
+        for number in range(1, MOST_PLACES):
+            manager.clear_all()
+            manager.set_init_cache(0, "root", tokens(1, 3))
+            cut = cut_at(number, lambda: work(manager), PACKAGE, jumps=True)
+            with suppress(WaitTimeoutError, CapacityError):
+                manager.set_init_cache(0, "root", tokens(2, 3))
+                search(manager)
+                assert_same(manager.get_init_cache(0, "root"), tokens(2, 3))
+            check_repaired(manager)
+            if not cut:
+                break
+    assert number > 100
+    assert not caplog.records
+
+
 WRITTEN_TOGETHER = {replace_both: ("key", "other"), insert_many: ("new", "newer")}
 
 
