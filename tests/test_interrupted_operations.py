@@ -261,10 +261,8 @@ def use_as_others_do(pool: KVPool) -> None:
             pool.commit(["child"], batch, timeout=0.0)
     pool.pop("new", timeout=0.0)
     ledger, account = pool.storage.ledger, pool.account
-    assert (
-        min(account.entries, account.slots, account.pending_entries, account.pending_slots, ledger.slots.free_count)
-        >= 0
-    )
+    counted = account.entries, account.slots, account.pending_entries, account.pending_slots, ledger.slots.free_count
+    assert min(counted) >= 0
     free = ledger.slots.free_slots().tolist()
     assert len(set(free)) == len(free)
     published = [entry for scope in pool.account.all_scopes() for part in scope.entries for entry in part.values()]

@@ -21,7 +21,7 @@ from concurrent_kv.flights.waiting import outcome
 from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, caller
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.signal import Signal
-from concurrent_kv.pool import room
+from concurrent_kv.pool import room, writing
 from concurrent_kv.pool.clearing import drop_taken
 from concurrent_kv.pool.plan import plan_commit
 from concurrent_kv.pool.room import reserve_budget
@@ -177,15 +177,20 @@ def test_a_commit_that_stores_nothing_wakes_who_waits_for_what_its_batch_kept(
     pool.put("key", tokens(1, 2))
     batch = pool.gather(["key"])
     append(batch, [2])
-    pool.clear()
     waiters: list[Any] = []
+    copy = writing._copy
+
+    def copy_what_is_cleared(*arguments: Any) -> Any:
+        pool.clear()
+        return copy(*arguments)
 
     def begin_to_wait_then(*arguments: Any) -> None:
         room.cancel(*arguments)
         with gate.lock, pool.storage.ledger.mutex:
             waiters.append(pool.storage.ledger.waiter())
 
-    monkeypatch.setattr("concurrent_kv.pool.writing.cancel", begin_to_wait_then)
+    monkeypatch.setattr(writing, "_copy", copy_what_is_cleared)
+    monkeypatch.setattr(writing, "cancel", begin_to_wait_then)
     assert not pool.commit(["child"], batch)
     assert waiters[0].wait(0.0)
     assert batch.closed

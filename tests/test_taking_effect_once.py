@@ -11,7 +11,7 @@ import pytest
 
 from concurrent_kv import ClosedError, KVCacheManager, KVPool, KVStorage, WaitTimeoutError
 from concurrent_kv.locks.deadline import Deadline
-from tests.conftest import MakeManager
+from tests.conftest import MakeManager, MakePool
 from tests.support import HANG_SECONDS, LAYOUT, append, tokens
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -96,3 +96,21 @@ def test_who_waits_for_a_computation_hears_that_the_shared_storage_was_closed() 
         storage.close()
         with pytest.raises(ClosedError):
             waiter.result(HANG_SECONDS)
+
+
+def test_a_commit_whose_scope_was_cleared_evicts_nothing_and_waits_for_no_room(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    other = pool.scope("other")
+    with pool.gather(["child"], scope=other) as batch:
+        append(batch, [5], 2)
+        pool.clear(other)
+        pool.put("stays", tokens(1, 2))
+        assert not pool.commit(["child"], batch, lengths=[2], timeout=0.0)
+    with pool.gather(["child"], scope=other) as batch, pool.pin("stays"):
+        append(batch, [5], 2)
+        pool.clear(other)
+        assert not pool.commit(["child"], batch, lengths=[2], timeout=0.0)
+        assert batch.closed
+    assert "stays" in pool
+    assert (pool.stats().stale_write_count, pool.stats().eviction_count) == (2, 0)
+    pool.check_integrity()

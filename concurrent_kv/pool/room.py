@@ -11,7 +11,7 @@ import numpy as np
 
 from ..books.entries import row_of
 from ..books.ledger import wake
-from ..books.records import Account, Budget, Entry, Place, Scope, sorted_shards
+from ..books.records import Account, Budget, Entry, Generation, Place, Scope, sorted_shards
 from ..books.tables import Tables, Uses, weights_of
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray, Slots
@@ -52,11 +52,17 @@ class Grant:
 
 
 def reserve(
-    pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
-) -> Grant:
-    """All the slots a plan needs, and its place in the quota (or in its search's budget), or nothing.
+    pool: PoolState,
+    scope: Scope,
+    generation: Generation,
+    plan: WritePlan,
+    located: Sequence[tuple[Scope, int]],
+    deadline: Deadline,
+) -> Grant | None:
+    """All the slots a plan needs, and its place in the account (or in its search's budget), or nothing.
 
-    From here on the plan uses its batch.
+    None where `generation` is over: nothing has to go, or is waited for, for what will not be stored. From here on the
+    plan uses its batch.
     """
     budget = scope.budget
     if budget is not None:
@@ -81,6 +87,12 @@ def reserve(
             if not pool.storage.ledger.use(plan.batch.hold):
                 raise plan.batch.why_closed()
             plan.uses_batch = True
+    if scope.generation is not generation:
+        pool.check_open()
+        ended = scope.why_ended()
+        if ended is not None:
+            raise ended
+        return None
     account = pool.account
     account.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, account.max_slots))
     freed = _freed_by(pool, scope, plan, located, deadline)

@@ -44,7 +44,11 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
     storage = pool.storage
     ledger, clock = storage.ledger, storage.clock
     located = scope.locate(plan.hashes)
-    grant = reserve(pool, scope, plan, located, deadline)
+    grant = reserve(pool, scope, generation, plan, located, deadline)
+    if grant is None:
+        with gate.lock, ledger.mutex:
+            pool.account.counters.stale_write_count += len(plan.keys)
+        return False
     used = grant.ticks
     entries: list[Entry] = []
     try:

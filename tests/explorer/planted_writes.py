@@ -105,7 +105,9 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
 def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
         located = [(scope, scope.part_of(key_hash)) for key_hash in plan.hashes]
-        grant = room.reserve(pool, scope, plan, located, deadline)
+        grant = room.reserve(pool, scope, generation, plan, located, deadline)
+        if grant is None:
+            return False
         of_each = (plan.shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
         entries = new_entries(plan.keys, scope, generation, *of_each, {})
         writing._publish(pool, scope, generation, entries, plan, located, grant, deadline)
@@ -125,7 +127,12 @@ def shards_taken_in_the_order_of_the_keys(patch: Patch) -> None:
 
 def slots_reserved_one_at_a_time(patch: Patch) -> None:
     def reserve(
-        pool: PoolCore, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+        pool: PoolCore,
+        scope: Scope,
+        generation: Generation,
+        plan: WritePlan,
+        located: Sequence[tuple[Scope, int]],
+        deadline: Deadline,
     ) -> Grant:
         taken: list[Slots] = []
         while len(taken) < plan.num_slots:
