@@ -6,8 +6,8 @@
 # `shape` is that of the slots: (planes, slots, heads, bytes of one head of a token); planes are 2 * layers. Slots are
 # an array, or a range of step 1.
 
-from collections.abc import Hashable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from .locks.deadline import Deadline
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
+_T = TypeVar("_T")
 
 # `Tables` and `Uses` of `books/tables.py`; arrays come as the bytes of one. A row that is not taken is an
 # IndexError, a row that was not counted in a ValueError.
@@ -134,6 +135,13 @@ def scatter(
 # `array[slots] = number`.
 def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
 
+# Different slots in ascending order: as ranges or, if these are more than `most`, as int64. None if they lie so far
+# apart that it takes long.
+def in_runs(slots: NDArray[np.int64], most: int, /) -> list[range] | bytearray | None: ...
+
+# For each stretch of equal numbers in `array[slots]` that are known: what is known of the number, and how long it is.
+def owners_of(array: NDArray[np.int32], slots: _Slots, known: dict[int, _T], /) -> list[tuple[_T, int]]: ...
+
 # The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
 def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...
 
@@ -164,12 +172,19 @@ def describe(entries: list[Entry | None], scope: object, /) -> tuple[list[int], 
 # One more reference of each entry, which join `held`.
 def retain(entries: list[Entry], held: list[Entry], /) -> None: ...
 
-# One reference less of each entry; those that have none left.
-def let_go(entries: list[Entry], /) -> list[Entry]: ...
+# One reference less of each entry; those that have none left, their rows, which they lose, and their ticks, where there
+# are any and not the same again and again.
+def let_go(entries: list[Entry], /) -> tuple[list[Entry], list[int], list[Mapping[Any, int]]]: ...
+
+# Entries at the place of new ones.
+def displace(entries: list[Entry], /) -> None: ...
 
 # The entry in the cell of each key's hash, a list of one or of none, where its `index_key` equals the key; or None.
 # Runs `__hash__` of the keys and `__eq__` of those stored.
 def find(cells: Cells[Entry], keys: list[Hashable], /) -> list[Entry | None]: ...
+
+# What is in cells, each a list of one or of none, in their order.
+def items_of(cells: Cells[Entry], /) -> list[Entry]: ...
 
 # The cell of each key in its dict, new and empty where there was none; what each holds, or None; what is held; and the
 # dict of each new one. Where a key's `__eq__` raises, no cell is new; nor where another key of the same hash has the

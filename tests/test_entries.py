@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv.books.entries import describe, let_go, new_entries, occupy, retain
+from concurrent_kv.books.entries import describe, displace, let_go, new_entries, occupy, retain
 from concurrent_kv.books.index import Index, find_places, take_away
 from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.streams import Ticks
@@ -70,9 +70,28 @@ def test_references_are_taken_and_dropped_one_for_each_time_an_entry_comes() -> 
         retain([first, second, first], held)
     assert (first.refs, second.refs, len(held)) == (801, 401, 1200)
     for _ in range(400):
-        assert let_go([first, second, first]) == []
-    assert let_go([second]) == [second]
+        assert let_go([first, second, first]) == ([], [], [])
+    assert let_go([second]) == ([second], [20], [])
     assert (first.refs, second.refs) == (1, 0)
+    assert (first.row, second.row) == (20, -1)
+
+
+def test_the_dead_lose_their_rows_and_say_who_used_them() -> None:
+    first, second, third, alive = [entry(key) for key in ("first", "second", "third", "alive")]
+    first.ticks = alive.ticks = WRITTEN
+    third.ticks = {(8, 0): 1}
+    alive.refs = 2
+    dead, rows, ticks = let_go([first, second, alive, third])
+    assert (dead, rows, ticks) == ([first, second, third], [20, 20, 20], [WRITTEN, {(8, 0): 1}])
+    assert [one.row for one in dead] == [-1, -1, -1]
+    assert (alive.row, alive.refs) == (20, 1)
+
+
+def test_entries_that_left_the_index_have_no_place() -> None:
+    first, second = entry("first"), entry("second")
+    first.place = second.place = Place.EXEMPT
+    displace([first, second])
+    assert (first.place, second.place) == (Place.NONE, Place.NONE)
 
 
 def test_entries_take_their_places_and_keep_the_key_that_the_index_has() -> None:

@@ -74,6 +74,8 @@ class Arguments:
             "describe": [[self.first, None, self.second], SCOPE],
             "retain": [[self.first, self.second, self.first], self.held],
             "let_go": [[self.first, self.second, self.first]],
+            "displace": [[self.first, self.second]],
+            "items_of": [self.cells],
             "find": [self.cells, ["third", "empty", "none"]],
             "places": [[self.cells, self.cells], ["third", "new"], [hash("third"), hash("new")]],
             "occupy": [[self.full, self.empty], [self.first, self.second], [self.third, None], Place.HELD],
@@ -82,6 +84,8 @@ class Arguments:
                 *(0, 2, self.new[0], self.new[1]),
             ],
             "mark": [self.counts, np.array([1, 3]), 7],
+            "in_runs": [np.array([7, 3, 8, 2, 70]), 3],
+            "owners_of": [self.counts, np.array([1, 3, 2]), {7: self.steps}],
             "hash_rows": [self.states, 3],
             "hash_memory": [self.states.ctypes.data, 3, 4],
             "advise_huge_pages": [slots, 8],
@@ -102,7 +106,7 @@ class Arguments:
 
     def renew(self) -> None:
         """Undo what is not the same a second time."""
-        self.first.refs, self.second.refs = 2, 1
+        self.first.refs, self.second.refs, self.first.row = 2, 1, 5
         self.first.index_key, self.second.index_key = self.index_keys
         self.held.clear()
         self.cells.pop(hash("new"), None)
@@ -217,6 +221,12 @@ CASES: dict[str, list[Case]] = {
         ({0: [made("one"), unfilled()]}, AttributeError),
         ({0: (made("one"),)}, TypeError),
     ],
+    "displace": [
+        ({0: [made("one"), None]}, TypeError),
+        ({0: [made("one"), unfilled()]}, AttributeError),
+        ({0: (made("one"),)}, TypeError),
+    ],
+    "items_of": [({0: []}, TypeError), ({0: {1: [made("one")], 2: ()}}, TypeError)],
     "find": [
         ({0: []}, TypeError),
         ({1: ("third",)}, TypeError),
@@ -272,6 +282,23 @@ CASES: dict[str, list[Case]] = {
         ({0: np.zeros(2 * SLOTS, dtype=np.int32)[::2]}, ValueError),
         ({2: 2**70}, OverflowError),
         ({2: "7"}, TypeError),
+    ],
+    "in_runs": [
+        ({0: np.array([1, -1])}, IndexError),
+        ({0: np.array([1, 2**31])}, IndexError),
+        ({0: PAIR}, ValueError),
+        ({0: strided(np.array([3, 1]))}, ValueError),
+        ({0: [3, 1]}, TypeError),
+        ({1: 2**70}, OverflowError),
+        ({1: "3"}, TypeError),
+    ],
+    "owners_of": [
+        ({1: np.array([1, SLOTS])}, IndexError),
+        ({1: range(2, 5)}, IndexError),
+        ({1: PAIR}, ValueError),
+        ({0: np.zeros(SLOTS, dtype=np.int64)}, ValueError),
+        ({0: np.zeros(2 * SLOTS, dtype=np.int32)[::2]}, ValueError),
+        ({2: []}, TypeError),
     ],
     "hash_rows": [
         ({0: "text"}, TypeError),
@@ -338,6 +365,11 @@ def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
     assert torch.equal(arguments.data[:, 1], batch[:, 1, :, 0])
     arguments.call("mark")
     assert arguments.counts.tolist() == [0, 7, 0, 7]
+    assert arguments.call("owners_of") == [(arguments.steps, 2)]
+    assert arguments.call("owners_of", {2: {0: "none", 7: "seven"}}) == [("seven", 2), ("none", 1)]
+    assert arguments.call("in_runs") == [range(2, 4), range(7, 9), range(70, 71)]
+    assert np.frombuffer(arguments.call("in_runs", {1: 2}), dtype=np.int64).tolist() == [2, 3, 7, 8, 70]
+    assert arguments.call("in_runs", {0: np.array([1, 2**30])}) is None
     assert arguments.call("append") == 1
     assert torch.equal(batch[:, :, :, 2:], arguments.new)
 
@@ -356,8 +388,10 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
     assert (arguments.first.refs, arguments.second.refs) == (4, 3)
     assert arguments.held == [arguments.first, arguments.second, arguments.first]
     arguments.first.refs, arguments.second.refs = 2, 2
-    assert arguments.call("let_go") == [arguments.first]
+    assert arguments.call("let_go") == ([arguments.first], [5], [TICKS])
     assert (arguments.first.refs, arguments.second.refs) == (0, 1)
+    assert (arguments.first.row, arguments.second.row) == (-1, 5)
+    assert arguments.call("items_of") == [arguments.third]
     assert arguments.call("find") == [arguments.third, None, None]
     hashes = [hash("third"), hash("third")]
     assert arguments.call("places", {1: ["new", "third"], 2: hashes}) is None
@@ -377,6 +411,8 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
     assert arguments.first.index_key is arguments.third.index_key
     assert arguments.second.index_key is arguments.index_keys[1]
     assert (arguments.first.place, arguments.third.place) == (Place.HELD, Place.NONE)
+    arguments.call("displace")
+    assert (arguments.first.place, arguments.second.place) == (Place.NONE, Place.NONE)
 
 
 def test_no_rows_and_no_slots_are_no_work() -> None:
@@ -386,6 +422,7 @@ def test_no_rows_and_no_slots_are_no_work() -> None:
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: none})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: range(9, 9)})
     arguments.call("mark", {1: none})
+    assert arguments.call("in_runs", {0: none}) == arguments.call("owners_of", {1: none}) == []
     assert arguments.call("hash_rows", {0: b"", 1: 0}) == []
     assert arguments.call("hash_memory", {1: 0}) == []
     assert arguments.written() == before

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concurrent_kv.books import slots as slots_module
-from concurrent_kv.books.slots import SlotAllocator
+from concurrent_kv.books.slots import Reservation, SlotAllocator
 from concurrent_kv.device.slot_numbers import as_array
 from tests.interrupting import cut_at
 
@@ -83,6 +83,31 @@ def test_a_run_carries_the_uses_of_all_that_were_joined_to_it() -> None:
     assert taken is not None
     assert isinstance(taken.slots, range)
     assert taken.ticks == {(0, 1): 4}
+
+
+@pytest.mark.parametrize("number", [3, 40, 100])
+@pytest.mark.parametrize("apart", [2, 65, 5000])
+def test_slots_freed_together_in_any_order_lie_in_ascending_order(number: int, apart: int) -> None:
+    slots = SlotAllocator(number * apart + 1)
+    held(slots, slots.num_slots)
+    going = np.arange(number) * apart + 1
+    slots.give_back(np.concatenate([going[::-2], going[-2::-2]]), {})
+    assert slots.free_slots().tolist() == going.tolist()
+    taken = slots.allocate(2)
+    assert taken is not None
+    assert as_array(taken.slots).tolist() == going[:2].tolist()
+
+
+def test_what_is_freed_comes_back_to_each_that_set_it_aside() -> None:
+    slots = SlotAllocator(30)
+    first, second = Reservation(), Reservation()
+    assert slots.reserve(first, 4)
+    assert slots.reserve(second, 5)
+    taken = [slots.allocate(2, owner) for owner in (first, second, None, first, second)]
+    assert (first.left, second.left, slots.reserved_count) == (0, 1, 1)
+    together = np.concatenate([as_array(one.slots) for one in taken if one is not None])
+    slots.release(together, {}, others_left=False)
+    assert (first.left, second.left, slots.reserved_count, slots.free_count) == (4, 5, 9, 30)
 
 
 @given(steps=st.lists(st.integers(0, 12), max_size=40))

@@ -14,7 +14,7 @@ from .records import Entry, Generation, Place, Scope
 if TYPE_CHECKING:
     from ..device.positions import Correction
 
-__all__ = ["Described", "describe", "let_go", "new_entries", "occupy", "retain", "row_of", "rows_of"]
+__all__ = ["Described", "describe", "displace", "let_go", "new_entries", "occupy", "retain", "row_of", "rows_of"]
 
 if native is not None:
     native.bind(Entry, Place.NONE)
@@ -66,6 +66,7 @@ def describe(entries: list[Entry | None], scope: Scope | None = None) -> Describ
 
 
 row_of: Callable[[Entry], int] = attrgetter("row")
+_TICKS: Callable[[Entry], Ticks] = attrgetter("ticks")
 
 
 def rows_of(entries: Sequence[Entry | None]) -> list[int]:
@@ -83,16 +84,38 @@ def retain(entries: list[Entry], held: list[Entry]) -> None:
     held += entries
 
 
-def let_go(entries: list[Entry]) -> list[Entry]:
-    """Drop one reference of each; returns those that died. Mutex held."""
+def let_go(entries: list[Entry]) -> tuple[list[Entry], list[int], list[Ticks]]:
+    """Drop one reference of each; returns those that died, the rows that they lose, and the ticks that some have.
+
+    All of it, or nothing where it raises. Mutex held.
+    """
     if native is not None:
         return native.let_go(entries)  # type: ignore[no-any-return]
-    dead = []
+    left = 0
+    dead: list[Entry] = []
+    try:
+        for entry in entries:
+            entry.refs -= 1
+            left += 1
+            if not entry.refs:
+                dead.append(entry)
+        result = dead, list(map(row_of, dead)), list(filter(None, map(_TICKS, dead)))
+    except Exception:
+        for entry in entries[:left]:
+            entry.refs += 1
+        raise
+    for entry in dead:
+        entry.row = -1
+    return result
+
+
+def displace(entries: list[Entry]) -> None:
+    """Note that entries have left the index. Mutex held."""
+    if native is not None:
+        native.displace(entries)
+        return
     for entry in entries:
-        entry.refs -= 1
-        if not entry.refs:
-            dead.append(entry)
-    return dead
+        entry.place = Place.NONE
 
 
 def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | None], place: Place) -> None:

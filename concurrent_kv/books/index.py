@@ -134,7 +134,7 @@ class Index(Generic[E]):
     def take_all(self) -> tuple[list[E], Cells[E]]:
         """Take every entry away; returns them, and the cells, which may die where no lock is held. Looks at no key."""
         cells = self.cells
-        entries = [cell[0] for cell in cells.values() if cell]
+        entries = list(self.values()) if native is None else native.items_of(cells)
         self.cells, self.extra = {}, {}
         return entries, cells
 

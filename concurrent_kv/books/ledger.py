@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,12 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.signal import Signal
 from .candidates import Candidates
-from .entries import let_go, retain, row_of
+from .entries import let_go, retain
 from .records import Entry, Hold
 from .slots import SlotAllocator
 from .tables import new_tables
 
 __all__ = ["Ledger", "wake"]
-
-
-_TICKS = attrgetter("ticks")
 
 
 class Ledger:
@@ -89,21 +85,20 @@ class Ledger:
 
         All of it, or nothing where it raises; what cuts in from outside, perhaps after the effect, is for repair.
         """
-        dead = let_go(entries)
+        dead, rows, used = let_go(entries)
         if dead:
             try:
                 ticks: Ticks = NO_TICKS
-                for used in filter(None, map(_TICKS, dead)):
-                    ticks = merge(ticks, used)
-                rows = list(map(row_of, dead))
+                for of_one in used:
+                    ticks = merge(ticks, of_one)
                 parted = self.candidates.beside(rows) if self.candidates.shared else ()
                 unnamed, others_left = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
                     entry.refs += 1
+                for entry, row in zip(dead, rows, strict=True):
+                    entry.row = row
                 raise
-            for entry in dead:
-                entry.row = -1
             release = partial(self._release, unnamed, ticks, others_left)
             try:
                 release()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,10 @@ def _as_range(slots: SlotArray) -> range | None:
 
 def _runs_of(slots: SlotArray, ticks: Ticks) -> list[Run]:
     """Slots as runs, in ascending order."""
+    found = None if native is None else native.in_runs(slots, MOST_PIECES)
+    if found is not None:
+        pieces = found if type(found) is list else [np.frombuffer(found, dtype=np.int64)]
+        return list(zip(pieces, repeat(ticks)))
     if len(slots) <= FEW:
         numbers = sorted(slots.tolist())
         if numbers[-1] - numbers[0] == len(numbers) - 1:
@@ -221,11 +225,9 @@ class SlotAllocator:
 
     def _returns(self, slots: SlotArray) -> list[tuple[Reservation, int]]:
         """Which reservations get how many of some slots back."""
-        owners = self._owner[slots]
-        if (owners == owners[0]).all():
-            numbers, counts = [int(owners[0])], [len(slots)]
-        else:
-            numbers, counts = [column.tolist() for column in np.unique(owners, return_counts=True)]
+        if native is not None:
+            return native.owners_of(self._owner, slots, self._reservations)  # type: ignore[no-any-return]
+        numbers, counts = [column.tolist() for column in np.unique(self._owner[slots], return_counts=True)]
         known = [self._reservations.get(number) for number in numbers]
         return [(owner, count) for owner, count in zip(known, counts, strict=True) if owner is not None]
 

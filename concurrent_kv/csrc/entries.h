@@ -201,19 +201,60 @@ static PyObject *retain(PyObject *module, PyObject *const *arguments, Py_ssize_t
     return PyList_SetSlice(arguments[1], end, end, arguments[0]) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
-/* let_go(entries) -> those that have no reference any more, once one of each is gone. */
+/* Rows and ticks of the dead as two new lists, the second without those of none and the same twice in a row. */
+static int rows_and_ticks(PyObject *dead, PyObject *rows, PyObject *ticks)
+{
+    PyObject *last = NULL;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dead); i++) {
+        PyObject *entry = PyList_GET_ITEM(dead, i), *used = *slot(entry, TICKS);
+        PyList_SET_ITEM(rows, i, Py_NewRef(*slot(entry, ROW)));
+        int some = used == last ? 0 : PyObject_IsTrue(used);
+        if (some < 0 || (some && PyList_Append(ticks, used) < 0))
+            return 0;
+        last = used;
+    }
+    return 1;
+}
+
+/* let_go(entries) -> (those that have no reference any more, once one of each is gone; their rows, which they lose; the
+ * ticks of their uses, where there are any). All of it, or nothing where it raises.
+ */
 static PyObject *let_go(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     if (!enough(count, 1) || !are_entries(arguments[0], -1, 0))
         return NULL;
-    PyObject *dead = PyList_New(0);
-    for (Py_ssize_t i = 0; dead != NULL && i < PyList_GET_SIZE(arguments[0]); i++) {
-        PyObject *entry = PyList_GET_ITEM(arguments[0], i);
+    PyObject *dead = PyList_New(0), *rows = NULL, *ticks = NULL, *result = NULL;
+    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]), dropped = 0;
+    for (int done = dead != NULL; done && dropped < entries; dropped += done) {
+        PyObject *entry = PyList_GET_ITEM(arguments[0], dropped);
         int alive = add_reference(entry, -1);
-        if (alive < 0 || (!alive && PyList_Append(dead, entry) < 0))
-            Py_CLEAR(dead);
+        done = alive >= 0;
+        if (alive == 0 && PyList_Append(dead, entry) < 0) {
+            done = 0;
+            add_reference(entry, 1);
+        }
     }
-    return dead;
+    if (dropped == entries && dead != NULL && (rows = PyList_New(PyList_GET_SIZE(dead))) != NULL &&
+        (ticks = PyList_New(0)) != NULL && rows_and_ticks(dead, rows, ticks))
+        result = PyTuple_Pack(3, dead, rows, ticks);
+    while (result == NULL && dropped > 0)
+        add_reference(PyList_GET_ITEM(arguments[0], --dropped), 1);
+    for (Py_ssize_t i = 0; result != NULL && i < PyList_GET_SIZE(dead); i++)
+        put(PyList_GET_ITEM(dead, i), ROW, PyLong_FromLong(-1));
+    Py_XDECREF(dead);
+    Py_XDECREF(rows);
+    Py_XDECREF(ticks);
+    return result;
+}
+
+/* displace(entries): each at the place of new ones. */
+static PyObject *displace(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 1) || !are_entries(arguments[0], -1, 0))
+        return NULL;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); i++)
+        put(PyList_GET_ITEM(arguments[0], i), PLACE, Py_NewRef(no_place));
+    Py_RETURN_NONE;
 }
 
 /* Whether the entry in a cell has an equal key; below 0 with an exception set. Runs its key's `__eq__`. */
@@ -254,6 +295,25 @@ static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t c
         Py_DECREF(key);
     }
     return found;
+}
+
+/* items_of(cells) -> what is in the cells of a dict, in its order. */
+static PyObject *items_of(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 1))
+        return NULL;
+    if (!PyDict_Check(arguments[0])) {
+        PyErr_Format(PyExc_TypeError, "cells must be a dict, got %s", Py_TYPE(arguments[0])->tp_name);
+        return NULL;
+    }
+    PyObject *items = PyList_New(0), *cell;
+    Py_BEGIN_CRITICAL_SECTION(arguments[0]);
+    for (Py_ssize_t at = 0; items != NULL && PyDict_Next(arguments[0], &at, NULL, &cell);)
+        if (!is_list(cell, "a cell", -1) ||
+            (PyList_GET_SIZE(cell) && PyList_Append(items, PyList_GET_ITEM(cell, 0)) < 0))
+            Py_CLEAR(items);
+    Py_END_CRITICAL_SECTION();
+    return items;
 }
 
 /* Take away what is new in each of these dicts, the newest first, and keep the exception that is set. */

@@ -831,4 +831,111 @@ static PyObject *mark(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     return result;
 }
 
+/* The slots first to last as a range that joins `runs`. */
+static int add_run(PyObject *runs, int64_t first, int64_t last)
+{
+    PyObject *run = PyObject_CallFunction((PyObject *)&PyRange_Type, "LL", (long long)first, (long long)last + 1);
+    int added = run != NULL && PyList_Append(runs, run) == 0;
+    Py_XDECREF(run);
+    return added;
+}
+
+/* Sorted slots as ranges, no more than `most`, or else as they are. */
+static PyObject *runs_of(const int64_t *sorted, Py_ssize_t count, Py_ssize_t most)
+{
+    Py_ssize_t pieces = count > 0;
+    for (Py_ssize_t i = 1; i < count; i++)
+        pieces += sorted[i] != sorted[i - 1] + 1;
+    if (pieces > most)
+        return PyByteArray_FromStringAndSize((const char *)sorted, count * (Py_ssize_t)sizeof(int64_t));
+    PyObject *runs = PyList_New(0);
+    for (Py_ssize_t i = 0, first = 0; runs != NULL && i < count; i++)
+        if (i + 1 == count || sorted[i + 1] != sorted[i] + 1) {
+            if (!add_run(runs, sorted[first], sorted[i]))
+                Py_CLEAR(runs);
+            first = i + 1;
+        }
+    return runs;
+}
+
+/* in_runs(slots, most) -> the slots, which are different, in ascending order: as ranges, no more than `most`, or else as
+ * int64; None where they lie so far apart that it takes long.
+ */
+static PyObject *in_runs(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_ssize_t most;
+    Slots slots;
+    if (!enough(count, 2) || !integers(arguments + 1, 1, &most) || !slots_of(arguments[0], &slots, INT32_MAX))
+        return NULL;
+    int64_t least = INT64_MAX, greatest = -1;
+    for (Py_ssize_t i = 0; i < slots.count; i++) {
+        int64_t number = slot_of(&slots, i);
+        least = number < least ? number : least;
+        greatest = number > greatest ? number : greatest;
+    }
+    Py_ssize_t words = slots.count ? (Py_ssize_t)((greatest - least) / 64 + 1) : 0, found = 0;
+    PyObject *result = NULL;
+    if (words > 8 * slots.count + 64)
+        result = Py_NewRef(Py_None);
+    else {
+        uint64_t *bits = PyMem_Calloc(words + 1, sizeof(uint64_t));
+        int64_t *sorted = PyMem_Malloc((slots.count + 1) * sizeof(int64_t));
+        for (Py_ssize_t i = 0; bits != NULL && i < slots.count; i++)
+            bits[(slot_of(&slots, i) - least) / 64] |= (uint64_t)1 << (slot_of(&slots, i) - least) % 64;
+        for (Py_ssize_t word = 0; bits != NULL && sorted != NULL && word < words; word++)
+            for (int bit = 0; bits[word] != 0 && bit < 64; bit++)
+                if (bits[word] >> bit & 1)
+                    sorted[found++] = least + word * 64 + bit;
+        result = bits == NULL || sorted == NULL ? PyErr_NoMemory() : runs_of(sorted, found, most);
+        PyMem_Free(bits);
+        PyMem_Free(sorted);
+    }
+    PyBuffer_Release(&slots.view);
+    return result;
+}
+
+/* Who owns slots of this number, if anyone, and of how many, joins `owners`. */
+static int add_owner(PyObject *owners, PyObject *known, long number, Py_ssize_t slots)
+{
+    PyObject *key = PyLong_FromLong(number), *owner = key == NULL ? NULL : PyDict_GetItemWithError(known, key);
+    PyObject *pair = owner == NULL ? NULL : Py_BuildValue("On", owner, slots);
+    int added = pair == NULL ? !PyErr_Occurred() : PyList_Append(owners, pair) == 0;
+    Py_XDECREF(pair);
+    Py_XDECREF(key);
+    return added;
+}
+
+/* owners_of(array, slots, known) -> [(known[number], how many)] of each stretch of slots that have the same number in an
+ * int32 array, where that is known.
+ */
+static PyObject *owners_of(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_buffer array;
+    Slots slots;
+    if (!enough(count, 3))
+        return NULL;
+    if (!PyDict_Check(arguments[2])) {
+        PyErr_Format(PyExc_TypeError, "known must be a dict, got %s", Py_TYPE(arguments[2])->tp_name);
+        return NULL;
+    }
+    if (!array_of(arguments[0], &array, 1, INT32, 0))
+        return NULL;
+    PyObject *owners = NULL;
+    if (slots_of(arguments[1], &slots, array.shape[0])) {
+        const int32_t *numbers = array.buf;
+        owners = PyList_New(0);
+        for (Py_ssize_t i = 0, first = 0; owners != NULL && i < slots.count; i++) {
+            int32_t number = numbers[slot_of(&slots, i)];
+            if (i + 1 == slots.count || numbers[slot_of(&slots, i + 1)] != number) {
+                if (!add_owner(owners, arguments[2], number, i + 1 - first))
+                    Py_CLEAR(owners);
+                first = i + 1;
+            }
+        }
+        PyBuffer_Release(&slots.view);
+    }
+    PyBuffer_Release(&array);
+    return owners;
+}
+
 #endif

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..books.entries import row_of
+from ..books.entries import displace, row_of
 from ..books.ledger import wake
 from ..books.records import Account, Budget, Entry, Generation, Place, Scope, sorted_shards
 from ..books.tables import Tables, Uses, weights_of
@@ -496,21 +496,22 @@ def unpublish(pool: PoolState, entries: list[Entry], *, told: bool = False) -> l
         return []
     scope, account = entries[0].scope, pool.account
     budget = scope.budget
-    for entry in entries:
-        if budget is None and not (told and entry.place is Place.HELD):
-            ledger.candidates.withdraw(entry)
-        entry.place = Place.NONE
-    rows = list(map(row_of, entries))
     if budget is None:
-        account.uses.remove(rows)
-        account.entries -= len(rows)
+        for entry in entries:
+            if not (told and entry.place is Place.HELD):
+                ledger.candidates.withdraw(entry)
+            entry.place = Place.NONE
+        account.uses.remove(list(map(row_of, entries)))
+        account.entries -= len(entries)
         try:
             return ledger.let_go(entries)
         except Exception:  # no memory, no frames: they die a little later
             ledger.abandoned.append(partial(ledger.again, [partial(ledger.let_go, entries)]))
             return []
+    displace(entries)
     # Once the search is over, its whole reservation goes back.
-    slots = _slots_of(pool, rows) if budget.promoted_to and scope.ended is None else None
+    discharged = budget.promoted_to and scope.ended is None
+    slots = _slots_of(pool, list(map(row_of, entries))) if discharged else None
     dead = ledger.let_go(entries)
     budget.entries -= len(entries)
     if slots is not None:
