@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Buffer
 
-from .books.index import Cells
+from .books.index import Cells, Index
 from .books.records import Entry
 from .locks.contention import Contention
 from .locks.deadline import Deadline
@@ -172,16 +172,16 @@ def describe(entries: list[Entry | None], scope: object, /) -> tuple[list[int], 
 # One more reference of each entry, which join `held`.
 def retain(entries: list[Entry], held: list[Entry], /) -> None: ...
 
-# One reference less of each entry; those that have none left, their rows, which they lose, and their ticks, where there
-# are any and not the same again and again.
+# One reference less of each entry; those that have none left, their rows, and their ticks, where there are any and not
+# the same again and again.
 def let_go(entries: list[Entry], /) -> tuple[list[Entry], list[int], list[Mapping[Any, int]]]: ...
 
 # Entries at the place of new ones.
 def displace(entries: list[Entry], /) -> None: ...
 
-# The entry in the cell of each key's hash, a list of one or of none, where its `index_key` equals the key; or None.
-# Runs `__hash__` of the keys and `__eq__` of those stored.
-def find(cells: Cells[Entry], keys: list[Hashable], /) -> list[Entry | None]: ...
+# The entry in the cell of each key's hash in its index, a list of one or of none, where its `index_key` equals the key;
+# or None. None for all where an index has extra places. Runs `__eq__` of the keys that are stored.
+def find(indexes: list[Index[Entry]], keys: list[Hashable], hashes: list[int], /) -> list[Entry | None] | None: ...
 
 # What is in cells, each a list of one or of none, in their order.
 def items_of(cells: Cells[Entry], /) -> list[Entry]: ...

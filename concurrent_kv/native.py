@@ -9,9 +9,13 @@ environment, when the package is imported, chooses that.
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-__all__ = ["address_of", "native"]
+__all__ = ["address_of", "compiled", "in_python", "native"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+in_python: dict[str, Callable[..., Any]] = {}  # what `compiled` has replaced, or would have
 
 
 def _load() -> Any:
@@ -35,3 +39,9 @@ def address_of(tensor: Any) -> int:
 
 
 native = _load()
+
+
+def compiled(function: F) -> F:
+    """The compiled function of the same name, where there is compiled code: a call less than one that chooses."""
+    in_python[function.__name__] = function
+    return function if native is None else getattr(native, function.__name__)

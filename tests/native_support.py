@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from concurrent_kv.native import native
-from tests.support import NATIVE_USERS, bits
+from tests.support import bits, choose_loops
 
 needs_native = pytest.mark.skipif(native is None, reason="the compiled module was not built, or is switched off")
 
 
 def without_native(patch: pytest.MonkeyPatch) -> None:
     """Have every module use the counterparts in Python."""
-    for module in NATIVE_USERS:
-        patch.setattr(f"concurrent_kv.{module}.native", None)
+    choose_loops(patch, "torch")
 
 
 def random_numbers(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

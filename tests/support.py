@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Entry
 from concurrent_kv.books.tables import Tables, new_tables
 from concurrent_kv.locks.sharded import ShardedRWLock
-from concurrent_kv.native import native
+from concurrent_kv.native import in_python, native
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
 WINDOW = LAYOUT.max_tokens
@@ -167,9 +168,20 @@ class Incomparable:
 def loops_of(kind: str) -> Iterator[None]:
     """What is made inside uses these of `LOOPS`: those of numpy and torch, or the compiled ones."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in NATIVE_USERS:
-            patch.setattr(f"concurrent_kv.{module}.native", native if kind == "compiled" else None)
+        choose_loops(patch, kind)
         yield
+
+
+def choose_loops(patch: pytest.MonkeyPatch, kind: str) -> None:
+    """Have every module use these of `LOOPS`."""
+    for user in NATIVE_USERS:
+        patch.setattr(f"concurrent_kv.{user}.native", native if kind == "compiled" else None)
+    modules = [module for name, module in sys.modules.items() if name.startswith(("concurrent_kv.", "tests."))]
+    for name, in_torch in in_python.items():
+        loop = getattr(native, name) if kind == "compiled" else in_torch
+        for module in modules:
+            if vars(module).get(name) in (in_torch, getattr(native, name, in_torch)):
+                patch.setattr(module, name, loop)
 
 
 # Counting ------------------------------------------------------------------------------------------------------------

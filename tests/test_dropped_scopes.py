@@ -15,7 +15,7 @@ from concurrent_kv import AsyncKVPool, ClosedError, InvalidArgumentError, KeyNot
 from concurrent_kv.books.records import Hold
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.shards import ShardLocks
-from concurrent_kv.pool.reading import generations_of, retain
+from concurrent_kv.pool.reading import retain
 from tests.conftest import MakePool
 from tests.support import HANG_SECONDS, LOCKS, append, assert_same, slots_in_use, tokens
 from tests.threading_support import JOIN_SECONDS, Background, GatedPool, filled
@@ -211,7 +211,7 @@ def test_a_key_of_a_scope_that_is_being_dropped_is_there_or_the_scope_is_closed(
     found = pool._scope(scope)  # as an operation that began before the drop has it
     deadline = pool.storage.enter()
     pool.drop_scope(scope)
-    hashes, generations = [hash("key")], generations_of([found])
+    hashes, generations = [hash("key")], {found: found.generation}
     with pytest.raises(ClosedError):
         retain(pool.storage, found.locate(hashes), ["key"], hashes, generations, deadline, hold=Hold("read", []))
 

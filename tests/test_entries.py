@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv.books.entries import describe, displace, let_go, new_entries, occupy, retain
-from concurrent_kv.books.index import Index, find_places, take_away
+from concurrent_kv.books.index import Index, find_in, find_places, take_away
 from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.streams import Ticks
 from tests.support import Incomparable
@@ -26,6 +26,11 @@ def entry(key: Hashable, length: int = 2, scope: Any = SCOPE) -> Entry:
     made = Entry(key, scope, GENERATION, length)
     made.row, made.refs = 10 * length, 1
     return made
+
+
+def found_in(index: Index[Entry], keys: list[Hashable]) -> list[Entry | None]:
+    """The entry of each key in one index."""
+    return find_in([index] * len(keys), keys, list(map(hash, keys)))
 
 
 def test_new_entries_have_what_each_is_given_and_nothing_else() -> None:
@@ -57,11 +62,11 @@ def test_entries_are_described_row_by_row() -> None:
     steps: Any = object()
     first, root = entry("first", 2), entry("root", 3, OTHER)
     root.correction = steps
-    described = describe([first, None, root, first], SCOPE)
-    assert described.rows == [20, 0, 30, 20]
-    assert described.lengths == [2, 0, 3, 2]
-    assert described.corrections == [None, None, steps, None]
-    assert described.others == [root]
+    rows, lengths, corrections, others = describe([first, None, root, first], SCOPE)
+    assert rows == [20, 0, 30, 20]
+    assert lengths == [2, 0, 3, 2]
+    assert corrections == [None, None, steps, None]
+    assert others == [root]
 
 
 def test_references_are_taken_and_dropped_one_for_each_time_an_entry_comes() -> None:
@@ -73,18 +78,16 @@ def test_references_are_taken_and_dropped_one_for_each_time_an_entry_comes() -> 
         assert let_go([first, second, first]) == ([], [], [])
     assert let_go([second]) == ([second], [20], [])
     assert (first.refs, second.refs) == (1, 0)
-    assert (first.row, second.row) == (20, -1)
 
 
-def test_the_dead_lose_their_rows_and_say_who_used_them() -> None:
+def test_the_dead_say_which_rows_they_had_and_who_used_them() -> None:
     first, second, third, alive = [entry(key) for key in ("first", "second", "third", "alive")]
     first.ticks = alive.ticks = WRITTEN
     third.ticks = {(8, 0): 1}
     alive.refs = 2
     dead, rows, ticks = let_go([first, second, alive, third])
     assert (dead, rows, ticks) == ([first, second, third], [20, 20, 20], [WRITTEN, {(8, 0): 1}])
-    assert [one.row for one in dead] == [-1, -1, -1]
-    assert (alive.row, alive.refs) == (20, 1)
+    assert alive.refs == 1
 
 
 def test_entries_that_left_the_index_have_no_place() -> None:
@@ -101,9 +104,9 @@ def test_entries_take_their_places_and_keep_the_key_that_the_index_has() -> None
     index.put(old)
     places, held, replaced, added = find_places([index] * 2, ["key", "new"], [hash("key"), hash("new")])
     assert (held, replaced, added) == ([old, None], [old], [index.cells])
-    assert index.find(["key", "new", "missing"]) == [old, None, None]
+    assert found_in(index, ["key", "new", "missing"]) == [old, None, None]
     occupy(places, [replacing, new], held, Place.EXEMPT)
-    assert index.find(["key", "new"]) == [replacing, new]
+    assert found_in(index, ["key", "new"]) == [replacing, new]
     assert replacing.index_key is old.index_key
     assert (replacing.place, new.place, old.place) == (Place.EXEMPT, Place.EXEMPT, Place.NONE)
     assert new.index_key == "new"
@@ -129,7 +132,7 @@ def test_a_key_that_raises_leaves_no_new_places() -> None:
         find_places([first, second, first, first], keys, list(map(hash, keys)))
     assert (first.cells, second.cells) == (before, {})
     with pytest.raises(KeyError, match="incomparable"):
-        first.find([Incomparable("known")])
+        found_in(first, [Incomparable("known")])
 
 
 class Colliding:
@@ -154,7 +157,7 @@ def test_keys_of_one_hash_have_places_of_their_own_in_the_order_of_their_writes(
         write(index, [other])
     write(index, [entry(keys[2]), entry(Colliding("a"))])  # a new one, and one that is replaced, in one write
     assert [key for key, _ in index.items()] == [keys[0], "other", keys[1], keys[2]]
-    assert [found.key if found else None for found in index.find([*keys, Colliding("d")])] == [*keys, None]
+    assert [found.key if found else None for found in found_in(index, [*keys, Colliding("d")])] == [*keys, None]
     assert not index.misplaced()
     base = index[keys[0]]
     assert index.remove(base)

@@ -298,6 +298,8 @@ def test_ctrl_c_while_a_handle_lets_go_is_heard_and_the_handle_lets_go_later(
 ) -> None:
     pool.put("key", tokens(1, 2))
     pin = pool.pin("key")
+    with pool.storage.ledger.mutex:
+        pool.storage.ledger.waiter()  # of a thread that waits for room
     with monkeypatch.context() as patch:
         cut_once(patch, Ledger, "take_waiters", of="release")
         with pytest.raises(Cut):

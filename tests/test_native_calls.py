@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from concurrent_kv.books.index import Cells
+from concurrent_kv.books.index import Cells, Index
 from concurrent_kv.books.records import Entry, Generation, Place
 from concurrent_kv.device.streams import Ticks
 from concurrent_kv.native import native
@@ -55,6 +55,7 @@ class Arguments:
         self.full: list[Entry] = [self.third]
         self.empty: list[Entry] = []
         self.cells: Cells[Entry] = {hash("third"): self.full, hash("empty"): self.empty}
+        self.index: Index[Entry] = index_of(self.cells)
         slots, batch, difference = self.data.data_ptr(), self.batch.data_ptr(), self.difference.data_ptr()
         index, columns = np.array([0, 1]), np.array([2, 0])
         self.new = torch.arange(16, dtype=torch.float32).view(2, 2, HEADS, 1, 2)
@@ -76,7 +77,7 @@ class Arguments:
             "let_go": [[self.first, self.second, self.first]],
             "displace": [[self.first, self.second]],
             "items_of": [self.cells],
-            "find": [self.cells, ["third", "empty", "none"]],
+            "find": [[self.index] * 3, ["third", "empty", "none"], [hash("third"), hash("empty"), hash("none")]],
             "places": [[self.cells, self.cells], ["third", "new"], [hash("third"), hash("new")]],
             "occupy": [[self.full, self.empty], [self.first, self.second], [self.third, None], Place.HELD],
             "append": [
@@ -106,7 +107,7 @@ class Arguments:
 
     def renew(self) -> None:
         """Undo what is not the same a second time."""
-        self.first.refs, self.second.refs, self.first.row = 2, 1, 5
+        self.first.refs, self.second.refs = 2, 1
         self.first.index_key, self.second.index_key = self.index_keys
         self.held.clear()
         self.cells.pop(hash("new"), None)
@@ -119,6 +120,13 @@ def made(key: str) -> Entry:
     entry.row, entry.refs = 5, 2
     entry.index_key = "".join(key)  # an equal key, and another object
     return entry
+
+
+def index_of(cells: Any) -> Index[Entry]:
+    """An index of these cells, the same dict."""
+    index: Index[Entry] = Index()
+    index.cells = cells
+    return index
 
 
 def refused(places: list[int], wrong: object, error: Error) -> list[Case]:
@@ -228,12 +236,16 @@ CASES: dict[str, list[Case]] = {
     ],
     "items_of": [({0: []}, TypeError), ({0: {1: [made("one")], 2: ()}}, TypeError)],
     "find": [
-        ({0: []}, TypeError),
-        ({1: ("third",)}, TypeError),
-        ({1: ["third", []]}, TypeError),
-        ({1: ["third", Incomparable("third")]}, KeyError),
-        ({0: {hash("third"): ["no entry"]}}, TypeError),
-        ({0: {hash("third"): [unfilled()]}}, TypeError),
+        ({0: [index_of({})]}, ValueError),
+        ({0: (index_of({}),) * 3}, TypeError),
+        ({0: [index_of({}), "no index", index_of({})]}, AttributeError),
+        ({0: [index_of({}), index_of([]), index_of({})]}, TypeError),
+        ({1: ("third", "empty", "none")}, TypeError),
+        ({1: ["third", "empty", Incomparable("third")], 2: [hash("third")] * 3}, KeyError),
+        ({0: [index_of({hash("third"): ["no entry"]})] * 3}, TypeError),
+        ({0: [index_of({hash("third"): [unfilled()]})] * 3}, TypeError),
+        ({2: [hash("third")]}, ValueError),
+        ({2: [[], [], []]}, TypeError),
     ],
     "places": [
         ({0: [{}]}, ValueError),
@@ -390,9 +402,13 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
     arguments.first.refs, arguments.second.refs = 2, 2
     assert arguments.call("let_go") == ([arguments.first], [5], [TICKS])
     assert (arguments.first.refs, arguments.second.refs) == (0, 1)
-    assert (arguments.first.row, arguments.second.row) == (-1, 5)
     assert arguments.call("items_of") == [arguments.third]
     assert arguments.call("find") == [arguments.third, None, None]
+    other = index_of({hash("empty"): [arguments.second]})
+    assert arguments.call("find", {0: [arguments.index, other, other]}) == [arguments.third, None, None]
+    assert arguments.call("find", {0: [other, arguments.index, other]}) == [None, None, None]
+    other.extra = {5: [(5, 1)]}
+    assert arguments.call("find", {0: [arguments.index, other, other]}) is None
     hashes = [hash("third"), hash("third")]
     assert arguments.call("places", {1: ["new", "third"], 2: hashes}) is None
     assert (

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from ..native import native
 
-__all__ = ["Cells", "Index", "Indexed", "find_places", "take_away"]
+__all__ = ["Cells", "Index", "Indexed", "find_in", "find_places", "take_away"]
 
 
 class Indexed(Protocol):
@@ -51,12 +51,6 @@ class Index(Generic[E]):
         """The entry of `key`, or None. `hashed` is the key's hash, where the caller has it."""
         cell = self._cell_of(key, hash(key) if hashed is None else hashed)
         return None if cell is None else cell[0]
-
-    def find(self, keys: list[Hashable]) -> list[E | None]:
-        """The entry of each key, or None."""
-        if native is not None and not self.extra:
-            return native.find(self.cells, keys)  # type: ignore[no-any-return]
-        return [self.get(key) for key in keys]
 
     def _cell_of(self, key: Hashable, hashed: int) -> list[E] | None:
         cell = self.cells.get(hashed)
@@ -169,7 +163,7 @@ class Index(Generic[E]):
         return list(self.items())
 
     def find_each(self, keys: Iterable[Hashable]) -> list[E | None]:
-        """As `find`, of keys in any container."""
+        """The entry of each key, or None."""
         return [self.get(key) for key in keys]
 
     def chosen(self, condition: Callable[[E], bool]) -> list[E]:
@@ -187,6 +181,15 @@ class Index(Generic[E]):
 
     def __len__(self) -> int:
         return len(self.cells)
+
+
+def find_in(indexes: list[Index[E]], keys: list[Hashable], hashes: list[int]) -> list[E | None]:
+    """The entry of each key in its part of an index, or None."""
+    if native is not None:
+        found = native.find(indexes, keys, hashes)
+        if found is not None:  # no two keys of one hash
+            return found  # type: ignore[no-any-return]
+    return list(map(Index.get, indexes, keys, hashes))
 
 
 _CELLS = attrgetter("cells")

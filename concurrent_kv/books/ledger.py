@@ -96,9 +96,9 @@ class Ledger:
             except Exception:
                 for entry in entries:
                     entry.refs += 1
-                for entry, row in zip(dead, rows, strict=True):
-                    entry.row = row
                 raise
+            for entry in dead:
+                entry.row = -1
             release = partial(self._release, unnamed, ticks, others_left)
             try:
                 release()
@@ -212,12 +212,13 @@ class Ledger:
             hold.released = True
             try:
                 dead = self.end(hold)
-                waiters = self.take_waiters()
+                waiters = self.take_waiters() if self.waiters else waiters
             except BaseException as error:
                 self.abandoned.append(partial(self.release_abandoned, hold))
                 if not isinstance(error, Exception):
                     raise
-        wake(waiters)
+        if waiters:
+            wake(waiters)
         del dead
         return first
 

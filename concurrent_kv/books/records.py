@@ -202,6 +202,8 @@ class Scope(NeverCopied):
 
 def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
     """The lock shards of (scope, part) pairs, ascending and without repeats."""
+    if len(located) == 1:
+        return (located[0][0].shards[located[0][1]],)
     return tuple(sorted({scope.shards[part] for scope, part in located}))
 
 

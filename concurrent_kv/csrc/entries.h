@@ -216,8 +216,8 @@ static int rows_and_ticks(PyObject *dead, PyObject *rows, PyObject *ticks)
     return 1;
 }
 
-/* let_go(entries) -> (those that have no reference any more, once one of each is gone; their rows, which they lose; the
- * ticks of their uses, where there are any). All of it, or nothing where it raises.
+/* let_go(entries) -> (those that have no reference any more, once one of each is gone; their rows; the ticks of their
+ * uses, where there are any). All of it, or nothing where it raises.
  */
 static PyObject *let_go(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -239,8 +239,6 @@ static PyObject *let_go(PyObject *module, PyObject *const *arguments, Py_ssize_t
         result = PyTuple_Pack(3, dead, rows, ticks);
     while (result == NULL && dropped > 0)
         add_reference(PyList_GET_ITEM(arguments[0], --dropped), 1);
-    for (Py_ssize_t i = 0; result != NULL && i < PyList_GET_SIZE(dead); i++)
-        put(PyList_GET_ITEM(dead, i), ROW, PyLong_FromLong(-1));
     Py_XDECREF(dead);
     Py_XDECREF(rows);
     Py_XDECREF(ticks);
@@ -270,30 +268,75 @@ static int has_key(PyObject *entry, PyObject *key)
     return equal;
 }
 
-/* find(cells, keys) -> the entry of each key, or None. Runs `__hash__` of the keys and `__eq__` of those stored. */
+/* The entry of a key among cells, or None: borrowed; NULL with an exception set. */
+static PyObject *find_one(PyObject *cells, PyObject *key, PyObject *hash)
+{
+    PyObject *cell = PyDict_GetItemWithError(cells, hash);
+    if (cell == NULL || !PyList_Check(cell) || !PyList_GET_SIZE(cell))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    PyObject *item = Py_NewRef(PyList_GET_ITEM(cell, 0));
+    int equal = has_key(item, key);
+    if (equal > 0)
+        return item;
+    Py_DECREF(item);
+    return equal < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* An attribute of an index, which has to be a dict. */
+static PyObject *dict_of(PyObject *index, PyObject *name)
+{
+    PyObject *dict = PyObject_GetAttr(index, name);
+    if (dict != NULL && !PyDict_Check(dict)) {
+        PyErr_Format(PyExc_TypeError, "%U of an index must be a dict, got %s", name, Py_TYPE(dict)->tp_name);
+        Py_CLEAR(dict);
+    }
+    return dict;
+}
+
+/* find(indexes, keys, hashes) -> the entry of each key in its index, or None; None where an index has extra places. Runs
+ * `__eq__` of stored keys.
+ */
 static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    if (!enough(count, 2) || !is_list(arguments[1], "keys", -1))
+    static PyObject *cells_name, *extra_name;
+    if (!enough(count, 3) || !is_list(arguments[0], "indexes", -1) ||
+        !is_list(arguments[1], "keys", PyList_GET_SIZE(arguments[0])) ||
+        !is_list(arguments[2], "hashes", PyList_GET_SIZE(arguments[0])) ||
+        (cells_name == NULL && (cells_name = PyUnicode_InternFromString("cells")) == NULL) ||
+        (extra_name == NULL && (extra_name = PyUnicode_InternFromString("extra")) == NULL))
         return NULL;
-    if (!PyDict_Check(arguments[0])) {
-        PyErr_Format(PyExc_TypeError, "cells must be a dict, got %s", Py_TYPE(arguments[0])->tp_name);
-        return NULL;
-    }
-    PyObject *found = PyList_New(0);
-    for (Py_ssize_t i = 0; found != NULL && i < PyList_GET_SIZE(arguments[1]); i++) {
-        PyObject *key = Py_NewRef(PyList_GET_ITEM(arguments[1], i));
-        Py_hash_t number = PyObject_Hash(key);
-        PyObject *hash = number == -1 ? NULL : PyLong_FromSsize_t(number);
-        PyObject *cell = hash == NULL ? NULL : PyDict_GetItemWithError(arguments[0], hash);
-        PyObject *item = cell != NULL && PyList_Check(cell) && PyList_GET_SIZE(cell) ? PyList_GET_ITEM(cell, 0) : Py_None;
-        Py_INCREF(item);
-        int equal = PyErr_Occurred() ? -1 : item == Py_None ? 0 : has_key(item, key);
-        if (equal < 0 || PyList_Append(found, equal ? item : Py_None) < 0)
+    PyObject *found = PyList_New(0), *index = NULL, *cells = NULL;
+    for (Py_ssize_t i = 0; found != NULL && i < PyList_GET_SIZE(arguments[0]); i++) {
+        if (i >= PyList_GET_SIZE(arguments[1]) || i >= PyList_GET_SIZE(arguments[2])) {
+            PyErr_SetString(PyExc_ValueError, "the lists must not change");
             Py_CLEAR(found);
-        Py_DECREF(item);
-        Py_XDECREF(hash);
+            break;
+        }
+        if (index != PyList_GET_ITEM(arguments[0], i)) { /* or it is the one of the key before */
+            Py_XSETREF(index, Py_NewRef(PyList_GET_ITEM(arguments[0], i)));
+            PyObject *extra = dict_of(index, extra_name);
+            Py_XSETREF(cells, extra == NULL ? NULL : dict_of(index, cells_name));
+            if (cells != NULL && PyDict_GET_SIZE(extra)) {
+                Py_DECREF(found);
+                found = Py_NewRef(Py_None);
+            }
+            Py_XDECREF(extra);
+            if (cells == NULL || found == Py_None) {
+                if (cells == NULL)
+                    Py_CLEAR(found);
+                break;
+            }
+        }
+        PyObject *key = Py_NewRef(PyList_GET_ITEM(arguments[1], i)), *hash = Py_NewRef(PyList_GET_ITEM(arguments[2], i));
+        PyObject *item = find_one(cells, key, hash);
+        if (item == NULL || PyList_Append(found, item) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(item);
         Py_DECREF(key);
+        Py_DECREF(hash);
     }
+    Py_XDECREF(index);
+    Py_XDECREF(cells);
     return found;
 }
 

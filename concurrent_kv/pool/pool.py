@@ -179,7 +179,7 @@ class KVPool(PoolCore):
         found_in = self._scope(scope)
         located = ((found_in, found_in.part_of(key_hash)),)
         generations = {found_in: found_in.generation}
-        return retain(self.storage, located, (key,), (key_hash,), generations, deadline, hold=hold, quiet=quiet)[0]
+        return retain(self.storage, located, [key], [key_hash], generations, deadline, hold=hold, quiet=quiet)[0]
 
     def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """A handle that keeps the entry of `key` from being evicted until it is closed (leaving its `with`). May block.

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..books.entries import Described, describe
-from ..books.records import Account, Entry, Generation, Hold, Place, Scope, sorted_shards
+from ..books.entries import Described, count_hits, describe
+from ..books.index import find_in
+from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
 from ..books.tables import in_columns
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
@@ -20,23 +21,18 @@ from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
 from .storage import KVStorage
 
-__all__ = ["copy_out", "count_hits", "gather_entries", "generations_of", "retain"]
+__all__ = ["copy_out", "gather_entries", "retain"]
 
 Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
 NOTHING: frozenset[Correction] = frozenset([None])
 
 
-def generations_of(scopes: Sequence[Scope]) -> dict[Scope, Generation]:
-    """The epochs and versions of an operation's scopes, read once at its start."""
-    return {scope: scope.generation for scope in scopes}
-
-
 def retain(
     storage: KVStorage,
     located: Located,
-    keys: Sequence[Hashable],
-    hashes: Sequence[int],
+    keys: list[Hashable],
+    hashes: list[int],
     generations: dict[Scope, Generation],
     deadline: Deadline,
     *,
@@ -52,6 +48,7 @@ def retain(
     Args:
         located: scope and part of each key.
         hashes: of the keys.
+        generations: of the scopes, read once at the start of the operation.
     """
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
@@ -77,26 +74,14 @@ def _check_open(storage: KVStorage, located: Located) -> None:
 
 
 def _look_up(
-    located: Located, keys: Sequence[Hashable], hashes: Sequence[int], generations: dict[Scope, Generation]
+    located: Located, keys: list[Hashable], hashes: list[int], generations: dict[Scope, Generation]
 ) -> list[Entry | None]:
     """The entries of keys that are of the present generations. The shards held."""
-    found: list[Entry | None] = []
-    for (scope, part), key, key_hash in zip(located, keys, hashes, strict=True):
-        entry = scope.entries[part].get(key, key_hash)
-        found.append(None if entry is None or entry.generation is not generations[scope] else entry)
+    found = find_in([scope.entries[part] for scope, part in located], keys, hashes)
+    for row, entry in enumerate(found):
+        if entry is not None and entry.generation is not generations[entry.scope]:
+            found[row] = None
     return found
-
-
-def count_hits(hits: Sequence[Entry]) -> None:
-    """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
-    numbers: dict[Account, int] = {}
-    for entry in hits:
-        account = entry.scope.account
-        numbers[account] = numbers.get(account, 0) + 1
-        if entry.place is Place.HELD and account.policy.observes_hits:
-            account.policy.touch(entry)
-    for account, number in numbers.items():
-        account.counters.hit_count += number
 
 
 def gather_entries(
@@ -111,19 +96,19 @@ def gather_entries(
 ) -> Ticks:
     """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
 
-    `described` is what `describe(entries)` gave, where the caller has it; unless `whole`, columns from `end` on may
+    `described` is what `describe` gave, where the caller has it; unless `whole`, columns from `end` on may
     stay as they are. One gather, in the caller's stream, after the writes of everything that it reads and after
     `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock
     is held.
     """
     if described is None:
-        described = describe(entries)
+        described = describe(entries, None)
     clock = storage.clock
     if clock.backend is None:
         if storage.corrects_lazily:
             _gather(storage, described, out, end, [], whole)
         else:
-            storage.tensor.gather(storage.ledger.tables, described.rows, end, out, whole=whole)
+            storage.tensor.gather(storage.ledger.tables, described[0], end, out, whole=whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -153,7 +138,7 @@ def _gather(
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
     ledger, tensor = storage.ledger, storage.tensor
-    rows, corrections = described.rows, described.corrections
+    rows, _, corrections, _ = described
     owed = {*corrections} - NOTHING
     if len(owed) == 1:
         (steps,) = owed

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from ..books.records import Entry, Hold
+from ..books.index import find_in
+from ..books.records import Entry, Hold, Scope
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..pool.reading import generations_of, retain
+from ..pool.batch import Batch
+from ..pool.reading import retain
 from .state import RootKey, SearchState
 
 __all__ = ["adopt", "adopted", "own", "own_or_adopted", "retain_here", "retain_roots"]
@@ -19,7 +21,7 @@ def own(
     state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """Find rows that have no entry yet among the search's own; returns what was found. The scope's shard held."""
-    entries = state.scope.entries[0].find(keys)
+    entries = find_in(list(state.scope.entries) * len(keys), keys, list(map(hash, keys)))
     if any(found):
         entries = [entry if other is None else None for entry, other in zip(entries, found, strict=True)]
         found[:] = [entry or other for entry, other in zip(entries, found, strict=True)]
@@ -46,7 +48,7 @@ def own_or_adopted(
     state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
     """As `own` and then `adopted`, of rows none of which has been found yet."""
-    entries = found[:] = state.scope.entries[0].find(keys)
+    entries = found[:] = find_in(list(state.scope.entries) * len(keys), keys, list(map(hash, keys)))
     if None not in entries:
         return entries  # type: ignore[return-value]
     return [*filter(None, entries), *adopted(state, found, keys, env_ids)]
@@ -63,6 +65,9 @@ def retain_here(
 ) -> None:
     """Look missing rows up in what the search owns."""
     if None not in found:
+        return
+    if not state.roots and not len(state.own):  # nothing just now: what comes later need not be found
+        state.check_open()
         return
     storage = state.pool.storage
     ledger = storage.ledger
@@ -85,13 +90,14 @@ def retain_roots(
     missing = [row for row, entry in enumerate(found) if entry is None] if None in found else []
     if not missing:
         return {}
-    storage = state.pool.storage
-    scopes = [state.init_pools[env_ids[row]].default_scope for row in missing]
     wanted = [keys[row] for row in missing]
-    generations = generations_of(scopes)
     hashes = list(map(hash, wanted))
-    located = [(scope, scope.part_of(key_hash)) for scope, key_hash in zip(scopes, hashes, strict=True)]
-    entries = retain(storage, located, wanted, hashes, generations, deadline, hold=hold, quiet=True)
+    located: list[tuple[Scope, int]] = []
+    for row, key_hash in zip(missing, hashes, strict=True):
+        scope = state.init_pools[env_ids[row]].default_scope
+        located.append((scope, key_hash % len(scope.shards)))
+    generations = {scope: scope.generation for scope, _ in located}
+    entries = retain(state.pool.storage, located, wanted, hashes, generations, deadline, hold=hold, quiet=True)
     new: dict[RootKey, Entry] = {}
     for row, entry in zip(missing, entries, strict=True):
         found[row] = entry
@@ -100,8 +106,8 @@ def retain_roots(
     return new
 
 
-def adopt(state: SearchState, new: dict[RootKey, Entry], deadline: Deadline) -> bool:
-    """Keep what `retain_roots` found until the search ends; the caller's hold keeps it until then.
+def adopt(state: SearchState, new: dict[RootKey, Entry], batch: Batch, deadline: Deadline) -> bool:
+    """Keep what `retain_roots` found until the search ends, and track the batch, which keeps it until then.
 
     Called when nothing else of the gather can fail. Returns False, with nothing adopted, if another thread adopted
     another entry under one of these keys meanwhile: that is the root, and has to be looked up.
@@ -109,10 +115,12 @@ def adopt(state: SearchState, new: dict[RootKey, Entry], deadline: Deadline) -> 
     storage = state.pool.storage
     with gate.lock, storage.locks.write(state.scope.shards, deadline):
         state.check_open()
-        if any(state.roots.get(root, entry) is not entry for root, entry in new.items()):
+        roots = state.with_roots(new)
+        if roots is None:
             return False
-        roots, adopted_now = state.with_roots(new)
+        adopted_now = list(roots.values())[len(state.roots) :]
         with gate.lock, storage.ledger.mutex:
             storage.ledger.extend(state.roots_hold, adopted_now)
             state.roots = roots
+            state.track(batch)
     return True

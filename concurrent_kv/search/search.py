@@ -26,7 +26,6 @@ from ..pool.committing import commit_batch, open_batch
 from ..pool.handle import Handle
 from ..pool.plan import plan_share
 from ..pool.pool import KVPool
-from ..pool.reading import count_hits
 from ..pool.room import give_budget_back, reserve_budget
 from ..pool.writing import write
 from .reading import adopt, adopted, own, own_or_adopted, retain_here, retain_roots
@@ -145,18 +144,12 @@ class Search(Handle):
                 retain_here(state, found, keys, env_ids, own, hold, deadline)
             batch = open_batch(storage, state.scope, generation, hold, found, room, out)
             # Only now, as a gather that fails must leave the search as it was.
-            if new and not adopt(state, new, deadline):
+            if not new:
+                with gate.lock, storage.ledger.mutex:
+                    state.track(batch)
+            elif not adopt(state, new, batch, deadline):
                 batch.close()
                 return None
-            roots, missing, counters = batch.others, found.count(None), state.pool.account.counters
-            # Only now does the batch end with the search: while it was being copied, no end may let its entries go.
-            with gate.lock, storage.ledger.mutex:
-                state.track(hold)
-                # Counted once, when nothing can time out any more: a call that is made again counts once too.
-                counters.hit_count += len(found) - missing - len(roots)
-                counters.miss_count += missing
-                if roots:
-                    count_hits(roots)
             return batch
         except BaseException:
             try:

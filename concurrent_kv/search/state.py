@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from ..books.entries import count_hits
 from ..books.index import Index
 from ..books.ledger import wake
 from ..books.records import Entry, Hold, Scope
@@ -15,6 +16,7 @@ from ..pool.clearing import drop_taken
 from ..pool.room import give_budget_back
 
 if TYPE_CHECKING:  # as in pool/room.py
+    from ..pool.batch import Batch
     from ..pool.pool import KVPool
 
 __all__ = ["RootKey", "SearchState"]
@@ -60,10 +62,13 @@ class SearchState:
         kept = {id(entry) for key in keys if (entry := self.own.get(key)) is not None}
         return self.own.chosen(lambda entry: id(entry) not in kept)
 
-    def with_roots(self, found: Mapping[RootKey, Entry]) -> tuple[dict[RootKey, Entry], list[Entry]]:
-        """The roots with what was found in the init pools, and the new ones among these. The scope's shard held."""
-        new = {root: entry for root, entry in found.items() if root not in self.roots}
-        return {**self.roots, **new}, list(new.values())
+    def with_roots(self, found: Mapping[RootKey, Entry]) -> dict[RootKey, Entry] | None:
+        """The roots, then what was found in the init pools; None where they do not agree. The scope's shard held."""
+        roots = self.roots.copy()
+        for root, entry in found.items():
+            if roots.setdefault(root, entry) is not entry:
+                return None
+        return roots
 
     @property
     def ended(self) -> str | None:
@@ -76,13 +81,22 @@ class SearchState:
         if ended is not None:
             raise SearchEndedError(ended)
 
-    def track(self, hold: Hold) -> None:
-        """Remember an open batch, to be closed with the search, unless that has ended, which raises. Mutex held."""
+    def track(self, batch: Batch) -> None:
+        """Have an open batch end with the search, unless that has ended, which raises; count its hits and misses.
+
+        Not earlier: while it was being copied, no end may let its entries go. Counted once, when nothing can time out
+        any more: a call that is made again counts once too. Mutex held.
+        """
         if self.scope.ended is not None or self.budget.ended is not None:
             self.check_open()
         if len(self.batches) > 64:
-            self.batches = [batch for batch in self.batches if not batch.released]
-        self.batches.append(hold)
+            self.batches = [hold for hold in self.batches if not hold.released]
+        self.batches.append(batch.hold)
+        missing, counters = batch.entries.count(None), self.pool.account.counters
+        counters.hit_count += len(batch.entries) - missing - len(batch.others)
+        counters.miss_count += missing
+        if batch.others:
+            count_hits(batch.others)
 
     def end_cut_off(self) -> list[Entry]:
         """Note the end of a search that no thread will end: it was dropped, or its end was cut off. All locks held.
