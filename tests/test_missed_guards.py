@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from concurrent_kv import ClosedError, KVCacheManager, KVPool, Search, SearchEndedError, WaitTimeoutError
 from concurrent_kv.books.candidates import Candidates
@@ -218,9 +219,11 @@ def store_child(search: Search) -> None:
         search.commit(["child"], batch)
 
 
+@pytest.mark.parametrize("key", ["child", "root"])
 def test_a_gather_during_which_its_search_ends_opens_no_batch(
-    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
+    manager.set_init_cache(0, "root", tokens(2, 2))
     search = manager.search([0])
     store_child(search)
     copy = SlotTensor.gather
@@ -232,9 +235,42 @@ def test_a_gather_during_which_its_search_ends_opens_no_batch(
     with monkeypatch.context() as patch:
         patch.setattr(SlotTensor, "gather", ends_meanwhile)
         with pytest.raises(SearchEndedError):
-            search.gather(["child"], [0])
+            search.gather([key], [0])
     assert not manager.storage.ledger.holds
     manager.check_integrity()
+
+
+def test_a_root_that_another_thread_adopted_meanwhile_is_the_root(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with manager.search([0]) as search:
+        copy = SlotTensor.gather
+
+        def another_adopts(self: SlotTensor, *arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(SlotTensor, "gather", copy)
+            manager.set_init_cache(0, "root", tokens(2, 2))
+            Background(lambda: search.gather(["root"], [0]).close()).result()
+            return copy(self, *arguments, **options)
+
+        monkeypatch.setattr(SlotTensor, "gather", another_adopts)
+        with search.gather(["root"], [0]) as batch:
+            assert torch.equal(batch.keys[:, :, :, : batch.end], tokens(2, 2).keys)
+        assert search.held == 1
+    assert not manager.storage.ledger.holds
+    manager.check_integrity()
+
+
+def test_a_gather_of_a_search_that_has_ended_writes_to_no_buffer(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    search = manager.search([0])
+    manager.bump_version()
+    layout = manager.layout
+    out = torch.full((2 * layout.num_layers, 1, layout.num_heads, WINDOW, layout.head_dim), 7.0)
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with pytest.raises(SearchEndedError):
+        search.gather(["root"], [0], out=out)
+    assert bool((out == 7.0).all())
 
 
 def test_a_search_takes_no_room_of_a_storage_that_is_closed_meanwhile(

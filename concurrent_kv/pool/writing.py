@@ -128,7 +128,7 @@ def _publish(
     with gate.lock, pool.storage.locks.write(shards, deadline):
         if deadline.caller is not None:
             deadline.check(pool.name)
-        ended = scope.why_ended()
+        ended = None if scope.ended is None else scope.why_ended()
         if ended is not None:
             raise ended
         if pool.account.closed:
@@ -230,7 +230,7 @@ def _count(
     grant.entries = grant.slots = 0
     account.pending_entries -= entries_taken
     account.pending_slots -= slots_taken
-    before = account.entries, account.slots
+    before = account.entries, uses.used
     plan.make(ledger, entries, grant.taken)
     rows = list(map(row_of, entries))
     undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the grant's
@@ -244,7 +244,7 @@ def _count(
         entries_over, slots_over = account.excess()
         # What the old ones share with each other counts as staying, as it did when the grant was taken.
         freed = uses.exclusive(old_rows) if entries_over or slots_over else 0
-        needed = max(0, len(rows) - len(old)), max(0, account.slots - before[1] - freed)
+        needed = max(0, len(rows) - len(old)), max(0, uses.used - before[1] - freed)
         if entries_over <= len(old) and slots_over <= freed:
             undo.append(told)
             ledger.candidates.exchange(pool.account, leaving, entries)
