@@ -178,10 +178,10 @@ def choose_loops(patch: pytest.MonkeyPatch, kind: str) -> None:
         patch.setattr(f"concurrent_kv.{user}.native", native if kind == "compiled" else None)
     modules = [module for name, module in sys.modules.items() if name.startswith(("concurrent_kv.", "tests."))]
     for name, in_torch in in_python.items():
-        loop = getattr(native, name) if kind == "compiled" else in_torch
+        either = {"torch": in_torch, "compiled": getattr(native, name, in_torch)}
         for module in modules:
-            if vars(module).get(name) in (in_torch, getattr(native, name, in_torch)):
-                patch.setattr(module, name, loop)
+            if module is not native and vars(module).get(name) in either.values():
+                patch.setattr(module, name, either[kind])
 
 
 # Counting ------------------------------------------------------------------------------------------------------------
