@@ -129,16 +129,26 @@ def taken_from_a_flight(world: GpuWorld) -> None:
         del second
 
 
-def cleared_before_its_commit(world: GpuWorld) -> None:
-    """What was written and never published gives its slots back, and another stream uses them."""
+def cleared_while_it_is_copied(world: GpuWorld) -> None:
+    """What was written, and never published as a clear came between, gives its slots back; another stream uses them."""
+    tensor = world.pool.storage.tensor
+    scatter = tensor.scatter
+
+    def scatter_then_clear(*arguments: Any, **options: Any) -> Any:
+        vars(tensor).pop("scatter")
+        copied = scatter(*arguments, **options)
+        world.clear()
+        return copied
+
     with world.on(1):
         with world.noted(Kind.READ, [A]) as read:
             batch = world.pool.gather([A])
         world.look_at_batch(read, batch)
         append(world, batch, [99])
-        world.clear()
+        vars(tensor)["scatter"] = scatter_then_clear
         with world.noted(Kind.WRITE, [B], [(*value(A + 1), 99)]) as commit:
             commit.since, commit.stored = read.began, world.pool.commit([B], batch)
+        must(not commit.stored, "what was cleared while it was copied was stored")
     put_often(C, 20, 1, on=2)(world)
 
 

@@ -331,7 +331,7 @@ FORGOTTEN = [
     (shared_writes_not_told_to_readers, "stored once more, read on another"),
     (reads_not_told_to_the_next_writer, "read, then reused"),
     (writes_not_told_to_the_next_writer, "put on one, then on another, reused"),
-    (unpublished_writes_not_told_to_the_next_writer, "cleared before its commit"),
+    (unpublished_writes_not_told_to_the_next_writer, "cleared while it is copied"),
     (uses_of_the_dead_not_told_to_who_outlives_them, "parent read, parent and child popped, reused"),
     (slots_reused_one_release_too_early, "read, then reused"),
     (reads_not_told_to_the_next_writer, "search read, then closed, reused"),

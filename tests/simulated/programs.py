@@ -209,7 +209,7 @@ GPU_PROGRAMS = [
     ),
     gpu_program("taken from a flight", acts.taken_from_a_flight),
     gpu_program("misses on another than the pool's", batch_acts.misses_are_zeros, home=3),
-    gpu_program("cleared before its commit", acts.cleared_before_its_commit, before=stored(A), evicting=True, **TINY),
+    gpu_program("cleared while it is copied", acts.cleared_while_it_is_copied, before=stored(A), evicting=True, **TINY),
     gpu_program("put on another than the pool's", lambda w: (w.put(A, value(5), on=1), w.get(A, on=1)), home=3),
     gpu_program("corrected", acts.overflowing(acts.correcting), before=stored(A, tokens=3)),
     gpu_program(
