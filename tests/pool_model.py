@@ -348,8 +348,7 @@ class PoolModel:
             self.evictions += 1
 
         old = self.replaced(room)
-        own_alone = Counter(token for record in self.published() for token in record.tokens)
-        freed = sum(own_alone[token] == 1 for record in old for token in record.tokens)
+        freed = self.slots() - self.slots(without=old)
         entries, slots = len(room.records) - len(old), max(0, room.own - freed)
         while not (self.fits(entries, slots) and room.own <= self.total_slots - len(self.names())):
             if not entries and not slots and room.own <= self.total_slots - self.max_slots:

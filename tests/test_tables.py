@@ -79,10 +79,10 @@ class Model:
         going = self.random.sample(sorted(self.rows), min(len(self.rows), self.random.randint(1, 4)))
         counted = [row for row in going if row in self.counted]
         alone = self.exclusive(going, self.rows)
-        assert self.tables.exclusive(going) == self.named_once(going, self.rows)
+        assert self.tables.exclusive(going) == len(alone)
         if counted:
             in_it = {row: self.rows[row] for row in self.counted}
-            assert self.uses.exclusive(counted) == self.named_once(counted, in_it)
+            assert self.uses.exclusive(counted) == len(self.exclusive(counted, in_it))
             self.uses.remove(counted)
             self.counted.difference_update(counted)
         gone = {slot for row in going for slot in self.rows.pop(row)}
@@ -95,12 +95,6 @@ class Model:
         """Slots that only these rows name, of some."""
         others = {slot for row, slots in of.items() if row not in going for slot in slots}
         return {slot for row in going for slot in of[row]} - others
-
-    @staticmethod
-    def named_once(going: list[int], of: dict[int, list[int]]) -> int:
-        """Slots of these rows that one row alone names, of some."""
-        names = Counter(slot for slots in of.values() for slot in slots)
-        return sum(names[slot] == 1 for row in going for slot in of[row])
 
     def check(self) -> None:
         """Every row, count and column is what the lists say."""

@@ -49,7 +49,7 @@ class Uses(Protocol):
         """Count rows out that were counted in."""
 
     def exclusive(self, rows: list[int]) -> int:
-        """Slots that one of these names, and no other row that was counted in."""
+        """Slots that these name, and no other row that was counted in."""
 
     def weights(self, slots: Slots) -> Any:
         """int32, one for each slot: 0 where no row names it, 1 where one does, more where several do."""
@@ -103,7 +103,7 @@ class Tables(Protocol):
         """int32: the position in its row that each slot's token was written at."""
 
     def exclusive(self, rows: list[int]) -> int:
-        """Slots that one of these names, and no other row."""
+        """Slots that these name, and no other row."""
 
     def weights(self, slots: Slots) -> Any:
         """As of `Uses`, of all rows."""
@@ -168,9 +168,13 @@ class _Counts:
         self.slots[0] = 0
 
     def exclusive(self, tables: _PythonTables, pages: list[int]) -> int:
-        """Slots in `pages` that count once."""
-        slots = tables.slots[pages]
-        return int(np.count_nonzero((self.slots[slots] == 1) & (slots > 0)))
+        """Slots that only `pages` name, one row for each of these."""
+        numbers, rows = np.unique(np.array(pages, dtype=np.int64), return_counts=True)
+        before = self.pages[numbers]
+        going = np.minimum(before, MOST) - np.minimum(before - rows, MOST)
+        slots, places = np.unique(tables.slots[numbers].ravel(), return_inverse=True)
+        weights = np.bincount(places, np.repeat(going, tables.width), len(slots))
+        return int(np.count_nonzero((self.slots[slots] == weights) & (slots > 0)))
 
     def anew(self, tables: _PythonTables, pages: list[int]) -> _Counts:
         """Others, of one row for each of `pages`."""

@@ -142,18 +142,13 @@ static PyObject *uncount(Counts *counts, const Tables *tables, const int64_t *ro
     return unnamed;
 }
 
-/* Slots that one of some rows names alone. */
-static Py_ssize_t exclusive_of(const Counts *counts, const Tables *tables, const int64_t *rows, Py_ssize_t number)
+/* Slots that some rows name and no others: what is not in use while these are not counted. */
+static Py_ssize_t exclusive_of(Counts *counts, const Tables *tables, const int64_t *rows, Py_ssize_t number)
 {
-    Py_ssize_t exclusive = 0;
-    for (Py_ssize_t i = 0; i < number; i++) {
-        const Row *row = tables->rows + rows[i];
-        for (int32_t page = 0; page < row->pages; page++) {
-            const int32_t *slots = tables->slots + (Py_ssize_t)pages_of(row)[page] * tables->width;
-            for (Py_ssize_t slot = 0; slot < tables->width && counts->pages[pages_of(row)[page]] == 1; slot++)
-                exclusive += slots[slot] != 0 && counts->slots[slots[slot]] == 1;
-        }
-    }
+    Py_ssize_t used = counts->used;
+    count_rows(counts, tables, rows, number, -1, NULL);
+    Py_ssize_t exclusive = used - counts->used;
+    count_rows(counts, tables, rows, number, 1, NULL);
     return exclusive;
 }
 

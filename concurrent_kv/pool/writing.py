@@ -242,7 +242,6 @@ def _count(
         undo.append(out)
         account.entries += len(rows)
         entries_over, slots_over = account.excess()
-        # What the old ones share with each other counts as staying, as it did when the grant was taken.
         freed = uses.exclusive(old_rows) if entries_over or slots_over else 0
         needed = max(0, len(rows) - len(old)), max(0, uses.used - before[1] - freed)
         if entries_over <= len(old) and slots_over <= freed:
