@@ -20,6 +20,7 @@ from tests.support import (
     assert_same,
     child_of,
     layout,
+    packed,
     stacked,
     store,
     tokens,
@@ -343,4 +344,27 @@ def test_what_was_pinned_and_passed_over_is_evicted_by_its_age_in_whatever_order
         pool.put(("new", key), tokens(1, WINDOW))
         assert key not in pool
     assert 4 in pool
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("how", ["put", "commit"])
+def test_replacing_entries_that_share_slots_at_once_evicts_nothing_else(make_pool: MakePool, how: str) -> None:
+    """What they share with each other goes with them."""
+    pool = make_pool(10, max_slots=10, writers=4)
+    pool.put("stays", tokens(1, 4))
+    pool.put("parent", tokens(2, 3))
+    with pool.gather(["parent"]) as batch:
+        append(batch, [3], 1)
+        pool.commit(["child"], batch)
+    pool.put("more", tokens(5, 2))
+    both = KeysValues.from_packed(torch.cat([packed(tokens(value, 2)) for value in (6, 7)], dim=1))
+    with pool.pin("stays"), pool.pin("more"):
+        if how == "put":
+            assert pool.put_many(["parent", "child"], both, timeout=0.0)
+        else:
+            with pool.gather(["none", "nothing"]) as batch:
+                append(batch, [6, 7], 2)
+                assert pool.commit(["parent", "child"], batch, lengths=[2, 2], timeout=0.0)
+    assert pool.stats().eviction_count == 0
+    assert len(pool) == 4
     pool.check_integrity()

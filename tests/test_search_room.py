@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any
 
@@ -311,3 +312,61 @@ def test_a_commit_that_fails_at_its_publication_leaves_no_key_behind(
         search.release(["another"])
         grow(search, "root", "replaced", 4)
         assert_same(_row(search, "replaced"), child_of(tokens(99, 3), 4))
+
+
+def committed_again(search: Search, parent: Hashable, key: Hashable, tokens: int) -> None:
+    """A child of `parent` under `key`, of so many new tokens."""
+    with search.gather([parent], [0]) as batch:
+        append(batch, [7], tokens)
+        search.commit([key], batch, lengths=[tokens])
+
+
+def test_a_child_under_its_parents_key_takes_no_room_that_the_search_has_not(make_manager: MakeManager) -> None:
+    """What the child shares with its parent stays: it makes up for nothing."""
+    manager = make_manager(1, recur_slots=WINDOW, writers=20)
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        committed_again(search, "none", "filling", WINDOW - 4)
+        committed_again(search, "none", "key", 2)
+        committed_again(search, "key", "key", 2)
+        for _ in range(3):
+            with pytest.raises(CapacityError, match=f"tokens={WINDOW + 1}"):
+                committed_again(search, "key", "key", 1)
+        assert search._state.budget.left == 0
+        manager.check_integrity()
+
+
+def test_room_lent_while_a_handle_keeps_what_was_replaced_is_paid_back_first(make_manager: MakeManager) -> None:
+    manager = make_manager(1, recur_slots=WINDOW, writers=20)
+    slots = manager.storage.ledger.slots
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        committed_again(search, "none", "filling", WINDOW - 4)
+        committed_again(search, "none", "key", 4)
+        with search.gather(["key"], [0]):
+            committed_again(search, "none", "key", 4)  # from the headroom, while the batch keeps the old one
+            assert search._state.budget.left == -4
+            with pytest.raises(CapacityError):
+                committed_again(search, "none", "other", 1)
+        assert search._state.budget.left == 0
+        with pytest.raises(CapacityError):
+            committed_again(search, "none", "other", 1)
+        assert slots.in_use == WINDOW
+        manager.check_integrity()
+    assert slots.reserved_count == 0
+    manager.check_integrity()
+
+
+def test_a_promoted_entry_that_a_batch_reads_gives_its_room_back_when_the_batch_closes(
+    make_manager: MakeManager,
+) -> None:
+    manager = make_manager(1, recur_slots=WINDOW)
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        committed_again(search, "none", "filling", WINDOW - 4)
+        for number in range(3):
+            committed_again(search, "none", number, 4)
+            search.promote(number, 0)
+            with search.gather([number], [0]):
+                search.release([number])
+                assert search._state.budget.left == 0
+            assert search._state.budget.left == 4
+        manager.check_integrity()
+    assert not manager.storage.ledger.promoting

@@ -250,7 +250,7 @@ class SearchMachine(RuleBasedStateMachine):
 
     def gather(self, opened: OpenSearch, data: st.DataObject, order: LookupOrder | None) -> None:
         if len(opened.batches) > 1:
-            opened.batches.pop(0).batch.close()
+            self.close(opened, opened.batches[0])
         present = {(env, key) for env in ENVS for key in (*opened.own, *self.init[env])} | set(opened.roots)
         known = st.sampled_from(sorted(present)) if present else st.tuples(envs, keys)
         wanted = data.draw(st.lists(st.one_of(known, known, st.tuples(envs, keys)), min_size=1, max_size=3))
@@ -290,8 +290,7 @@ class SearchMachine(RuleBasedStateMachine):
         if batch.committable(ragged):
             self.commit(opened, batch, data, ragged)
         elif not batch.batch.room:
-            batch.batch.close()
-            opened.batches.remove(batch)
+            self.close(opened, batch)
 
     def commit(self, opened: OpenSearch, batch: OpenBatch, data: st.DataObject, ragged: bool) -> None:
         rows = data.draw(st.lists(st.sampled_from(batch.committable(ragged)), min_size=1, max_size=3, unique=True))
@@ -319,22 +318,22 @@ class SearchMachine(RuleBasedStateMachine):
         new = [token for child in last_ones for token in child.tokens if token not in known]
         if not self.accepts(opened, last_ones, len(new), call):
             return
-        lent = new[self.left(opened) :]  # from everyone, until what is replaced has gone
-        opened.paid |= set(new) - set(lent)
         replaced = [old for child in last_ones if (old := opened.own.get(child.key)) is not None]  # type: ignore[call-overload]
         opened.own |= {child.key: child for child in last_ones}  # type: ignore[misc]
         self.discharge(opened, replaced)
-        opened.paid |= set(lent[: self.left(opened)])
+        opened.paid |= set(new)  # of more than is left, until what is replaced has gone
         batch.committed |= set(rows)
         assert batch.batch.closed is (len(batch.committed) == len(batch.records))
         if batch.batch.closed:
-            opened.batches.remove(batch)
+            self.close(opened, batch)
 
     def accepts(self, opened: OpenSearch, children: list[Record], own: int, call: Callable[[], None]) -> bool:
         """Commit; within its reservation a search never fails, beyond it takes what nobody has reserved."""
         replaced = [old for child in children if (old := opened.own.get(child.key)) is not None]  # type: ignore[call-overload]
         alive = self.alive()
-        freed = sum(alive[token] == 1 for old in replaced for token in old.tokens)
+        named = Counter(token for old in replaced for token in old.tokens)
+        staying = {token for child in children for token in child.tokens}
+        freed = sum(alive[token] == number and token not in staying for token, number in named.items())
         entries = max(0, len(opened.own) + len(children) - opened.entries - len(replaced))
         slots = max(0, own - self.left(opened) - freed)
         if self.make_room(entries, slots):
@@ -352,8 +351,7 @@ class SearchMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 3))
     def close_batch(self, number: int) -> None:
         opened, batch = self.one_batch(number)
-        batch.batch.close()
-        opened.batches.remove(batch)
+        self.close(opened, batch)
 
     @precondition(lambda self: any(opened.own for opened in self.open_ones()))
     @rule(number=which, data=st.data(), unknown=st.booleans())
@@ -392,6 +390,12 @@ class SearchMachine(RuleBasedStateMachine):
         promoted = Record(new_key, "init", record.tokens, record.side)
         opened.promoted_to.add(env)
         self.put_init(env, promoted, lambda: opened.search.promote(key, env, as_key=new_key))
+
+    def close(self, opened: OpenSearch, batch: OpenBatch) -> None:
+        """What it alone kept goes."""
+        batch.batch.close()
+        opened.batches.remove(batch)
+        self.discharge(opened, batch.hits)
 
     def discharge(self, opened: OpenSearch, removed: Iterable[Record]) -> None:
         """What only init pools name when a search has let go of it is no longer paid for by the search."""

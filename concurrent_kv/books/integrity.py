@@ -230,7 +230,9 @@ def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list
         entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
         if not recount.indexed[entry]:
             entry.place = Place.NONE
-    ledger.slots.keep_reservations([s.budget for account in accounts for s in account.searches])
+    budgets = [search.budget for account in accounts for search in account.searches]
+    ledger.slots.keep_reservations(budgets)
+    ledger.promoting = {budget for budget in budgets if budget.promoted_to}
     ledger.tables.keep(sorted({entry.row for entry in alive}))
     slots = ledger.slots.rebuild(_named_by(ledger, alive).slots > 0, used)
     ledger.candidates.forget_parked()

@@ -22,9 +22,9 @@ from ..locks.gate import gate
 from ..locks.signal import Signal
 from .candidates import Candidates
 from .entries import let_go, retain
-from .records import Entry, Hold
+from .records import Budget, Entry, Hold
 from .slots import SlotAllocator
-from .tables import new_tables
+from .tables import new_tables, weights_of
 
 __all__ = ["Ledger", "wake"]
 
@@ -51,6 +51,7 @@ class Ledger:
         self.tables = new_tables(num_slots, window)
         self.candidates = Candidates(self.tables)
         self.holds: set[Hold] = set()
+        self.promoting: set[Budget] = set()  # of open searches that have promoted an entry
         self.waiters: list[Any] = []  # events of the threads that wait for room
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], object]] = deque()
@@ -86,12 +87,15 @@ class Ledger:
         All of it, or nothing where it raises; what cuts in from outside, perhaps after the effect, is for repair.
         """
         dead, rows, used = let_go(entries)
+        discharge: Callable[[], None] | None = None
         if dead:
             try:
                 ticks: Ticks = NO_TICKS
                 for of_one in used:
                     ticks = merge(ticks, of_one)
                 parted = self.candidates.beside(rows) if self.candidates.shared else ()
+                if self.promoting:
+                    discharge = partial(self._discharge, self._by_promoting(dead, rows))
                 unnamed, others_left = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
@@ -104,12 +108,35 @@ class Ledger:
                 release()
             except Exception:  # no memory, no frames: they are free a little later
                 self.abandoned.append(partial(self.again, [release]))
+            if discharge is not None:
+                try:
+                    discharge()
+                except Exception:  # as above
+                    self.abandoned.append(partial(self.again, [discharge]))
             if parted:
                 try:
                     self.candidates.return_unshared(parted)
                 except Exception:  # as above: they come back to their policies a little later
                     self.abandoned.append(partial(self.again, [self.candidates.return_all]))
         return dead
+
+    def _by_promoting(self, dead: list[Entry], rows: list[int]) -> list[tuple[Budget, SlotArray]]:
+        """The slots of dead entries of searches that have promoted some, each once for each search. Mutex held."""
+        of_each: dict[Budget, list[SlotArray]] = {}
+        for entry, row in zip(dead, rows, strict=True):
+            budget = entry.scope.budget
+            if budget is not None and budget in self.promoting:
+                of_each.setdefault(budget, []).append(np.frombuffer(self.tables.slots_of(row), dtype=np.int64))
+        return [(budget, np.unique(np.concatenate(slots))) for budget, slots in of_each.items()]
+
+    def _discharge(self, of_each: list[tuple[Budget, SlotArray]]) -> None:
+        """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
+        while of_each:
+            budget, slots = of_each[-1]
+            weights = weights_of(self.tables, slots)
+            elsewhere = sum([weights_of(account.uses, slots) for account in budget.promoted_to])
+            self.slots.discharge(budget, slots[(weights > 0) & (weights == elsewhere)])
+            del of_each[-1]
 
     def _release(self, slots: SlotArray | bytearray, ticks: Ticks, others_left: bool) -> None:
         self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)

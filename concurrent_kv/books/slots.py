@@ -90,7 +90,7 @@ class Reservation:
     Attributes:
         number: 0 until slots are reserved for it.
         size: slots set aside in all.
-        left: of these, not yet taken.
+        left: of these, not yet taken; below 0 while handles keep slots of entries that it has replaced beyond its size.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class SlotAllocator:
 
     def allocate(self, count: int, reservation: Reservation | None = None) -> Taken | None:
         """`count` slots, or None with nothing changed."""
-        own = 0 if reservation is None else min(count, reservation.left)
+        own = 0 if reservation is None else max(0, min(count, reservation.left))
         if count - own > self.free_count - self.reserved_count:
             return None
         run = self._take(count)
@@ -220,8 +220,9 @@ class SlotAllocator:
         self._runs.extend(runs)
         self.free_count += len(slots)
         for reservation, count in returns:
+            debt = -reservation.left if reservation.left < 0 else 0
             reservation.left += count
-            self.reserved_count += count
+            self.reserved_count += count - debt if count > debt else 0
 
     def _returns(self, slots: SlotArray) -> list[tuple[Reservation, int]]:
         """Which reservations get how many of some slots back."""
@@ -246,25 +247,28 @@ class SlotAllocator:
         """Set `count` more slots aside for `reservation`; False with nothing changed where there are not enough."""
         if count > self.available:
             return False
+        debt = -reservation.left if reservation.left < 0 else 0
         reservation.size += count
         reservation.left += count
-        self.reserved_count += count
+        self.reserved_count += count - debt if count > debt else 0
         return True
 
     def charge(self, reservation: Reservation, slots: Slots) -> None:
-        """Let a reservation pay for slots in use that were lent to its owner, as far as it can."""
-        paid = slots[: reservation.left]
-        _mark(self._owner, paid, reservation.number)
-        reservation.left -= len(paid)
-        self.reserved_count -= len(paid)
+        """Let a reservation pay for slots that were lent to its owner; it may be in debt until it gets others back."""
+        _mark(self._owner, slots, reservation.number)
+        # No call of a function from here on.
+        before = reservation.left if reservation.left > 0 else 0
+        reservation.left -= len(slots)
+        self.reserved_count -= before - reservation.left if reservation.left > 0 else before
 
     def discharge(self, reservation: Reservation, slots: SlotArray) -> None:
         """Give a reservation back what it paid for slots that another pool pays for now, as far as slots are free."""
-        own = slots[self._owner[slots] == reservation.number][: max(0, self.available)]
+        debt = max(0, -reservation.left)
+        own = slots[self._owner[slots] == reservation.number][: max(0, self.available) + debt]
         self._owner[own] = 0
         if reservation.number in self._reservations:
             reservation.left += len(own)
-            self.reserved_count += len(own)
+            self.reserved_count += max(0, len(own) - debt)
 
     def cancel(self, reservation: Reservation) -> int:
         """End a reservation; what its owner holds stays as it is, and goes back to all pools when freed.
@@ -275,7 +279,7 @@ class SlotAllocator:
         if reservation.number not in self._reservations:
             return 0
         del self._reservations[reservation.number]
-        self.reserved_count -= reservation.left
+        self.reserved_count -= reservation.left if reservation.left > 0 else 0
         size = reservation.size
         reservation.size = reservation.left = 0
         return size
@@ -300,7 +304,7 @@ class SlotAllocator:
         self.free_count = len(free)
         for reservation in self._reservations.values():
             reservation.left = reservation.size - self._taken(reservation, named)
-        self.reserved_count = sum(reservation.left for reservation in self._reservations.values())
+        self.reserved_count = sum(max(0, reservation.left) for reservation in self._reservations.values())
         return self.free_count - before
 
     def _taken(self, reservation: Reservation, named: npt.NDArray[np.bool_]) -> int:
@@ -321,7 +325,7 @@ class SlotAllocator:
             found.append(f"{len(free)} free + {used} referenced slots != {self.num_slots}")
         if len(free) and named[free].any():
             found.append("a free slot is referenced by an entry")
-        reserved = sum(reservation.left for reservation in self._reservations.values())
+        reserved = sum(max(0, reservation.left) for reservation in self._reservations.values())
         if reserved != self.reserved_count:
             found.append(f"reserved count {self.reserved_count} but reservations add up to {reserved}")
         found += [

@@ -106,6 +106,11 @@ class WritePlan:
         }
         return self.num_slots + len(shared)
 
+    def kept_rows(self) -> tuple[list[int], list[int], list[int]]:
+        """For `Tables.enter`, rows of what is shared alone: the parents, how much of each stays, and nothing new."""
+        sharing = [(parent, kept) for parent, kept in zip(self.parents, self.shape.kept, strict=True) if kept]
+        return [parent for parent, _ in sharing], [kept for _, kept in sharing], [0] * len(sharing)
+
     def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> None:
         """Give the new entries their parents' slots and those taken for them; see `Ledger.make`. Mutex held."""
         shape = self.shape

@@ -12,7 +12,6 @@ import numpy as np
 from ..books.entries import displace, row_of
 from ..books.ledger import wake
 from ..books.records import Account, Budget, Entry, Generation, Place, Scope, sorted_shards
-from ..books.tables import Tables, Uses, weights_of
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray, Slots
 from ..device.streams import Ticks
@@ -35,6 +34,7 @@ __all__ = [
     "unpublish",
 ]
 
+NO_POSITIONS: SlotArray = np.empty(0, dtype=np.int64)
 VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
 DRAIN_SECONDS = 0.02  # a thread that waits for room looks so often whether what was dropped can be released by now
 
@@ -115,12 +115,12 @@ def _freed_by(
         return 0, 0
     ledger = pool.storage.ledger
     with gate.lock, ledger.mutex:
-        freed = _freed_of(pool, scope, replaced)
+        freed = _freed_of(pool, scope, plan, replaced)
     if freed is None:  # another writer replaced one of them since
         with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
             replaced = _present(scope, plan, located)
             with gate.lock, ledger.mutex:
-                freed = _freed_of(pool, scope, replaced)
+                freed = _freed_of(pool, scope, plan, replaced)
     assert freed is not None, "what the index names under its shard is published"
     return freed
 
@@ -131,11 +131,25 @@ def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]
     return [entry for (_, part), key, key_hash in keys if (entry := scope.entries[part].get(key, key_hash)) is not None]
 
 
-def _freed_of(pool: PoolState, scope: Scope, replaced: list[Entry]) -> tuple[int, int] | None:
-    """How many entries these are, and their slots that no others name; None unless all are published. Mutex held."""
-    uses: Uses | Tables = pool.account.uses if scope.budget is None else pool.storage.ledger.tables
+def _freed_of(pool: PoolState, scope: Scope, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
+    """How many entries these are, and their slots that no others name; None unless all are published. Mutex held.
+
+    Of a search, whose own alone can make up for what it lacks: nor what `plan` makes of them.
+    """
     rows = [entry.row for entry in replaced if entry.refs and entry.place is not Place.NONE]
-    return (len(rows), uses.exclusive(rows)) if len(rows) == len(replaced) else None
+    if len(rows) != len(replaced):
+        return None
+    if scope.budget is None:
+        return len(rows), pool.account.uses.exclusive(rows)
+    ledger = pool.storage.ledger
+    staying = ledger.tables.enter(*plan.kept_rows(), range(0), NO_POSITIONS)[0]
+    try:
+        return len(rows), ledger.tables.exclusive(rows)
+    finally:
+        try:
+            ledger.tables.leave(staying)
+        except Exception:  # no memory, no frames
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.tables.leave, staying)]))
 
 
 def _take(
@@ -211,7 +225,7 @@ def _take_from_budget(
                 _extend(pool, budget, entries_short, slots_short)
                 entries_short, slots_short = _beyond(budget, count, slots, freed)
             if not entries_short and not slots_short:
-                reserved = budget.left
+                reserved = max(0, budget.left)
                 taken = ledger.slots.allocate(slots, budget)
                 if taken is not None:
                     budget.entries += count
@@ -247,13 +261,22 @@ def _extend(pool: PoolState, budget: Budget, entries: int, slots: int) -> None:
         account.reserved_slots += slots
 
 
-def check_budget(pool: PoolState, budget: Budget, replaced: int) -> None:
-    """Raise `CapacityError` unless a search's entries fit once `replaced` of them are gone. Mutex held."""
-    over = budget.entries - replaced - budget.max_entries
-    if over > 0:
-        _extend(pool, budget, over, 0)
-        if budget.entries - replaced > budget.max_entries:
-            raise _budget_error(pool, budget, over, 0)
+def check_budget(pool: PoolState, budget: Budget, grant: Grant, old: list[Entry]) -> None:
+    """Raise `CapacityError` unless a search has room for what it writes, once `old` are gone. Mutex held.
+
+    Less may go than when the room was taken: a key was released meanwhile, or another entry shares its slots. What is
+    written has its rows already.
+    """
+    entries = max(0, budget.entries - len(old) - budget.max_entries)
+    slots = 0
+    if grant.lent is not None:
+        going = pool.storage.ledger.tables.exclusive(list(map(row_of, old)))
+        slots = max(0, len(grant.lent) - going - max(0, budget.left))
+    if entries or slots:
+        before = budget.max_entries, budget.size
+        _extend(pool, budget, entries, slots)
+        if (budget.max_entries, budget.size) == before:
+            raise _budget_error(pool, budget, entries, slots)
 
 
 def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> CapacityError:
@@ -353,6 +376,7 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
 def give_budget_back(pool: PoolState, budget: Budget) -> None:
     """Return what a search reserved; nothing happens the second time. Mutex held."""
     account = budget.parent
+    pool.storage.ledger.promoting.discard(budget)
     slots = pool.storage.ledger.slots.cancel(budget)
     # No call from the return of that one to the end, so that no asynchronous exception parts what belongs together.
     account.reserved_slots -= slots
@@ -494,8 +518,7 @@ def unpublish(pool: PoolState, entries: list[Entry], *, told: bool = False) -> l
     ledger = pool.storage.ledger
     if not entries:
         return []
-    scope, account = entries[0].scope, pool.account
-    budget = scope.budget
+    account, budget = pool.account, entries[0].scope.budget
     if budget is None:
         for entry in entries:
             if not (told and entry.place is Place.HELD):
@@ -509,31 +532,9 @@ def unpublish(pool: PoolState, entries: list[Entry], *, told: bool = False) -> l
             ledger.abandoned.append(partial(ledger.again, [partial(ledger.let_go, entries)]))
             return []
     displace(entries)
-    # Once the search is over, its whole reservation goes back.
-    discharged = budget.promoted_to and scope.ended is None
-    slots = _slots_of(pool, list(map(row_of, entries))) if discharged else None
     dead = ledger.let_go(entries)
     budget.entries -= len(entries)
-    if slots is not None:
-        try:
-            _discharge(pool, budget, slots)
-        except Exception:  # no memory, no frames
-            ledger.abandoned.append(partial(ledger.again, [partial(_discharge, pool, budget, slots)]))
     return dead
-
-
-def _slots_of(pool: PoolState, rows: list[int]) -> SlotArray:
-    """The slots of some rows, each once. Mutex held."""
-    tables = pool.storage.ledger.tables
-    return np.unique(np.concatenate([np.frombuffer(tables.slots_of(row), dtype=np.int64) for row in rows]))
-
-
-def _discharge(pool: PoolState, budget: Budget, slots: SlotArray) -> None:
-    """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
-    ledger = pool.storage.ledger
-    weights = weights_of(ledger.tables, slots)
-    elsewhere = sum([weights_of(account.uses, slots) for account in budget.promoted_to])
-    ledger.slots.discharge(budget, slots[(weights > 0) & (weights == elsewhere)])
 
 
 def cancel(pool: PoolState, scope: Scope, grant: Grant, used: Ticks) -> None:

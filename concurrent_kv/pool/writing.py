@@ -191,10 +191,17 @@ def _admit(
     ledger, budget = pool.storage.ledger, scope.budget
     place = Place.HELD if budget is None else Place.EXEMPT
     if budget is not None:
-        if budget.entries - len(old) > budget.max_entries:
-            # Less is replaced than when the room was taken: a key was released meanwhile.
-            check_budget(pool, budget, len(old))
         plan.make(ledger, entries, grant.taken)
+        if grant.lent is not None or budget.entries - len(old) > budget.max_entries:
+            try:
+                check_budget(pool, budget, grant, old)
+            except BaseException:
+                unmake = partial(ledger.tables.leave, list(map(row_of, entries)))  # the slots stay the grant's
+                try:
+                    unmake()
+                except Exception:  # no memory, no frames
+                    ledger.abandoned.append(partial(ledger.again, [unmake]))
+                raise
     else:
         needed = _count(pool, entries, plan, old, grant)
         if needed is not None:

@@ -339,6 +339,7 @@ class Search(Handle):
             plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
             with gate.lock, storage.ledger.mutex:
                 state.budget.promoted_to.add(init_pool.account)
+                storage.ledger.promoting.add(state.budget)
             return write(init_pool, target, generation, plan, deadline)
         finally:
             del entry
