@@ -370,3 +370,40 @@ def test_a_promoted_entry_that_a_batch_reads_gives_its_room_back_when_the_batch_
             assert search._state.budget.left == 4
         manager.check_integrity()
     assert not manager.storage.ledger.promoting
+
+
+def test_a_child_under_its_parents_key_has_the_pools_entries_evicted_for_what_it_adds(
+    make_manager: MakeManager,
+) -> None:
+    manager = make_manager(1, recur_slots=2 * WINDOW)
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        committed_again(search, "none", "filling", WINDOW - 2)
+        committed_again(search, "none", "key", 2)
+        manager.recur_pool.put("plain", tokens(1, WINDOW))
+        committed_again(search, "key", "key", 2)
+        assert "plain" not in manager.recur_pool
+        assert search._state.budget.size == WINDOW + 2
+        manager.check_integrity()
+
+
+def test_what_another_entry_came_to_share_meanwhile_makes_up_for_nothing(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1, recur_slots=WINDOW, writers=20)
+    take = room._take_from_budget
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        committed_again(search, "none", "key", WINDOW)
+        batch = search.gather(["key"], [0], room=0)
+
+        def shared_meanwhile(*arguments: Any) -> Any:
+            grant = take(*arguments)
+            search.commit(["other"], batch, lengths=[0])
+            return grant
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "_take_from_budget", shared_meanwhile)
+            with pytest.raises(CapacityError):
+                committed_again(search, "none", "key", 4)
+        assert search._state.budget.left == 0
+        assert search.contains("key")
+        manager.check_integrity()
