@@ -32,7 +32,8 @@ class EvictionPolicy(ABC, Generic[E]):
     """An order over the entries that may be evicted, empty when made.
 
     An entry is *held* from `add` or `give_back` until `remove`, `pop_victim` or `clear`. The
-    pool calls everything under its mutex; a policy never calls back.
+    pool calls everything under its mutex; a policy never calls back, and returns soon: nothing cuts it off, and
+    while it runs, whoever needs the storage's mutex waits, without a bound.
 
     A policy may fail without harm to the pool. What `add` or `pop_victim` raises is raised by the write, or by the
     opening of the search, that needed it, of which nothing has taken effect; where the very next call of that method
@@ -50,7 +51,7 @@ class EvictionPolicy(ABC, Generic[E]):
     """
 
     observes_hits: ClassVar[bool] = True
-    """False where hits change nothing: the pool then does not call `touch`, and a hit needs no mutex."""
+    """False where hits change nothing: the pool then does not call `touch`."""
 
     def __init__(self, *, capacity: int) -> None:
         self.capacity = positive_int("capacity", capacity)
