@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from concurrent_kv import ClosedError, KVCacheManager, KVPool, Search, SearchEndedError, WaitTimeoutError
+from concurrent_kv import (
+    ClosedError,
+    KVCacheManager,
+    KVPool,
+    ReentrantCallError,
+    Search,
+    SearchEndedError,
+    WaitTimeoutError,
+)
 from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Budget, Entry, Hold, Place
@@ -418,3 +426,28 @@ def test_who_waited_for_a_computation_of_a_dropped_scope_does_not_compute_in_its
     pool.drop_scope(scope)
     with pytest.raises(ClosedError, match="its scope dropped, while 'key' was being computed"):
         outcome(waiting, pool.storage.clock, pool.name)
+
+
+def test_a_key_that_calls_its_search_while_it_is_looked_up_hears_so(manager: KVCacheManager) -> None:
+    """The gate is entered before the search's shard, which the call would wait for."""
+    heard: list[BaseException] = []
+
+    class Calling:
+        def __hash__(self) -> int:
+            return hash("child")
+
+        def __eq__(self, other: object) -> bool:
+            if other is self:
+                return True
+            try:
+                search.release(["child"], timeout=0.0)
+            except Exception as error:
+                heard.append(error)
+            return other == "child"
+
+    with manager.search([0]) as search:
+        store_child(search)
+        with search.gather([Calling()], [0]) as batch:
+            assert batch.hits == (True,)
+    assert [type(error) for error in heard] == [ReentrantCallError]
+    manager.check_integrity()
