@@ -124,11 +124,11 @@ def remembering_errors(patch: pytest.MonkeyPatch) -> None:
     def settle(self: FlightTable, flight: Flight, state: FlightState, **outcome: Any) -> bool:
         assert flight.ending is not None
         flight.state, flight.ending.error = state, outcome["error"]
-        failed[flight.key] = flight
+        failed[flight.key.place] = flight
         return True
 
     def joined(self: FlightTable, scope: Any, key: Any, generation: Any, claim: Claim) -> bool:
-        old = failed.get(FlightKey(scope.number, key, generation))
+        old = failed.get(FlightKey(scope.number, key, generation).place)
         if old is None:
             return join(self, scope, key, generation, claim)
         claim.mine, claim.flight, claim.ending = False, old, old.ending

@@ -124,7 +124,8 @@ def without_replacing_what_was_abandoned(patch: pytest.MonkeyPatch) -> None:
     join = FlightTable.join
 
     def keep(self: FlightTable, scope: Any, key: Any, generation: Any, claim: Claim) -> bool:
-        old = self._flights.get(FlightKey(scope.number, key, generation))
+        there = self._flights.get(FlightKey(scope.number, key, generation).place)
+        old = there[0] if there else None
         if old is None:
             return join(self, scope, key, generation, claim)
         claim.mine, claim.flight, claim.ending = False, old, old.ending

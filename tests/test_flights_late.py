@@ -67,7 +67,7 @@ def test_a_result_that_was_over_before_the_call_is_not_handed_on(pool: KVPool) -
 
 
 def flight_of(pool: KVPool) -> Flight:
-    (flight,) = pool.flights._flights.values()
+    ((flight,),) = pool.flights._flights.values()
     return flight
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,7 @@ from concurrent_kv.pool.room import reserve_budget
 from tests.conftest import MakeManager, MakePool
 from tests.interrupting import Cut
 from tests.support import WINDOW, append, tokens
-from tests.threading_support import Background
+from tests.threading_support import JOIN_SECONDS, Background
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -451,3 +452,35 @@ def test_a_key_that_calls_its_search_while_it_is_looked_up_hears_so(manager: KVC
             assert batch.hits == (True,)
     assert [type(error) for error in heard] == [ReentrantCallError]
     manager.check_integrity()
+
+
+def test_a_key_whose_comparison_takes_its_time_holds_up_no_other_computation(pool: KVPool) -> None:
+    """The table of computations compares keys where it holds no lock."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self, waits: bool) -> None:
+            self.waits = waits
+
+        def __hash__(self) -> int:
+            return 5
+
+        def __eq__(self, other: object) -> bool:
+            if self.waits and other is not self:
+                entered.set()
+                assert go_on.wait(JOIN_SECONDS)
+            return self is other
+
+    first, slow = Slow(waits=False), Slow(waits=False)
+    claim = pool.try_claim(first)
+    first.waits = True  # a stored key is compared with the one that is asked for
+    later = Background(lambda: pool.try_claim(slow))
+    assert entered.wait(JOIN_SECONDS)
+    with pool.try_claim("other") as other:
+        assert other.mine
+    assert claim.fulfil(tokens(1, 2))
+    assert len(pool.flights) <= 1
+    go_on.set()
+    with later.result() as of_another_key:
+        assert of_another_key.mine
+    pool.check_integrity()

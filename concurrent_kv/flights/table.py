@@ -19,7 +19,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
 from ..books.records import Generation, Scope
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "Flight", "FlightState", "FlightTable", "computing_here"]
 
 Waker = Callable[[], None]
+
+Place: TypeAlias = "tuple[int, int, Generation]"  # number of the scope, hash of the key, generation
 
 # What the current thread or task is computing, also through `anyio.to_thread`, which copies the context.
 computing_here: ContextVar[frozenset[Flight]] = ContextVar("concurrent_kv_computing", default=frozenset())
@@ -54,34 +56,24 @@ class FlightKey:
     """A key in one generation of a scope.
 
     Keys are the user's: their `__hash__` runs once, when this is made, their `__eq__` where scope and hash are equal.
-    To be taken out of a table, it becomes `gone`: it then equals nothing but itself, and no key is asked.
+
+    Attributes:
+        place: where the table has its flight: the same for all keys of one hash.
     """
 
-    __slots__ = ("_hash", "_key_hash", "generation", "gone", "key", "scope_number")
+    __slots__ = ("generation", "key", "place", "scope_number")
 
     def __init__(self, scope_number: int, key: Hashable, generation: Generation) -> None:
         self.scope_number = scope_number
         self.key = key
         self.generation = generation
-        self.gone = False
-        self._key_hash = hash(key)
-        self._hash = hash((scope_number, self._key_hash, generation))
+        self.place: Place = (scope_number, hash(key), generation)
 
     def is_of_the_key_of(self, other: FlightKey) -> bool:
-        """Whether both are of one key in one scope, of whatever generation."""
-        if self.scope_number != other.scope_number or self._key_hash != other._key_hash:
+        """Whether both are of one key in one scope, of whatever generation. Runs the key's `__eq__`; no lock held."""
+        if self.place[:2] != other.place[:2]:
             return False
         return self.key is other.key or bool(self.key == other.key)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, FlightKey) or self.gone or other.gone or self.generation != other.generation:
-            return False
-        return self.is_of_the_key_of(other)
 
 
 class Ending:
@@ -170,7 +162,8 @@ class FlightTable:
         self.name = name
         self.check_process = check_process  # raises in a forked child, where no thread releases the lock
         self._lock = lock_factory()
-        self._flights: dict[FlightKey, Flight] = {}
+        # By place; a change replaces the tuple, so that a thread sees whether it still is what it has looked at.
+        self._flights: dict[Place, tuple[Flight, ...]] = {}
         self._closed = False
         # Flights of claims that were dropped: a finaliser may only append, and the next operation forgets them.
         self.dropped: deque[Flight] = deque()
@@ -178,12 +171,15 @@ class FlightTable:
     def __len__(self) -> int:
         """Computations under way."""
         if gate.is_inside:
-            return len(self._flights)
+            return len(self._all())
         with gate.lock, self._lock:
             dead = self._forget_dropped()
-            number = len(self._flights)
+            number = len(self._all())
         del dead
         return number
+
+    def _all(self) -> list[Flight]:
+        return [flight for flights in list(self._flights.values()) for flight in flights]
 
     def join(self, scope: Scope, key: Hashable, generation: Generation, claim: Claim) -> bool:
         """Give `claim` the flight of a key; returns whether it is the one to compute.
@@ -200,23 +196,37 @@ class FlightTable:
         new = claim.flight = Flight(flight_key)
         claim.ending = new.ending
         new.owner = ref(claim)
+        there: tuple[Flight, ...] = ()
+        flight: Flight | None = None
+        while (others := self._join_where(claim, new, there, flight)) is not None:
+            there = others
+            # Keys are compared here, where no lock is held: a comparison may take its time, and call this pool.
+            flight = next((other for other in there if other.key.is_of_the_key_of(flight_key)), None)
+        if claim.mine and flight is not None:
+            flight.over_unheard()  # a waiter of an orphan takes over, too
+        return claim.mine
+
+    def _join_where(
+        self, claim: Claim, new: Flight, there: tuple[Flight, ...], flight: Flight | None
+    ) -> tuple[Flight, ...] | None:
+        """Give `claim` the flight that its key has among those `there`, or put the new one there.
+
+        Returns those that are there instead, with nothing done; None where it is done.
+        """
+        place = new.key.place
         with gate.lock, self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name} is closed")
             dead = self._forget_dropped()
-            flight = self._flights.get(flight_key)
-            if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
-                if flight is not None:
-                    # First: the table must name the new flight's key, not the one that dies with the old.
-                    self._take_out(flight)
-                self._flights[flight_key] = new
-            else:
-                claim.late = flight.settling
-                claim.mine, claim.flight, claim.ending = False, flight, flight.ending
+            others = self._flights.get(place, ())
+            if others is there:
+                if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
+                    self._flights[place] = (*_without(there, flight), new)
+                else:
+                    claim.late = flight.settling
+                    claim.mine, claim.flight, claim.ending = False, flight, flight.ending
         del dead
-        if claim.mine and flight is not None:
-            flight.over_unheard()  # a waiter of an orphan takes over, too
-        return claim.mine
+        return None if others is there else others
 
     def _forget_dropped(self) -> list[Flight]:
         """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
@@ -229,13 +239,17 @@ class FlightTable:
 
     def _take_out(self, flight: Flight) -> None:
         """Take a flight that is over out of the table, if it is there, without a look at any key. Lock held."""
-        flight.key.gone = True
-        self._flights.pop(flight.key, None)
+        place = flight.key.place
+        there = self._flights.get(place, ())
+        if there == (flight,):
+            del self._flights[place]
+        elif flight in there:
+            self._flights[place] = _without(there, flight)
 
     def abandon_orphans(self) -> int:
         """End the flights whose claims are dead, and those that were cut off while they ended. Returns how many."""
         with gate.lock, self._lock:
-            flights = list(self._flights.values())
+            flights = self._all()
         orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
         for flight in orphans:
             if not self.settle(flight, FlightState.ABANDONED):
@@ -275,7 +289,7 @@ class FlightTable:
     def close_scope(self, number: int) -> None:
         """End the flights of a scope that was dropped with `ClosedError`."""
         with gate.lock, self._lock:
-            flights = list(self._flights.values())
+            flights = self._all()
         for flight in flights:
             if flight.key.scope_number == number:
                 self.settle(flight, FlightState.CLOSED)
@@ -284,9 +298,13 @@ class FlightTable:
         """End every flight with `ClosedError`, and every later join."""
         with gate.lock, self._lock:
             self._closed = True
-            flights = list(self._flights.values())
+            flights = self._all()
         for flight in flights:
             self.settle(flight, FlightState.CLOSED)
+
+
+def _without(flights: tuple[Flight, ...], gone: Flight | None) -> tuple[Flight, ...]:
+    return tuple([flight for flight in flights if flight is not gone])
 
 
 def _own_key(name: str, key: Hashable) -> RecursiveComputationError:
