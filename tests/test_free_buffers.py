@@ -10,6 +10,7 @@ import pytest
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.device.tensors import MAX_BUFFER_SHAPES, SlotTensor
 from tests.support import HANG_SECONDS, LAYOUT
+from tests.threading_support import run_threads
 
 THREADS, ROUNDS = 4, 300
 
@@ -89,3 +90,11 @@ def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
         thread.join(HANG_SECONDS)
     assert not mixed_up
     assert len(slots._buffers[1, 2]) <= 4
+
+
+def test_a_thread_has_rather_what_it_gave_back_itself(slots: SlotTensor) -> None:
+    own, others = slots.new_buffer(2, 3), slots.new_buffer(2, 3)
+    slots.return_buffer(own, NO_TICKS)
+    run_threads(lambda: slots.return_buffer(others, NO_TICKS))
+    assert slots.take_buffer(2, 3)[0].data_ptr() == own.data_ptr()
+    assert slots.take_buffer(2, 3)[0].data_ptr() == others.data_ptr()

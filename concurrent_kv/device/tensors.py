@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -111,6 +112,14 @@ def _add_steps(
     out[:, rows, :, columns] = tokens
 
 
+class FreeBuffer(NamedTuple):
+    """A buffer that waits for the next gather of its shape."""
+
+    data: Tensor
+    ticks: Ticks  # uses that the next one has to be ordered after
+    thread: int  # that gave it back
+
+
 class SlotTensor:
     """Slots for tokens, `[2 * layers, slots, heads, head_dim]`: all layers' keys, then all layers' values.
 
@@ -143,7 +152,7 @@ class SlotTensor:
         self._large_slots = -(-LARGE_BYTES // layout.bytes_per_token)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
         # By batch and columns. Each list is popped from and appended to without the lock, which is for the dict.
-        self._buffers: dict[tuple[int, int], list[tuple[Tensor, Ticks]]] = {}
+        self._buffers: dict[tuple[int, int], list[FreeBuffer]] = {}
         self._buffers_lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
@@ -374,11 +383,14 @@ class SlotTensor:
     def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
         free = self._buffers.get((batch, columns))
-        try:
-            if free:
-                return free.pop()
-        except IndexError:
-            free = None  # another thread took the last
+        if free:
+            # Rather one that this thread gave back: another's lies in the other core's caches.
+            here, place = get_ident(), -1
+            with suppress(IndexError):  # another thread took the last
+                if free[-1].thread != here:
+                    place = next((place for place, buffer in enumerate(free) if buffer.thread == here), -1)
+                buffer = free.pop(place)
+                return buffer.data, buffer.ticks
         return self.new_buffer(batch, columns), NO_TICKS
 
     def new_buffer(self, batch: int, columns: int) -> Tensor:
@@ -393,7 +405,7 @@ class SlotTensor:
     def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
         """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
         # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
-        sizes, returned = buffer.shape, (buffer.detach(), ticks)
+        sizes, returned = buffer.shape, FreeBuffer(buffer.detach(), ticks, get_ident())
         shape = (sizes[1], sizes[3])
         free = self._buffers.get(shape)
         if free is None:
@@ -405,7 +417,7 @@ class SlotTensor:
         if self.freed:  # perhaps just now
             free.clear()
 
-    def _free_of(self, shape: tuple[int, int]) -> list[tuple[Tensor, Ticks]]:
+    def _free_of(self, shape: tuple[int, int]) -> list[FreeBuffer]:
         """The free buffers of a shape, which is remembered from now on."""
         with gate.lock, self._buffers_lock:
             if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
