@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import concurrent_kv
-from concurrent_kv import CapacityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv import CapacityError, IntegrityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.records import Place
 from concurrent_kv.flights.table import FlightState
 from tests.interrupting import Cut, cut_at
@@ -179,18 +179,17 @@ def test_until_repair_a_search_that_was_cut_off_costs_others_no_more_than_room(
     caplog.set_level(logging.WARNING, "concurrent_kv")
     with loops_of(loops):
         manager = make_manager(1, wm_entries=3, shards=2, wait_timeout=0.0)
-        for number in range(1, MOST_PLACES):
+
+        def prepare() -> None:
             manager.clear_all()
             manager.set_init_cache(0, "root", tokens(1, 3))
-            cut = cut_at(number, lambda: work(manager), PACKAGE, jumps=True)
+
+        for _ in each_cut(lambda: work(manager), prepare, least=100):
             with suppress(WaitTimeoutError, CapacityError):
                 manager.set_init_cache(0, "root", tokens(2, 3))
                 search(manager)
                 assert_same(manager.get_init_cache(0, "root"), tokens(2, 3))
             check_repaired(manager)
-            if not cut:
-                break
-    assert number > 100
     assert not caplog.records
 
 
@@ -218,30 +217,32 @@ def test_until_repair_an_operation_that_was_cut_off_costs_others_no_more_than_ro
     with loops_of(loops):
         manager = make_manager(1, wm_entries=3, shards=2)
         pool = manager.wm_pool
-        for number in range(1, MOST_PLACES):
+
+        def prepare() -> None:
             manager.clear_all()
             pool.put("key", tokens(1, WINDOW))
             pool.put("other", tokens(2, 4))
-            cut = cut_at(number, lambda: work(pool), PACKAGE, jumps=True)
+
+        for _ in each_cut(lambda: work(pool), prepare, least=100):
             if work in WRITTEN_TOGETHER:
                 first, second = map(pool.get, WRITTEN_TOGETHER[work])
                 assert is_of(first, tokens(7, 3)) == is_of(second, tokens(8, 4))
             use_as_others_do(pool)
             check_repaired(manager)
-            if not cut:
-                break
-    assert number > 100
     assert not caplog.records
 
 
-def each_cut(work: Callable[[], object]) -> Iterator[None]:
-    """Run `work` again and again, cut off at one place after the other; the last time to its end."""
+def each_cut(
+    work: Callable[[], object], before: Callable[[], object] = lambda: None, *, least: int = 1
+) -> Iterator[None]:
+    """Run `work` again and again, cut off at one place after the other, more than `least`; the last time to its end."""
     for number in range(1, MOST_PLACES):
+        before()
         cut = cut_at(number, work, PACKAGE, jumps=True)
         yield
         if not cut:
             break
-    assert number > 1
+    assert number > least
 
 
 def use_as_others_do(pool: KVPool) -> None:
@@ -271,6 +272,23 @@ def use_as_others_do(pool: KVPool) -> None:
         assert entry.pins >= 0
         assert not set(free) & set(slots_named(ledger, entry))
     pool.clear(timeout=0.0)
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+def test_without_repair_what_some_cuts_leave_would_stay(
+    loops: str, make_manager: Callable[..., KVCacheManager]
+) -> None:
+    with loops_of(loops):
+        manager = make_manager(1, wm_entries=3)
+        pool = manager.wm_pool
+        left = 0
+        for _ in each_cut(lambda: replace(pool)):
+            try:
+                pool.check_integrity()
+            except IntegrityError:
+                left += 1
+            check_repaired(manager)
+        assert left > 0
 
 
 @pytest.mark.parametrize("loops", LOOPS)

@@ -483,4 +483,21 @@ def test_a_key_whose_comparison_takes_its_time_holds_up_no_other_computation(poo
     go_on.set()
     with later.result() as of_another_key:
         assert of_another_key.mine
+        assert len(pool.flights) == 1  # the first has ended while the keys were compared
     pool.check_integrity()
+
+
+def test_a_commit_that_a_close_overtakes_hears_so(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not told that its scope was cleared, which the close does too."""
+    pool = make_pool(2)
+    reserve = room.reserve
+
+    def closed_meanwhile(*arguments: Any) -> Any:
+        Background(pool.close).result()
+        return reserve(*arguments)
+
+    with pool.gather(["child"]) as batch:
+        append(batch, [2])
+        monkeypatch.setattr(writing, "reserve", closed_meanwhile)
+        with pytest.raises(ClosedError):
+            pool.commit(["child"], batch, lengths=[2])

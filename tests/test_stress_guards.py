@@ -199,9 +199,7 @@ GUARDS: dict[str, tuple[Removal, Profile, tuple[str, ...], str]] = {
 # Without these, entries that are gone are read. Their rows, free or of others by then, may be refused by the tables
 # before the promise's own failure.
 REFUSED = ("never torn", "all at once", "a search's roots stay")
-REFUSALS = (
-    r"row must be less than|row -?\d+ is free|no more kept than there are|was not counted in|what the index names"
-)
+REFUSALS = r"row must be less than|row -?\d+ is free|no more kept than there are|was not counted in"
 # Compiled locks are never stuck, and compiled books are rarely cut off in the middle.
 OF_PYTHON = ("no thread stuck", "what is cut loose comes back")
 CASES = [

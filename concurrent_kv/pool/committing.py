@@ -42,7 +42,8 @@ def open_batch(
     # Before anything is allocated, which a capture would take into its graph.
     stream = None if clock.backend is None else clock.current()
     described = describe(entries, scope)
-    longest, window = max(described[1]), storage.layout.max_tokens
+    _, lengths, _, _ = described
+    longest, window = max(lengths), storage.layout.max_tokens
     if room is not None and (type(room) is not int or not 0 <= room <= window - longest):
         room = _checked_room(room, longest, window)
     # A batch of misses only still needs columns to be filled and appended to.

@@ -108,7 +108,8 @@ def gather_entries(
         if storage.corrects_lazily:
             _gather(storage, described, out, end, [], whole)
         else:
-            storage.tensor.gather(storage.ledger.tables, described[0], end, out, whole=whole)
+            rows, _, _, _ = described
+            storage.tensor.gather(storage.ledger.tables, rows, end, out, whole=whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()

@@ -15,7 +15,7 @@ from ..books.records import Account, Budget, Entry, Generation, Place, Scope, so
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray, Slots
 from ..device.streams import Ticks
-from ..errors import CapacityError, SearchEndedError, WaitTimeoutError
+from ..errors import CapacityError, IntegrityError, SearchEndedError, WaitTimeoutError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 
@@ -121,7 +121,8 @@ def _freed_by(
             replaced = _present(scope, plan, located)
             with gate.lock, ledger.mutex:
                 freed = _freed_of(pool, scope, plan, replaced)
-    assert freed is not None, "what the index names under its shard is published"
+    if freed is None:
+        raise IntegrityError((f"{pool.name} has an entry in its index that is not published",))
     return freed
 
 
