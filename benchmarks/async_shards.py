@@ -42,6 +42,12 @@ class TimedLocks:
         self.waited: list[int] = []  # where one was not free at once
         self.noted: dict[str, list[int]] = {"read": [], "write": []}
 
+    def beside(self, others: ShardLocks) -> TimedLocks:
+        """Those of a search, which note with these."""
+        timed = TimedLocks(others)
+        timed.waited, timed.noted = self.waited, self.noted
+        return timed
+
     @property
     def held(self) -> int:
         return self._locks.held
@@ -70,6 +76,10 @@ def holds_of(num_threads: int, steps: int) -> dict[str, dict[str, float]]:
     config |= {"num_simulations": steps, "max_cache_size": 2 * entries, "device": "cpu"}
     manager = KVCacheManager(config, ENVS, recur_slots=4 * entries)
     locks = manager.storage.locks = TimedLocks(manager.storage.locks)
+    for pool in manager.storage.pools:
+        pool.locks = locks
+    of_search = manager.storage.search_locks
+    manager.storage.search_locks = lambda: locks.beside(of_search())
     root = KeysValues.from_packed(torch.randn(4, 1, 2, 3, 32))
     new = torch.randn(ENVS, 2, 2, 32)
     for env in range(ENVS):

@@ -41,12 +41,12 @@ static PyObject *advise_huge_pages(PyObject *module, PyObject *const *arguments,
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef functions[] = {
-    FUNCTION(gather),    FUNCTION(scatter),     FUNCTION(mark),        FUNCTION(advise_huge_pages),
+    FUNCTION(gather),    FUNCTION(scatter),     FUNCTION(advise_huge_pages),
     FUNCTION(hash_rows), FUNCTION(hash_memory), FUNCTION(gather_stepwise),
     FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
     FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),      FUNCTION(are_plain),
-    FUNCTION(displace),  FUNCTION(in_runs),     FUNCTION(owners_of),   FUNCTION(items_of),
+    FUNCTION(displace),  FUNCTION(in_runs),     FUNCTION(items_of),
     {NULL, NULL, 0, NULL},
 };
 

@@ -7,7 +7,7 @@
 # an array, or a range of step 1.
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from .locks.deadline import Deadline
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Slots: TypeAlias = range | NDArray[np.int64]
-_T = TypeVar("_T")
 
 # `Tables` and `Uses` of `books/tables.py`; arrays come as the bytes of one. A row that is not taken is an
 # IndexError, a row that was not counted in a ValueError.
@@ -37,6 +36,7 @@ class Tables:
     def leave(self, rows: list[int], /) -> tuple[bytearray, bool]: ...
     def columns(self, rows: list[int], end: int, columns: int, /) -> bytearray: ...
     def slots_of(self, row: int, /) -> bytearray: ...
+    def slots_of_all(self, rows: list[int], /) -> bytearray: ...
     def pages_of(self, row: int, /) -> list[tuple[int, list[int]]]: ...
     def named_elsewhere(self, rows: list[int], /) -> bool: ...
     def positions(self, slots: _Slots, /) -> bytearray: ...
@@ -132,15 +132,9 @@ def scatter(
     /,
 ) -> None: ...
 
-# `array[slots] = number`.
-def mark(array: NDArray[np.int32], slots: _Slots, number: int, /) -> None: ...
-
 # Different slots in ascending order: as ranges or, if these are more than `most`, as int64. None if they lie so far
 # apart that it takes long.
 def in_runs(slots: NDArray[np.int64], most: int, /) -> list[range] | bytearray | None: ...
-
-# For each stretch of equal numbers in `array[slots]` that are known: what is known of the number, and how long it is.
-def owners_of(array: NDArray[np.int32], slots: _Slots, known: dict[int, _T], /) -> list[tuple[_T, int]]: ...
 
 # The xxh64 hash of each of `rows` rows of equally many bytes, as 16 hexadecimal digits.
 def hash_rows(data: Buffer, rows: int, /) -> list[str]: ...

@@ -85,7 +85,7 @@ def check_emptied(run: Run) -> list[str]:
         }
         if any(left.values()):
             found.append(f"{pool.name} still has {left} after everything was cleared")
-    slots = manager.storage.ledger.slots
-    if slots.free_count != slots.num_slots:
-        found.append(f"{slots.num_slots - slots.free_count} slots are lost")
+    ledger = manager.storage.ledger
+    if ledger.slots.free_count != ledger.num_slots:
+        found.append(f"{ledger.num_slots - ledger.slots.free_count} slots are lost")
     return found

@@ -285,7 +285,7 @@ class _Runner:
             repaired=self.repaired,
             quiet_moments=self.quiet_moments,
             growth_bytes=self.growth,
-            slots=self.world.manager.storage.ledger.slots.num_slots,
+            slots=self.world.manager.storage.ledger.num_slots,
             failures=self.failures.all(),
             interrupted=self.interrupted,
         )

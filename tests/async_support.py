@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import anyio
@@ -16,7 +16,7 @@ from concurrent_kv.aio.offload import Offload
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
-from tests.support import LAYOUT
+from tests.support import LAYOUT, searches_of
 from tests.threading_support import JOIN_SECONDS, Background
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
@@ -46,14 +46,17 @@ def join_workers() -> None:
 
 @contextmanager
 def shards_held(pool: KVPool) -> Iterator[Callable[[], None]]:
-    """Another thread holds every shard for writing, until the `with` ends or what it gives is called."""
+    """Another thread holds every shard, those of searches too, until the `with` ends or what it gives is called."""
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        locks = pool.storage.locks
-        with locks.write(range(locks.count), Deadline(JOIN_SECONDS)):
-            held.set()
-            assert over.wait(JOIN_SECONDS)
+        with ExitStack() as stack:
+            for search in searches_of(pool.storage):
+                stack.enter_context(search.locks.write(search.scope.shards, Deadline(JOIN_SECONDS)))
+            locks = pool.storage.locks
+            with locks.write(range(locks.count), Deadline(JOIN_SECONDS)):
+                held.set()
+                assert over.wait(JOIN_SECONDS)
 
     holder = Background(hold)
     assert held.wait(JOIN_SECONDS)

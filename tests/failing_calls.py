@@ -104,6 +104,20 @@ def search(manager: KVCacheManager) -> None:
         search.keep(["child"])
 
 
+def outgrown_search(manager: KVCacheManager) -> None:
+    """What it has beyond its reservation, for good and until what it replaces is let go of; and roots that go."""
+    with manager.search([0], entries=1, tokens=2) as search:
+        for key in ("child", "other"):
+            with search.gather(["root"], [0]) as batch:
+                append(batch, [7])
+                search.commit([key], batch)
+        with search.gather(["child"], [0]), search.gather(["root"], [0]) as batch:
+            append(batch, [8])
+            search.commit(["child"], batch)
+        search.keep(["child"])
+        search.release(["child"])
+
+
 def dropped_search(manager: KVCacheManager) -> None:
     search = manager.search([0])
     search.gather(["root"], [0])
@@ -119,7 +133,7 @@ def statistics(manager: KVCacheManager) -> None:
 
 OPERATIONS: tuple[Operation, ...] = (
     *(replace, insert_many, commit, read, pin_and_pop, clear, bump, compute, fulfil, drop, open_search, search),
-    *(dropped_search, statistics),
+    *(outgrown_search, dropped_search, statistics),
 )
 
 

@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from concurrent_kv import Batch, KeysValues, KVCacheManager, KVLayout, KVPool, KVStorage
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.records import Entry
+from concurrent_kv.books.records import Entry, Scope
 from concurrent_kv.books.tables import Tables, new_tables
 from concurrent_kv.locks.sharded import ShardedRWLock
 from concurrent_kv.native import in_python, native
+from concurrent_kv.pool.storage import PoolState
+from concurrent_kv.search.state import SearchState
 
 LAYOUT = KVLayout(num_layers=2, num_heads=2, head_dim=3, max_tokens=8)
 WINDOW = LAYOUT.max_tokens
@@ -190,7 +192,8 @@ def choose_loops(patch: pytest.MonkeyPatch, kind: str) -> None:
 def slots_in_use(owner: KVPool | KVCacheManager | KVStorage) -> int:
     """Slots of the whole storage that some entry names."""
     storage = owner if isinstance(owner, KVStorage) else owner.storage
-    return storage.ledger.slots.in_use
+    of_searches = [search.slots_in_use for pool in storage.pools for search in pool.searches]
+    return storage.ledger.slots.in_use + sum(of_searches)
 
 
 class OperatorCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -227,11 +230,12 @@ def tables_of(rows: list[list[int]], num_slots: int, window: int, positions: lis
 def snapshot(storage: KVStorage) -> dict[str, Any]:
     """Everything a failed call must leave as it was: entries with their bytes, fill, free slots, handles."""
     entries = {}
+    ledgers = ledgers_of(storage)
     with storage.ledger.mutex:
         for pool in storage.pools:
-            for scope in pool.account.all_scopes():
+            for scope, ledger in scopes_of(pool):
                 for entry in [entry for part in scope.entries for entry in part.values()]:
-                    table = torch.tensor(slots_named(storage.ledger, entry))
+                    table = torch.tensor(slots_named(ledger, entry))
                     stored = b"" if storage.closed else bits(storage.tensor.data[:, table]).numpy().tobytes()
                     where = (pool.name, scope.name, entry.key)
                     entries[where] = (entry.length, entry.generation, entry.side, entry.refs, entry.pins, stored)
@@ -246,7 +250,24 @@ def snapshot(storage: KVStorage) -> dict[str, Any]:
     return {
         "entries": entries,
         "fills": fills,
-        "free": sorted(storage.ledger.slots.free_slots().tolist()),
-        "reserved": storage.ledger.slots.reserved_count,
-        "handles": sum(not hold.released for hold in storage.ledger.holds),
+        "free": [sorted(ledger.slots.free_slots().tolist()) for ledger in ledgers],
+        "handles": sum(not hold.released for ledger in ledgers for hold in ledger.holds),
     }
+
+
+def searches_of(storage: KVStorage) -> list[SearchState]:
+    """Those that are open, in the order of their opening."""
+    searches = [cast(SearchState, search) for pool in storage.pools for search in pool.searches]
+    return sorted(searches, key=lambda search: search.scope.number)
+
+
+def ledgers_of(storage: KVStorage) -> list[Ledger]:
+    """The storage's, and those of open searches."""
+    return [storage.ledger, *(search.ledger for search in searches_of(storage))]
+
+
+def scopes_of(pool: PoolState) -> list[tuple[Scope, Ledger]]:
+    """Its scopes and those of its open searches, with the ledgers of their entries."""
+    searches = [cast(SearchState, search) for search in pool.searches]
+    own = [(scope, pool.ledger) for scope in pool.account.scopes.values()]
+    return own + [(search.scope, search.ledger) for search in searches]

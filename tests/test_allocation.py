@@ -59,7 +59,7 @@ def add_full_window(search: Search, key: int, layout: KVLayout) -> None:
 def assert_allocated(made: KVPool | KVCacheManager) -> None:
     """What it says of itself is what its storage has."""
     allocation, storage = made.allocation(), made.storage
-    assert storage.ledger.slots.num_slots == allocation.total_slots
+    assert storage.ledger.num_slots == allocation.total_slots
     assert storage.headroom_slots == allocation.headroom_slots
     assert storage.tensor.nbytes == storage.tensor.data.nbytes == allocation.nbytes
     assert allocation.total_slots == sum(allocation.slots.values()) + allocation.headroom_slots
@@ -94,7 +94,7 @@ def test_a_pool_allocates_the_slots_that_were_asked_for_and_a_stated_headroom(
     said = KVPool.allocation_for(thin(window), 4, **arguments)
     assert (said.slots, said.headroom_slots) == ({"pool": slots}, headroom)
     pool = make_pool(4, thin(window), **arguments)
-    assert pool.storage.ledger.slots.num_slots == slots + headroom
+    assert pool.storage.ledger.num_slots == slots + headroom
     assert pool.storage.tensor.nbytes == 8 * (slots + headroom + 1)  # and the zero slot
     assert pool.allocation() == said
     assert_allocated(pool)

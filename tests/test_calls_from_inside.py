@@ -71,7 +71,7 @@ def inside_a_shard(pool: KVPool) -> Iterator[None]:
 
 @contextmanager
 def inside_a_leaf(pool: KVPool) -> Iterator[None]:
-    with gate.lock, pool.storage.tensor._buffers_lock:
+    with gate.lock, pool.storage.tensor.buffers._lock:
         yield
 
 

@@ -19,14 +19,14 @@ class WatchedCounters(Counters):
     mutex: Any
     unguarded: list[str]
 
-    def __init__(self, mutex: Any) -> None:
+    def __init__(self, mutex: Any = None) -> None:
         self.__dict__["mutex"] = mutex
         self.__dict__["unguarded"] = []
         super().__init__()
         self.unguarded.clear()
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not self.mutex.locked():
+        if self.mutex is not None and not self.mutex.locked():
             self.unguarded.append(name)
         self.__dict__[name] = value
 
@@ -73,6 +73,7 @@ def test_a_searchs_counts_change_under_the_mutex(manager: KVCacheManager) -> Non
     manager.set_init_cache(0, "root", tokens(1, 3))
     counters = [watch(manager.recur_pool), watch(manager.init_pools[0])]
     with manager.search([0], overflow=DropOldest(WINDOW - 1, 2)) as search:
+        of_search = search._state.budget.counters = WatchedCounters(search._state.ledger.mutex)
         batch = search.gather(["root", "none"], [0, 0])
         batch.fill(1, tokens(2, 3))
         append(batch, [3, 4])
@@ -80,7 +81,7 @@ def test_a_searchs_counts_change_under_the_mutex(manager: KVCacheManager) -> Non
         search.promote("a", 0)
         search.release(["b"])
         search.keep([])
-    assert [each.unguarded for each in counters] == [[], []]
+    assert [each.unguarded for each in (*counters, of_search)] == [[], [], []]
     assert counters[0].insert_count == 2
     assert counters[1].hit_count == 1
 

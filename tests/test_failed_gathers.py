@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from concurrent_kv import InvalidArgumentError, KVCacheManager, Search, WaitTimeoutError
-from concurrent_kv.pool import committing
+from concurrent_kv.search import reading as search_reading
 from concurrent_kv.search import search as search_module
 from tests.conftest import MakeManager
 from tests.support import WINDOW, assert_same, row_of, tokens
@@ -49,7 +49,7 @@ def test_a_gather_whose_copy_fails_adopts_no_root(make_manager: MakeManager) -> 
             def failing(*arguments: Any, **options: Any) -> Any:
                 raise FailedGatherError
 
-            patch.setattr(committing, "gather_entries", failing)
+            patch.setattr("concurrent_kv.pool.committing.gather_entries", failing)
             with pytest.raises(FailedGatherError):
                 search.gather(["root"], [0])
         assert search.held == 0
@@ -76,15 +76,15 @@ def test_of_two_gathers_of_one_root_the_later_finds_what_the_first_adopted(make_
     manager.init_pools[0].put("root", OLD)
     with manager.search([0]) as search:
         with pytest.MonkeyPatch.context() as patch:
-            open_batch = committing.open_batch
+            adopt = search_reading.adopt
 
             def adopted_by_another_meanwhile(*arguments: Any) -> Any:
-                patch.setattr(search_module, "open_batch", open_batch)
+                patch.setattr(search_module, "adopt", adopt)
                 manager.init_pools[0].put("root", NEW)
                 search.gather(["root"], [0]).close()
-                return open_batch(*arguments)
+                return adopt(*arguments)
 
-            patch.setattr(search_module, "open_batch", adopted_by_another_meanwhile)
+            patch.setattr(search_module, "adopt", adopted_by_another_meanwhile)
             with search.gather(["root"], [0]) as batch:
                 assert_same(row_of(batch, 0), NEW)
         with search.gather(["root"], [0]) as batch:

@@ -30,7 +30,8 @@ HANG_SECONDS = 3
 HARMLESS = {
     "KVStorage": {"zero_slot_is_zero", "drop_of"},
     "KVPool": {
-        "allocation", "allocation_for", "check_open", "closed", "counters", "registered_scopes", "stats_now", "version",
+        "allocation", "allocation_for", "check_open", "closed", "counters", "pool", "registered_scopes", "stats_now",
+        "version",
     },
     "KVCacheManager": {
         "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "version",

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from concurrent_kv.device.buffers import MAX_SHAPES, FreeBuffers, new_buffer
 from concurrent_kv.device.streams import NO_TICKS
-from concurrent_kv.device.tensors import MAX_BUFFER_SHAPES, SlotTensor
+from concurrent_kv.device.tensors import SlotTensor
 from tests.support import HANG_SECONDS, LAYOUT
 from tests.threading_support import run_threads
 
@@ -21,10 +22,10 @@ def slots() -> SlotTensor:
 
 
 def test_a_buffer_that_was_given_back_is_used_again(slots: SlotTensor) -> None:
-    buffer, _ = slots.take_buffer(2, 3)
-    slots.return_buffer(buffer, NO_TICKS)
-    assert slots.take_buffer(2, 3)[0].data_ptr() == buffer.data_ptr()
-    assert slots.take_buffer(2, 3)[0].data_ptr() != buffer.data_ptr()
+    buffer, _ = slots.buffers.take(2, 3)
+    slots.buffers.give_back(buffer, NO_TICKS)
+    assert slots.buffers.take(2, 3)[0].data_ptr() == buffer.data_ptr()
+    assert slots.buffers.take(2, 3)[0].data_ptr() != buffer.data_ptr()
 
 
 def test_who_finds_that_another_thread_took_the_last_gets_a_new_one(slots: SlotTensor) -> None:
@@ -34,21 +35,21 @@ def test_who_finds_that_another_thread_took_the_last_gets_a_new_one(slots: SlotT
         def __bool__(self) -> bool:
             return True
 
-    slots._buffers[2, 3] = Taken()
-    assert slots.take_buffer(2, 3)[0].shape[1:4:2] == (2, 3)
+    slots.buffers.by_shape[2, 3] = Taken()
+    assert slots.buffers.take(2, 3)[0].shape[1:4:2] == (2, 3)
 
 
 def test_what_comes_back_after_the_memory_was_freed_is_not_kept(slots: SlotTensor) -> None:
-    buffer, _ = slots.take_buffer(2, 3)
-    slots.return_buffer(slots.new_buffer(2, 3), NO_TICKS)
+    buffer, _ = slots.buffers.take(2, 3)
+    slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     slots.free()
-    slots.return_buffer(buffer, NO_TICKS)
-    assert not any(slots._buffers.values())
+    slots.buffers.give_back(buffer, NO_TICKS)
+    assert not any(slots.buffers.by_shape.values())
 
 
 def test_what_comes_back_while_the_memory_is_freed_is_not_kept(slots: SlotTensor) -> None:
-    slots.return_buffer(slots.new_buffer(2, 3), NO_TICKS)
-    known = slots._buffers[2, 3]
+    slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
+    known = slots.buffers.by_shape[2, 3]
 
     class Late(list[Any]):
         """The memory is freed between the look at the list and the append."""
@@ -57,17 +58,17 @@ def test_what_comes_back_while_the_memory_is_freed_is_not_kept(slots: SlotTensor
             slots.free()
             super().append(item)
 
-    slots._buffers[2, 3] = late = Late(known)
-    slots.return_buffer(slots.new_buffer(2, 3), NO_TICKS)
+    slots.buffers.by_shape[2, 3] = late = Late(known)
+    slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     assert not late
 
 
 def test_buffers_of_few_shapes_are_kept(slots: SlotTensor) -> None:
-    for batch in range(1, MAX_BUFFER_SHAPES + 5):
+    for batch in range(1, MAX_SHAPES + 5):
         for _ in range(6):
-            slots.return_buffer(slots.new_buffer(batch, 2), NO_TICKS)
-    assert len(slots._buffers) == MAX_BUFFER_SHAPES
-    assert {len(free) for free in slots._buffers.values()} == {4}
+            slots.buffers.give_back(new_buffer(slots.layout, batch, 2), NO_TICKS)
+    assert len(slots.buffers.by_shape) == MAX_SHAPES
+    assert {len(free) for free in slots.buffers.by_shape.values()} == {4}
 
 
 def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
@@ -77,11 +78,11 @@ def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
     def work(number: int) -> None:
         together.wait(HANG_SECONDS)
         for _ in range(ROUNDS):
-            buffer, _ = slots.take_buffer(1, 2)
+            buffer, _ = slots.buffers.take(1, 2)
             buffer.fill_(number)
             if not (buffer == number).all():
                 mixed_up.append(number)
-            slots.return_buffer(buffer, NO_TICKS)
+            slots.buffers.give_back(buffer, NO_TICKS)
 
     threads = [Thread(target=work, args=(number,)) for number in range(THREADS)]
     for thread in threads:
@@ -89,12 +90,27 @@ def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
     for thread in threads:
         thread.join(HANG_SECONDS)
     assert not mixed_up
-    assert len(slots._buffers[1, 2]) <= 4
+    assert len(slots.buffers.by_shape[1, 2]) <= 4
 
 
 def test_a_thread_has_rather_what_it_gave_back_itself(slots: SlotTensor) -> None:
-    own, others = slots.new_buffer(2, 3), slots.new_buffer(2, 3)
-    slots.return_buffer(own, NO_TICKS)
-    run_threads(lambda: slots.return_buffer(others, NO_TICKS))
-    assert slots.take_buffer(2, 3)[0].data_ptr() == own.data_ptr()
-    assert slots.take_buffer(2, 3)[0].data_ptr() == others.data_ptr()
+    own, others = new_buffer(slots.layout, 2, 3), new_buffer(slots.layout, 2, 3)
+    slots.buffers.give_back(own, NO_TICKS)
+    run_threads(lambda: slots.buffers.give_back(others, NO_TICKS))
+    assert slots.buffers.take(2, 3)[0].data_ptr() == own.data_ptr()
+    assert slots.buffers.take(2, 3)[0].data_ptr() == others.data_ptr()
+
+
+def test_a_search_has_buffers_of_its_own_and_leaves_them_to_others(slots: SlotTensor) -> None:
+    shared = slots.buffers
+    first, second = FreeBuffers(LAYOUT, shared), FreeBuffers(LAYOUT, shared)
+    buffer = first.take(2, 3)[0]
+    first.give_back(buffer, {(0, 1): 2})
+    assert second.take(2, 3)[0].data_ptr() != buffer.data_ptr()
+    first.leave()
+    found, ticks = second.take(2, 3)
+    assert found.data_ptr() == buffer.data_ptr()
+    assert dict(ticks) == {(0, 1): 2}
+    slots.free()
+    second.give_back(buffer, NO_TICKS)
+    assert not any(second.by_shape.values())

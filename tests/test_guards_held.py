@@ -19,7 +19,7 @@ import concurrent_kv
 ROOT = Path(concurrent_kv.__file__).parent
 ALL = re.compile(r"[Aa]ll locks held")
 KINDS = {
-    "mutex": (re.compile(r"\bmutex (and shards )?held", re.IGNORECASE), "mutex"),
+    "mutex": (re.compile(r"\bmutex(es)? (and shards? )?held", re.IGNORECASE), "mutex"),
     "shard": (re.compile(r"\b(mutex and )?shard(s|'s write lock)? held", re.IGNORECASE), "locks."),
 }
 

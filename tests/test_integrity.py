@@ -144,8 +144,10 @@ MENDED = [
     Planted("free slots lost", lose_a_run, "free count"),
     Planted("free count", add("ledger.slots", "free_count"), "free count"),
     Planted("used slot free", free_a_used_slot, "free slot is referenced"),
-    Planted("reserved count", add("ledger.slots", "reserved_count"), "reserved count"),
-    Planted("reservation", add("search._state.budget", "left", -1), "reserv"),
+    Planted("slots of a search", add("search._state.ledger.slots", "size"), "reserved"),
+    Planted("slots that a search owes", add("search._state.ledger", "borrowed"), "borrowed"),
+    Planted("writes of a search", add("search._state.ledger", "grants"), "under way"),
+    Planted("a root that is not held", lambda books: books.search._state.roots_hold.entries.clear(), "root"),
     Planted("references too many", put("b", refs=2), "references"),
     Planted("references too few", put("c", refs=1), "references"),
     Planted("pins", put("c", pins=0), "pins"),
@@ -208,7 +210,7 @@ def test_a_sound_storage_reports_what_it_counted() -> None:
     report = books.manager.check_integrity()
     assert report.entries == 5
     assert report.referenced_slots == 3 + 4 + 2 + 3 + 2
-    assert report.free_slots + report.referenced_slots == books.ledger.slots.num_slots
+    assert report.free_slots + report.referenced_slots == books.ledger.num_slots
     assert report.handles == 3  # the pin, the search's roots, the open batch
 
 

@@ -266,7 +266,7 @@ def use_as_others_do(pool: KVPool) -> None:
     assert min(counted) >= 0
     free = ledger.slots.free_slots().tolist()
     assert len(set(free)) == len(free)
-    published = [entry for scope in pool.account.all_scopes() for part in scope.entries for entry in part.values()]
+    published = [entry for scope in pool.account.scopes.values() for part in scope.entries for entry in part.values()]
     assert len(published) <= account.max_entries
     for entry in published:
         assert entry.pins >= 0

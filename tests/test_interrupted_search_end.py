@@ -11,7 +11,7 @@ import pytest
 import concurrent_kv
 from concurrent_kv import KVCacheManager, Search
 from concurrent_kv.locks.deadline import Deadline
-from concurrent_kv.pool import clearing
+from concurrent_kv.search.state import SearchState
 from tests.interrupting import cut_at
 from tests.support import append, slots_in_use, tokens
 
@@ -126,7 +126,7 @@ def test_what_an_end_had_taken_out_when_it_failed_is_dropped_by_the_next(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(clearing, "unpublish", fails)
+        patch.setattr(SearchState, "_end_holds", fails)
         with pytest.raises(MemoryError):
             search.close()
     search.close()
@@ -145,7 +145,7 @@ def test_what_an_end_had_taken_out_when_it_failed_is_dropped_once_where_repair_c
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(clearing, "unpublish", fails)
+        patch.setattr(SearchState, "_end_holds", fails)
         with pytest.raises(MemoryError):
             search.close()
     manager.repair()

@@ -15,6 +15,7 @@ import pytest
 from concurrent_kv import (
     CapacityError,
     ClosedError,
+    InvalidArgumentError,
     KVCacheManager,
     KVPool,
     SearchEndedError,
@@ -75,6 +76,18 @@ def outgrow_a_search(manager: KVCacheManager) -> None:
         search.discard(1)
         search.keys()
         assert 2 in search
+
+
+def part_with_roots(manager: KVCacheManager) -> None:
+    """Roots that a gather did not come to read, and that are not kept."""
+    with manager.search([0]) as search:
+        with pytest.raises(InvalidArgumentError):
+            search.gather(["root"], [0], room=WINDOW)
+        with search.gather(["root"], [0]) as batch:
+            append(batch, [9])
+            search.commit(["child"], batch)
+        search.keep([])
+        assert not search.held
 
 
 def end_searches(manager: KVCacheManager) -> None:
@@ -187,7 +200,7 @@ def close_under_way(manager: KVCacheManager) -> None:
 
 
 MORE: tuple[Operation, ...] = (
-    *(drop_a_scope, wait_in_vain, search_in_vain, outgrow_a_search, end_searches, many_batches),
+    *(drop_a_scope, wait_in_vain, search_in_vain, outgrow_a_search, part_with_roots, end_searches, many_batches),
     *(compute_in_vain, look, fail_to_publish, lose_the_room, close_under_way),
 )
 

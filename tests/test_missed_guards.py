@@ -22,8 +22,8 @@ from concurrent_kv import (
 )
 from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.books.records import Budget, Entry, Hold, Place
-from concurrent_kv.books.slots import Reservation, SlotAllocator
+from concurrent_kv.books.records import Entry, Hold, Place
+from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.books.turns import Turn, Turns
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.flights.table import FlightState
@@ -32,9 +32,9 @@ from concurrent_kv.locks.deadline import Caller, Deadline, NotOnLoopError, calle
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.signal import Signal
 from concurrent_kv.pool import room, writing
-from concurrent_kv.pool.clearing import drop_taken
 from concurrent_kv.pool.plan import plan_commit
 from concurrent_kv.pool.room import reserve_budget
+from concurrent_kv.search.reading import adopt
 from tests.conftest import MakeManager, MakePool
 from tests.interrupting import Cut
 from tests.support import WINDOW, append, tokens
@@ -110,9 +110,9 @@ def test_who_waits_in_vain_hears_of_searches_only_where_they_are_in_the_way(make
 def test_no_more_is_reserved_than_is_free_where_handles_hold_what_left_the_index() -> None:
     allocator = SlotAllocator(4)
     assert allocator.allocate(3) is not None
-    assert not allocator.reserve(Reservation(), 2)
-    assert (allocator.available, allocator.reserved_count) == (1, 0)
-    assert allocator.reserve(Reservation(), 1)
+    assert allocator.part(2) is None
+    assert (allocator.size, allocator.free_count) == (4, 1)
+    assert allocator.part(1) is not None
 
 
 @contextmanager
@@ -168,10 +168,10 @@ def test_a_search_whose_pool_closes_while_it_opens_is_never_one_of_the_pools(
     manager = make_manager()
     pool = manager.recur_pool
 
-    def reserve_and_close(*arguments: Any) -> Budget:
-        budget = reserve_budget(*arguments)
+    def reserve_and_close(*arguments: Any) -> Any:
+        reserved = reserve_budget(*arguments)
         pool.account.closed = True  # as the first step of a close in another thread
-        return budget
+        return reserved
 
     monkeypatch.setattr("concurrent_kv.search.search.reserve_budget", reserve_and_close)
     with pytest.raises(ClosedError):
@@ -209,15 +209,10 @@ def test_a_commit_that_stores_nothing_wakes_who_waits_for_what_its_batch_kept(
 def test_what_a_search_lets_go_of_while_it_ends_wakes_who_waits_for_room(manager: KVCacheManager) -> None:
     with manager.search([0]) as search:
         store_child(search)
-        state, ledger = search._state, manager.storage.ledger
-        with gate.lock, manager.storage.locks.write(state.scope.shards, Deadline(0.0)):
-            state.going, cells = state.own.take_all()
+        ledger = manager.storage.ledger
         with gate.lock, ledger.mutex:
             waiter = ledger.waiter()
-        drop_taken(state.pool, state.going)
-        assert waiter.wait(0.0)
-        assert not state.going
-        del cells
+    assert waiter.wait(0.0)
     manager.check_integrity()
 
 
@@ -254,15 +249,14 @@ def test_a_root_that_another_thread_adopted_meanwhile_is_the_root(
 ) -> None:
     manager.set_init_cache(0, "root", tokens(1, 2))
     with manager.search([0]) as search:
-        copy = SlotTensor.gather
 
-        def another_adopts(self: SlotTensor, *arguments: Any, **options: Any) -> Any:
-            monkeypatch.setattr(SlotTensor, "gather", copy)
+        def another_adopts(*arguments: Any) -> Any:
+            monkeypatch.setattr("concurrent_kv.search.search.adopt", adopt)
             manager.set_init_cache(0, "root", tokens(2, 2))
             Background(lambda: search.gather(["root"], [0]).close()).result()
-            return copy(self, *arguments, **options)
+            return adopt(*arguments)
 
-        monkeypatch.setattr(SlotTensor, "gather", another_adopts)
+        monkeypatch.setattr("concurrent_kv.search.search.adopt", another_adopts)
         with search.gather(["root"], [0]) as batch:
             assert torch.equal(batch.keys[:, :, :, : batch.end], tokens(2, 2).keys)
         assert search.held == 1

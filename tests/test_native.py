@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concurrent_kv import KVLayout, PositionSteps
+from concurrent_kv.device.buffers import new_buffer
 from concurrent_kv.device.tensors import Indices, SlotTensor
 from concurrent_kv.model.hashing import hash_states
 from concurrent_kv.native import native
@@ -106,7 +107,7 @@ def test_a_gather_is_the_same_bytes_either_way(
     tables = tables_of([random.integers(1, num_slots + 1, length).tolist() for length in lengths], num_slots, window)
     rows = data.draw(st.lists(st.integers(0, 6), min_size=batch, max_size=batch), "rows")
     whole = data.draw(st.booleans(), "whole")
-    outs = [tensor.new_buffer(batch, columns).fill_(7.0) for tensor in (compiled, plain)]
+    outs = [new_buffer(tensor.layout, batch, columns).fill_(7.0) for tensor in (compiled, plain)]
     compiled.gather(tables, rows, end, outs[0], whole=whole)
     plain.gather(tables, rows, end, outs[1], whole=whole)
     if not whole:
@@ -128,7 +129,7 @@ def test_a_scatter_is_the_same_bytes_either_way(
     layout: KVLayout, batch: int, columns: int, tokens: int, a_range: bool, seed: int
 ) -> None:
     pair = both(layout, 20, seed)
-    source = random_bits(seed + 1, tuple(pair[0].new_buffer(batch, columns).shape), layout.dtype)
+    source = random_bits(seed + 1, tuple(new_buffer(pair[0].layout, batch, columns).shape), layout.dtype)
     rows, at, slots = picked(batch, columns, tokens, a_range, seed)
     for tensor in pair:
         tensor.scatter(source, rows, at, slots)
@@ -149,7 +150,7 @@ def test_keys_and_values_in_two_tensors_are_scattered_as_they_would_be_in_one(
     layout: KVLayout, batch: int, tokens: int, a_range: bool, seed: int
 ) -> None:
     apart, joined = both(layout, 20, seed)
-    source = random_bits(seed + 1, tuple(apart.new_buffer(batch, 5).shape), layout.dtype)
+    source = random_bits(seed + 1, tuple(new_buffer(apart.layout, batch, 5).shape), layout.dtype)
     keys, values = source[: layout.num_layers].clone(), source[layout.num_layers :].clone()
     rows, at, slots = picked(batch, 5, tokens, a_range, seed)
     assert apart.takes(keys)
@@ -182,7 +183,7 @@ def test_a_scatter_with_a_difference_is_the_same_bytes_either_way(
     layout: KVLayout, batch: int, kept: int, runs: int, more: int, a_range: bool, seed: int
 ) -> None:
     pair = both(layout, 20, seed)
-    source = random_numbers(seed + 1, tuple(pair[0].new_buffer(batch, 5).shape), layout.dtype)
+    source = random_numbers(seed + 1, tuple(new_buffer(pair[0].layout, batch, 5).shape), layout.dtype)
     shape = (2 * layout.num_layers, kept + 2, layout.num_heads, layout.head_dim)
     difference = random_numbers(seed + 2, shape, layout.dtype)[:, :kept]  # planes further apart than their numbers
     rows, at, slots = picked(batch, 5, min(20, runs * kept + more), a_range, seed)
@@ -196,14 +197,14 @@ def test_a_scatter_with_a_difference_is_the_same_bytes_either_way(
 def test_copies_large_enough_to_let_go_of_the_gil_are_the_same_bytes_either_way(dtype: torch.dtype) -> None:
     layout = KVLayout(num_layers=4, num_heads=4, head_dim=64, max_tokens=20, dtype=dtype)
     compiled, plain = both(layout, 400, 1)
-    source = random_bits(2, tuple(plain.new_buffer(16, 20).shape), dtype)
+    source = random_bits(2, tuple(new_buffer(plain.layout, 16, 20).shape), dtype)
     assert source.nbytes > LARGE
     rows, columns = (index.ravel() for index in np.indices((16, 20)))
     slots = np.random.default_rng(3).permutation(400)[:320] + 1
     tables = tables_of(slots.reshape(16, 20).tolist(), 400, 20)
     for tensor in (compiled, plain):
         tensor.scatter(source, rows, columns, slots)
-        out = tensor.new_buffer(16, 20)
+        out = new_buffer(tensor.layout, 16, 20)
         tensor.gather(tables, list(range(1, 17)), 20, out)
         assert same_bits(out, source)
     assert same_bits(compiled.data, plain.data)
@@ -231,7 +232,7 @@ def test_tokens_owed_steps_are_the_same_bytes_either_way(head_dim: int, count: i
         for length, has_moved in zip(lengths, moved, strict=True)
     ]
     tables = tables_of([row[:length].tolist() for row, length in zip(slots, lengths, strict=True)], 60, window, written)
-    out, expected = compiled.new_buffer(6, window), plain.new_buffer(6, window)
+    out, expected = new_buffer(compiled.layout, 6, window), new_buffer(plain.layout, 6, window)
     rows = list(range(1, 7))
     others = iter([None, PositionSteps(layout, count, difference)])  # whom nothing is owed here
     owed_by = [steps if has_moved else next(others) for has_moved in moved]
@@ -293,4 +294,4 @@ def test_without_the_module_nothing_copies_by_itself(monkeypatch: pytest.MonkeyP
     layout = KVLayout(num_layers=1, num_heads=1, head_dim=2, max_tokens=2)
     tensor = SlotTensor(layout, 2)
     tables = tables_of([[1]], 2, 2)
-    assert tensor.gather(tables, [1], 2, tensor.new_buffer(1, 2))  # indices, which compiled code does without
+    assert tensor.gather(tables, [1], 2, new_buffer(tensor.layout, 1, 2))  # indices, which compiled code does without

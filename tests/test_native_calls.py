@@ -46,7 +46,6 @@ class Arguments:
         self.batch = torch.full((PLANES, 2, HEADS, 3, 2), -1.0)
         self.difference = torch.ones(PLANES, 1, HEADS, 2)
         self.tables = tables_of([[1, 2], [1, 3]], SLOTS - 1, 3, [[0, 2], [2, 1]])
-        self.counts = np.zeros(SLOTS, dtype=np.int32)
         self.states = np.arange(12, dtype=np.uint8)
         self.owed = torch.ones(PLANES, 3 + 1, HEADS, 2)
         self.first, self.second, self.third = [made(key) for key in ("first", "second", "third")]
@@ -84,9 +83,7 @@ class Arguments:
                 (self.batch, torch.float32, batch, PLANES // 2, 2, HEADS, 3, 2, 4),
                 *(0, 2, self.new[0], self.new[1]),
             ],
-            "mark": [self.counts, np.array([1, 3]), 7],
             "in_runs": [np.array([7, 3, 8, 2, 70]), 3],
-            "owners_of": [self.counts, np.array([1, 3, 2]), {7: self.steps}],
             "hash_rows": [self.states, 3],
             "hash_memory": [self.states.ctypes.data, 3, 4],
             "advise_huge_pages": [slots, 8],
@@ -98,7 +95,7 @@ class Arguments:
         return getattr(native, name)(*arguments)
 
     def written(self) -> tuple[object, ...]:
-        arrays = (self.data, self.batch, self.counts)
+        arrays = (self.data, self.batch)
         entries = [
             [getattr(entry, slot) for slot in Entry.__slots__] for entry in (self.first, self.second, self.third)
         ]
@@ -286,15 +283,6 @@ CASES: dict[str, list[Case]] = {
         ({2: -1}, IndexError),
         ({2: None}, TypeError),
     ],
-    "mark": [
-        ({1: np.array([1, SLOTS])}, IndexError),
-        ({1: range(2, 5)}, IndexError),
-        ({1: PAIR}, ValueError),
-        ({0: np.zeros(SLOTS, dtype=np.int64)}, ValueError),
-        ({0: np.zeros(2 * SLOTS, dtype=np.int32)[::2]}, ValueError),
-        ({2: 2**70}, OverflowError),
-        ({2: "7"}, TypeError),
-    ],
     "in_runs": [
         ({0: np.array([1, -1])}, IndexError),
         ({0: np.array([1, 2**31])}, IndexError),
@@ -303,14 +291,6 @@ CASES: dict[str, list[Case]] = {
         ({0: [3, 1]}, TypeError),
         ({1: 2**70}, OverflowError),
         ({1: "3"}, TypeError),
-    ],
-    "owners_of": [
-        ({1: np.array([1, SLOTS])}, IndexError),
-        ({1: range(2, 5)}, IndexError),
-        ({1: PAIR}, ValueError),
-        ({0: np.zeros(SLOTS, dtype=np.int64)}, ValueError),
-        ({0: np.zeros(2 * SLOTS, dtype=np.int32)[::2]}, ValueError),
-        ({2: []}, TypeError),
     ],
     "hash_rows": [
         ({0: "text"}, TypeError),
@@ -356,16 +336,6 @@ def test_the_types_are_of_the_functions_that_there_are_and_of_their_arguments() 
             getattr(native, name)()
 
 
-@pytest.mark.parametrize(("name", "place"), [("mark", 0)])
-def test_what_is_read_only_is_not_written(name: str, place: int) -> None:
-    arguments = Arguments()
-    before = arguments.written()
-    arguments.of[name][place].setflags(write=False)
-    with pytest.raises((ValueError, BufferError)):
-        arguments.call(name)
-    assert arguments.written() == before
-
-
 def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
     arguments = Arguments()
     data, batch = arguments.data.clone(), arguments.batch
@@ -375,10 +345,6 @@ def test_every_function_does_what_it_says_with_the_right_arguments() -> None:
     arguments.call("scatter")
     assert torch.equal(arguments.data[:, 3], batch[:, 0, :, 2] + 1.0)  # the first has the difference
     assert torch.equal(arguments.data[:, 1], batch[:, 1, :, 0])
-    arguments.call("mark")
-    assert arguments.counts.tolist() == [0, 7, 0, 7]
-    assert arguments.call("owners_of") == [(arguments.steps, 2)]
-    assert arguments.call("owners_of", {2: {0: "none", 7: "seven"}}) == [("seven", 2), ("none", 1)]
     assert arguments.call("in_runs") == [range(2, 4), range(7, 9), range(70, 71)]
     assert np.frombuffer(arguments.call("in_runs", {1: 2}), dtype=np.int64).tolist() == [2, 3, 7, 8, 70]
     assert arguments.call("in_runs", {0: np.array([1, 2**30])}) is None
@@ -437,8 +403,7 @@ def test_no_rows_and_no_slots_are_no_work() -> None:
     arguments.call("gather", {7: []})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: none})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: range(9, 9)})
-    arguments.call("mark", {1: none})
-    assert arguments.call("in_runs", {0: none}) == arguments.call("owners_of", {1: none}) == []
+    assert arguments.call("in_runs", {0: none}) == []
     assert arguments.call("hash_rows", {0: b"", 1: 0}) == []
     assert arguments.call("hash_memory", {1: 0}) == []
     assert arguments.written() == before

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVLayout, KVPool, KVStorage, PositionSteps
-from concurrent_kv.books import slots as slots_module
+from concurrent_kv.device.buffers import new_buffer
 from concurrent_kv.errors import InvalidArgumentError
 from concurrent_kv.native import native
 from tests.conftest import MakePool
@@ -112,22 +112,6 @@ def test_a_buffer_that_got_numbers_of_another_type_is_stored_as_its_numbers(make
     assert found.keys[0, 0, 0].tolist() == [[1.0] * 3] * 3 + [[2.5] * 3]
 
 
-def test_slots_whose_owner_could_not_be_noted_are_free_again(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = pool_with(make_pool(8, ONE_NUMBER), 3)
-
-    def no_memory(*arguments: object) -> None:
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(slots_module, "_mark", no_memory)
-        with pytest.raises(MemoryError):
-            pool.put("b", KeysValues.from_packed(torch.zeros(2, 1, 1, 2, 1)))
-    assert "b" not in pool
-    pool.check_integrity()
-
-
 @needs_native
 def test_others_run_while_a_large_copy_is_made() -> None:
     slots, batch, tables = (
@@ -170,5 +154,5 @@ def test_others_run_while_a_large_copy_is_made() -> None:
 def test_compiled_code_does_not_copy_past_the_streams_of_a_device(gpu: SimGPU) -> None:
     storage = KVStorage(LAYOUT, 8, headroom_slots=WINDOW, backend=SimStreams(gpu, 0))
     with OperatorCalls() as calls:
-        storage.tensor.gather(storage.ledger.tables, [0], 1, storage.tensor.new_buffer(1, 1))
+        storage.tensor.gather(storage.ledger.tables, [0], 1, new_buffer(storage.tensor.layout, 1, 1))
     assert "aten.index_select" in [name.rsplit(".", 1)[0] for name in calls.names]

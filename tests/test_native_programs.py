@@ -28,7 +28,7 @@ from concurrent_kv import (
 from concurrent_kv.books.tables import weights_of
 from concurrent_kv.model.overflow import Overflow
 from tests.native_support import needs_native, without_native
-from tests.support import LAYOUT, WINDOW, append, bits, config, slots_named, stacked, tokens
+from tests.support import LAYOUT, WINDOW, append, bits, config, ledgers_of, scopes_of, slots_named, stacked, tokens
 
 pytestmark = needs_native
 
@@ -74,22 +74,23 @@ def books(storage: KVStorage) -> tuple[object, ...]:
     """Every number that the compiled functions write, and the stored bytes of every entry."""
     ledger, data = storage.ledger, storage.tensor.data
     entries = [
-        (pool.name, repr(entry.key), slots_named(ledger, entry), entry.length, entry.refs)
+        (pool.name, repr(entry.key), slots_named(of_scope, entry), entry.length, entry.refs)
         for pool in storage.pools
-        for scope in pool.account.all_scopes()
+        for scope, of_scope in scopes_of(pool)
         for part in scope.entries
         for entry in part.values()
     ]
-    slots = range(1, ledger.slots.num_slots + 1)
-    weights = weights_of(ledger.tables, slots)
-    named = torch.from_numpy(np.flatnonzero(weights) + 1)
+    slots = range(1, ledger.num_slots + 1)
+    ledgers = ledgers_of(storage)
+    weights = np.stack([weights_of(each.tables, slots) for each in ledgers])
+    named = torch.from_numpy(np.flatnonzero(weights.any(axis=0)) + 1)
     return (
         entries,
         weights.tolist(),
         [weights_of(pool.account.uses, slots).tolist() for pool in storage.pools],
-        (ledger.tables.used, ledger.tables.shared),
-        ledger.slots._owner.tolist(),
-        np.frombuffer(ledger.tables.positions(slots), dtype=np.int32).tolist(),
+        [(each.tables.used, each.tables.shared, each.slots.size) for each in ledgers],
+        [each.slots.free_slots().tolist() for each in ledgers],
+        [np.frombuffer(each.tables.positions(slots), dtype=np.int32).tolist() for each in ledgers],
         bits(data[:, named]).tolist(),
         bits(data[:, 0]).count_nonzero().item(),
     )

@@ -306,7 +306,7 @@ def test_repair_returns_what_a_search_cut_off_while_opening_had_reserved(
     cutter.stop()
     manager.repair()
     assert manager.recur_pool.stats().reserved_slots == 0
-    assert manager.storage.ledger.slots.reserved_count == 0
+    assert manager.storage.ledger.slots.size == manager.storage.ledger.num_slots
     usable_search(manager)
 
 

@@ -225,11 +225,11 @@ def with_a_dropped_search_whose_shard_is_busy(
     """Seconds of the processor that `call` took, in this thread, while another one holds the search's shard."""
     manager = make_manager(env_num=1)
     search = manager.search([0])
-    (shard,) = search._state.scope.shards
+    locks, shards = search._state.locks, search._state.scope.shards
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with manager.storage.locks.read((shard,), Deadline(JOIN_SECONDS)):
+        with locks.read(shards, Deadline(JOIN_SECONDS)):
             held.set()
             assert over.wait(JOIN_SECONDS)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 
-from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, WaitTimeoutError
+from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, SearchEndedError, WaitTimeoutError
+from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import room
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, config, row_of, slots_in_use, store, tokens
+from tests.threading_support import JOIN_SECONDS, Background
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -331,45 +335,28 @@ def test_a_child_under_its_parents_key_takes_no_room_that_the_search_has_not(mak
         for _ in range(3):
             with pytest.raises(CapacityError, match=f"tokens={WINDOW + 1}"):
                 committed_again(search, "key", "key", 1)
-        assert search._state.budget.left == 0
+        assert search._state.ledger.left == 0
         manager.check_integrity()
 
 
 def test_room_lent_while_a_handle_keeps_what_was_replaced_is_paid_back_first(make_manager: MakeManager) -> None:
     manager = make_manager(1, recur_slots=WINDOW, writers=20)
-    slots = manager.storage.ledger.slots
     with manager.search([0], entries=20, tokens=WINDOW) as search:
         committed_again(search, "none", "filling", WINDOW - 4)
         committed_again(search, "none", "key", 4)
         with search.gather(["key"], [0]):
             committed_again(search, "none", "key", 4)  # from the headroom, while the batch keeps the old one
-            assert search._state.budget.left == -4
+            assert search._state.ledger.left == -4
             with pytest.raises(CapacityError):
                 committed_again(search, "none", "other", 1)
-        assert search._state.budget.left == 0
+        assert search._state.ledger.left == 0
         with pytest.raises(CapacityError):
             committed_again(search, "none", "other", 1)
-        assert slots.in_use == WINDOW
+        assert slots_in_use(manager) == WINDOW
+        assert search._state.ledger.slots.size == WINDOW
         manager.check_integrity()
-    assert slots.reserved_count == 0
+    assert manager.storage.ledger.slots.size == manager.storage.ledger.num_slots
     manager.check_integrity()
-
-
-def test_a_promoted_entry_that_a_batch_reads_gives_its_room_back_when_the_batch_closes(
-    make_manager: MakeManager,
-) -> None:
-    manager = make_manager(1, recur_slots=WINDOW)
-    with manager.search([0], entries=20, tokens=WINDOW) as search:
-        committed_again(search, "none", "filling", WINDOW - 4)
-        for number in range(3):
-            committed_again(search, "none", number, 4)
-            search.promote(number, 0)
-            with search.gather([number], [0]):
-                search.release([number])
-                assert search._state.budget.left == 0
-            assert search._state.budget.left == 4
-        manager.check_integrity()
-    assert not manager.storage.ledger.promoting
 
 
 def test_a_child_under_its_parents_key_has_the_pools_entries_evicted_for_what_it_adds(
@@ -382,7 +369,7 @@ def test_a_child_under_its_parents_key_has_the_pools_entries_evicted_for_what_it
         manager.recur_pool.put("plain", tokens(1, WINDOW))
         committed_again(search, "key", "key", 2)
         assert "plain" not in manager.recur_pool
-        assert search._state.budget.size == WINDOW + 2
+        assert search._state.budget.max_slots == WINDOW + 2
         manager.check_integrity()
 
 
@@ -404,6 +391,213 @@ def test_what_another_entry_came_to_share_meanwhile_makes_up_for_nothing(
             patch.setattr(room, "_take_from_budget", shared_meanwhile)
             with pytest.raises(CapacityError):
                 committed_again(search, "none", "key", 4)
-        assert search._state.budget.left == 0
+        assert search._state.ledger.left == 0
         assert search.contains("key")
+        manager.check_integrity()
+
+
+def test_what_came_to_be_shared_meanwhile_is_made_up_for_by_the_pool(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1, recur_slots=2 * WINDOW, writers=20)
+    take = room._take_from_budget
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        filled(search, "key")
+        batch = search.gather(["key"], [0], room=0)
+
+        def shared_meanwhile(*arguments: Any) -> Any:
+            grant = take(*arguments)
+            search.commit(["other"], batch, lengths=[0])
+            return grant
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "_take_from_budget", shared_meanwhile)
+            filled(search, "key", 4)
+        assert (search._state.budget.max_slots, search._state.ledger.borrowed) == (WINDOW + 4, 0)
+        manager.check_integrity()
+
+
+def test_who_finds_that_another_thread_took_what_was_left_looks_at_what_it_replaces(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1, recur_slots=WINDOW, writers=20)
+    with manager.search([0], entries=1, tokens=WINDOW, timeout=0.0) as search:
+        monkeypatch.setattr(manager.recur_pool.account, "max_entries", 1)
+        filled(search, "key", 2)
+        beyond, looks = room._beyond, [0]
+
+        def as_if_there_were_room_at_first(*arguments: Any) -> tuple[int, int]:
+            looks[0] += 1
+            return (0, 0) if looks[0] == 1 else beyond(*arguments)
+
+        monkeypatch.setattr(room, "_beyond", as_if_there_were_room_at_first)
+        filled(search, "key", 2)
+        assert looks[0] > 2
+        manager.check_integrity()
+
+
+def test_a_commit_of_misses_takes_no_room_of_a_search_that_closes_meanwhile(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1, recur_slots=2 * WINDOW, writers=20)
+    search = manager.search([0], entries=1, tokens=WINDOW)
+    batch = search.gather(["none"], [0], room=WINDOW)  # which keeps nothing, and so not the search's room
+    append(batch, [7], 4)
+    filled(search, "key", 4)
+    look_up = room._freed_by
+
+    def closed_meanwhile(*arguments: Any) -> tuple[int, int]:
+        found = look_up(*arguments)
+        search.close()
+        assert search._state.finished
+        return found
+
+    monkeypatch.setattr(room, "_freed_by", closed_meanwhile)
+    with pytest.raises(SearchEndedError):
+        search.commit(["key"], batch, lengths=[4])
+    assert search._state.ledger.grants == 0
+    manager.check_integrity()
+
+
+def test_a_search_waits_for_slots_that_handles_keep_where_its_pool_has_the_quota(make_manager: MakeManager) -> None:
+    manager = make_manager(1, init_entries=1, recur_slots=4 * WINDOW, wm_entries=1, headroom_tokens=WINDOW)
+    pool = manager.recur_pool
+    manager.set_init_cache(0, "root", tokens(1, WINDOW))
+    manager.set_wm_cache("key", tokens(1, WINDOW))
+    with ExitStack() as handles, manager.search([0], entries=20, tokens=WINDOW) as search:
+        for key in range(4):
+            pool.put(key, tokens(key, WINDOW))
+            handles.enter_context(pool.gather([key]))
+            pool.pop(key)
+        assert manager.storage.ledger.slots.free_count == 0
+        filled(search, "key")
+        with pytest.raises(WaitTimeoutError, match="no room"):
+            filled(search, "more", 1)
+        handles.close()
+        filled(search, "more", 1)
+        assert search._state.budget.max_slots == WINDOW + 1
+        manager.check_integrity()
+
+
+@pytest.mark.parametrize("how", ["release", "keep", "close"])
+def test_a_commit_that_waits_for_room_of_the_pool_hears_what_its_own_search_frees(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    manager = make_manager(1, settings=config(max_cache_size=4, num_simulations=1), recur_slots=8 * WINDOW)
+    waits, wait = threading.Event(), room._wait
+
+    def noted(*arguments: Any) -> bool:
+        waits.set()
+        return wait(*arguments)
+
+    monkeypatch.setattr(room, "_wait", noted)
+    rooted(manager)
+    store(manager.recur_pool, *((key, tokens(key, 2)) for key in range(2)))
+    with manager.recur_pool.pin(0), manager.recur_pool.pin(1):
+        search = manager.search([0], entries=2, tokens=2 * WINDOW)
+        chain(search, 2)
+        batch = search.gather(["root"], [0])
+        append(batch, [7])
+        waiting = Background(lambda: search.commit(["more"], batch, timeout=3 * JOIN_SECONDS))
+        assert waits.wait(JOIN_SECONDS)
+        if how == "release":
+            search.release([0])
+        elif how == "keep":
+            search.keep(["root", 1])
+        else:
+            search.close()
+        if how == "close":
+            with pytest.raises(SearchEndedError):
+                waiting.result()
+        else:
+            waiting.result()
+            assert "more" in search
+        search.close()
+        manager.check_integrity()
+
+
+def test_a_search_that_many_threads_end_at_once_ends_once(manager: KVCacheManager) -> None:
+    for number in range(50):
+        search = manager.search([0])
+        with search.gather(["none"], [0]) as batch:
+            batch.fill(0, tokens(number, 2))
+            append(batch, [number])
+            search.commit(["child"], batch)
+        state = search._state
+        threads = [Background(partial(state.end, "it is over", Deadline(JOIN_SECONDS))) for _ in range(4)]
+        for thread in threads:
+            thread.result()
+        assert state.finished
+        with pytest.raises(SearchEndedError, match="it is over"):
+            search.gather(["child"], [0])
+        assert (manager.recur_pool.stats().entries, manager.recur_pool.stats().reserved_slots) == (0, 0)
+        assert manager.recur_pool.stats().removal_count == number + 1
+        manager.check_integrity()
+
+
+def filled(search: Search, key: Hashable, count: int = WINDOW) -> None:
+    """An entry of so many tokens that shares nothing."""
+    with search.gather(["none"], [0], room=WINDOW) as batch:
+        append(batch, [7], count)
+        search.commit([key], batch, lengths=[count], timeout=0.0)
+
+
+def test_room_that_a_search_borrowed_wakes_who_waits_for_it_when_it_is_paid_back(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, wait = threading.Event(), room._wait
+
+    def noted(*arguments: Any) -> bool:
+        waits.set()
+        return wait(*arguments)
+
+    monkeypatch.setattr(room, "_wait", noted)
+    manager = make_manager(1, init_entries=1, recur_slots=WINDOW, wm_entries=1, headroom_tokens=WINDOW)
+    manager.set_wm_cache("key", tokens(1, WINDOW))
+    ledger = manager.storage.ledger
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        filled(search, "key")
+        with search.gather(["key"], [0]):
+            filled(search, "key")  # in all of the headroom, while the batch keeps the old one
+            assert (search._state.ledger.borrowed, ledger.slots.free_count) == (WINDOW, WINDOW)  # the init pool's
+            manager.set_init_cache(0, "root", tokens(3, WINDOW))
+            waiting = Background(lambda: manager.wm_pool.put("key", tokens(2, WINDOW), timeout=JOIN_SECONDS))
+            assert waits.wait(JOIN_SECONDS)
+        assert waiting.result()
+        assert search._state.ledger.borrowed == 0
+        assert_same(manager.get_wm_cache("key"), tokens(2, WINDOW))
+        manager.check_integrity()
+
+
+def test_a_search_waits_for_the_headroom_that_another_has_borrowed(make_manager: MakeManager) -> None:
+    manager = make_manager(2, init_entries=1, recur_slots=2 * WINDOW, wm_entries=1, headroom_tokens=WINDOW)
+    for env_id in (0, 1):
+        manager.set_init_cache(env_id, "root", tokens(env_id, WINDOW))
+    manager.set_wm_cache("key", tokens(1, WINDOW))
+    with manager.search([0], tokens=WINDOW) as first, manager.search([0], tokens=WINDOW) as second:
+        filled(first, "key")
+        filled(second, "key")
+        with first.gather(["key"], [0]), second.gather(["key"], [0]) as other:
+            filled(first, "key")
+            with pytest.raises(WaitTimeoutError, match="no room"):
+                filled(second, "key")
+            assert second._state.ledger.borrowed == 0
+            assert other.hits == (True,)
+        filled(second, "key")
+        manager.check_integrity()
+
+
+def test_what_dies_and_frees_nothing_pays_nothing_back(make_manager: MakeManager) -> None:
+    manager = make_manager(1, recur_slots=WINDOW, writers=20)
+    with manager.search([0], entries=20, tokens=WINDOW) as search:
+        filled(search, "key", 4)
+        filled(search, "other", WINDOW - 4)
+        with search.gather(["key"], [0]):
+            filled(search, "key", 4)
+            with search.gather(["other"], [0]) as batch:
+                search.commit(["copy"], batch, lengths=[0])
+            search.release(["copy"])
+            assert search._state.ledger.borrowed == 4
+        assert not manager.storage.ledger.abandoned
+        assert search._state.ledger.borrowed == 0
         manager.check_integrity()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concurrent_kv.books import slots as slots_module
-from concurrent_kv.books.slots import Reservation, SlotAllocator
+from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.device.slot_numbers import as_array
 from tests.interrupting import cut_at
 
@@ -89,7 +89,7 @@ def test_a_run_carries_the_uses_of_all_that_were_joined_to_it() -> None:
 @pytest.mark.parametrize("apart", [2, 65, 5000])
 def test_slots_freed_together_in_any_order_lie_in_ascending_order(number: int, apart: int) -> None:
     slots = SlotAllocator(number * apart + 1)
-    held(slots, slots.num_slots)
+    held(slots, slots.size)
     going = np.arange(number) * apart + 1
     slots.give_back(np.concatenate([going[::-2], going[-2::-2]]), {})
     assert slots.free_slots().tolist() == going.tolist()
@@ -98,16 +98,35 @@ def test_slots_freed_together_in_any_order_lie_in_ascending_order(number: int, a
     assert as_array(taken.slots).tolist() == going[:2].tolist()
 
 
-def test_what_is_freed_comes_back_to_each_that_set_it_aside() -> None:
-    slots = SlotAllocator(30)
-    first, second = Reservation(), Reservation()
-    assert slots.reserve(first, 4)
-    assert slots.reserve(second, 5)
-    taken = [slots.allocate(2, owner) for owner in (first, second, None, first, second)]
-    assert (first.left, second.left, slots.reserved_count) == (0, 1, 1)
-    together = np.concatenate([as_array(one.slots) for one in taken if one is not None])
-    slots.release(together, {}, others_left=False)
-    assert (first.left, second.left, slots.reserved_count, slots.free_count) == (4, 5, 9, 30)
+def test_slots_are_parted_from_one_allocator_to_join_another() -> None:
+    slots, own = SlotAllocator(30), SlotAllocator(0)
+    runs = slots.part(9)
+    assert runs is not None
+    own.add(runs)
+    assert (slots.size, slots.free_count, own.size, own.free_count) == (21, 21, 9, 9)
+    assert own.whole_runs() == [range(1, 10)]
+    assert own.part(10) is None
+    assert not own.problems(np.zeros(31, dtype=bool))
+    taken = held(own, 4)
+    assert (own.size, own.free_count, own.in_use) == (9, 5, 4)
+    assert own.whole_runs() == [range(1, 10)]
+    slots.add(own.part(5) or [])
+    assert (slots.size, own.size, own.free_count) == (26, 4, 0)
+    assert own.whole_runs() is None
+    assert sorted([*taken.tolist(), *slots.free_slots().tolist()]) == list(range(1, 31))
+
+
+def test_as_many_slots_are_parted_as_asked_for_from_whatever_runs() -> None:
+    slots = SlotAllocator(20)
+    for one in [held(slots, 5) for _ in range(4)][::2]:
+        slots.give_back(one, {(0, 1): 3})
+    runs = slots.part(7)
+    assert runs is not None
+    assert [(list(as_array(some)), dict(ticks)) for some, ticks in runs] == [
+        ([1, 2, 3, 4, 5], {(0, 1): 3}),
+        ([11, 12], {(0, 1): 3}),
+    ]
+    assert slots.free_slots().tolist() == [13, 14, 15]
 
 
 @given(steps=st.lists(st.integers(0, 12), max_size=40))
@@ -146,7 +165,7 @@ def test_slots_that_an_operation_was_cut_off_with_are_no_room_until_repair() -> 
         kept = np.zeros(21, dtype=bool)
         kept[np.concatenate(entries[1::2])] = True
         assert not kept[taken].any()
-        slots.rebuild(kept, {})
+        slots.rebuild(np.arange(21) > 0, kept, {})
         assert not slots.problems(kept)
         assert slots.allocate(10) is not None
     assert number > 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -57,7 +57,8 @@ class OpenSearch:
     own: dict[int, Record] = field(default_factory=dict)
     roots: dict[tuple[int, int], Record] = field(default_factory=dict)
     batches: list[OpenBatch] = field(default_factory=list)
-    promoted_to: set[int] = field(default_factory=set)  # environments
+    adopted: list[Record] = field(default_factory=list)  # every root so far
+    parted: list[Record] = field(default_factory=list)  # roots that were not kept, and others share tokens with
     paid: set[Token] = field(default_factory=set)  # slots that its reservation pays for, while they are in use
 
 
@@ -96,7 +97,7 @@ class SearchMachine(RuleBasedStateMachine):
         """How many entries name each token."""
         records = {record for pool in (*self.init, self.plain) for record in pool.values()}
         for opened in self.open_ones():
-            records |= {*opened.own.values(), *opened.roots.values()}
+            records |= {*opened.own.values(), *opened.roots.values(), *opened.parted}
             records |= {record for batch in opened.batches for record in batch.hits}
         return Counter(token for record in records for token in record.tokens)
 
@@ -266,6 +267,7 @@ class SearchMachine(RuleBasedStateMachine):
                 adopted[env, key] = record
         batch = opened.search.gather([key for _, key in wanted], [env for env, _ in wanted], order=order)
         opened.roots.update(adopted)
+        opened.adopted += adopted.values()
         assert batch.hits == tuple(record is not None for record in records)
         assert batch.side == tuple(None if record is None else record.side for record in records)
         opened.batches.append(OpenBatch(batch, "search", 0, records))
@@ -318,9 +320,7 @@ class SearchMachine(RuleBasedStateMachine):
         new = [token for child in last_ones for token in child.tokens if token not in known]
         if not self.accepts(opened, last_ones, len(new), call):
             return
-        replaced = [old for child in last_ones if (old := opened.own.get(child.key)) is not None]  # type: ignore[call-overload]
         opened.own |= {child.key: child for child in last_ones}  # type: ignore[misc]
-        self.discharge(opened, replaced)
         opened.paid |= set(new)  # of more than is left, until what is replaced has gone
         batch.committed |= set(rows)
         assert batch.batch.closed is (len(batch.committed) == len(batch.records))
@@ -335,7 +335,7 @@ class SearchMachine(RuleBasedStateMachine):
         staying = {token for child in children for token in child.tokens}
         freed = sum(alive[token] == number and token not in staying for token, number in named.items())
         entries = max(0, len(opened.own) + len(children) - opened.entries - len(replaced))
-        slots = max(0, own - self.left(opened) - freed)
+        slots = max(0, own - self.left(opened) - freed) if own else 0  # what is owed is no matter of who needs none
         if self.make_room(entries, slots):
             call()
             opened.entries += entries
@@ -364,7 +364,9 @@ class SearchMachine(RuleBasedStateMachine):
                 opened.search.release([*going, "unknown"])
             return
         opened.search.release(going)
-        self.discharge(opened, [opened.own.pop(key) for key in set(going)])
+        for key in set(going):
+            del opened.own[key]
+        self.look_at_parted(opened)
 
     @precondition(lambda self: any(opened.own for opened in self.open_ones()))
     @rule(number=which, staying=st.lists(keys, max_size=4))
@@ -372,9 +374,26 @@ class SearchMachine(RuleBasedStateMachine):
         opened = self.one_open(number)
         released = [key for key in opened.own if key not in staying]
         assert opened.search.keep(staying) == len(released)
-        removed = [opened.own.pop(key) for key in released]
-        self.discharge(opened, removed)
+        for key in released:
+            del opened.own[key]
+        opened.parted += [record for root, record in opened.roots.items() if root[1] not in staying]
         opened.roots = {root: record for root, record in opened.roots.items() if root[1] in staying}
+        self.look_at_parted(opened)
+
+    def look_at_parted(self, opened: OpenSearch) -> None:
+        """Roots that were not kept go whole, as soon as none of the search's shares a token with them."""
+        read = [record for batch in opened.batches for record in batch.hits]
+        going = [record for record in opened.parted if record not in read]
+        while going:
+            others = [record for record in opened.parted if record not in going]
+            named = {
+                t for record in (*opened.own.values(), *opened.roots.values(), *read, *others) for t in record.tokens
+            }
+            free = [record for record in going if named.isdisjoint(record.tokens)]
+            if len(free) == len(going):
+                break
+            going = free
+        opened.parted = [record for record in opened.parted if record not in going]
 
     @precondition(lambda self: any(self.open_ones()))
     @rule(number=which, data=st.data(), env=envs, new_key=keys)
@@ -387,25 +406,22 @@ class SearchMachine(RuleBasedStateMachine):
             with pytest.raises(KeyNotFoundError):
                 opened.search.promote(key, env, as_key=new_key)
             return
-        promoted = Record(new_key, "init", record.tokens, record.side)
-        opened.promoted_to.add(env)
+        shared = len(record.tokens)
+        if key in opened.own:  # what it shares with a root is shared, the rest is copied
+            shared = max((self.shared_with(record, root) for root in opened.adopted), default=0)
+        copied = self.source.holding(token.value for token in record.tokens[shared:])
+        promoted = Record(new_key, "init", (*record.tokens[:shared], *copied), record.side)
         self.put_init(env, promoted, lambda: opened.search.promote(key, env, as_key=new_key))
 
     def close(self, opened: OpenSearch, batch: OpenBatch) -> None:
         """What it alone kept goes."""
         batch.batch.close()
         opened.batches.remove(batch)
-        self.discharge(opened, batch.hits)
 
-    def discharge(self, opened: OpenSearch, removed: Iterable[Record]) -> None:
-        """What only init pools name when a search has let go of it is no longer paid for by the search."""
-        alive = self.alive()
-        by_init_pools = Counter(
-            token for env in opened.promoted_to for record in self.init[env].values() for token in record.tokens
-        )
-        for token in {token for record in removed for token in record.tokens}:
-            if 0 < alive[token] == by_init_pools[token]:
-                opened.paid.discard(token)
+    def shared_with(self, record: Record, root: Record) -> int:
+        """How many of a root's newest tokens a record begins with."""
+        common = sum(token in root.tokens for token in record.tokens)
+        return common if common and record.tokens[:common] == root.tokens[-common:] else 0
 
     @precondition(lambda self: self.ended)
     @rule()

@@ -17,7 +17,8 @@ import torch
 from concurrent_kv import AsyncKVCacheManager
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Entry, Hold, Scope
-from concurrent_kv.device.tensors import SlotTensor
+from concurrent_kv.device.buffers import new_buffer
+from concurrent_kv.device.layout import KVLayout
 from concurrent_kv.flights.table import Claim, FlightTable
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.sharded import ShardedRWLock
@@ -86,12 +87,12 @@ def with_clears_that_forget(patch: pytest.MonkeyPatch) -> None:
 def with_one_buffer_for_all(patch: pytest.MonkeyPatch) -> None:
     """What is read is aliased by what is read next."""
     buffers: dict[tuple[int, int], torch.Tensor] = {}
-    new_buffer = SlotTensor.new_buffer
 
-    def same_buffer(self: SlotTensor, batch: int, columns: int) -> torch.Tensor:
-        return buffers.setdefault((batch, columns), new_buffer(self, batch, columns))
+    def same_buffer(layout: KVLayout, batch: int, columns: int) -> torch.Tensor:
+        return buffers.setdefault((batch, columns), new_buffer(layout, batch, columns))
 
-    patch.setattr(SlotTensor, "new_buffer", same_buffer)
+    for name in ("device.buffers", "pool.reading"):
+        patch.setattr(f"concurrent_kv.{name}.new_buffer", same_buffer)
 
 
 def with_everybody_computing(patch: pytest.MonkeyPatch) -> None:

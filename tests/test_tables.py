@@ -6,6 +6,7 @@ import gc
 import tracemalloc
 from collections import Counter
 from functools import partial
+from itertools import chain
 from random import Random
 
 import numpy as np
@@ -107,6 +108,7 @@ class Model:
         weights = weights_of(self.tables, everything)
         assert [min(int(weight), 2) for weight in weights] == [min(names[slot], 2) for slot in everything]
         assert set((np.flatnonzero(weights_of(self.uses, everything)) + 1).tolist()) == counted
+        assert array(self.tables.slots_of_all(list(self.rows))) == list(chain.from_iterable(self.rows.values()))
         for row, slots in self.rows.items():
             assert array(self.tables.slots_of(row)) == slots
             pages = [slot for _, page in self.tables.pages_of(row) for slot in page if slot]

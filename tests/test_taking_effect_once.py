@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from concurrent_kv import ClosedError, KVCacheManager, KVPool, KVStorage, WaitTimeoutError
+from concurrent_kv import ClosedError, KVPool, KVStorage, WaitTimeoutError
 from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool.storage import Domain
 from tests.conftest import MakeManager, MakePool
 from tests.support import HANG_SECONDS, LAYOUT, append, tokens
 
@@ -18,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("loops")
 
 
 @contextmanager
-def shards_read_elsewhere(manager: KVCacheManager, shards: tuple[int, ...]) -> Iterator[None]:
+def shards_read_elsewhere(domain: Domain, shards: tuple[int, ...]) -> Iterator[None]:
     """Another thread holds `shards` for reading: readers pass, writers wait."""
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with manager.storage.locks.read(shards, Deadline(10.0)):
+        with domain.locks.read(shards, Deadline(10.0)):
             held.set()
             assert done.wait(HANG_SECONDS)
 
@@ -44,7 +45,7 @@ def test_a_keep_that_times_out_keeps_everything(make_manager: MakeManager) -> No
         batch = search.gather(["root"], [0])
         append(batch, [2], 1)
         search.commit(["child"], batch)
-        with shards_read_elsewhere(manager, search._state.scope.shards), pytest.raises(WaitTimeoutError):
+        with shards_read_elsewhere(search._state, search._state.scope.shards), pytest.raises(WaitTimeoutError):
             search.keep([], timeout=0.0)
         manager.clear_init_caches()
         assert search.gather(["root", "child"], [0, 0]).hits == (True, True)
@@ -62,7 +63,7 @@ def test_a_gather_that_times_out_counts_nothing(make_manager: MakeManager) -> No
         manager.set_init_cache(0, "other", tokens(3, 2))
         before = manager.get_stats_summary().total.request_count
         # The adoption of "other" needs the search's shard for writing.
-        with shards_read_elsewhere(manager, search._state.scope.shards), pytest.raises(WaitTimeoutError):
+        with shards_read_elsewhere(search._state, search._state.scope.shards), pytest.raises(WaitTimeoutError):
             search.gather(["child", "other"], [0, 0], timeout=0.0)
         assert manager.get_stats_summary().total.request_count == before
 

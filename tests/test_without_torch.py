@@ -24,15 +24,14 @@ from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.records import Account, Entry, Hold, Place, Scope
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.device.streams import NO_TICKS
-from concurrent_kv.errors import CapacityError, SearchEndedError, WaitTimeoutError
+from concurrent_kv.errors import CapacityError, WaitTimeoutError
 from concurrent_kv.flights.table import Claim, FlightState, FlightTable
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.numbers import Numbers
 from concurrent_kv.locks.sharded import ShardedRWLock
 from concurrent_kv.locks.shards import ShardLocks, new_locks
 from concurrent_kv.native import native
-from concurrent_kv.pool.room import give_budget_back, reserve_budget
-from concurrent_kv.search.state import SearchState
+from concurrent_kv.pool.room import reserve_budget
 
 THREADS = 6
 ROUNDS = 300
@@ -47,8 +46,7 @@ class NoTorch:
 import sys
 sys.meta_path.insert(0, NoTorch())
 for part in ("books.index", "books.integrity", "books.candidates", "books.ledger", "books.records", "books.slots",
-             "books.stats", "device.streams", "errors", "eviction", "flights", "locks", "pool.clearing", "pool.room",
-             "search.state"):
+             "books.stats", "device.streams", "errors", "eviction", "flights", "locks", "pool.clearing", "pool.room"):
     __import__("concurrent_kv." + part)
 assert "torch" not in sys.modules
 try:
@@ -228,12 +226,13 @@ class StubPool:
     def __init__(self, entries: int, slots: int, policy: str = "fifo") -> None:
         self.name = "stub"
         self.closed = False
-        ledger = Ledger(slots, 4)
+        ledger = self.ledger = Ledger(slots, 4)
+        self.locks = ShardedRWLock(2, name="stub")
         self.account = Account("stub", entries, slots, ledger.tables, make_policy(policy, capacity=entries))
-        self.policy, self.searches, self.counters = self.account.policy, self.account.searches, self.account.counters
+        self.policy, self.counters = self.account.policy, self.account.counters
         self.storage: Any = SimpleNamespace(
             ledger=ledger,
-            locks=ShardedRWLock(2, name="stub"),
+            locks=self.locks,
             closed=False,
             drain_abandoned=lambda deadline: None,
         )
@@ -381,31 +380,16 @@ def test_searches_reserve_no_more_than_there_is_and_give_all_of_it_back() -> Non
         for _ in range(ROUNDS):
             entries = rng.randint(1, 4)
             try:
-                budget = reserve_budget(pool, entries, entries * 4, Deadline(0.0))  # type: ignore[arg-type]
+                budget, runs = reserve_budget(pool, entries, entries * 4, Deadline(0.0))  # type: ignore[arg-type]
             except CapacityError:
                 continue
             assert pool.account.reserved_entries <= 8
-            with pool.storage.ledger.mutex:
-                give_budget_back(pool, budget)  # type: ignore[arg-type]
+            assert sum(len(slots) for slots, _ in runs) == entries * 4
+            with pool.ledger.mutex:
+                pool.ledger.slots.add(runs)
+                pool.account.reserved_entries -= budget.max_entries
+                pool.account.reserved_slots -= budget.max_slots
 
     together(work)
     assert (pool.account.reserved_entries, pool.account.reserved_slots) == (0, 0)
-    assert pool.storage.ledger.slots.reserved_count == 0
-
-
-def test_a_search_that_many_end_at_once_ends_once() -> None:
-    pool = StubPool(entries=8, slots=32)
-    for number in range(50):
-        budget = reserve_budget(pool, 2, 8, Deadline(BOUND_SECONDS))  # type: ignore[arg-type]
-        state = SearchState(pool, {}, number, pool.scope("search", budget))  # type: ignore[arg-type]
-        with pool.storage.ledger.mutex:
-            pool.storage.ledger.holds.add(state.roots_hold)
-            pool.searches.add(state)
-        together(lambda mine, state=state: state.end("it is over", Deadline(BOUND_SECONDS)))  # type: ignore[misc]
-        assert state.finished
-        with pytest.raises(SearchEndedError, match="it is over"):
-            state.check_open()
-    assert not pool.searches
-    assert not pool.storage.ledger.holds
-    assert pool.account.reserved_entries == 0
-    assert pool.storage.ledger.slots.free_count == 32
+    assert pool.ledger.slots.free_count == pool.ledger.slots.size == 32

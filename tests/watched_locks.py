@@ -35,21 +35,26 @@ __all__ = ["FIELDS", "UNDER_THE_MUTEX", "Watch"]
 UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
     Ledger: (
         *("make", "let_go", "extend", "drop_from", "end", "use", "end_use", "waiter", "forget_waiter", "take_waiters"),
+        *("give_back", "borrow", "pay_back", "look_idle", "leave"),
     ),
     Candidates: (
         *("exchange", "withdraw", "set_aside", "shares_tail", "beside", "return_shared", "return_unshared"),
         *("return_unpinned", "arrange", "forget_parked"),
     ),
     SlotAllocator: (
-        *("allocate", "release", "give_back", "reserve", "extend", "charge", "discharge", "cancel"),
-        *("keep_reservations", "rebuild", "problems"),
+        *("allocate", "release", "give_back", "part", "add", "whole_runs"),
+        *("rebuild", "problems"),
     ),
     _PythonTables: ("enter", "leave", "exclusive", "named_elsewhere", "weights", "keep"),
-    _PythonUses: ("add", "remove", "exclusive", "weights", "keep"),
+    _PythonUses: ("add", "remove", "exclusive", "keep"),
     Turns: ("join", "leave", "clear"),
     FIFO: ("add", "remove", "pop_victim", "give_back"),
-    Account: ("all_scopes", "fits"),
-    SearchState: ("track", "_end_holds"),
+    Account: ("count", "count_from_zero", "fits"),
+    Budget: ("visit", "count_roots"),
+    SearchState: (
+        *("track", "_end_holds", "_dissolve", "adopt", "part_with", "disown", "root_under"),
+        *("own_slots", "_fold_counters"),
+    ),
 }
 # Fields "under the mutex": looked at where they are assigned, but for the first time, in the constructor.
 FIELDS: dict[type, tuple[str, ...]] = {
@@ -57,7 +62,8 @@ FIELDS: dict[type, tuple[str, ...]] = {
     Hold: ("entries", "released", "users"),
     Budget: ("entries", "max_entries", "ended"),
     Scope: ("generation",),
-    SearchState: ("batches", "finished"),
+    SearchState: ("batches", "finished", "gone", "parted"),
+    Ledger: ("borrowed", "grants", "when_idle"),
     Account: (
         *("closed", "counters", "entries", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
     ),
@@ -65,6 +71,9 @@ FIELDS: dict[type, tuple[str, ...]] = {
 }
 # They say so: a number, a look that a finaliser takes, and one that is looked at again under the mutex.
 WITHOUT_A_SHARD = {"__len__", "discard", "_present"}
+
+# A search that is being made; and a look at counts that nobody changes meanwhile, of slots that a search keeps.
+WITHOUT_THE_MUTEX = {"__init__", "own_slots"}
 
 
 class Owned:
@@ -156,15 +165,26 @@ class Watch:
         self.found: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.active = False
-        self.shards: dict[int, tuple[Index[Entry], int]] = {}  # by the id of a scope's part
-        self.held: defaultdict[int, list[tuple[tuple[int, ...], bool]]] = defaultdict(list)  # by thread
+        self.shards: dict[int, tuple[Index[Entry], int, bool]] = {}  # by the id of a scope's part; whether a search's
+        self.held: defaultdict[int, list[tuple[bool, tuple[int, ...], bool]]] = defaultdict(list)  # by thread
+        self.locks: Any = None  # of the storage
         self.mutex: Owned
+        self.mutexes: list[Owned] = []  # that of the storage, and those of searches
+        self.of_ledger: dict[int, tuple[object, Owned]] = {}  # by the id of a ledger, or of what is its own
         self._watch_scopes()
 
     def begin(self, storage: KVStorage) -> None:
         ledger = storage.ledger
-        ledger.mutex = self.mutex = Owned(ledger.mutex, "the mutex", self.note)
-        ledger.holds = self._owned_set(ledger.holds)
+        self.locks = storage.locks
+        self.mutex = self._watch_ledger(ledger, "the mutex")
+        of_search = Ledger.of_search
+
+        def watched(this: Ledger) -> Ledger:
+            made = of_search(this)
+            self._watch_ledger(made, "a search's mutex")
+            return made
+
+        self.patch.setattr(Ledger, "of_search", watched)
         for pool in storage.pools:
             self._watch_pool(pool)
         for owner, names in UNDER_THE_MUTEX.items():
@@ -183,13 +203,34 @@ class Watch:
             frame = frame.f_back
         self.found[f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}: {what}"] += 1
 
-    def _owned_set(self, members: set[Any]) -> OwnedSet:
+    def _watch_ledger(self, ledger: Ledger, name: str) -> Owned:
+        mutex = Owned(ledger.mutex, name, self.note)
+        ledger.mutex = mutex
+        self.mutexes.append(mutex)
+        for each in (ledger, ledger.slots, ledger.tables, ledger.candidates):
+            self.of_ledger[id(each)] = each, mutex
+        ledger.holds = self._owned_set(ledger.holds, mutex)
+        return mutex
+
+    def _is_held(self, this: object) -> bool:
+        """Whether the calling thread has the mutex of an object's ledger; any one, where it has none of its own."""
+        known = self.of_ledger.get(id(this))
+        return known[1].is_mine if known is not None else any(mutex.is_mine for mutex in self.mutexes)
+
+    def _is_allowed(self) -> bool:
+        """Whether the call comes from where no mutex is needed."""
+        frames = sys._getframe(2), sys._getframe(3)
+        return any(frame.f_code.co_name in WITHOUT_THE_MUTEX for frame in frames)
+
+    def _owned_set(self, members: set[Any], mutex: Owned) -> OwnedSet:
         owned = OwnedSet(members)
-        owned.lock = self.mutex
+        owned.lock = mutex
         return owned
 
     def _watch_pool(self, pool: Any) -> None:
-        pool.account.searches = self._owned_set(pool.account.searches)
+        pool.searches = self._owned_set(pool.searches, self.mutex)
+        for name in ("budgets", "guests"):
+            setattr(pool.account, name, self._owned_set(getattr(pool.account, name), self.mutex))
         scopes = OwnedDict(pool.account.scopes)
         scopes.lock = self.mutex
         pool.account.scopes = scopes
@@ -204,7 +245,7 @@ class Watch:
 
         def watched(this: Any, *arguments: Any, **options: Any) -> Any:
             self.seen[f"{owner.__name__}.{name}"] += 1
-            if not self.mutex.is_mine:
+            if not self._is_held(this) and not self._is_allowed():
                 self.note(f"{owner.__name__}.{name} without the mutex")
             return original(this, *arguments, **options)
 
@@ -214,7 +255,7 @@ class Watch:
         def watched(this: Any, name: str, value: object) -> None:
             if name in names and hasattr(this, name):
                 self.seen[f"{owner.__name__}.{name}"] += 1
-                if not self.mutex.is_mine and sys._getframe(1).f_code.co_name != "__init__":
+                if not self._is_held(this) and sys._getframe(1).f_code.co_name != "__init__":
                     self.note(f"{owner.__name__}.{name} without the mutex")
             object.__setattr__(this, name, value)
 
@@ -228,7 +269,7 @@ class Watch:
         def made(scope: Scope, *arguments: Any, **options: Any) -> None:
             make(scope, *arguments, **options)
             for part, shard in zip(scope.entries, scope.shards, strict=True):
-                self.shards[id(part)] = part, shard
+                self.shards[id(part)] = part, shard, scope.budget is not None
 
         self.patch.setattr(Scope, "__init__", made)
 
@@ -265,7 +306,7 @@ class Watch:
                 self.note("shards were taken outside of the gate")
             with lock(locks, shards, deadline):
                 mine = self.held[threading.get_ident()]
-                mine.append((tuple(shards), name == "write"))
+                mine.append((locks is not self.locks, tuple(shards), name == "write"))
                 try:
                     yield
                 finally:
@@ -287,9 +328,8 @@ class Watch:
         if known is None:
             return
         self.seen["shard for writing" if write else "shard for reading"] += 1
-        shard = known[1]
-        for shards, writes in self.held[threading.get_ident()]:
-            if shard in shards and (writes or not write):
+        for of_search, shards, writes in self.held[threading.get_ident()]:
+            if known[2] is of_search and known[1] in shards and (writes or not write):
                 return
         frame = sys._getframe(1)
         for _ in range(8):

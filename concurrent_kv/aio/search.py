@@ -141,6 +141,7 @@ class AsyncSearch(NeverCopied):
         search = self.sync
         return await self._offload.run(
             lambda seconds: search.promote(key, env_id, as_key=as_key, side=side, priority=priority, timeout=seconds),
+            self._entry_bytes,
             timeout=timeout,
         )
 

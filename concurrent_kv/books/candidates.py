@@ -127,9 +127,7 @@ class Candidates:
         for entry in [entry for entry in policy if entry not in known]:
             policy.remove(entry)
         for entry in published:
-            if entry.scope.budget is not None:
-                entry.place = Place.EXEMPT
-            elif entry in policy:
+            if entry in policy:
                 entry.place = Place.HELD
             elif entry.place is Place.SHARED and self.shares_tail(entry) and not self._is_last_sharer(entry):
                 self._park(entry)

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from operator import add
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ..device.streams import Ticks
+from ..device.streams import NO_TICKS, Ticks
 from ..errors import shown
 from .ledger import Ledger
-from .records import Account, Entry, Place, Scope
+from .records import Account, Entry, Hold, Place, Scope
 from .tables import MOST, Tables, Uses
 
-__all__ = ["IntegrityReport", "Problem", "Recount", "RepairReport", "compare", "rebuild", "recount_of"]
+__all__ = [
+    "IntegrityReport",
+    "Problem",
+    "Recount",
+    "RepairReport",
+    "compare",
+    "compare_accounts",
+    "index_problems",
+    "rebuild",
+    "rebuild_search",
+    "recount_of",
+    "scopes_of",
+    "slots_of_entries",
+    "summed",
+]
+
+
+R = TypeVar("R", "IntegrityReport", "RepairReport")
 
 
 class IntegrityReport(NamedTuple):
@@ -33,6 +51,11 @@ class RepairReport(NamedTuple):
     slots: int
     entries: int
     pending_writes: int
+
+
+def summed(first: R, second: R) -> R:
+    """What two reports say together."""
+    return type(first)(*map(add, first, second))
 
 
 class Problem(NamedTuple):
@@ -63,12 +86,12 @@ class Recount(NamedTuple):
         return self.held[entry] + self.indexed[entry]
 
 
-def recount_of(ledger: Ledger, accounts: Sequence[Account]) -> Recount:
-    """Count what the indexes and the holds name. All locks held."""
-    published: dict[Account, list[Entry]] = {}
-    for account in accounts:
-        scopes = account.all_scopes()
-        published[account] = [entry for scope in scopes for part in scope.entries for entry in part.values()]
+def recount_of(ledger: Ledger, scopes: dict[Account, list[Scope]]) -> Recount:
+    """Count what the indexes of some scopes, and the holds, name. All locks held."""
+    published = {
+        account: [entry for scope in of_account for part in scope.entries for entry in part.values()]
+        for account, of_account in scopes.items()
+    }
     indexed = Counter(entry for entries in published.values() for entry in entries)
     held: Counter[Entry] = Counter()
     pinned: Counter[Entry] = Counter()
@@ -77,6 +100,11 @@ def recount_of(ledger: Ledger, accounts: Sequence[Account]) -> Recount:
         if hold.pinning:
             pinned.update(hold.entries)
     return Recount(published, indexed, held, pinned)
+
+
+def scopes_of(accounts: Sequence[Account]) -> dict[Account, list[Scope]]:
+    """Those of pools, without their searches'. Mutex held."""
+    return {account: list(account.scopes.values()) for account in accounts}
 
 
 class _Named(NamedTuple):
@@ -107,26 +135,45 @@ def _named_by(ledger: Ledger, entries: list[Entry]) -> _Named:
         of_row = ledger.tables.pages_of(row)
         content.update(of_row)
         pages.update(page for page, _ in of_row)
-    slots = np.zeros(ledger.slots.num_slots + 1, dtype=np.int32)
+    slots = np.zeros(ledger.num_slots + 1, dtype=np.int32)
     for page, of_page in content.items():
         np.add.at(slots, of_page, min(pages[page], MOST))
     slots[0] = 0
     return _Named(dict(pages), slots)
 
 
-def compare(ledger: Ledger, recount: Recount) -> tuple[list[Problem], IntegrityReport]:
-    """What contradicts a recount, and what it counted. All locks held."""
+def compare(
+    ledger: Ledger, recount: Recount, foreign: npt.NDArray[np.bool_] | None = None
+) -> tuple[list[Problem], IntegrityReport]:
+    """What contradicts a recount, and what it counted. All locks held.
+
+    Args:
+        foreign: slots of the storage's that a search names, too.
+    """
     alive = recount.alive()
     named = _named_by(ledger, alive)
-    problems = [Problem(text) for text in ledger.slots.problems(named.slots > 0)]
+    own = named.slots > 0 if foreign is None else (named.slots > 0) & ~foreign
+    problems = [Problem(text) for text in ledger.slots.problems(own)]
     differs = named.differs(ledger.tables)
     if differs is not None:
         problems.append(Problem(differs))
     problems += _entry_problems(ledger, recount, alive)
-    for account, entries in recount.published.items():
-        problems += _account_problems(ledger, account, entries)
-    report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(named.slots)), len(ledger.holds))
+    report = IntegrityReport(len(alive), ledger.slots.free_count, int(np.count_nonzero(own)), len(ledger.holds))
     return problems, report
+
+
+def slots_of_entries(ledger: Ledger, entries: list[Entry]) -> npt.NDArray[np.bool_]:
+    """Of each slot, whether one of these names it. Mutex held."""
+    return _named_by(ledger, entries).slots > 0
+
+
+def compare_accounts(ledger: Ledger, recount: Recount) -> list[Problem]:
+    """What contradicts a recount in the accounts of pools. All locks held."""
+    return [
+        problem
+        for account, entries in recount.published.items()
+        for problem in _account_problems(ledger, account, entries)
+    ]
 
 
 def _entry_problems(ledger: Ledger, recount: Recount, alive: list[Entry]) -> list[Problem]:
@@ -147,15 +194,14 @@ def _entry_problems(ledger: Ledger, recount: Recount, alive: list[Entry]) -> lis
 
 def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) -> list[Problem]:
     """What contradicts a recount of one account. All locks held."""
-    own = [entry for entry in published if entry.scope.budget is None]
     found: list[Problem] = []
-    named = _named_by(ledger, own)
+    named = _named_by(ledger, published)
 
     def note(text: str, entry: Entry | None = None) -> None:
         found.append(Problem(text, entry))
 
-    if account.entries != len(own):
-        note(f"{account.name} counts {account.entries} entries, {len(own)} are in its index")
+    if account.entries != len(published):
+        note(f"{account.name} counts {account.entries} entries, {len(published)} are in its index")
     differs = named.differs(account.uses)
     if differs is not None:
         note(f"{account.name}: {differs}")
@@ -175,73 +221,111 @@ def _account_problems(ledger: Ledger, account: Account, published: list[Entry]) 
             note("is set aside as pinned, and no handle pins it", entry)
         if entry.place is Place.SHARED and not ledger.candidates.shares_tail(entry):
             note("is set aside as shared, and shares nothing", entry)
-    if not held <= set(own):
+    if not held <= set(published):
         note(f"the policy of {account.name} holds entries that are not in its index")
-    for search in account.searches:
-        entries = [entry for entry in published if entry.scope is search.scope]
-        if search.budget.entries != len(entries):
-            note(f"{search.scope.name} counts {search.budget.entries} entries, {len(entries)} are stored")
-    budgets = [search.budget for search in account.searches]
-    reserved = (sum(budget.max_entries for budget in budgets), sum(budget.size for budget in budgets))
+    reserved = _reserved_by(account)
     if (account.reserved_entries, account.reserved_slots) != reserved:
         note(
             f"{account.name} counts {account.reserved_entries} entries and {account.reserved_slots} slots as reserved, "
             f"its searches {reserved}"
         )
-    for scope in account.all_scopes():
+    return found + index_problems(account.scopes.values())
+
+
+def index_problems(scopes: Iterable[Scope]) -> list[Problem]:
+    """Entries that are not where they belong. Shards held."""
+    found: list[Problem] = []
+    for scope in scopes:
         for number, part in enumerate(scope.entries):
-            for entry in part.misplaced():
-                note("is in the index under another key's hash", entry)
-            for entry in part.values():
-                if entry.scope is not scope or scope.part_of(entry.key_hash) != number:
-                    note("is in the index of another scope or shard", entry)
+            found += [Problem("is in the index under another key's hash", entry) for entry in part.misplaced()]
+            found += [
+                Problem("is in the index of another scope or shard", entry)
+                for entry in part.values()
+                if entry.scope is not scope or scope.part_of(entry.key_hash) != number
+            ]
     return found
 
 
-def rebuild(ledger: Ledger, accounts: Sequence[Account], used: Ticks, kept: list[object]) -> RepairReport:
-    """Set every count as a recount finds it, and free the rest, which `used` has to be waited for. All locks held.
+def rebuild(
+    ledger: Ledger,
+    accounts: Sequence[Account],
+    used: Ticks,
+    taken: npt.NDArray[np.bool_],
+    kept: list[object],
+) -> RepairReport:
+    """Set every count of a storage as a recount finds it, and free the rest. All locks held.
 
-    What the caller has to keep until it has let go of them joins `kept`.
+    Args:
+        used: what the writers of free slots have to wait for.
+        taken: slots that open searches have.
+        kept: what the caller has to keep until it has let go of the locks joins it.
     """
-    kept += ledger.holds
     for account in accounts:
         kept += account.policy
-    for hold in list(ledger.holds):
-        hold.users = 0
-        if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
-            ledger.holds.discard(hold)  # an operation, or a finaliser, was cut off before it could let go
-            hold.released = True
+    end_cut_off(ledger, kept)
     for account in accounts:
-        for search in list(account.searches):
-            if search.roots_hold.released or search.ended is not None:
-                kept += search.end_cut_off()
-                kept += search.scope.entries[0].values()
-                search.scope.entries[0].clear()  # an entry and its scope name each other
-        for scope in account.all_scopes():
-            _drop_nameless(scope, kept)
-    recount = recount_of(ledger, accounts)
-    entries = pending = 0
+        for scope in account.scopes.values():
+            drop_nameless(scope, kept)
+    recount = recount_of(ledger, scopes_of(accounts))
+    pending = 0
     for account, published in recount.published.items():
         pending += account.pending_entries
-        _repair_account(ledger, account, published)
+        _repair_account(account, published)
     alive = recount.alive()
-    for entry in alive:
-        entries += entry.refs != recount.references(entry)
-        entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
-        if not recount.indexed[entry]:
-            entry.place = Place.NONE
-    budgets = [search.budget for account in accounts for search in account.searches]
-    ledger.slots.keep_reservations(budgets)
-    ledger.promoting = {budget for budget in budgets if budget.promoted_to}
+    entries = count_anew(recount, alive)
     ledger.tables.keep(sorted({entry.row for entry in alive}))
-    slots = ledger.slots.rebuild(_named_by(ledger, alive).slots > 0, used)
+    has = ~taken
+    has[0] = False
+    slots = ledger.slots.rebuild(has, _named_by(ledger, alive).slots > 0, used)
     ledger.candidates.forget_parked()
     for account, published in recount.published.items():
         ledger.candidates.arrange(account, published)
     return RepairReport(slots, entries, pending)
 
 
-def _drop_nameless(scope: Scope, kept: list[object]) -> None:
+def rebuild_search(
+    ledger: Ledger, scope: Scope, stand_ins: Hold, kept: list[object]
+) -> tuple[RepairReport, npt.NDArray[np.bool_]]:
+    """As `rebuild`, of a search's books, which have no free slot then. All locks held.
+
+    Args:
+        stand_ins: of its roots, whose slots are not its own.
+
+    Returns also which slots are its own.
+    """
+    end_cut_off(ledger, kept, stand_ins)
+    drop_nameless(scope, kept)
+    recount = recount_of(ledger, {scope.account: [scope]})
+    alive = recount.alive()
+    entries = count_anew(recount, alive)
+    ledger.tables.keep(sorted({entry.row for entry in alive}))
+    own = slots_of_entries(ledger, alive) & ~slots_of_entries(ledger, stand_ins.entries)
+    ledger.slots.rebuild(own, own, NO_TICKS)
+    pending, ledger.grants, ledger.borrowed = ledger.grants, 0, 0
+    return RepairReport(0, entries, pending), own
+
+
+def end_cut_off(ledger: Ledger, kept: list[object], *but: Hold) -> None:
+    """Release the holds of operations, and of finalisers, that were cut off before they could. Mutex held."""
+    kept += ledger.holds
+    for hold in ledger.holds.difference(but):
+        hold.users = 0
+        if hold.released or hold.what in ("read", "commit") or hold.is_orphan:
+            ledger.holds.discard(hold)
+            hold.released = True
+
+
+def count_anew(recount: Recount, alive: list[Entry]) -> int:
+    """Set the references of entries as they were counted; returns how many had others. Mutex held."""
+    wrong = sum([entry.refs != recount.references(entry) for entry in alive])
+    for entry in alive:
+        entry.refs, entry.pins = recount.references(entry), recount.pinned[entry]
+        if not recount.indexed[entry]:
+            entry.place = Place.NONE
+    return wrong
+
+
+def drop_nameless(scope: Scope, kept: list[object]) -> None:
     """Take out entries that were cut off before they were given slots, and cells that were cut off before that."""
     for part in scope.entries:
         part.drop_empty()
@@ -250,13 +334,15 @@ def _drop_nameless(scope: Scope, kept: list[object]) -> None:
             part.remove(entry)
 
 
-def _repair_account(ledger: Ledger, account: Account, published: list[Entry]) -> None:
+def _repair_account(account: Account, published: list[Entry]) -> None:
     account.pending_entries = account.pending_slots = 0
     account.turns.clear()
-    own = [entry for entry in published if entry.scope.budget is None]
-    account.uses.keep([entry.row for entry in own])
-    account.entries = len(own)
-    for search in account.searches:
-        search.budget.entries = sum(entry.scope is search.scope for entry in published)
-    account.reserved_entries = sum(search.budget.max_entries for search in account.searches)
-    account.reserved_slots = sum(search.budget.size for search in account.searches)
+    account.uses.keep([entry.row for entry in published])
+    account.entries = len(published)
+    account.reserved_entries, account.reserved_slots = _reserved_by(account)
+
+
+def _reserved_by(account: Account) -> tuple[int, int]:
+    """Entries and slots that open searches have set aside."""
+    budgets = account.budgets
+    return sum(budget.max_entries for budget in budgets), sum(budget.max_slots for budget in budgets)

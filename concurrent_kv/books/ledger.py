@@ -1,4 +1,7 @@
-"""`Ledger`: who holds what. Slots, slot tables, reference counts, handles and waiters, all under the one mutex.
+"""`Ledger`: who holds what. Slots, slot tables, reference counts, handles and waiters, all under one mutex.
+
+A storage has a ledger, and each open search has one of its own, of what it has reserved; the two are locked in the
+order of search, then storage.
 
 Methods that say "mutex held" are called inside `with ledger.mutex`; the others take it themselves. What dies under the
 mutex is returned to the caller, so that side data and keys are finalised outside of it.
@@ -22,21 +25,32 @@ from ..locks.gate import gate
 from ..locks.signal import Signal
 from .candidates import Candidates
 from .entries import let_go, retain
-from .records import Budget, Entry, Hold
+from .records import Entry, Hold
 from .slots import SlotAllocator
-from .tables import new_tables, weights_of
+from .tables import Tables, new_tables
 
 __all__ = ["Ledger", "wake"]
 
+SPARE_TABLES = 4  # of searches that have ended
+
 
 class Ledger:
-    """The books of one storage.
+    """The books of one storage, or of one search.
 
     Args:
-        num_slots: usable slots.
+        num_slots: usable slots of the storage, numbered from 1.
         window: tokens of the longest entry.
         lock_factory, event_factory: make the mutex and the waiters' events; a scheduler may pass its own.
+        storage: of a search, the ledger of its storage. It has none of the slots at first.
+
+    Attributes:
+        borrowed: of the slots of a search, how many it gives back as soon as they are free.
+        grants: of a search, its writes under way.
+        when_idle: of a search that has ended, what is done, once, when it has no hold and no grant any more; returns
+            what died of it. Under the mutex.
     """
+
+    when_idle: Callable[[], list[Entry]] | None = None
 
     def __init__(
         self,
@@ -45,17 +59,48 @@ class Ledger:
         *,
         lock_factory: Callable[[], Any] = threading.Lock,
         event_factory: Callable[[], Any] = Signal,
+        storage: Ledger | None = None,
     ) -> None:
         self.mutex = lock_factory()
-        self.slots = SlotAllocator(num_slots)
-        self.tables = new_tables(num_slots, window)
+        self.num_slots = num_slots
+        self.window = window
+        self.slots = SlotAllocator(num_slots if storage is None else 0)
+        self.tables = new_tables(num_slots, window) if storage is None else storage.tables_of_search()
         self.candidates = Candidates(self.tables)
         self.holds: set[Hold] = set()
-        self.promoting: set[Budget] = set()  # of open searches that have promoted an entry
         self.waiters: list[Any] = []  # events of the threads that wait for room
+        self.storage = storage
+        self._spare_tables: list[Tables] = []
+        self.borrowed = self.grants = 0
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
-        self.abandoned: deque[Callable[[Deadline], object]] = deque()
-        self._event_factory = event_factory
+        self.abandoned: deque[Callable[[Deadline], object]] = deque() if storage is None else storage.abandoned
+        self._lock_factory, self._event_factory = lock_factory, event_factory
+
+    def tables_of_search(self) -> Tables:
+        """Empty tables: those of a search that has ended, whose memory is warm, or others."""
+        try:
+            return self._spare_tables.pop()
+        except IndexError:
+            return new_tables(self.num_slots, self.window)
+
+    def keep_tables(self, tables: Tables) -> None:
+        """Have tables for a later search of which no thread uses a row any more, but for row 0.
+
+        The mutex of their search's ledger held.
+        """
+        if len(self._spare_tables) < SPARE_TABLES and not self.abandoned:  # which may have work with these
+            tables.keep([])
+            self._spare_tables.append(tables)
+
+    def of_search(self) -> Ledger:
+        """One for a search over this storage."""
+        return Ledger(
+            self.num_slots,
+            self.window,
+            lock_factory=self._lock_factory,
+            event_factory=self._event_factory,
+            storage=self,
+        )
 
     def mutex_for_numbers(self) -> AbstractContextManager[object]:
         """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""
@@ -87,15 +132,12 @@ class Ledger:
         All of it, or nothing where it raises; what cuts in from outside, perhaps after the effect, is for repair.
         """
         dead, rows, used = let_go(entries)
-        discharge: Callable[[], None] | None = None
         if dead:
             try:
                 ticks: Ticks = NO_TICKS
                 for of_one in used:
                     ticks = merge(ticks, of_one)
                 parted = self.candidates.beside(rows) if self.candidates.shared else ()
-                if self.promoting:
-                    discharge = partial(self._discharge, self._by_promoting(dead, rows))
                 unnamed, others_left = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
@@ -108,11 +150,6 @@ class Ledger:
                 release()
             except Exception:  # no memory, no frames: they are free a little later
                 self.abandoned.append(partial(self.again, [release]))
-            if discharge is not None:
-                try:
-                    discharge()
-                except Exception:  # as above
-                    self.abandoned.append(partial(self.again, [discharge]))
             if parted:
                 try:
                     self.candidates.return_unshared(parted)
@@ -120,26 +157,90 @@ class Ledger:
                     self.abandoned.append(partial(self.again, [self.candidates.return_all]))
         return dead
 
-    def _by_promoting(self, dead: list[Entry], rows: list[int]) -> list[tuple[Budget, SlotArray]]:
-        """The slots of dead entries of searches that have promoted some, each once for each search. Mutex held."""
-        of_each: dict[Budget, list[SlotArray]] = {}
-        for entry, row in zip(dead, rows, strict=True):
-            budget = entry.scope.budget
-            if budget is not None and budget in self.promoting:
-                of_each.setdefault(budget, []).append(np.frombuffer(self.tables.slots_of(row), dtype=np.int64))
-        return [(budget, np.unique(np.concatenate(slots))) for budget, slots in of_each.items()]
-
-    def _discharge(self, of_each: list[tuple[Budget, SlotArray]]) -> None:
-        """What only init pools name now is paid for by them; the search can use its room again. Mutex held."""
-        while of_each:
-            budget, slots = of_each[-1]
-            weights = weights_of(self.tables, slots)
-            elsewhere = sum([weights_of(account.uses, slots) for account in budget.promoted_to])
-            self.slots.discharge(budget, slots[(weights > 0) & (weights == elsewhere)])
-            del of_each[-1]
+    def leave(self, rows: list[int]) -> None:
+        """Take rows back that were just made, whose slots are another's; at once or, at worst, later. Mutex held."""
+        try:
+            self.tables.leave(rows)
+        except Exception:  # no memory, no frames
+            self.abandoned.append(partial(self.again, [partial(self.tables.leave, rows)]))
 
     def _release(self, slots: SlotArray | bytearray, ticks: Ticks, others_left: bool) -> None:
+        """Mutex held."""
         self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
+        if self.borrowed:
+            pay_back = self.pay_back
+            try:
+                pay_back()
+            except Exception:  # no memory, no frames: the storage gets them a little later
+                self.abandoned.append(partial(self.again, [pay_back]))
+
+    def give_back(self, slots: Slots, ticks: Ticks) -> None:
+        """Free slots that no entry came to name; all of them, or none where it raises. Mutex held."""
+        self.slots.give_back(slots, ticks)
+        if self.borrowed:
+            pay_back = self.pay_back
+            try:
+                pay_back()
+            except Exception:  # no memory, no frames: the storage gets them a little later
+                self.abandoned.append(partial(self.again, [pay_back]))
+
+    @property
+    def left(self) -> int:
+        """Free slots, less those that are borrowed: below 0 while handles keep what was replaced beyond its budget."""
+        return self.slots.free_count - self.borrowed
+
+    # Of a search ---------------------------------------------------------------------------------------------------
+
+    def borrow(self, count: int) -> bool:
+        """Have slots of the storage beyond what was reserved, until as many are free; False if it lacks them.
+
+        Mutex held.
+        """
+        storage = self.storage
+        assert storage is not None
+        with gate.lock, storage.mutex:
+            runs = storage.slots.part(count)
+        if runs is None:
+            return False
+        # First: what is cut off after this is for repair.
+        self.borrowed += count
+        add = partial(self.slots.add, runs)
+        try:
+            add()
+        except Exception:  # no memory, no frames: they are there a little later
+            self.abandoned.append(partial(self.again, [add]))
+        return True
+
+    def pay_back(self) -> None:
+        """Give borrowed slots back to the storage, as far as some are free. Mutex held.
+
+        Who waits for room there is woken with the next of `take_waiters`.
+        """
+        storage, count = self.storage, min(self.borrowed, self.slots.free_count)
+        runs = self.slots.part(count) if count else None
+        if not runs:
+            return
+        assert storage is not None
+        # First: what is cut off after this is for repair.
+        self.borrowed -= count
+        add = partial(storage.slots.add, runs)
+        with gate.lock, storage.mutex:
+            try:
+                add()
+            except Exception:  # as in `borrow`
+                self.abandoned.append(partial(storage.again, [add]))
+            waiters, storage.waiters = storage.waiters, []
+            self.waiters += waiters
+
+    def look_idle(self) -> list[Entry]:
+        """What a search that has ended still has goes with its last hold and grant; returns the dead. Mutex held."""
+        if self.when_idle is None or self.holds or self.grants:
+            return []
+        try:
+            return self.when_idle()
+        except Exception:  # no memory, no frames
+            self.abandoned.append(partial(self.again, [self.look_idle]))
+            return []
 
     def again(self, once: list[Callable[[], object] | None], deadline: Deadline) -> None:
         """Do what failed under the mutex for want of memory or of frames, in the form that `abandoned` takes.
@@ -202,11 +303,12 @@ class Ledger:
         try:
             self.holds.discard(hold)
             hold.entries = []
-            return self._unhold(hold, entries) if hold.pinning else self.let_go(entries)
+            dead = self._unhold(hold, entries) if hold.pinning else self.let_go(entries)
         except Exception:
             hold.entries = entries
             self.holds.add(hold)
             raise
+        return dead if self.when_idle is None else dead + self.look_idle()
 
     def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Drop a hold's reference of each; all of them, or none where it raises. Mutex held."""
@@ -227,7 +329,7 @@ class Ledger:
 
     def stir(self) -> None:
         """Have every thread that waits for room look again. For finalisers: takes no lock."""
-        for waiter in tuple(self.waiters):
+        for waiter in tuple(self.waiters if self.storage is None else self.storage.waiters):
             waiter.set()
 
     def release(self, hold: Hold) -> bool:

@@ -15,19 +15,20 @@ An entry's life: made (in flight, unknown to anyone), published (its scope's ind
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
+from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
 from ..errors import CapacityError, ClosedError, SearchEndedError
-from ..locks.deadline import Deadline
 from ..locks.numbers import Numbers
 from ..never_copied import NeverCopied
 from .eviction import EvictionPolicy
 from .index import Index
 from .size_arguments import SizeArguments
-from .slots import Reservation
 from .stats import Counters
 from .tables import Tables, Uses, new_uses
 from .turns import Turns
@@ -35,7 +36,7 @@ from .turns import Turns
 if TYPE_CHECKING:
     from ..device.positions import Correction
 
-__all__ = ["Account", "Budget", "Entry", "Generation", "Hold", "OpenSearch", "Place", "Scope", "sorted_shards"]
+__all__ = ["Account", "Budget", "Entry", "Generation", "Grant", "Hold", "Place", "Scope", "sorted_shards"]
 
 
 class Generation(NamedTuple):
@@ -207,33 +208,12 @@ def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
     return tuple(sorted({scope.shards[part] for scope, part in located}))
 
 
-class OpenSearch(Protocol):
-    """What the books know of an open search."""
-
-    scope: Scope
-    budget: Budget
-    roots_hold: Hold
-
-    @property
-    def ended(self) -> str | None:
-        """Why it has ended, or is about to be ended; None while it is open."""
-
-    def end(self, reason: str, deadline: Deadline) -> None:
-        """Release everything that it holds."""
-
-    def end_cut_off(self) -> list[Entry]:
-        """Note the end of a search that no thread will end any more. All locks held.
-
-        Returns what its end had taken out of the index.
-        """
-
-
 class Account:
     """Who pays for room: the entries and slots of one pool, its candidates for eviction, its counters, and its scopes.
 
     It counts what is stored, about to be stored (pending), and reserved by searches. A slot that several entries of the
     pool share counts once. Entries of searches do not count here: their search reserved room for them when it opened.
-    Under the mutex, but for `closed`, which is read without it.
+    Under the storage's mutex, but for `closed`, which is read without it.
 
     Args:
         tables: where the slots of its entries are listed.
@@ -241,7 +221,8 @@ class Account:
     Attributes:
         arguments: what its size was given by.
         uses: of its entries' rows.
-        searches: the open ones, whose budgets are set aside of it.
+        budgets: of open searches, set aside of it.
+        guests: budgets of open searches that have adopted roots of it.
         scopes: by name, without those of searches.
     """
 
@@ -268,12 +249,27 @@ class Account:
         self.policy = policy
         self.counters = Counters()
         self.closed = False
-        self.searches: set[OpenSearch] = set()
+        self.budgets: set[Budget] = set()
+        self.guests: set[Budget] = set()
         self.scopes: dict[Hashable, Scope] = {}
 
-    def all_scopes(self) -> list[Scope]:
-        """Those of searches too. Mutex held."""
-        return [*self.scopes.values(), *(search.scope for search in self.searches)]
+    def count(self) -> Counters:
+        """What it has counted, and open searches for it. Mutex held; the searches' numbers are read without theirs."""
+        counted = copy(self.counters)
+        self._add_searches(counted, 1)
+        return counted
+
+    def count_from_zero(self) -> None:
+        """Start counting anew. What open searches have counted is taken off, and so stays theirs. Mutex held."""
+        counters = type(self.counters)()
+        self._add_searches(counters, -1)
+        self.counters = counters
+
+    def _add_searches(self, counters: Counters, times: int) -> None:
+        for budget in self.budgets.copy():  # in one call: where a finaliser asks, no lock is held
+            counters.add(budget.counters, times)
+        for budget in self.guests.copy():
+            counters.hit_count += times * budget.root_hits.get(self, 0)
 
     @property
     def slots(self) -> int:
@@ -317,29 +313,54 @@ class Account:
         return f"<Account {self.name!r}>"
 
 
-class Budget(Reservation):
-    """A search's own account, a child of its pool's: what it has set aside of that, and of the storage's slots.
+class Budget:
+    """A search's own account, a child of its pool's: what it has set aside of that, and what it counts.
 
-    Under the mutex, but for `ended`, which is read without it.
+    Under the search's mutex, but for `ended`, which is read without it and written under the storage's, and for the two
+    limits, which are part of the parent's reserved numbers and written under both.
 
     Attributes:
-        promoted_to: accounts of init pools that may pay for its slots too.
+        max_entries, max_slots: what is set aside.
+        entries: stored, or about to be.
+        counters: what it adds to the parent's until it ends.
+        root_hits: how often it found roots that it had adopted, of each init pool's account.
         ended: why the search is over; nothing can be taken from its budget then.
     """
 
-    def __init__(self, parent: Account, max_entries: int) -> None:
-        super().__init__()
+    def __init__(self, parent: Account, max_entries: int, max_slots: int) -> None:
         self.parent = parent
         self.max_entries = max_entries
+        self.max_slots = max_slots
         self.entries = 0
-        self.promoted_to: set[Account] = set()
         self.ended: str | None = None
+        self.counters = type(parent.counters)()
+        self.root_hits: dict[Account, int] = {}
 
-    def missing(self, entries: int, slots: int) -> tuple[int, int]:
-        """Entries and slots by which a request exceeds what is left."""
-        entries += self.entries - self.max_entries
-        slots -= self.left
-        return (entries if entries > 0 else 0, slots if slots > 0 else 0)
+    def visit(self, roots: list[Entry]) -> None:
+        """Note that roots are adopted; the policies of their accounts hear of the hits. The storage's mutex held."""
+        for root in roots:
+            account = root.scope.account
+            account.guests.add(self)
+            if root.place is Place.HELD and account.policy.observes_hits:
+                account.policy.touch(root)
+
+    def count_roots(self, roots: list[Entry]) -> None:
+        """Note hits of adopted roots."""
+        for entry in roots:
+            account = entry.scope.account
+            self.root_hits[account] = self.root_hits.get(account, 0) + 1
+
+
+@dataclass
+class Grant:
+    """What a write in flight has taken; given back whole if it fails."""
+
+    entries: int  # pending in the quota (or the budget)
+    slots: int
+    taken: Slots
+    ticks: Ticks
+    borrowed: int = 0  # of `taken`, beyond what the search had left: what is replaced makes up for them
+    spent: bool = False  # published: an exception after that must not give the slots back
 
 
 class Hold:

@@ -25,6 +25,14 @@ class Counters:
     clear_count: int = 0
     stale_write_count: int = 0
 
+    def add(self, other: Counters, times: int = 1) -> None:
+        """Count what another has counted, too, so many times."""
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+
+
+COUNTS = tuple([each.name for each in fields(Counters)])
+
 
 class NoCounters(Counters):
     """Counters of a pool without statistics: every count stays 0."""
@@ -45,7 +53,7 @@ class PoolStats:
         entries, max_entries: entries stored now (those of open searches included), and the quota.
         slots_in_use, max_slots: slots of the pool's own entries and of its open searches, and the quota.
         bytes_in_use, max_bytes: the same in bytes.
-        shared_slots: slots of the storage that two or more entries name.
+        shared_slots: slots that two or more entries of the storage, or of one of its open searches, name.
         reserved_entries, reserved_slots: set aside by open searches.
         lock_wait_count, lock_wait_seconds: how often, and how long in all, a lock shard had to be waited for
             (of the whole storage).

@@ -26,7 +26,18 @@ import numpy.typing as npt
 from ..device.slot_numbers import SlotArray, Slots, as_array
 from ..native import native
 
-__all__ = ["MOST", "Tables", "Uses", "in_columns", "new_tables", "new_uses", "weights_of"]
+__all__ = [
+    "MOST",
+    "Tables",
+    "Uses",
+    "copied_rows",
+    "in_columns",
+    "named_slots",
+    "new_tables",
+    "new_uses",
+    "slots_of_row",
+    "weights_of",
+]
 
 PAGE = 32  # slots, in windows that are longer than
 LONGEST_PAGE = 64  # those in which a row is one page
@@ -93,6 +104,9 @@ class Tables(Protocol):
     def slots_of(self, row: int) -> Any:
         """int64 slots of a row, the oldest token first."""
 
+    def slots_of_all(self, rows: list[int]) -> Any:
+        """int64 slots of some rows, one after the other."""
+
     def pages_of(self, row: int) -> list[tuple[int, list[int]]]:
         """The pages of a row, each with its slots. For checks."""
 
@@ -134,6 +148,25 @@ def in_columns(tables: Tables, rows: list[int], end: int, columns: int) -> SlotA
 def weights_of(counts: Tables | Uses, slots: Slots) -> npt.NDArray[np.int32]:
     """As `Uses.weights`, as an array."""
     return np.frombuffer(counts.weights(slots), dtype=np.int32)
+
+
+def slots_of_row(tables: Tables, row: int) -> SlotArray:
+    """As `Tables.slots_of`, as an array."""
+    return np.frombuffer(tables.slots_of(row), dtype=np.int64)
+
+
+def named_slots(tables: Tables) -> SlotArray:
+    """Every slot that a row names."""
+    _, slots = tables.counted()
+    return np.flatnonzero(np.frombuffer(slots, dtype=np.int32)).astype(np.int64)
+
+
+def copied_rows(tables: Tables, other: Tables, rows: list[int], lengths: list[int]) -> tuple[list[int], list[int]]:
+    """Make rows with the slots of some rows of `other`, which share no page; returns them and their last slots."""
+    slots = np.frombuffer(other.slots_of_all(rows), dtype=np.int64)
+    positions = np.frombuffer(other.positions(slots), dtype=np.int32).astype(np.int64)
+    none = [0] * len(rows)
+    return tables.enter(none, none, lengths, slots, positions)
 
 
 class _Counts:
@@ -382,6 +415,9 @@ class _PythonTables:
 
     def slots_of(self, row: int) -> SlotArray:
         return self._tokens(row, 0, self._length[row])
+
+    def slots_of_all(self, rows: list[int]) -> SlotArray:
+        return np.concatenate([np.empty(0, dtype=np.int64), *map(self.slots_of, rows)])
 
     def pages_of(self, row: int) -> list[tuple[int, list[int]]]:
         pages = self._pages[row] if self._length[row] else []

@@ -1,4 +1,4 @@
-/* `Tables` and `Uses`: which slots each row names, in pages that rows share, and how many name a slot. `mark`.
+/* `Tables` and `Uses`: which slots each row names, in pages that rows share, and how many name a slot. `in_runs`.
  * Their counterparts are in `books/tables.py`, which says what each method does.
  */
 
@@ -522,6 +522,26 @@ static PyObject *tables_slots_of(Tables *tables, PyObject *number)
     return result;
 }
 
+/* slots_of_all(rows) -> int64: those of each row, one row after the other */
+static PyObject *tables_slots_of_all(Tables *tables, PyObject *list)
+{
+    Py_ssize_t number, total = 0;
+    PyObject *result = NULL;
+    Py_BEGIN_CRITICAL_SECTION(tables);
+    int64_t *rows = rows_of(list, tables->row_count, &number);
+    for (Py_ssize_t i = 0; rows != NULL && i < number; i++)
+        total += tables->rows[rows[i]].length;
+    if (rows != NULL)
+        result = PyByteArray_FromStringAndSize(NULL, total * (Py_ssize_t)sizeof(int64_t));
+    int64_t *next = result == NULL ? NULL : (int64_t *)PyByteArray_AS_STRING(result);
+    for (Py_ssize_t i = 0; result != NULL && i < number; i++)
+        for (Py_ssize_t token = 0; token < tables->rows[rows[i]].length; token++)
+            *next++ = token_of(tables, tables->rows + rows[i], token);
+    PyMem_Free(rows);
+    Py_END_CRITICAL_SECTION();
+    return result;
+}
+
 /* pages_of(row) -> [page], each with its slots: for checks */
 static PyObject *tables_pages_of(Tables *tables, PyObject *number)
 {
@@ -604,6 +624,22 @@ static PyObject *tables_counted(Tables *tables, PyObject *nothing)
     return bytes_of_counts(&tables->counts, tables->num_slots);
 }
 
+/* Set every count to 0: of the slots in pages that are counted, or of all where that is less. */
+static void count_none(Counts *counts, const Tables *tables)
+{
+    Py_ssize_t used = 0, width = tables->width;
+    for (Py_ssize_t page = 0; page < counts->page_count; page++)
+        used += counts->pages[page] != 0;
+    if (used * width < tables->num_slots)
+        for (Py_ssize_t page = 0; page < counts->page_count; page++)
+            for (Py_ssize_t i = 0; counts->pages[page] != 0 && i < width; i++)
+                counts->slots[tables->slots[page * width + i]] = 0;
+    else
+        memset(counts->slots, 0, (tables->num_slots + 1) * sizeof(int32_t));
+    memset(counts->pages, 0, counts->page_count * sizeof(int32_t));
+    counts->used = counts->shared = 0;
+}
+
 /* keep(rows): free all others, and count anew */
 static PyObject *tables_keep(Tables *tables, PyObject *list)
 {
@@ -617,9 +653,7 @@ static PyObject *tables_keep(Tables *tables, PyObject *list)
     for (Py_ssize_t i = 0; i < number; i++)
         is_kept[rows[i]] = 1;
     Counts *counts = &tables->counts;
-    memset(counts->pages, 0, counts->page_count * sizeof(int32_t));
-    memset(counts->slots, 0, (tables->num_slots + 1) * sizeof(int32_t));
-    counts->used = counts->shared = 0;
+    count_none(counts, tables);
     tables->free_row_count = tables->free_page_count = 0;
     for (Py_ssize_t row = tables->row_count - 1; row > 0; row--) {
         int64_t one = row;
@@ -651,6 +685,7 @@ static PyObject *tables_shared(Tables *tables, void *closure)
 static PyMethodDef tables_methods[] = {
     METHOD(tables, enter, METH_FASTCALL), METHOD(tables, leave, METH_O),
     METHOD(tables, columns, METH_FASTCALL), METHOD(tables, slots_of, METH_O),
+    METHOD(tables, slots_of_all, METH_O),
     METHOD(tables, pages_of, METH_O), METHOD(tables, named_elsewhere, METH_O),
     METHOD(tables, positions, METH_O), METHOD(tables, exclusive, METH_O),
     METHOD(tables, weights, METH_O), METHOD(tables, counted, METH_NOARGS),
@@ -804,28 +839,6 @@ static PyType_Spec uses_spec = {
     "concurrent_kv._native.Uses", sizeof(Uses), 0, Py_TPFLAGS_DEFAULT, uses_slots,
 };
 
-/* mark(array, slots, number): `array[slots] = number`, of an int32 array. */
-static PyObject *mark(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
-{
-    Py_ssize_t number;
-    Py_buffer array;
-    Slots slots;
-    if (!enough(count, 3) || !integers(arguments + 2, 1, &number) ||
-        !array_of(arguments[0], &array, 1, INT32, PyBUF_WRITABLE))
-        return NULL;
-    PyObject *result = NULL;
-    if (number != (int32_t)number)
-        PyErr_Format(PyExc_OverflowError, "number must be an int32, got %zd", number);
-    else if (slots_of(arguments[1], &slots, array.shape[0])) {
-        for (Py_ssize_t i = 0; i < slots.count; i++)
-            ((int32_t *)array.buf)[slot_of(&slots, i)] = (int32_t)number;
-        PyBuffer_Release(&slots.view);
-        result = Py_NewRef(Py_None);
-    }
-    PyBuffer_Release(&array);
-    return result;
-}
-
 /* The slots first to last as a range that joins `runs`. */
 static int add_run(PyObject *runs, int64_t first, int64_t last)
 {
@@ -887,50 +900,6 @@ static PyObject *in_runs(PyObject *module, PyObject *const *arguments, Py_ssize_
     }
     PyBuffer_Release(&slots.view);
     return result;
-}
-
-/* Who owns slots of this number, if anyone, and of how many, joins `owners`. */
-static int add_owner(PyObject *owners, PyObject *known, long number, Py_ssize_t slots)
-{
-    PyObject *key = PyLong_FromLong(number), *owner = key == NULL ? NULL : PyDict_GetItemWithError(known, key);
-    PyObject *pair = owner == NULL ? NULL : Py_BuildValue("On", owner, slots);
-    int added = pair == NULL ? !PyErr_Occurred() : PyList_Append(owners, pair) == 0;
-    Py_XDECREF(pair);
-    Py_XDECREF(key);
-    return added;
-}
-
-/* owners_of(array, slots, known) -> [(known[number], how many)] of each stretch of slots that have the same number in an
- * int32 array, where that is known.
- */
-static PyObject *owners_of(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
-{
-    Py_buffer array;
-    Slots slots;
-    if (!enough(count, 3))
-        return NULL;
-    if (!PyDict_Check(arguments[2])) {
-        PyErr_Format(PyExc_TypeError, "known must be a dict, got %s", Py_TYPE(arguments[2])->tp_name);
-        return NULL;
-    }
-    if (!array_of(arguments[0], &array, 1, INT32, 0))
-        return NULL;
-    PyObject *owners = NULL;
-    if (slots_of(arguments[1], &slots, array.shape[0])) {
-        const int32_t *numbers = array.buf;
-        owners = PyList_New(0);
-        for (Py_ssize_t i = 0, first = 0; owners != NULL && i < slots.count; i++) {
-            int32_t number = numbers[slot_of(&slots, i)];
-            if (i + 1 == slots.count || numbers[slot_of(&slots, i + 1)] != number) {
-                if (!add_owner(owners, arguments[2], number, i + 1 - first))
-                    Py_CLEAR(owners);
-                first = i + 1;
-            }
-        }
-        PyBuffer_Release(&slots.view);
-    }
-    PyBuffer_Release(&array);
-    return owners;
 }
 
 #endif

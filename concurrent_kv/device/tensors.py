@@ -6,10 +6,7 @@ memory it is one call of compiled code instead, where the package was built with
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from threading import get_ident
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,48 +16,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..errors import ClosedError
-from ..locks.gate import gate
 from ..native import address_of, native
+from .buffers import FreeBuffers
 from .layout import KVLayout
+from .modes import plain_torch_state
 from .moving import upload
 from .positions import Correction, PositionSteps, PositionTable
 from .slot_numbers import Slots, as_array
-from .streams import NO_TICKS, Ticks
 
-__all__ = ["Block", "SlotTensor", "plain_torch_state", "writing_to"]
+__all__ = ["Block", "SlotTensor"]
 
-MAX_BUFFER_SHAPES = 16  # batch shapes whose buffers are kept for reuse
-AS_IT_IS = nullcontext()
 LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
 UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
 
 Indices = npt.NDArray[np.int64]
-
-
-def plain_torch_state(written: Tensor | None = None) -> AbstractContextManager[None]:
-    """A context without gradients and without inference mode, whatever the caller's thread is in.
-
-    A tensor made under inference mode cannot be written to outside of it: whether a pool works must not depend on which
-    thread came first. Only where the caller's own tensor, `written`, was made that way is that mode entered.
-    """
-    inference = written is not None and written.is_inference()
-    if inference != torch.is_inference_mode_enabled():
-        return torch.inference_mode(inference) if inference else _normal_mode()
-    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
-
-
-def writing_to(buffer: Tensor) -> AbstractContextManager[None]:
-    """A context in which a caller's tensors can be copied into `buffer`, which joins no graph of theirs."""
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
-        return torch.inference_mode()
-    return torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS
-
-
-@contextmanager
-def _normal_mode() -> Iterator[None]:
-    # Leaving inference mode turns gradients on again.
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 DROPS_AT_ONCE = 4  # of which the differences are looked up together: each takes as much memory as the batch
@@ -112,14 +81,6 @@ def _add_steps(
     out[:, rows, :, columns] = tokens
 
 
-class FreeBuffer(NamedTuple):
-    """A buffer that waits for the next gather of its shape."""
-
-    data: Tensor
-    ticks: Ticks  # uses that the next one has to be ordered after
-    thread: int  # that gave it back
-
-
 class SlotTensor:
     """Slots for tokens, `[2 * layers, slots, heads, head_dim]`: all layers' keys, then all layers' values.
 
@@ -151,9 +112,7 @@ class SlotTensor:
         self._batch_shape = (shape[0], layout.num_heads, layout.head_dim)  # of a batch, without its rows and columns
         self._large_slots = -(-LARGE_BYTES // layout.bytes_per_token)
         self._heads: Indices = np.arange(layout.num_heads, dtype=np.int64)
-        # By batch and columns. Each list is popped from and appended to without the lock, which is for the dict.
-        self._buffers: dict[tuple[int, int], list[FreeBuffer]] = {}
-        self._buffers_lock = threading.Lock()
+        self.buffers = FreeBuffers(layout)
 
     def __getattr__(self, name: str) -> Any:
         if name == "data":
@@ -380,55 +339,8 @@ class SlotTensor:
     def _index(self, index: Indices) -> Tensor:
         return upload(index, self.layout.device)
 
-    def take_buffer(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
-        """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
-        free = self._buffers.get((batch, columns))
-        if free:
-            # Rather one that this thread gave back: another's lies in the other core's caches.
-            here, place = get_ident(), -1
-            with suppress(IndexError):  # another thread took the last
-                if free[-1].thread != here:
-                    place = next((place for place, buffer in enumerate(free) if buffer.thread == here), -1)
-                buffer = free.pop(place)
-                return buffer.data, buffer.ticks
-        return self.new_buffer(batch, columns), NO_TICKS
-
-    def new_buffer(self, batch: int, columns: int) -> Tensor:
-        """A buffer that is the caller's for good, and no inference tensor, whatever mode the thread is in."""
-        layout = self.layout
-        shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
-        if not torch.is_inference_mode_enabled():
-            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
-        with plain_torch_state():
-            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
-
-    def return_buffer(self, buffer: Tensor, ticks: Ticks, *, keep: int = 4) -> None:
-        """Take a buffer back for the next gather of its shape; at most `keep` of a shape are kept."""
-        # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
-        sizes, returned = buffer.shape, FreeBuffer(buffer.detach(), ticks, get_ident())
-        shape = (sizes[1], sizes[3])
-        free = self._buffers.get(shape)
-        if free is None:
-            free = self._free_of(shape)
-        free.append(returned)
-        if len(free) > keep:  # each thread that makes it one too many takes one off
-            with suppress(IndexError):
-                free.pop()
-        if self.freed:  # perhaps just now
-            free.clear()
-
-    def _free_of(self, shape: tuple[int, int]) -> list[FreeBuffer]:
-        """The free buffers of a shape, which is remembered from now on."""
-        with gate.lock, self._buffers_lock:
-            if shape not in self._buffers and len(self._buffers) >= MAX_BUFFER_SHAPES:
-                del self._buffers[next(iter(self._buffers))]
-            return self._buffers.setdefault(shape, [])
-
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
         self.freed = True
         self.__dict__.pop("data", None)
-        with gate.lock, self._buffers_lock:
-            known, self._buffers = self._buffers, {}
-        for free in known.values():
-            free.clear()
+        self.buffers.close()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from ..device.modes import plain_torch_state
 from ..device.streams import StreamClock
-from ..device.tensors import plain_torch_state
 from ..errors import ClosedError, RecursiveComputationError, WaitTimeoutError, shown
 from ..locks.deadline import Deadline, lend_place
 from ..locks.signal import Signal

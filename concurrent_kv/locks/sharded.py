@@ -112,11 +112,19 @@ class ShardedRWLock:
         count: number of shards.
         name: what error messages call the pool (or manager) it guards.
         lock_factory: makes the plain locks inside `readerwriterlock`; a scheduler may pass its own.
+        contention: see `new_locks`.
     """
 
-    def __init__(self, count: int, *, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        name: str,
+        lock_factory: Callable[[], Any] = threading.Lock,
+        contention: Contention | None = None,
+    ) -> None:
         self.count = count
-        self.contention = Contention(name, lock_factory)
+        self.contention = contention or Contention(name, lock_factory)
         self._lock_factory = lock_factory
         self._locks = [rwlock.RWLockFair(lock_factory=lock_factory) for _ in range(count)]
         self._holders: dict[int, list[Any]] = {}  # the handles of every `_Held`, by its id

@@ -2,10 +2,11 @@
 
 No asynchronous exception comes between the steps of a compiled one, which are taken in C.
 
-Lock order of the package, in one place: shards in ascending number, then the ledger's mutex, then the stream clock's
-own lock. Nothing is locked inside the mutex but the clock, and no torch call and no user code runs inside any of them
-(a key's `__hash__` and `__eq__` excepted, which run under its shard). The shapes of free buffers and the contention
-counters have locks of their own, under which nothing else is locked.
+Lock order of the package, in one place: shards in ascending number, then a search's shard, then its mutex, then the
+storage's mutex, then the stream clock's own lock. Nothing is locked inside the storage's mutex but the clock, and no
+torch call and no user code runs inside any of them (a key's `__hash__` and `__eq__` excepted, which run under its
+shard). The shapes of free buffers and the contention counters have locks of their own, under which nothing else is
+locked.
 """
 
 from __future__ import annotations
@@ -49,14 +50,21 @@ class ShardLocks(Protocol):
         """Hold `shards` for writing; otherwise as `read`."""
 
 
-def new_locks(count: int, *, name: str, lock_factory: Callable[[], Any] = threading.Lock) -> ShardLocks:
+def new_locks(
+    count: int,
+    *,
+    name: str,
+    lock_factory: Callable[[], Any] = threading.Lock,
+    contention: Contention | None = None,
+) -> ShardLocks:
     """Locks of so many shards.
 
     Args:
         name: what error messages call the pool (or manager) they guard.
         lock_factory: makes the plain locks inside; a scheduler may pass its own.
+        contention: what counts their waits, with those of others; one of their own if left out.
     """
     if native is None or lock_factory is not threading.Lock:
-        return ShardedRWLock(count, name=name, lock_factory=lock_factory)
-    locks: ShardLocks = native.ShardLocks(count, Contention(name))
+        return ShardedRWLock(count, name=name, lock_factory=lock_factory, contention=contention)
+    locks: ShardLocks = native.ShardLocks(count, contention or Contention(name))
     return locks

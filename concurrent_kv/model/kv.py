@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .._checks import positive_int
 from ..device.layout import SUPPORTED_DEVICES, KVLayout, device_of
+from ..device.modes import plain_torch_state
 from ..device.moving import joined_on
 from ..device.tensor_checks import check_tensor
-from ..device.tensors import plain_torch_state
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = ["KeysValues", "check_fits", "whole_row"]

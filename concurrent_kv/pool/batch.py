@@ -16,17 +16,17 @@ from .._checks import numbers_or_none, positive_int
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
 from ..device.appends import ALL_LAYERS, HostMemory, append_in, host_memory
+from ..device.modes import plain_torch_state, writing_to
 from ..device.moving import upload
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
 from ..device.tensor_checks import check_tensor
-from ..device.tensors import plain_torch_state, writing_to
 from ..errors import ClosedError, InvalidArgumentError, WaitTimeoutError, WindowOverflowError
 from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
 from ..never_copied import is_owned_elsewhere
 from .handle import Handle
-from .storage import KVStorage
+from .storage import Domain
 
 __all__ = ["Batch"]
 
@@ -66,7 +66,7 @@ class Batch(Handle):
 
     def __init__(
         self,
-        storage: KVStorage,
+        domain: Domain,
         scope: Scope,
         generation: Generation,
         hold: Hold,
@@ -82,7 +82,8 @@ class Batch(Handle):
         self.scope = scope
         self.generation = generation
         self.entries = entries
-        self._storage = storage
+        storage = self._storage = domain.storage
+        self._ledger, self._buffers = domain.ledger, domain.buffers
         self.hold = hold
         hold.owner = ref(self)
         self._owns_buffer = owns_buffer
@@ -500,14 +501,14 @@ class Batch(Handle):
                 return
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
-            if self._storage.ledger.release(self.hold):
+            if self._ledger.release(self.hold):
                 self._give_buffer_back()
 
     def _give_buffer_back(self) -> None:
         if self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
             if ready is not None:
-                self._storage.tensor.return_buffer(self.data, ready)
+                self._buffers.give_back(self.data, ready)
 
     def check_open(self) -> None:
         """Raise `ClosedError` if it is closed; `SearchEndedError`, which says why, if its search has ended."""
@@ -524,7 +525,7 @@ class Batch(Handle):
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "hold", None)
         if hold is not None and not hold.released:
-            self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+            self._ledger.abandon(partial(self._ledger.release_abandoned, hold))
 
     def __del__(self) -> None:
         hold = getattr(self, "hold", None)

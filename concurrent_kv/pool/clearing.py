@@ -14,28 +14,28 @@ from ..locks.gate import gate
 from .room import unpublish
 
 if TYPE_CHECKING:  # as in room.py
-    from .storage import PoolState
+    from .storage import Domain
 
-__all__ = ["discard", "drop_taken", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
+__all__ = ["discard", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
 
 
-def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
+def remove(domain: Domain, scope: Scope, entry: Entry, deadline: Deadline) -> bool:
     """Take `entry` out of the index if it is still the entry of its key."""
-    ledger = pool.storage.ledger
+    ledger = domain.ledger
     part = scope.part_of(entry.key_hash)
-    with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline):
-        deadline.check(pool.name)
+    with gate.lock, domain.locks.write((scope.shards[part],), deadline):
+        deadline.check(domain.name)
         if not scope.entries[part].remove(entry):
             return False
         with gate.lock, ledger.mutex:
-            pool.account.counters.removal_count += 1
             try:
-                dead = unpublish(pool, [entry])
+                domain.counters.removal_count += 1
+                dead = unpublish(domain, [entry])
             except Exception:
-                ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [entry])]))
+                ledger.abandoned.append(partial(ledger.again, [partial(unpublish, domain, [entry])]))
                 raise
             waiters = ledger.take_waiters()
     wake(waiters)
@@ -43,24 +43,24 @@ def remove(pool: PoolState, scope: Scope, entry: Entry, deadline: Deadline) -> b
     return True
 
 
-def discard(pool: PoolState, scope: Scope, key: Hashable) -> None:
+def discard(domain: Domain, scope: Scope, key: Hashable) -> None:
     """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
     # A look without the shard: what is stored under the key later is another entry, and stays.
     entry = scope.entries[scope.part_of(hash(key))].get(key)
     if entry is not None:
-        pool.storage.ledger.abandon(partial(remove, pool, scope, entry))
+        domain.ledger.abandon(partial(remove, domain, scope, entry))
 
 
-def remove_all(pool: PoolState, scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
+def remove_all(domain: Domain, scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
     """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
     dead: list[Entry] = []
     index = scope.entries[0]
-    with gate.lock, pool.storage.locks.write(scope.shards, deadline):
-        deadline.check(pool.name)
+    with gate.lock, domain.locks.write(scope.shards, deadline):
+        deadline.check(domain.name)
         going = index.find_each(keys)
         if None in going:
             return _lacking(keys, going)
-        waiters = take_out(pool, index, going, dead)
+        waiters = take_out(domain, index, going, dead)
     wake(waiters)
     # Also what is not among the dead may die here: its other holders may have let go of it meanwhile.
     del dead, going
@@ -71,13 +71,13 @@ def _lacking(keys: Collection[Hashable], found: list[Entry | None]) -> list[Hash
     return [key for key, entry in zip(keys, found, strict=True) if entry is None]
 
 
-def take_out(pool: PoolState, index: Index[Entry], going: Sequence[Entry | None], dead: list[Entry]) -> list[Any]:
+def take_out(domain: Domain, index: Index[Entry], going: Sequence[Entry | None], dead: list[Entry]) -> list[Any]:
     """Take entries out and close their books; the dead join `dead`. Returns whom to wake. The shard's write lock held.
 
     The caller keeps `going` until it has let go of the shard: what another thread still reads dies with the last of
     the two.
     """
-    ledger = pool.storage.ledger
+    ledger = domain.ledger
     # The newest first: what they share with older ones goes with those, and the slots that were written together are
     # free together.
     ahead = list(reversed(going))
@@ -85,47 +85,20 @@ def take_out(pool: PoolState, index: Index[Entry], going: Sequence[Entry | None]
         some: list[Entry] = []
         try:
             # One after the other: whatever is raised on the way, `some` has those that have left.
-            some.extend(filter(index.remove, filter(None, ahead[begin : begin + ENTRIES_PER_HOLD])))
+            some += filter(index.remove, filter(None, ahead[begin : begin + ENTRIES_PER_HOLD]))
             with gate.lock, ledger.mutex:
-                dead += unpublish(pool, some)
-                pool.account.counters.removal_count += len(some)
+                counters = domain.counters
+                dead += unpublish(domain, some)
+                counters.removal_count += len(some)
         except Exception:
-            ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, some)]))
+            ledger.abandoned.append(partial(ledger.again, [partial(unpublish, domain, some)]))
             raise
     with gate.lock, ledger.mutex:
         return ledger.take_waiters()
 
 
-def drop_taken(pool: PoolState, going: list[Entry]) -> None:
-    """Close the books of entries taken out of a search's index; where it raises, a later call closes the others'.
-
-    `going` belongs to the mutex: another thread may end the same search.
-    """
-    ledger = pool.storage.ledger
-    while going:
-        with gate.lock, ledger.mutex:
-            dead = _drop_some(pool, going)
-            waiters = ledger.take_waiters()
-        wake(waiters)
-        del dead  # keys and side data are finalised here, outside of every lock
-
-
-def _drop_some(pool: PoolState, going: list[Entry]) -> list[Entry]:
-    """Close the books of the newest of `going`, as many as in `take_out`; returns the dead. Mutex held."""
-    some = going[-ENTRIES_PER_HOLD:]
-    # First: what is cut off after this is lost until repair, and not dropped twice.
-    del going[-ENTRIES_PER_HOLD:]
-    try:
-        dead = unpublish(pool, some)
-    except Exception:
-        going += some
-        raise
-    pool.account.counters.removal_count += len(some)
-    return dead
-
-
-def sweep_scopes(pool: PoolState, scopes: Sequence[Scope], deadline: Deadline) -> None:
-    """Remove every entry of an older generation than its scope's, of scopes of `pool`, one shard at a time.
+def sweep_scopes(domain: Domain, scopes: Sequence[Scope], deadline: Deadline) -> None:
+    """Remove every entry of an older generation than its scope's, of scopes of a pool, one shard at a time.
 
     Each shard is locked once for many scopes: of thousands, most may be empty.
     """
@@ -135,17 +108,17 @@ def sweep_scopes(pool: PoolState, scopes: Sequence[Scope], deadline: Deadline) -
     for shards, alike in by_shards.items():
         for begin in range(0, len(alike), SCOPES_PER_HOLD):
             for part, shard in enumerate(shards):
-                _sweep_part(pool, alike[begin : begin + SCOPES_PER_HOLD], part, shard, deadline)
+                _sweep_part(domain, alike[begin : begin + SCOPES_PER_HOLD], part, shard, deadline)
 
 
-def _sweep_part(pool: PoolState, scopes: Sequence[Scope], part: int, shard: int, deadline: Deadline) -> None:
+def _sweep_part(domain: Domain, scopes: Sequence[Scope], part: int, shard: int, deadline: Deadline) -> None:
     """The part of `sweep_scopes` that one shard guards."""
     dead: list[Entry] = []
     going: list[Entry] = []
     waiters: list[Any] = []
     try:
-        with gate.lock, pool.storage.locks.write((shard,), deadline):
-            _take_out_old(pool, scopes, part, going, dead, waiters)
+        with gate.lock, domain.locks.write((shard,), deadline):
+            _take_out_old(domain, scopes, part, going, dead, waiters)
     finally:
         wake(waiters)
         # Keys and side data are finalised here, outside of every lock.
@@ -153,7 +126,7 @@ def _sweep_part(pool: PoolState, scopes: Sequence[Scope], part: int, shard: int,
 
 
 def _take_out_old(
-    pool: PoolState, scopes: Sequence[Scope], part: int, going: list[Entry], dead: list[Entry], waiters: list[Any]
+    domain: Domain, scopes: Sequence[Scope], part: int, going: list[Entry], dead: list[Entry], waiters: list[Any]
 ) -> None:
     """Take out what is older than its scope, in one part of each scope. The shard's write lock held."""
     for scope in scopes:
@@ -161,10 +134,10 @@ def _take_out_old(
         if index.cells:
             old = [entry for entry in index.values() if entry.generation is not generation]
             going += old  # dies outside of the shard, also where a key raises on the way
-            waiters += take_out(pool, index, old, dead)
+            waiters += take_out(domain, index, old, dead)
 
 
-def sweep_if(pool: PoolState, scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
+def sweep_if(domain: Domain, scope: Scope, condition: Callable[[Entry], bool], deadline: Deadline) -> int:
     """Remove the entries that meet `condition` (no user code); returns how many.
 
     Holds one shard at a time, for work that grows with the entries of that shard; the mutex for bounded work.
@@ -172,9 +145,9 @@ def sweep_if(pool: PoolState, scope: Scope, condition: Callable[[Entry], bool], 
     removed = 0
     for part, shard in enumerate(scope.shards):
         dead: list[Entry] = []
-        with gate.lock, pool.storage.locks.write((shard,), deadline):
+        with gate.lock, domain.locks.write((shard,), deadline):
             going = scope.entries[part].chosen(condition)
-            waiters = take_out(pool, scope.entries[part], going, dead)
+            waiters = take_out(domain, scope.entries[part], going, dead)
         wake(waiters)
         removed += len(going)
         # Keys and side data are finalised here, outside of every lock.

@@ -22,14 +22,14 @@ from ..model.overflow import Overflow
 from .batch import Batch
 from .plan import WritePlan, plan_commit, plan_put
 from .reading import gather_entries
-from .storage import KVStorage, PoolState
+from .storage import Domain, KVStorage, PoolState
 from .writing import write
 
 __all__ = ["commit_batch", "open_batch", "put_row", "put_rows"]
 
 
 def open_batch(
-    storage: KVStorage,
+    domain: Domain,
     scope: Scope,
     generation: Generation,
     hold: Hold,
@@ -38,6 +38,7 @@ def open_batch(
     out: Tensor | None,
 ) -> Batch:
     """Copy retained entries into one padded buffer. `scope` is where the batch can be committed."""
+    storage = domain.storage
     clock = storage.clock
     # Before anything is allocated, which a capture would take into its graph.
     stream = None if clock.backend is None else clock.current()
@@ -51,14 +52,14 @@ def open_batch(
     ready: Ticks = NO_TICKS
     own = out is None
     if out is None:
-        data, ready = storage.tensor.take_buffer(len(entries), columns)
+        data, ready = domain.buffers.take(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    read = gather_entries(storage, entries, data, longest, ready, described, whole=own)
+    read = gather_entries(domain, entries, data, longest, ready, described, whole=own)
     uses = StreamUses(clock, stream, read) if read else None
-    return Batch(storage, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
+    return Batch(domain, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
 
 
 def _checked_room(room: object, longest: int, window: int) -> int:
@@ -132,7 +133,7 @@ def put_rows(
 
 
 def commit_batch(
-    pool: PoolState,
+    domain: Domain,
     batch: Batch,
     keys: Sequence[Hashable],
     rows: Sequence[int] | None,
@@ -146,9 +147,9 @@ def commit_batch(
     if not isinstance(batch, Batch):
         raise InvalidTypeError(f"batch must be a Batch, got {type(batch).__name__}")
     scope = batch.scope
-    if scope.account is not pool.account:
+    if scope.account is not domain.account:
         raise InvalidArgumentError(
-            f"batch was gathered for {scope.account.name}, and cannot be committed to {pool.name}"
+            f"batch was gathered for {scope.account.name}, and cannot be committed to {domain.name}"
         )
     keys = check_keys(keys)
     batch.check_open()
@@ -156,19 +157,19 @@ def commit_batch(
     if len(keys) != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
     items, ranks = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
-    ledger = pool.storage.ledger
+    ledger = domain.ledger
     new = batch.check_committable(committed, lengths)
     last, going = last_of_each(keys), committed
     if len(last) < len(keys):
         keys, going = [keys[i] for i in last], [committed[i] for i in last]
         items, ranks = [items[i] for i in last], [ranks[i] for i in last]
         new = new if isinstance(new, int) else tuple([new[i] for i in last])
-    plan = plan_commit(pool.storage, batch, new, keys, going, overflow, items, ranks)
+    plan = plan_commit(domain.storage, batch, new, keys, going, overflow, items, ranks)
     plan.ends_batch = rows is None or len(batch.pending_rows()) == len(committed)
     try:
-        if pool.storage.clock.backend is not None:
+        if domain.storage.clock.backend is not None:
             batch.use_here()
-        stored = write(pool, scope, batch.generation, plan, deadline)
+        stored = write(domain, scope, batch.generation, plan, deadline)
         if plan.uses_batch:  # nothing was published, or there were no frames
             _leave_batch(ledger, plan, ends=plan.ends_batch)
     except BaseException:

@@ -54,7 +54,7 @@ def _shards_of_scopes(shards: Sequence[int] | None, count: int) -> tuple[int, ..
 
 def _check_room(storage: KVStorage, max_slots: int) -> None:
     """Raise unless a pool of `max_slots` has room in `storage` beside the pools that are there. Mutex held."""
-    total = storage.ledger.slots.num_slots - storage.headroom_slots
+    total = storage.ledger.num_slots - storage.headroom_slots
     left = total - sum(pool.account.max_slots for pool in storage.pools)
     if max_slots > left:
         raise InvalidArgumentError(
@@ -312,18 +312,18 @@ class PoolCore(PoolState, Handle):
 
     def stats_now(self, contention: tuple[int, float]) -> PoolStats:
         """As `stats`, with the mutex held already, and with what the locks counted looked up before."""
-        account = self.account
-        budgets = [search.budget for search in self.searches.copy()]
-        in_use = account.slots + sum(budget.size - budget.left for budget in budgets)
+        account, searches = self.account, self.searches.copy()
+        counted = account.count()
+        in_use = account.slots + sum(search.slots_in_use for search in searches)
         return PoolStats(
-            **vars(self.counters),
-            entries=account.entries + sum(budget.entries for budget in budgets),
+            **vars(counted),
+            entries=account.entries + sum(search.budget.entries for search in searches),
             max_entries=account.max_entries,
             slots_in_use=in_use,
             max_slots=account.max_slots,
             bytes_in_use=in_use * self.layout.bytes_per_token,
             max_bytes=account.max_slots * self.layout.bytes_per_token,
-            shared_slots=self.storage.ledger.tables.shared,
+            shared_slots=self.storage.ledger.tables.shared + sum(search.shared_slots for search in searches),
             reserved_entries=account.reserved_entries,
             reserved_slots=account.reserved_slots,
             lock_wait_count=contention[0],
@@ -334,7 +334,7 @@ class PoolCore(PoolState, Handle):
         """Start every counter from zero."""
         self.storage.check_call()
         with gate.lock, self.storage.ledger.mutex:
-            self.account.counters = type(self.counters)()
+            self.account.count_from_zero()
         if self.owns_storage:
             self.storage.locks.contention.reset()
 

@@ -8,8 +8,8 @@ from functools import partial
 
 from .._checks import check_priorities
 from ..books.records import Generation, Scope
+from ..device.modes import plain_torch_state
 from ..device.streams import Ticks
-from ..device.tensors import plain_torch_state
 from ..errors import ClosedError
 from ..flights.table import Claim
 from ..model.kv import KeysValues, check_fits

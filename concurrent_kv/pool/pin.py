@@ -52,7 +52,7 @@ class Pin(Handle):
         if self._hold.released:
             raise ClosedError("this pin is closed")
         with self._storage.clock.using(stream):
-            return copy_out(self._storage, self._entry, to)
+            return copy_out(self._pool, self._entry, to)
 
     def close(self) -> None:
         """Let the entry go. Nothing happens the second time.

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..books.ledger import Ledger
 from ..books.records import Entry
 from ..books.tables import Tables
+from ..device.modes import plain_torch_state
 from ..device.moving import joined_on
 from ..device.positions import Correction
 from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
-from ..device.tensors import plain_torch_state
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
 from .batch import Batch

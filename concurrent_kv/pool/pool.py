@@ -94,7 +94,7 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.get(key, scope=scope, timeout=timeout, count_miss=count_miss, to=to)
-        found = self._read(key, scope, self._enter(timeout), partial(copy_out, self.storage, to=to), quiet=False)
+        found = self._read(key, scope, self._enter(timeout), partial(copy_out, self, to=to), quiet=False)
         if found is None and count_miss:
             self.count_misses(1)
         return found
@@ -110,7 +110,7 @@ class KVPool(PoolCore):
     ) -> KeysValues | None:
         """As `get`, without touching statistics or the eviction policy."""
         with self.storage.clock.using(stream):
-            return self._read(key, scope, self._enter(timeout), partial(copy_out, self.storage, to=to))
+            return self._read(key, scope, self._enter(timeout), partial(copy_out, self, to=to))
 
     def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
@@ -249,7 +249,7 @@ class KVPool(PoolCore):
             located = found_in.locate(hashes)
             entries = retain(self.storage, located, keys, hashes, {found_in: generation}, deadline, hold=hold)
             self.count_misses(entries.count(None))
-            return open_batch(self.storage, found_in, generation, hold, entries, room, out)
+            return open_batch(self, found_in, generation, hold, entries, room, out)
         except BaseException:
             try:
                 self.storage.ledger.release(hold)
@@ -385,7 +385,7 @@ class KVPool(PoolCore):
 
         def taken(entry: Entry) -> tuple[KeysValues, bool]:
             # Copied before it is removed: if the copy fails, the pool is as it was.
-            return copy_out(self.storage, entry, to), remove(self, entry.scope, entry, deadline)
+            return copy_out(self, entry, to), remove(self, entry.scope, entry, deadline)
 
         while (found := self._read(key, scope, deadline, taken)) is not None:
             kv, removed = found

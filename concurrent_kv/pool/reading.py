@@ -12,14 +12,15 @@ from ..books.entries import Described, count_hits, describe
 from ..books.index import find_in
 from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
 from ..books.tables import in_columns
+from ..device.buffers import new_buffer
+from ..device.modes import plain_torch_state
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
-from ..device.tensors import plain_torch_state
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
-from .storage import KVStorage
+from .storage import Domain, KVStorage
 
 __all__ = ["copy_out", "gather_entries", "retain"]
 
@@ -56,10 +57,11 @@ def retain(
         if None in found:
             _check_open(storage, located)  # under the shard: what a close has swept from here, no operation removed
         hits = list(filter(None, found))
-        with gate.lock, ledger.mutex:
-            ledger.extend(hold, hits)
-            if not quiet:
-                count_hits(hits)
+        if hits or not quiet:
+            with gate.lock, ledger.mutex:
+                ledger.extend(hold, hits)
+                if not quiet:
+                    count_hits(hits)
     return found
 
 
@@ -85,7 +87,7 @@ def _look_up(
 
 
 def gather_entries(
-    storage: KVStorage,
+    domain: Domain,
     entries: list[Entry | None],
     out: Tensor,
     end: int,
@@ -103,13 +105,14 @@ def gather_entries(
     """
     if described is None:
         described = describe(entries, None)
+    storage = domain.storage
     clock = storage.clock
     if clock.backend is None:
         if storage.corrects_lazily:
-            _gather(storage, described, out, end, [], whole)
+            _gather(domain, described, out, end, [], whole)
         else:
             rows, _, _, _ = described
-            storage.tensor.gather(storage.ledger.tables, rows, end, out, whole=whole)
+            storage.tensor.gather(domain.ledger.tables, rows, end, out, whole=whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -120,17 +123,17 @@ def gather_entries(
     clock.order_after(stream, ticks)
     temporaries: list[Tensor] = []
     try:
-        _gather(storage, described, out, end, temporaries, whole)
+        _gather(domain, described, out, end, temporaries, whole)
     finally:
         read = clock.stamp(stream, (*temporaries, out))
         if read:
-            with gate.lock, storage.ledger.mutex:
-                storage.ledger.stamp_reads(present, read)
+            with gate.lock, domain.ledger.mutex:
+                domain.ledger.stamp_reads(present, read)
     return read
 
 
 def _gather(
-    storage: KVStorage,
+    domain: Domain,
     described: Described,
     out: Tensor,
     end: int,
@@ -138,7 +141,7 @@ def _gather(
     whole: bool,
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
-    ledger, tensor = storage.ledger, storage.tensor
+    ledger, tensor = domain.ledger, domain.storage.tensor
     rows, _, corrections, _ = described
     owed = {*corrections} - NOTHING
     if len(owed) == 1:
@@ -152,11 +155,11 @@ def _gather(
         assert correction is not None
         concerned = [row for row, other in enumerate(corrections) if other is correction]
         with plain_torch_state(out):
-            temporaries += (correction.rows, *_correct(storage, rows, out, end, concerned, correction))
+            temporaries += (correction.rows, *_correct(domain, rows, out, end, concerned, correction))
 
 
 def _correct(
-    storage: KVStorage,
+    domain: Domain,
     rows: list[int],
     out: Tensor,
     end: int,
@@ -164,7 +167,7 @@ def _correct(
     correction: PositionTable | PositionSteps,
 ) -> tuple[Tensor, ...]:
     """Add what tokens that moved since they were written are owed; what moved nothing gets zeros added."""
-    tables = storage.ledger.tables
+    tables = domain.ledger.tables
     table = in_columns(tables, rows, end, out.shape[3])
     lengths = np.count_nonzero(table, axis=1)
     positions = np.arange(table.shape[1], dtype=np.int64)[None, :] - (end - lengths)[:, None]
@@ -177,20 +180,21 @@ def _correct(
         return ()
     positions = np.where(valid, positions, 0)
     if isinstance(correction, PositionSteps):
-        return storage.tensor.correct_stepwise(out, moved, positions, correction)
-    return storage.tensor.correct(out, moved, positions, correction)
+        return domain.storage.tensor.correct_stepwise(out, moved, positions, correction)
+    return domain.storage.tensor.correct(out, moved, positions, correction)
 
 
-def copy_out(storage: KVStorage, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
+def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
+    storage = domain.storage
     if storage.clock.backend is not None:
         storage.clock.current()  # before anything is allocated, which a capture would take into its graph
     length = entry.length
-    out = storage.tensor.new_buffer(1, length)
+    out = new_buffer(storage.layout, 1, length)
     if storage.clock.backend is None and entry.correction is None:  # nothing to wait for, and nothing owed
-        storage.tensor.gather(storage.ledger.tables, [entry.row], length, out)
+        storage.tensor.gather(domain.ledger.tables, [entry.row], length, out)
     else:
-        gather_entries(storage, [entry], out, length)
+        gather_entries(domain, [entry], out, length)
     found = whole_row(out)
     if to is None:
         return found

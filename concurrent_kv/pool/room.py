@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..books.entries import displace, row_of
-from ..books.ledger import wake
-from ..books.records import Account, Budget, Entry, Generation, Place, Scope, sorted_shards
+from ..books.ledger import Ledger, wake
+from ..books.records import Account, Budget, Entry, Generation, Grant, Place, Scope, sorted_shards
+from ..books.slots import Run
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
-from ..device.slot_numbers import SlotArray, Slots
+from ..device.slot_numbers import SlotArray
 from ..device.streams import Ticks
-from ..errors import CapacityError, IntegrityError, SearchEndedError, WaitTimeoutError
+from ..errors import CapacityError, IntegrityError, WaitTimeoutError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 
 if TYPE_CHECKING:  # without torch, the books and the room of a pool can be imported alone
     from .plan import WritePlan
-    from .storage import PoolState
+    from .storage import Domain
 
 __all__ = [
-    "Grant",
     "cancel",
     "check_budget",
-    "give_budget_back",
     "make_room",
     "reserve",
     "reserve_budget",
@@ -39,20 +37,8 @@ VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
 DRAIN_SECONDS = 0.02  # a thread that waits for room looks so often whether what was dropped can be released by now
 
 
-@dataclass
-class Grant:
-    """What a write in flight has taken; given back whole if it fails."""
-
-    entries: int  # pending in the quota (or the budget)
-    slots: int
-    taken: Slots
-    ticks: Ticks
-    lent: Slots | None = None  # of `taken`, beyond what the search had left: what is replaced makes up for them
-    spent: bool = False  # published: an exception after that must not give the slots back
-
-
 def reserve(
-    pool: PoolState,
+    domain: Domain,
     scope: Scope,
     generation: Generation,
     plan: WritePlan,
@@ -64,65 +50,63 @@ def reserve(
     None where `generation` is over: nothing has to go, or is waited for, for what will not be stored. From here on the
     plan uses its batch.
     """
-    budget = scope.budget
+    budget, ledger = scope.budget, domain.ledger
     if budget is not None:
-        entries, slots, ledger = len(plan.keys), plan.num_slots, pool.storage.ledger
+        entries, slots = len(plan.keys), plan.num_slots
         with gate.lock, ledger.mutex:
-            pool.check_open()
-            # In the same hold as the taking: what a closed search took would never come back.
-            if budget.ended is not None:
-                raise SearchEndedError(budget.ended)
+            domain.check_open()  # in the same hold as the taking: what a closed search took would never come back
             if plan.batch is not None:
                 if not ledger.use(plan.batch.hold):
                     raise plan.batch.why_closed()
                 plan.uses_batch = True
-            if budget.entries + entries <= budget.max_entries and slots <= budget.left:
-                taken = ledger.slots.allocate(slots, budget)
+            if budget.entries + entries <= budget.max_entries:
+                taken = ledger.slots.allocate(slots)
                 if taken is not None:
                     budget.entries += entries
+                    ledger.grants += 1
                     return Grant(entries, slots, *taken)
-        return _take_from_budget(pool, budget, plan, partial(_freed_by, pool, scope, plan, located, deadline), deadline)
+        look_up_freed = partial(_freed_by, domain, scope, plan, located, deadline)
+        return _take_from_budget(domain, budget, plan, look_up_freed, deadline)
     if plan.batch is not None:
-        with gate.lock, pool.storage.ledger.mutex:
-            if not pool.storage.ledger.use(plan.batch.hold):
+        with gate.lock, ledger.mutex:
+            if not ledger.use(plan.batch.hold):
                 raise plan.batch.why_closed()
             plan.uses_batch = True
     if scope.generation is not generation:
-        pool.check_open()
+        domain.check_open()
         ended = scope.why_ended()
         if ended is not None:
             raise ended
         return None
-    account = pool.account
-    account.check_size(pool.name, len(plan.keys), plan.slots_together(pool.storage.ledger.tables, account.max_slots))
-    freed = _freed_by(pool, scope, plan, located, deadline)
+    account = domain.account
+    account.check_size(domain.name, len(plan.keys), plan.slots_together(ledger.tables, account.max_slots))
+    freed = _freed_by(domain, scope, plan, located, deadline)
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
     # A pure replacement evicts nothing, however full the storage is: its own old entry will make the room. Nor does it
     # queue: it takes nothing that others wait for.
     # (Not where that can never be: the headroom is for a few windows at a time.)
-    may_evict = entries > 0 or slots > 0 or plan.num_slots > pool.storage.headroom_slots
+    may_evict = entries > 0 or slots > 0 or plan.num_slots > domain.storage.headroom_slots
     of = len(plan.keys), plan.num_slots
-    return _take(pool, entries, slots, plan.num_slots, deadline, plan.since, of=of, may_evict=may_evict)
+    return _take(domain, entries, slots, plan.num_slots, deadline, plan.since, of=of, may_evict=may_evict)
 
 
 def _freed_by(
-    pool: PoolState, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    domain: Domain, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
     replaced = _present(scope, plan, located)
     if not replaced:
         return 0, 0
-    ledger = pool.storage.ledger
-    with gate.lock, ledger.mutex:
-        freed = _freed_of(pool, scope, plan, replaced)
+    with gate.lock, domain.ledger.mutex:
+        freed = _freed_of(domain, scope, plan, replaced)
     if freed is None:  # another writer replaced one of them since
-        with gate.lock, pool.storage.locks.read(sorted_shards(located), deadline):
+        with gate.lock, domain.locks.read(sorted_shards(located), deadline):
             replaced = _present(scope, plan, located)
-            with gate.lock, ledger.mutex:
-                freed = _freed_of(pool, scope, plan, replaced)
+            with gate.lock, domain.ledger.mutex:
+                freed = _freed_of(domain, scope, plan, replaced)
     if freed is None:
-        raise IntegrityError((f"{pool.name} has an entry in its index that is not published",))
+        raise IntegrityError((f"{domain.name} has an entry in its index that is not published",))
     return freed
 
 
@@ -132,7 +116,7 @@ def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]
     return [entry for (_, part), key, key_hash in keys if (entry := scope.entries[part].get(key, key_hash)) is not None]
 
 
-def _freed_of(pool: PoolState, scope: Scope, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
+def _freed_of(domain: Domain, scope: Scope, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
     """How many entries these are, and their slots that no others name; None unless all are published. Mutex held.
 
     Of a search, whose own alone can make up for what it lacks: nor what `plan` makes of them.
@@ -141,20 +125,17 @@ def _freed_of(pool: PoolState, scope: Scope, plan: WritePlan, replaced: list[Ent
     if len(rows) != len(replaced):
         return None
     if scope.budget is None:
-        return len(rows), pool.account.uses.exclusive(rows)
-    ledger = pool.storage.ledger
+        return len(rows), domain.account.uses.exclusive(rows)
+    ledger = domain.ledger
     staying = ledger.tables.enter(*plan.kept_rows(), range(0), NO_POSITIONS)[0]
     try:
         return len(rows), ledger.tables.exclusive(rows)
     finally:
-        try:
-            ledger.tables.leave(staying)
-        except Exception:  # no memory, no frames
-            ledger.abandoned.append(partial(ledger.again, [partial(ledger.tables.leave, staying)]))
+        ledger.leave(staying)
 
 
 def _take(
-    pool: PoolState,
+    pool: Domain,
     entries: int,
     slots: int,
     num_slots: int,
@@ -169,7 +150,7 @@ def _take(
     In the turn of an operation that came at `since`, with the `deadline` if None, and stores as many entries and slots
     as `of` says.
     """
-    ledger, account = pool.storage.ledger, pool.account
+    ledger, account = pool.ledger, pool.account
     turn = Turn(deadline.started if since is None else since)
     try:
         while True:
@@ -202,93 +183,135 @@ def _take(
 
 
 def _take_from_budget(
-    pool: PoolState,
+    domain: Domain,
     budget: Budget,
     plan: WritePlan,
     look_up_freed: Callable[[], tuple[int, int]],
     deadline: Deadline,
 ) -> Grant:
     """Take what a search reserved; beyond that, what the pool has or can evict, or an error that says what would do."""
-    ledger, account = pool.storage.ledger, pool.account
+    ledger, pool = domain.ledger, domain.pool
     count, slots = len(plan.keys), plan.num_slots
-    freed, looked = (0, 0), False
+    freed, looked, tried = (0, 0), False, False
     while True:
-        if budget.missing(count, slots) != (0, 0):
+        if _beyond(ledger, budget, plan, (0, 0)) != (0, 0):
             # What the write replaces makes up for what is missing; looked up only then.
             freed = look_up_freed()
         with gate.lock, ledger.mutex:
-            pool.check_open()
-            # In the same hold as the taking: what a closed search took would never come back.
-            if budget.ended is not None:
-                raise SearchEndedError(budget.ended)
-            entries_short, slots_short = _beyond(budget, count, slots, freed)
-            if entries_short or slots_short:
-                _extend(pool, budget, entries_short, slots_short)
-                entries_short, slots_short = _beyond(budget, count, slots, freed)
-            if not entries_short and not slots_short:
-                reserved = max(0, budget.left)
-                taken = ledger.slots.allocate(slots, budget)
-                if taken is not None:
-                    budget.entries += count
-                    return Grant(count, slots, *taken, lent=taken.slots[reserved:] if slots > reserved else None)
-            elif freed == (0, 0) and not looked:
-                looked = True  # another thread took what was left meanwhile
-                continue
-            elif not account.can_ever_fit(entries_short, slots_short):
-                raise _budget_error(pool, budget, entries_short, slots_short)
+            domain.check_open()  # as in `reserve`
+            short = _beyond(ledger, budget, plan, freed)
+            if short != (0, 0):
+                _extend(domain, budget, *short)
+                short = _beyond(ledger, budget, plan, freed)
+            if short == (0, 0):
+                borrowed = max(0, slots - ledger.slots.free_count)
+                if not borrowed or ledger.borrow(borrowed):
+                    taken = ledger.slots.allocate(slots)
+                    if taken is not None:
+                        budget.entries += count
+                        ledger.grants += 1
+                        return Grant(count, slots, *taken, borrowed=borrowed)
+            lacking = slots - ledger.slots.free_count
+        if short != (0, 0) and freed == (0, 0) and not looked:
+            looked = True  # another thread took what was left meanwhile
+            continue
+        with gate.lock, pool.ledger.mutex:
+            if short != (0, 0) and not pool.account.can_ever_fit(*short):
+                raise _budget_error(domain, budget, *short)
+            tried = not tried
+            if tried and pool.account.fits(*short) and pool.ledger.slots.free_count >= lacking:
+                continue  # it has come meanwhile, and woken nobody
             # Ahead of the queue: an operation that waits there may wait for what this search holds.
-            victim, waiter = _victim_or_waiter(pool, want_slots=not entries_short)
+            victim, waiter = _victim_or_waiter(pool, want_slots=not short[0])
         try:
+            if waiter is not None:
+                _wait_for_both(domain, waiter, lambda: _beyond(ledger, budget, plan, freed) != short)  # noqa: B023
             _evict_or_wait(pool, victim, waiter, deadline, (count, slots))
         except BaseException:
             if victim is not None:
-                ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
+                candidates = pool.ledger.candidates
+                pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(candidates.give_back, victim)]))
             raise
+        finally:
+            if waiter is not None:
+                with gate.lock, ledger.mutex:
+                    ledger.forget_waiter(waiter)
         del victim  # as in `_take`
 
 
-def _beyond(budget: Budget, count: int, slots: int, freed: tuple[int, int]) -> tuple[int, int]:
-    return budget.missing(count - freed[0], slots - freed[1])
+def _wait_for_both(domain: Domain, waiter: Any, has_changed: Callable[[], bool]) -> None:
+    """Have a waiter for room of the storage woken by what its search frees, too; at once, if something has changed."""
+    ledger = domain.ledger
+    with gate.lock, ledger.mutex:
+        domain.check_open()  # its end wakes those that are noted by then
+        ledger.waiters.append(waiter)
+        changed = has_changed()
+    if changed:
+        waiter.set()
 
 
-def _extend(pool: PoolState, budget: Budget, entries: int, slots: int) -> None:
-    """Grow a search's budget beyond what it reserved, if the pool has room just now. Mutex held."""
-    account = pool.account
-    if (entries or slots) and account.fits(entries, slots):
-        if slots and not pool.storage.ledger.slots.extend(budget, slots):
+def _beyond(ledger: Ledger, budget: Budget, plan: WritePlan, freed: tuple[int, int]) -> tuple[int, int]:
+    """Entries and slots by which a plan exceeds what a search has left, once what it replaces is gone.
+
+    What is owed counts, but not where the plan needs no slot.
+    """
+    entries = budget.entries + len(plan.keys) - freed[0] - budget.max_entries
+    slots = plan.num_slots - freed[1] - ledger.left if plan.num_slots else 0
+    return max(0, entries), max(0, slots)
+
+
+def _extend(domain: Domain, budget: Budget, entries: int, slots: int) -> None:
+    """Grow a search's budget beyond what it reserved, if its pool has room just now. The search's mutex held."""
+    account, ledger, storage = domain.account, domain.ledger, domain.storage
+    own = min(slots, ledger.borrowed)  # which are there already
+    with gate.lock, storage.ledger.mutex:
+        if not account.fits(entries, slots):
             return
-        budget.max_entries += entries
+        runs = storage.ledger.slots.part(slots - own) if slots > own else []
+        if runs is None:
+            return
+        # No call of Python's from here to the last, so that no asynchronous exception parts what belongs together.
         account.reserved_entries += entries
         account.reserved_slots += slots
+        budget.max_entries += entries
+        budget.max_slots += slots
+        ledger.borrowed -= own
+        add = partial(ledger.slots.add, runs)
+        try:
+            add()
+        except Exception:  # no memory, no frames: they are there a little later
+            ledger.abandoned.append(partial(ledger.again, [add]))
 
 
-def check_budget(pool: PoolState, budget: Budget, grant: Grant, old: list[Entry]) -> None:
-    """Raise `CapacityError` unless a search has room for what it writes, once `old` are gone. Mutex held.
+def check_budget(domain: Domain, budget: Budget, grant: Grant, old: list[Entry]) -> None:
+    """Raise `CapacityError` unless a search has room for what it writes, once `old` are gone. Its mutex held.
 
     Less may go than when the room was taken: a key was released meanwhile, or another entry shares its slots. What is
     written has its rows already.
     """
+    ledger = domain.ledger
     entries = max(0, budget.entries - len(old) - budget.max_entries)
     slots = 0
-    if grant.lent is not None:
-        going = pool.storage.ledger.tables.exclusive(list(map(row_of, old)))
-        slots = max(0, len(grant.lent) - going - max(0, budget.left))
+    if grant.borrowed:
+        going = ledger.tables.exclusive(list(map(row_of, old)))
+        left = ledger.left + grant.borrowed
+        slots = max(0, grant.borrowed - going - max(0, left))
     if entries or slots:
-        before = budget.max_entries, budget.size
-        _extend(pool, budget, entries, slots)
-        if (budget.max_entries, budget.size) == before:
-            raise _budget_error(pool, budget, entries, slots)
+        before = budget.max_entries, budget.max_slots
+        _extend(domain, budget, entries, slots)
+        if (budget.max_entries, budget.max_slots) == before:
+            raise _budget_error(domain, budget, entries, slots)
 
 
-def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> CapacityError:
-    account = pool.account
-    need_entries, need_slots = budget.max_entries + entries, budget.size + slots
+def _budget_error(domain: Domain, budget: Budget, entries: int, slots: int) -> CapacityError:
+    account = domain.account
+    need_entries, need_slots = budget.max_entries + entries, budget.max_slots + slots
     other_entries = account.reserved_entries - budget.max_entries
-    other_slots = account.reserved_slots - budget.size
+    other_slots = account.reserved_slots - budget.max_slots
     others = f", of which other searches reserved {other_entries} and {other_slots}"
     room = account.that_holds(other_entries + need_entries, other_slots + need_slots)
     return CapacityError(
-        f"the search reserved {budget.max_entries} entries and {budget.size} slots in {pool.name} and "
+        f"the search reserved {budget.max_entries} entries and {budget.max_slots} slots in {domain.name} and "
         f"needs {entries} entries and {slots} slots more; the pool holds at most {account.max_entries} entries and "
         f"{account.max_slots} slots{others if other_entries or other_slots else ''}; open the search with "
         f"entries={need_entries} and tokens={need_slots}{f', where {room} makes the room' if room else ''}",
@@ -297,7 +320,7 @@ def _budget_error(pool: PoolState, budget: Budget, entries: int, slots: int) -> 
     )
 
 
-def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, since: float | None = None) -> None:
+def make_room(pool: Domain, entries: int, slots: int, deadline: Deadline, since: float | None = None) -> None:
     """Count `entries` and `slots` more as pending in the pool's account, evicting or waiting until they fit.
 
     In the turn of an operation that came at `since`, with the `deadline` if left out.
@@ -305,10 +328,13 @@ def make_room(pool: PoolState, entries: int, slots: int, deadline: Deadline, sin
     _take(pool, entries, slots, 0, deadline, since, of=(entries, slots))
 
 
-def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline) -> Budget:
-    """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do."""
-    ledger, account = pool.storage.ledger, pool.account
-    budget, turn = Budget(account, entries), Turn(deadline.started, reserves=True)
+def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -> tuple[Budget, list[Run]]:
+    """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do.
+
+    Returns its budget and its slots.
+    """
+    ledger, account = pool.ledger, pool.account
+    budget, turn = Budget(account, entries, slots), Turn(deadline.started, reserves=True)
     try:
         while True:
             with gate.lock, ledger.mutex:
@@ -316,10 +342,11 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
                 if entries > account.max_entries or slots > account.max_slots:
                     break  # no waiting will help
                 is_next = account.turns.is_first(turn) and account.fits(entries, slots)
-                if is_next and ledger.slots.reserve(budget, slots):
+                runs = ledger.slots.part(slots) if is_next else None
+                if runs is not None:
                     account.reserved_entries += entries
                     account.reserved_slots += slots
-                    return budget
+                    return budget, runs
                 turn.stalled = not account.can_ever_fit(entries, slots)
                 account.turns.join(turn, ledger.stir)  # as it needs room for many: others take none of it from here on
                 if turn.stalled:
@@ -374,44 +401,33 @@ def reserve_budget(pool: PoolState, entries: int, slots: int, deadline: Deadline
     )
 
 
-def give_budget_back(pool: PoolState, budget: Budget) -> None:
-    """Return what a search reserved; nothing happens the second time. Mutex held."""
-    account = budget.parent
-    pool.storage.ledger.promoting.discard(budget)
-    slots = pool.storage.ledger.slots.cancel(budget)
-    # No call from the return of that one to the end, so that no asynchronous exception parts what belongs together.
-    account.reserved_slots -= slots
-    account.reserved_entries -= budget.max_entries
-    budget.max_entries = 0
-
-
-def _next_for(pool: PoolState, turn: Turn, *, want_slots: bool) -> tuple[Entry | None, Any]:
+def _next_for(pool: Domain, turn: Turn, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """As `_victim_or_waiter`, for an operation in its turn: it waits while another is before it. Mutex held."""
     turns = pool.account.turns
     if not turns.is_first(turn):
-        turns.join(turn, pool.storage.ledger.stir)
-        return None, pool.storage.ledger.waiter()
+        turns.join(turn, pool.ledger.stir)
+        return None, pool.ledger.waiter()
     victim, waiter = _victim_or_waiter(pool, want_slots=want_slots)
     turn.evicted += victim is not None
     if waiter is not None or turn.evicted > EVICTIONS_BEFORE_QUEUE:
-        turns.join(turn, pool.storage.ledger.stir)
+        turns.join(turn, pool.ledger.stir)
     return victim, waiter
 
 
-def _leave(pool: PoolState, turn: Turn) -> None:
+def _leave(pool: Domain, turn: Turn) -> None:
     """Let the next in the queue have what is free."""
-    ledger = pool.storage.ledger
+    ledger = pool.ledger
     with gate.lock, ledger.mutex:
         pool.account.turns.leave(turn)
         waiters = ledger.take_waiters()
     wake(waiters)
 
 
-def _victim_or_waiter(pool: PoolState, *, want_slots: bool) -> tuple[Entry | None, Any]:
+def _victim_or_waiter(pool: Domain, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """A claimed victim, or an event that is set at the next release, or neither: look again. Mutex held."""
-    ledger = pool.storage.ledger
+    ledger = pool.ledger
     for _ in range(VICTIMS_PER_HOLD):
-        victim = pool.policy.pop_victim()
+        victim = pool.account.policy.pop_victim()
         if victim is None:
             if want_slots or not ledger.candidates.return_shared(pool.account, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
@@ -427,7 +443,7 @@ def _victim_or_waiter(pool: PoolState, *, want_slots: bool) -> tuple[Entry | Non
 
 
 def _evict_or_wait(
-    pool: PoolState,
+    pool: Domain,
     victim: Entry | None,
     waiter: Any,
     deadline: Deadline,
@@ -460,9 +476,9 @@ def _room_beside_searches(account: Account, entries: int, slots: int) -> str:
     return f"; {room} leaves room beside the open searches"
 
 
-def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:
+def _wait(pool: Domain, waiter: Any, deadline: Deadline) -> bool:
     """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
-    ledger = pool.storage.ledger
+    ledger = pool.ledger
     at_most = None
     try:
         if ledger.abandoned:
@@ -479,15 +495,15 @@ def _wait(pool: PoolState, waiter: Any, deadline: Deadline) -> bool:
             ledger.forget_waiter(waiter)
 
 
-def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
+def _evict(pool: Domain, victim: Entry, deadline: Deadline) -> None:
     """Take a claimed victim out of the index, if it is still there and no pin has it."""
-    ledger, scope = pool.storage.ledger, victim.scope
+    ledger, scope = pool.ledger, victim.scope
     dead: list[Entry] = []
     waiters: list[Any] = []
     try:
         deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
         part = scope.part_of(victim.key_hash)
-        with gate.lock, pool.storage.locks.write((scope.shards[part],), deadline), ledger.mutex:
+        with gate.lock, pool.locks.write((scope.shards[part],), deadline), ledger.mutex:
             if victim.pins:
                 if victim.place is Place.CLAIMED:  # or it was removed meanwhile, and is no candidate any more
                     victim.place = Place.PINNED
@@ -511,15 +527,15 @@ def _evict(pool: PoolState, victim: Entry, deadline: Deadline) -> None:
     del dead
 
 
-def unpublish(pool: PoolState, entries: list[Entry], *, told: bool = False) -> list[Entry]:
+def unpublish(domain: Domain, entries: list[Entry], *, told: bool = False) -> list[Entry]:
     """Books of entries that left the index: account, the index's reference, and the policy unless it was told before.
 
     Returns the dead. Where it raises it can be done again: what takes effect once comes last. Mutex held.
     """
-    ledger = pool.storage.ledger
+    ledger = domain.ledger
     if not entries:
         return []
-    account, budget = pool.account, entries[0].scope.budget
+    account, budget = domain.account, entries[0].scope.budget
     if budget is None:
         for entry in entries:
             if not (told and entry.place is Place.HELD):
@@ -538,22 +554,26 @@ def unpublish(pool: PoolState, entries: list[Entry], *, told: bool = False) -> l
     return dead
 
 
-def cancel(pool: PoolState, scope: Scope, grant: Grant, used: Ticks) -> None:
+def cancel(domain: Domain, scope: Scope, grant: Grant, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
-    ledger = pool.storage.ledger
+    ledger = domain.ledger
+    dead: list[Entry] = []
     with gate.lock, ledger.mutex:
         if grant.spent:
             return
         grant.spent = True
         try:
-            ledger.slots.give_back(grant.taken, used)
+            ledger.give_back(grant.taken, used)
         except Exception:
             grant.spent = False
             raise
         if scope.budget is None:
-            pool.account.pending_entries -= grant.entries
-            pool.account.pending_slots -= grant.slots
+            domain.account.pending_entries -= grant.entries
+            domain.account.pending_slots -= grant.slots
         else:
             scope.budget.entries -= grant.entries
+            ledger.grants -= 1
+            dead = ledger.look_idle()
         waiters = ledger.take_waiters()
     wake(waiters)
+    del dead

@@ -8,17 +8,22 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 from .._checks import check_seconds, positive_int
+from ..books.integrity import IntegrityReport, Problem, RepairReport
 from ..books.ledger import Ledger, wake
-from ..books.records import Account
+from ..books.records import Account, Budget, Scope
 from ..books.stats import Counters
+from ..device.buffers import FreeBuffers
 from ..device.cuda import backend_for
 from ..device.layout import KVLayout
+from ..device.modes import plain_torch_state
+from ..device.slot_numbers import SlotArray
 from ..device.streams import StreamBackend, StreamClock
-from ..device.tensors import SlotTensor, plain_torch_state
+from ..device.tensors import SlotTensor
 from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
 from ..flights.table import FlightTable
 from ..locks.deadline import Deadline
@@ -28,7 +33,7 @@ from ..locks.signal import Signal
 from ..model.overflow import Drop, Overflow, RaiseOnOverflow, check_overflow
 from ..never_copied import NeverCopied
 
-__all__ = ["KVStorage", "PoolState"]
+__all__ = ["Domain", "KVStorage", "OpenSearch", "PoolState", "SearchCheck"]
 
 logger = logging.getLogger("concurrent_kv")
 
@@ -55,7 +60,8 @@ class KVStorage(NeverCopied):
         shards: lock shards, shared by the pools.
         wait_timeout: seconds that an operation waits at most, unless its own `timeout` says otherwise.
         name: what messages call it.
-        lock_factory, event_factory, locks, tensor, backend: replaceable parts, for schedulers and simulated devices.
+        lock_factory, event_factory, locks, search_locks, tensor, backend: replaceable parts, for schedulers and
+            simulated devices; `search_locks` makes the one shard of a search.
     """
 
     instead_of_copy = "share the one object between pools; in another process make one there"
@@ -72,6 +78,7 @@ class KVStorage(NeverCopied):
         lock_factory: Callable[[], Any] = threading.Lock,
         event_factory: Callable[[], Any] = Signal,
         locks: ShardLocks | None = None,
+        search_locks: Callable[[], ShardLocks] | None = None,
         tensor: SlotTensor | None = None,
         backend: StreamBackend | None = None,
     ) -> None:
@@ -82,6 +89,9 @@ class KVStorage(NeverCopied):
         self.wait_timeout = check_seconds("wait_timeout", wait_timeout)
         self.locks = locks or new_locks(positive_int("shards", shards), name=name, lock_factory=lock_factory)
         self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)
+        self.search_locks = search_locks or partial(
+            new_locks, 1, name=name, lock_factory=lock_factory, contention=self.locks.contention
+        )
         self.clock = StreamClock(backend or backend_for(layout.device), lock_factory)
         stream = self.clock.current()  # before anything is allocated, which a capture would take into its graph
         self.tensor = tensor or SlotTensor(layout, total, compiled=self.clock.backend is None)
@@ -211,33 +221,100 @@ class KVStorage(NeverCopied):
         return released
 
 
-class PoolState:
-    """What the protocol needs to know of a pool: its storage, its account, and its computations under way."""
+class Domain:
+    """Where operations work: a pool, over the ledger and the locks of its storage, or an open search, over its own.
 
-    def __init__(self, storage: KVStorage, account: Account) -> None:
+    Attributes:
+        account: who pays; of a search, its pool's, of which it has set its budget aside.
+        ledger: the books of its entries.
+        locks: the locks of its keys' shards.
+        buffers: for its gathers.
+    """
+
+    def __init__(
+        self, storage: KVStorage, account: Account, ledger: Ledger, locks: ShardLocks, buffers: FreeBuffers
+    ) -> None:
         self.storage = storage
         self.layout = storage.layout
         self.account = account
-        # The account's own, each the same for good: an attribute, because a call under the mutex may fail.
-        self.policy = account.policy
-        self.searches = account.searches
         self.name = account.name
-        self.flights = FlightTable(account.name, check_process=storage.check_process)
+        self.ledger = ledger
+        self.locks = locks
+        self.buffers = buffers
+
+    @property
+    def pool(self) -> PoolState:
+        """The pool itself, or that of the search."""
+        raise NotImplementedError
 
     @property
     def counters(self) -> Counters:
         """What it counts."""
         return self.account.counters
 
+    def check_open(self) -> None:
+        """Raise `ClosedError` if the pool or its storage is closed, or the search has ended."""
+        if self.account.closed or self.storage.closed:
+            raise ClosedError(f"{self.name} is closed")
+
+
+class SearchCheck(NamedTuple):
+    """What a recount of a search's books found."""
+
+    problems: list[Problem]
+    report: IntegrityReport
+    slots: SlotArray  # those that it has, once for each place that says so
+
+
+class OpenSearch(Protocol):
+    """What a pool knows of an open search, which has books of its own."""
+
+    scope: Scope
+    budget: Budget
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots of what it has reserved that are not free. Takes no lock."""
+
+    @property
+    def shared_slots(self) -> int:
+        """Slots that several of its entries and roots name. Takes no lock."""
+
+    def end(self, reason: str, deadline: Deadline) -> None:
+        """Release everything that it holds."""
+
+    def check(self, deadline: Deadline) -> SearchCheck:
+        """Compare its books with a recount."""
+
+    def mend(self, deadline: Deadline, kept: list[object]) -> tuple[RepairReport, SlotArray]:
+        """Set every count of its books as a recount finds it; or, if nobody will end it any more, note its end.
+
+        Returns also the slots that it has then, none of which is free. What dies joins `kept`.
+        """
+
+    def top_up(self) -> None:
+        """Take free slots of the storage until it has what it has reserved."""
+
+
+class PoolState(Domain):
+    """What the protocol needs to know of a pool: its storage, its account, and its computations under way."""
+
+    def __init__(self, storage: KVStorage, account: Account) -> None:
+        super().__init__(storage, account, storage.ledger, storage.locks, storage.tensor.buffers)
+        # The account's own, each the same for good: an attribute, because a call under the mutex may fail.
+        self.policy = account.policy
+        self.searches: set[OpenSearch] = set()  # under the mutex
+        self.flights = FlightTable(account.name, check_process=storage.check_process)
+
+    @property
+    def pool(self) -> PoolState:
+        """Itself."""
+        return self
+
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
         return self.account.closed
-
-    def check_open(self) -> None:
-        """Raise `ClosedError` if the pool or its storage is closed."""
-        if self.account.closed or self.storage.closed:
-            raise ClosedError(f"{self.name} is closed")
 
 
 def _take_off(abandoned: deque[Callable[[Deadline], object]], release: Callable[[Deadline], object]) -> None:

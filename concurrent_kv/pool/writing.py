@@ -11,14 +11,13 @@ from torch import Tensor
 from ..books.entries import new_entries, occupy, row_of
 from ..books.index import find_places, take_away
 from ..books.ledger import wake
-from ..books.records import Entry, Generation, Place, Scope, sorted_shards
+from ..books.records import Entry, Generation, Grant, Place, Scope, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
-from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .plan import WritePlan
-from .room import Grant, cancel, check_budget, make_room, reserve, unpublish
-from .storage import KVStorage, PoolState
+from .room import cancel, check_budget, make_room, reserve, unpublish
+from .storage import Domain, KVStorage
 
 __all__ = ["write"]
 
@@ -31,7 +30,7 @@ class Outcome(Enum):
     NO_ROOM = "no room"  # what it would have replaced, or shared slots with, has left the pool meanwhile
 
 
-def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
+def write(domain: Domain, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
     """Store what `plan` says, all of it or nothing.
 
     Returns False, with nothing stored, if `scope` was cleared or its version bumped since `generation`.
@@ -41,13 +40,13 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
         WaitTimeoutError: no room, or a shard not free, before the deadline.
         ClosedError: the pool is closed; SearchEndedError: the search is over.
     """
-    storage = pool.storage
-    ledger, clock = storage.ledger, storage.clock
+    storage, ledger = domain.storage, domain.ledger
+    clock = storage.clock
     located = scope.locate(plan.hashes)
-    grant = reserve(pool, scope, generation, plan, located, deadline)
+    grant = reserve(domain, scope, generation, plan, located, deadline)
     if grant is None:
         with gate.lock, ledger.mutex:
-            pool.account.counters.stale_write_count += len(plan.keys)
+            domain.counters.stale_write_count += len(plan.keys)
         return False
     used = grant.ticks
     entries: list[Entry] = []
@@ -73,29 +72,29 @@ def write(pool: PoolState, scope: Scope, generation: Generation, plan: WritePlan
         of_each = (shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
         entries = new_entries(plan.keys, scope, generation, *of_each, written)
         while True:
-            outcome, missing = _publish(pool, scope, generation, entries, plan, located, grant, deadline)
+            outcome, missing = _publish(domain, scope, generation, entries, plan, located, grant, deadline)
             if outcome is not Outcome.NO_ROOM:
                 break
-            make_room(pool, *missing, deadline, plan.since)
+            make_room(domain, *missing, deadline, plan.since)
             grant.entries, grant.slots = missing
     except BaseException:
         try:
-            cancel(pool, scope, grant, used)
+            cancel(domain, scope, grant, used)
         except BaseException:
             # What cannot be undone here, where memory or frames are short, is undone by the next operation.
-            ledger.abandoned.append(partial(_cancel_later, pool, scope, grant, used))
+            ledger.abandoned.append(partial(_cancel_later, domain, scope, grant, used))
         raise
     if outcome is Outcome.STALE:
         try:
-            cancel(pool, scope, grant, used)
+            cancel(domain, scope, grant, used)
         except BaseException:
-            ledger.abandoned.append(partial(_cancel_later, pool, scope, grant, used))
+            ledger.abandoned.append(partial(_cancel_later, domain, scope, grant, used))
             raise
     return outcome is Outcome.PUBLISHED
 
 
-def _cancel_later(pool: PoolState, scope: Scope, grant: Grant, used: Ticks, deadline: Deadline) -> None:
-    cancel(pool, scope, grant, used)
+def _cancel_later(domain: Domain, scope: Scope, grant: Grant, used: Ticks, deadline: Deadline) -> None:
+    cancel(domain, scope, grant, used)
 
 
 def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> tuple[Tensor, ...]:
@@ -112,7 +111,7 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> 
 
 
 def _publish(
-    pool: PoolState,
+    domain: Domain,
     scope: Scope,
     generation: Generation,
     entries: list[Entry],
@@ -122,39 +121,31 @@ def _publish(
     deadline: Deadline,
 ) -> tuple[Outcome, tuple[int, int]]:
     """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
-    ledger = pool.storage.ledger
+    ledger = domain.ledger
     dead: list[Entry] = []
     shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
-    with gate.lock, pool.storage.locks.write(shards, deadline):
+    with gate.lock, domain.locks.write(shards, deadline):
         if deadline.caller is not None:
-            deadline.check(pool.name)
+            deadline.check(domain.name)
         ended = None if scope.ended is None else scope.why_ended()
         if ended is not None:
             raise ended
-        if pool.account.closed:
-            raise ClosedError(f"{pool.name} is closed")
+        domain.check_open()
         # Under the shards' write locks: a clear that raises the epoch from here on will sweep what is published here.
         if scope.generation is not generation:
             with gate.lock, ledger.mutex:
-                pool.account.counters.stale_write_count += len(entries)
+                domain.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
             with gate.lock, ledger.mutex:
-                missing = _admit(pool, scope, entries, cells, replaced, plan, old, grant)
+                missing = _admit(domain, scope, entries, cells, replaced, plan, old, grant)
                 if grant.spent and old:
                     try:
-                        dead = unpublish(pool, old, told=True)
+                        dead = unpublish(domain, old, told=True)
                     except Exception:  # no memory, no frames; what was written is there
-                        again = partial(unpublish, pool, old, told=True)
+                        again = partial(unpublish, domain, old, told=True)
                         ledger.abandoned.append(partial(ledger.again, [again]))
-                if grant.spent and grant.lent is not None and scope.budget is not None:
-                    # After the replaced let go of theirs: those make up for what was lent.
-                    charge = partial(ledger.slots.charge, scope.budget, grant.lent)
-                    try:
-                        charge()
-                    except Exception:  # no memory, no frames
-                        ledger.abandoned.append(partial(ledger.again, [charge]))
                 if grant.spent and plan.uses_batch:
                     leave = partial(plan.leave_batch, ledger, ends=plan.ends_batch)
                     try:
@@ -174,7 +165,7 @@ def _publish(
 
 
 def _admit(
-    pool: PoolState,
+    domain: Domain,
     scope: Scope,
     entries: list[Entry],
     cells: list[list[Entry]],
@@ -188,26 +179,25 @@ def _admit(
     The grant is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
     take the grant's place in it back and say how much the write needs. Mutex and shards held.
     """
-    ledger, budget = pool.storage.ledger, scope.budget
+    ledger, budget = domain.ledger, scope.budget
+    counters = (domain.account if budget is None else budget).counters
     place = Place.HELD if budget is None else Place.EXEMPT
     if budget is not None:
         plan.make(ledger, entries, grant.taken)
-        if grant.lent is not None or budget.entries - len(old) > budget.max_entries:
+        if grant.borrowed or budget.entries - len(old) > budget.max_entries:
             try:
-                check_budget(pool, budget, grant, old)
+                check_budget(domain, budget, grant, old)
             except BaseException:
-                unmake = partial(ledger.tables.leave, list(map(row_of, entries)))  # the slots stay the grant's
-                try:
-                    unmake()
-                except Exception:  # no memory, no frames
-                    ledger.abandoned.append(partial(ledger.again, [unmake]))
+                ledger.leave(list(map(row_of, entries)))  # the slots stay the grant's
                 raise
     else:
-        needed = _count(pool, entries, plan, old, grant)
+        needed = _count(domain, entries, plan, old, grant)
         if needed is not None:
             return needed
     # First: what is cut off after this is lost until repair, and no slots of entries that are found are given back.
     grant.spent = True
+    if budget is not None:
+        ledger.grants -= 1
     try:
         try:
             occupy(cells, entries, replaced, place)
@@ -215,21 +205,23 @@ def _admit(
             occupy(cells, entries, replaced, place)  # less than `make` took
     except Exception:
         grant.spent = False
+        if budget is not None:
+            ledger.grants += 1
         raise
-    pool.account.counters.insert_count += len(entries) - len(old)
-    pool.account.counters.replace_count += len(old)
+    counters.insert_count += len(entries) - len(old)
+    counters.replace_count += len(old)
     return 0, 0
 
 
 def _count(
-    pool: PoolState, entries: list[Entry], plan: WritePlan, old: list[Entry], grant: Grant
+    domain: Domain, entries: list[Entry], plan: WritePlan, old: list[Entry], grant: Grant
 ) -> tuple[int, int] | None:
     """Count entries in, with the account, the policy and the slots; or say what is missing. Mutex held.
 
     The old ones are counted out once they have left their places: nothing in the index is ever not counted.
     """
-    ledger, account = pool.storage.ledger, pool.account
-    uses, tables = account.uses, ledger.tables
+    ledger, account = domain.ledger, domain.account
+    uses = account.uses
     old_rows = list(map(row_of, old))
     leaving = [entry for entry in old if entry.place is Place.HELD]
     entries_taken, slots_taken = grant.entries, grant.slots
@@ -240,11 +232,14 @@ def _count(
     before = account.entries, uses.used
     plan.make(ledger, entries, grant.taken)
     rows = list(map(row_of, entries))
-    undo: list[Callable[[], object]] = [partial(tables.leave, rows)]  # the slots stay the grant's
+    undo: list[Callable[[], object]] = [partial(ledger.tables.leave, rows)]  # the slots stay the grant's
     needed = 0, 0
     error: Exception | None = None
     try:
-        out, told = partial(uses.remove, rows), partial(ledger.candidates.exchange_back, pool.account, leaving, entries)
+        out, told = (
+            partial(uses.remove, rows),
+            partial(ledger.candidates.exchange_back, domain.account, leaving, entries),
+        )
         uses.add(rows)
         undo.append(out)
         account.entries += len(rows)
@@ -253,7 +248,7 @@ def _count(
         needed = max(0, len(rows) - len(old)), max(0, uses.used - before[1] - freed)
         if entries_over <= len(old) and slots_over <= freed:
             undo.append(told)
-            ledger.candidates.exchange(pool.account, leaving, entries)
+            ledger.candidates.exchange(domain.account, leaving, entries)
             return None
     except Exception as raised:
         error = raised

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 from ..books.index import find_in
+from ..books.ledger import wake
 from ..books.records import Entry, Hold, Scope
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..pool.batch import Batch
 from ..pool.reading import retain
 from .state import RootKey, SearchState
 
-__all__ = ["adopt", "adopted", "own", "own_or_adopted", "retain_here", "retain_roots"]
+__all__ = ["adopt", "adopted", "disown", "own", "own_or_adopted", "retain_here", "retain_roots"]
 
 Lookup = Callable[[SearchState, "list[Entry | None]", list[Hashable], Sequence[Hashable]], list[Entry]]
 
@@ -69,9 +69,8 @@ def retain_here(
     if not state.roots and not len(state.own):  # nothing just now: what comes later need not be found
         state.check_open()
         return
-    storage = state.pool.storage
-    ledger = storage.ledger
-    with gate.lock, storage.locks.read(state.scope.shards, deadline):
+    ledger = state.ledger
+    with gate.lock, state.locks.read(state.scope.shards, deadline):
         state.check_open()
         present = look_up(state, found, keys, env_ids)
         with gate.lock, ledger.mutex:
@@ -86,7 +85,10 @@ def retain_roots(
     hold: Hold,
     deadline: Deadline,
 ) -> dict[RootKey, Entry]:
-    """Look missing rows up in their environments' init pools; returns what was found there, for `adopt`."""
+    """Look missing rows up in their environments' init pools; returns what was found there, for `adopt`.
+
+    `hold` is one of the storage's ledger.
+    """
     missing = [row for row, entry in enumerate(found) if entry is None] if None in found else []
     if not missing:
         return {}
@@ -97,7 +99,7 @@ def retain_roots(
         scope = state.init_pools[env_ids[row]].default_scope
         located.append((scope, key_hash % len(scope.shards)))
     generations = {scope: scope.generation for scope, _ in located}
-    entries = retain(state.pool.storage, located, wanted, hashes, generations, deadline, hold=hold, quiet=True)
+    entries = retain(state.storage, located, wanted, hashes, generations, deadline, hold=hold, quiet=True)
     new: dict[RootKey, Entry] = {}
     for row, entry in zip(missing, entries, strict=True):
         found[row] = entry
@@ -106,21 +108,20 @@ def retain_roots(
     return new
 
 
-def adopt(state: SearchState, new: dict[RootKey, Entry], batch: Batch, deadline: Deadline) -> bool:
-    """Keep what `retain_roots` found until the search ends, and track the batch, which keeps it until then.
-
-    Called when nothing else of the gather can fail. Returns False, with nothing adopted, if another thread adopted
-    another entry under one of these keys meanwhile: that is the root, and has to be looked up.
-    """
-    storage = state.pool.storage
-    with gate.lock, storage.locks.write(state.scope.shards, deadline):
+def adopt(
+    state: SearchState, new: dict[RootKey, Entry], found: list[Entry | None], hold: Hold, deadline: Deadline
+) -> list[Entry] | None:
+    """Keep what `retain_roots` found until the search ends; see `SearchState.adopt`."""
+    with gate.lock, state.locks.write(state.scope.shards, deadline):
         state.check_open()
-        roots = state.with_roots(new)
-        if roots is None:
-            return False
-        adopted_now = list(roots.values())[len(state.roots) :]
-        with gate.lock, storage.ledger.mutex:
-            storage.ledger.extend(state.roots_hold, adopted_now)
-            state.roots = roots
-            state.track(batch)
-    return True
+        with gate.lock, state.ledger.mutex:
+            return state.adopt(new, found, hold)
+
+
+def disown(state: SearchState, stand_ins: list[Entry], deadline: Deadline) -> None:
+    """Undo `adopt`, where no other thread has found these roots meanwhile. (Otherwise the search has them.)"""
+    with gate.lock, state.locks.write(state.scope.shards, deadline), gate.lock, state.ledger.mutex:
+        dead = state.disown(stand_ins)
+        waiters = state.ledger.take_waiters()
+    wake(waiters)
+    del dead

@@ -14,7 +14,8 @@ from torch import Tensor
 from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
 from ..books.allocation import default_tokens
 from ..books.ledger import wake
-from ..books.records import Budget, Entry, Hold, Scope
+from ..books.records import Budget, Entry, Hold
+from ..books.slots import Run
 from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -24,11 +25,11 @@ from ..pool.batch import Batch
 from ..pool.clearing import discard, remove_all, take_out
 from ..pool.committing import commit_batch, open_batch
 from ..pool.handle import Handle
-from ..pool.plan import plan_share
 from ..pool.pool import KVPool
-from ..pool.room import give_budget_back, reserve_budget
+from ..pool.room import reserve_budget
 from ..pool.writing import write
-from .reading import adopt, adopted, own, own_or_adopted, retain_here, retain_roots
+from .promoting import plan_promotion
+from .reading import adopt, adopted, disown, own, own_or_adopted, retain_here, retain_roots
 from .state import RootKey, SearchState
 
 __all__ = ["LookupOrder", "Search"]
@@ -102,7 +103,7 @@ class Search(Handle):
             WaitTimeoutError: a shard was not free in time.
         """
         state = self._state
-        storage = state.pool.storage
+        storage = state.storage
         if stream is not None:
             with storage.clock.using(stream):
                 return self.gather(keys, env_ids, order=order, room=room, out=out, timeout=timeout)
@@ -127,44 +128,56 @@ class Search(Handle):
         deadline: Deadline,
     ) -> Batch | None:
         """One attempt at a gather; None where another thread adopted another root meanwhile."""
-        state = self._state
-        storage = state.pool.storage
+        state, new_roots = self._state, list[Entry]()
+        ledger = state.ledger
         generation = state.scope.generation
-        hold = Hold("batch", [])
+        hold, of_roots = Hold("batch", []), None
         found: list[Entry | None] = [None] * len(keys)
         new: dict[RootKey, Entry] = {}
         try:
             if own_first:
                 retain_here(state, found, keys, env_ids, own_or_adopted, hold, deadline)
                 if None in found:
-                    new = retain_roots(state, found, keys, env_ids, hold, deadline)
+                    of_roots = Hold("read", [])
+                    new = retain_roots(state, found, keys, env_ids, of_roots, deadline)
             else:
                 retain_here(state, found, keys, env_ids, adopted, hold, deadline)
-                new = retain_roots(state, found, keys, env_ids, hold, deadline)
+                of_roots = Hold("read", [])
+                new = retain_roots(state, found, keys, env_ids, of_roots, deadline)
                 retain_here(state, found, keys, env_ids, own, hold, deadline)
-            batch = open_batch(storage, state.scope, generation, hold, found, room, out)
+            if new and of_roots is not None:
+                adopted_now = adopt(state, new, found, hold, deadline)
+                state.storage.ledger.release(of_roots)
+                if adopted_now is None:
+                    ledger.release(hold)
+                    return None
+                new_roots = adopted_now
+            batch = open_batch(state, state.scope, generation, hold, found, room, out)
             # Only now, as a gather that fails must leave the search as it was.
-            if not new:
-                with gate.lock, storage.ledger.mutex:
-                    state.track(batch)
-            elif not adopt(state, new, batch, deadline):
-                batch.close()
-                return None
+            with gate.lock, ledger.mutex:
+                state.track(batch)
             return batch
         except BaseException:
-            try:
-                storage.ledger.release(hold)
-            except BaseException:
-                storage.ledger.abandoned.append(partial(storage.ledger.release_abandoned, hold))
-                raise
+            for owner, held in ((ledger, hold), (state.storage.ledger, of_roots)):
+                if held is None:
+                    continue
+                try:
+                    owner.release(held)
+                except BaseException:
+                    owner.abandoned.append(partial(owner.release_abandoned, held))
+            if new_roots:
+                try:
+                    disown(state, new_roots, deadline)
+                except BaseException:
+                    ledger.abandoned.append(partial(disown, state, new_roots))
             raise
 
     def contains(self, key: Hashable, *, timeout: float | None = None) -> bool:
         """Whether `key` is one of the search's own entries. May block."""
         hash_of(key)
         state = self._state
-        deadline = state.pool.storage.enter(timeout)
-        with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+        deadline = state.storage.enter(timeout)
+        with gate.lock, state.locks.read(state.scope.shards, deadline):
             if key in state.own:
                 return True
             state.check_open()  # under the shard: its end may have swept the key
@@ -177,8 +190,8 @@ class Search(Handle):
     def keys(self, *, timeout: float | None = None) -> list[Hashable]:
         """The keys of the search's own entries, oldest first; a list of its own. May block."""
         state = self._state
-        deadline = state.pool.storage.enter(timeout)
-        with gate.lock, state.pool.storage.locks.read(state.scope.shards, deadline):
+        deadline = state.storage.enter(timeout)
+        with gate.lock, state.locks.read(state.scope.shards, deadline):
             state.check_open()
             items = state.own.listed()
         return [key for key, _ in items]
@@ -230,15 +243,15 @@ class Search(Handle):
         """
         state = self._state
         if stream is not None:
-            with state.pool.storage.clock.using(stream):
+            with state.storage.clock.using(stream):
                 return self.commit(
                     keys, batch, rows=rows, lengths=lengths, overflow=overflow, sides=sides, timeout=timeout
                 )
-        deadline = state.pool.storage.enter(timeout)
+        deadline = state.storage.enter(timeout)
         state.check_open()
         if getattr(batch, "scope", state.scope) is not state.scope:
             raise InvalidArgumentError("batch was gathered by another search or pool, and cannot be committed here")
-        commit_batch(state.pool, batch, keys, rows, lengths, overflow or self._overflow, sides, None, deadline)
+        commit_batch(state, batch, keys, rows, lengths, overflow or self._overflow, sides, None, deadline)
 
     def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """Remove some of the search's own entries; their room can be used again at once. May block.
@@ -248,18 +261,24 @@ class Search(Handle):
         """
         going = set(check_keys(keys))
         state = self._state
-        deadline = state.pool.storage.enter(timeout)
+        deadline = state.storage.enter(timeout)
         state.check_open()
-        missing = remove_all(state.pool, state.scope, going, deadline)
+        missing = remove_all(state, state.scope, going, deadline)
         if missing:
             state.check_open()  # its end may have swept them
             raise KeyNotFoundError(f"the search has no entry for {shown(missing[0])} ({len(missing)} keys missing)")
+        if state.parted:
+            with gate.lock, state.ledger.mutex:
+                dead = state.part_with([])
+                waiters = state.ledger.take_waiters()
+            wake(waiters)
+            del dead
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
-        self._state.pool.storage.check_process()
+        self._state.storage.check_process()
         hash_of(key)
-        discard(self._state.pool, self._state.scope, key)
+        discard(self._state, self._state.scope, key)
 
     def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
@@ -267,22 +286,22 @@ class Search(Handle):
         Returns the number of own entries released. May block.
         """
         state = self._state
-        deadline = state.pool.storage.enter(timeout)
+        deadline = state.storage.enter(timeout)
         staying = set(check_keys(keys, minimum=0))
-        ledger = state.pool.storage.ledger
+        ledger = state.ledger
         dead: list[Entry] = []
         # One hold for both: a time-out or a cancellation comes before all of it or not at all.
-        with gate.lock, state.pool.storage.locks.write(state.scope.shards, deadline):
-            deadline.check(state.pool.name)
+        with gate.lock, state.locks.write(state.scope.shards, deadline):
+            deadline.check(state.name)
             state.check_open()
             before = state.roots
             # Every key that is looked at is looked at before anything goes.
             roots, leaving = state.parted_roots(staying)
             going = state.own_beside(staying)
-            waiters = take_out(state.pool, state.own, going, dead)
+            waiters = take_out(state, state.own, going, dead)
             with gate.lock, ledger.mutex:
-                dead += ledger.drop_from(state.roots_hold, leaving)
                 state.roots = roots
+                dead += state.part_with(leaving)
                 waiters += ledger.take_waiters()
         wake(waiters)
         number = len(going)
@@ -299,7 +318,9 @@ class Search(Handle):
         priority: float = 0.0,
         timeout: float | None = None,
     ) -> bool:
-        """Store one of the search's entries in an environment's init pool too, sharing its slots. May block.
+        """Store one of the search's entries in an environment's init pool too. May block.
+
+        Costs what gathering it costs: it is copied, but for what it shares with a root of the search.
 
         Args:
             key: one of the search's own entries, or a root it adopted.
@@ -314,7 +335,7 @@ class Search(Handle):
             InvalidArgumentError: an environment that is not of this search.
         """
         state = self._state
-        storage = state.pool.storage
+        storage = state.storage
         deadline = storage.enter(timeout)
         hash_of(key)
         (env_id,) = self._check_envs([env_id])
@@ -327,26 +348,25 @@ class Search(Handle):
         new_key = key if as_key is SAME_KEY else as_key
         hash_of(new_key, "as_key")
         hold = Hold("commit", [])
-        with gate.lock, storage.locks.read(state.scope.shards, deadline):
+        ledger = state.ledger
+        with gate.lock, state.locks.read(state.scope.shards, deadline):
             state.check_open()
             entry = state.own.get(key) or state.roots.get((env_id, key))
             if entry is not None:
-                with gate.lock, storage.ledger.mutex:
-                    storage.ledger.extend(hold, [entry])
+                with gate.lock, ledger.mutex:
+                    ledger.extend(hold, [entry])
         if entry is None:
             raise KeyNotFoundError(f"the search has no entry for {shown(key)} to promote")
         try:
-            plan = plan_share(storage, entry, new_key, entry.side if side is SAME_SIDE else side, priority)
-            with gate.lock, storage.ledger.mutex:
-                state.budget.promoted_to.add(init_pool.account)
-                storage.ledger.promoting.add(state.budget)
+            as_stored = entry.side if side is SAME_SIDE else side
+            plan = plan_promotion(state, entry, new_key, as_stored, priority)
             return write(init_pool, target, generation, plan, deadline)
         finally:
             del entry
             try:
-                storage.ledger.release(hold)
+                ledger.release(hold)
             except BaseException:
-                storage.ledger.abandoned.append(partial(storage.ledger.release_abandoned, hold))
+                ledger.abandoned.append(partial(ledger.release_abandoned, hold))
                 raise
 
     # Life ----------------------------------------------------------------------------------------------------------
@@ -367,7 +387,7 @@ class Search(Handle):
         if gate.is_inside:
             self.abandon()
             return
-        storage = state.pool.storage
+        storage = state.storage
         state.end("the search was closed", storage.enter_quietly(timeout))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
@@ -385,7 +405,7 @@ class Search(Handle):
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         state = getattr(self, "_state", None)
         if state is not None and not state.finished:
-            ledger = state.pool.storage.ledger
+            ledger = state.storage.ledger
             ledger.abandon(partial(state.end, "the search was dropped without being closed"))
 
     def __del__(self) -> None:
@@ -432,13 +452,22 @@ def open_search(
     check_overflow(overflow, pool.layout)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
     tokens = positive_int("tokens", tokens) if tokens is not None else default_tokens(entries, pool.layout.max_tokens)
-    budget = reserve_budget(pool, entries, tokens, deadline)
+    budget, runs = reserve_budget(pool, entries, tokens, deadline)
     try:
-        return _opened(pool, init_pools, ids, number, budget, order, overflow)
+        return _opened(pool, init_pools, ids, number, budget, runs, order, overflow)
     except BaseException:
-        ledger = pool.storage.ledger
-        ledger.abandoned.append(partial(ledger.again, [partial(give_budget_back, pool, budget)]))
+        pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(_give_back, pool, budget, runs)]))
         raise
+
+
+def _give_back(pool: KVPool, budget: Budget, runs: list[Run]) -> None:
+    """Return what was reserved for a search that did not open; nothing happens the second time. Mutex held."""
+    if budget.max_slots:
+        pool.ledger.slots.add(runs)
+        # No call from here on, so that no asynchronous exception parts what belongs together.
+        pool.account.reserved_entries -= budget.max_entries
+        pool.account.reserved_slots -= budget.max_slots
+        budget.max_entries = budget.max_slots = 0
 
 
 def _opened(
@@ -447,26 +476,25 @@ def _opened(
     ids: tuple[Hashable, ...],
     number: int,
     budget: Budget,
+    runs: list[Run],
     order: LookupOrder,
     overflow: Overflow | None,
 ) -> Search:
-    # All of a search's keys under one shard: a gather or commit of any number of rows takes one lock.
-    shard = number % pool.storage.locks.count
-    scope = Scope(pool.account, f"search {number}", (shard,), budget=budget)
-    state = SearchState(pool, init_pools, number, scope)
+    state = SearchState(pool, init_pools, number, budget, runs)
     # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
     search = Search(state, ids, order, overflow)
-    ledger = pool.storage.ledger
+    ledger = pool.ledger
     with gate.lock, ledger.mutex:
         closed = pool.account.closed or pool.storage.closed
         if closed:
-            give_budget_back(pool, budget)
-            state.finished = True
+            _give_back(pool, budget, runs)
         else:
             ledger.holds.add(state.roots_hold)
             pool.searches.add(state)
+            pool.account.budgets.add(budget)
         waiters = ledger.take_waiters() if closed else []
     wake(waiters)
     if closed:
+        state.finished = True
         raise ClosedError(f"{pool.name} is closed")
     return search

@@ -21,18 +21,18 @@ Patch = pytest.MonkeyPatch
 
 def references_released_before_commit_shares_them(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
-        for hold in [hold for hold in pool.storage.ledger.holds if hold.what in ("batch", "commit")]:
+        for hold in [hold for hold in pool.ledger.holds if hold.what in ("batch", "commit")]:
             hold.users = 0
-            pool.storage.ledger.release(hold)
+            pool.ledger.release(hold)
         return writing.write(pool, scope, generation, plan, deadline)
 
     patch.setattr("concurrent_kv.pool.committing.write", write)
 
 
 def slots_freed_before_the_readers_copy_is_done(patch: Patch) -> None:
-    def copy_out(storage: Any, entry: Entry, to: Any = None) -> Any:
-        storage.ledger.release(next(hold for hold in storage.ledger.holds if entry in hold.entries))
-        return reading.copy_out(storage, entry, to)
+    def copy_out(domain: Any, entry: Entry, to: Any = None) -> Any:
+        domain.ledger.release(next(hold for hold in domain.ledger.holds if entry in hold.entries))
+        return reading.copy_out(domain, entry, to)
 
     patch.setattr("concurrent_kv.pool.pool.copy_out", copy_out)
 

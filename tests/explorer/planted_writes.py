@@ -11,7 +11,7 @@ import pytest
 
 from concurrent_kv.books.entries import new_entries
 from concurrent_kv.books.ledger import Ledger, wake
-from concurrent_kv.books.records import Account, Entry, Generation, Hold, Place, Scope, sorted_shards
+from concurrent_kv.books.records import Account, Entry, Generation, Grant, Hold, Place, Scope, sorted_shards
 from concurrent_kv.device.slot_numbers import Slots, as_array
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.locks.deadline import Deadline
@@ -19,7 +19,7 @@ from concurrent_kv.pool import room, writing
 from concurrent_kv.pool.clearing import sweep_if
 from concurrent_kv.pool.core import PoolCore
 from concurrent_kv.pool.plan import WritePlan
-from concurrent_kv.pool.room import Grant, unpublish
+from concurrent_kv.pool.room import unpublish
 from concurrent_kv.pool.writing import Outcome
 from concurrent_kv.search.state import SearchState
 

@@ -145,9 +145,10 @@ class SearchWorld(World):
                     self.gather_here([key]).close()
             self.search.close()
             super().check()
-        account, slots = self.recur.account, self.storage.ledger.slots
-        if account.reserved_entries or account.reserved_slots or slots.reserved_count:
+        account, ledger = self.recur.account, self.storage.ledger
+        lacking = ledger.num_slots - ledger.slots.size
+        if account.reserved_entries or account.reserved_slots or lacking:
             raise BrokenPromiseError(
                 f"no search is open, and {account.reserved_entries} entries and {account.reserved_slots} slots are "
-                f"reserved in the quota, {slots.reserved_count} slots in the storage"
+                f"reserved in the quota, and the storage lacks {lacking}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from concurrent_kv import Batch, KeysValues, KVLayout, KVPool, KVStorage
 from concurrent_kv.books.records import Entry, Scope
 from concurrent_kv.errors import ClosedError
-from tests.support import slots_named
+from tests.support import ledgers_of, searches_of, slots_named
 
 from .history import Call, Kind, State, Value, check_linearizable
 from .parts import ModelEvent, ModelLock, ModelShards, ModelTensor
@@ -98,6 +98,7 @@ class World:
             lock_factory=lambda: ModelLock(scheduler),
             event_factory=lambda: ModelEvent(scheduler),
             locks=None if real_locks else ModelShards(scheduler, shards),
+            search_locks=None if real_locks else partial(ModelShards, scheduler, 1),
             tensor=ModelTensor(scheduler, LAYOUT, total),
         )
         self.pool = KVPool(LAYOUT, entries, max_slots=slots, storage=self.storage, name="pool", policy=policy)
@@ -232,12 +233,13 @@ class World:
             raise BrokenPromiseError(f"{stats} do not add up")
 
     def _check_holds(self) -> None:
-        searches = {search.roots_hold for pool in self.pools() for search in pool.searches}
-        left = self.storage.ledger.holds - searches
+        searches = searches_of(self.storage)
+        known = {hold for search in searches for hold in (search.roots_hold, search.stand_ins)}
+        left = {hold for ledger in ledgers_of(self.storage) for hold in ledger.holds} - known
         if left:
             raise BrokenPromiseError(f"{len(left)} references were never let go: {[hold.what for hold in left]}")
         for pool in self.pools():
-            reserved = sum(search.budget.size for search in pool.searches)
+            reserved = sum(search.budget.max_slots for search in pool.searches)
             if pool.account.reserved_slots != reserved:
                 raise BrokenPromiseError(
                     f"{pool.name} counts {pool.account.reserved_slots} reserved slots, searches {reserved}"

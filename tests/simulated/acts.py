@@ -13,6 +13,7 @@ import torch
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionSteps, PositionTable
 from concurrent_kv.books.records import Hold
+from concurrent_kv.device.buffers import new_buffer
 from concurrent_kv.flights.waiting import outcome
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool.plan import plan_share
@@ -185,12 +186,12 @@ def cut_off_and_repaired(world: GpuWorld) -> None:
     entry = world.pool.default_scope.entries[0].get(A)
     assert entry is not None
     with world.on(1):
-        out = storage.tensor.new_buffer(1, WHOLE)
+        out = new_buffer(storage.tensor.layout, 1, WHOLE)
         with storage.ledger.mutex:
             storage.ledger.extend(Hold("read", []), [entry])
         with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(storage.clock, "stamp", _cut_off)
-            gather_entries(storage, [entry], out, WHOLE)
+            gather_entries(world.pool, [entry], out, WHOLE)
     with world.on(2):
         world.clear()
         world.pool.repair()

@@ -6,6 +6,7 @@ Most leave one call out: a wait, a tick, a protection, at one place of the libra
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from torch import Tensor
 from concurrent_kv.books import slots
 from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.slots import SlotAllocator
-from concurrent_kv.device import streams, tensors
+from concurrent_kv.device import streams
+from concurrent_kv.device.buffers import FreeBuffers
 from concurrent_kv.device.stream_uses import StreamUses
 from concurrent_kv.device.streams import NO_TICKS, StreamClock, Ticks, _Known, _Mark
 from concurrent_kv.pool import writing
 from concurrent_kv.pool.storage import KVStorage
+from concurrent_kv.search.state import SearchState
 
 from .backend import SimStreams
 from .sites import Fault, left_out
@@ -114,10 +117,28 @@ def uses_of_the_dead_not_told_to_who_outlives_them(patch: Patch) -> None:
     original = SlotAllocator.release
 
     def release(self: SlotAllocator, slots: Any, ticks: Ticks, **others_left: bool) -> None:
-        self._residual = NO_TICKS
+        self.residual = NO_TICKS
         original(self, slots, ticks, **others_left)
 
     patch.setattr(SlotAllocator, "release", release)
+
+
+def uses_of_a_search_forgotten_at_its_end(patch: Patch) -> None:
+    patch.setattr(SearchState, "_all_ticks", lambda self: NO_TICKS)
+
+
+def _uses_of_roots_forgotten_in(function: str) -> Callable[[Patch], None]:
+    def forgotten(patch: Patch) -> None:
+        original = Ledger.stamp_reads
+
+        def stamp_reads(self: Ledger, entries: Any, ticks: Ticks) -> None:
+            if sys._getframe(1).f_code.co_name != function:
+                original(self, entries, ticks)
+
+        patch.setattr(Ledger, "stamp_reads", stamp_reads)
+
+    forgotten.__name__ = f"uses_of_roots_forgotten_in{function}"
+    return forgotten
 
 
 def slots_reused_one_release_too_early(patch: Patch) -> None:
@@ -135,8 +156,8 @@ def only_the_first_of_several_runs_waited_for(patch: Patch) -> None:
 
 
 def buffers_handed_on_without_their_uses(patch: Patch) -> None:
-    original = tensors.SlotTensor.take_buffer
-    patch.setattr(tensors.SlotTensor, "take_buffer", lambda self, *shape: (original(self, *shape)[0], NO_TICKS))
+    original = FreeBuffers.take
+    patch.setattr(FreeBuffers, "take", lambda self, *shape: (original(self, *shape)[0], NO_TICKS))
 
 
 def zeroing_forgotten_by_readers(patch: Patch) -> None:
@@ -336,6 +357,9 @@ FORGOTTEN = [
     (slots_reused_one_release_too_early, "read, then reused"),
     (reads_not_told_to_the_next_writer, "search read, then closed, reused"),
     (unpublished_writes_not_told_to_the_next_writer, "search closed|its commit, reused"),
+    (uses_of_a_search_forgotten_at_its_end, "search read, then closed, reused"),
+    (_uses_of_roots_forgotten_in("_dissolve"), "root read by a search, closed, popped, reused"),
+    (_uses_of_roots_forgotten_in("_let_go_of_roots"), "root read by a search, not kept, popped, reused"),
     (only_the_first_of_several_runs_waited_for, "several runs, reused at once"),
     (buffers_handed_on_without_their_uses, "gather, gather again"),
     (zeroing_forgotten_by_readers, "misses on another than the pool's"),

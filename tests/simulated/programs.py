@@ -244,6 +244,25 @@ GPU_PROGRAMS = [
         several(grown, lambda w: w.look_up("search", [X], on=2), lambda w: w.end("search"), reused_by_the_pool),
     ),
     search_program(
+        "root read by a search, closed, popped, reused",
+        several(
+            lambda w: w.look_up("search", [A], on=1),
+            lambda w: w.end("search"),
+            lambda w: w.put_in_recur(5, value(60, WHOLE), on=4),  # which takes what was the search's
+            lambda w: w.get(A, on=3, pop=True),
+            put_often(B, 20, 2, on=2),
+        ),
+    ),
+    search_program(
+        "root read by a search, not kept, popped, reused",
+        several(
+            lambda w: w.look_up("search", [A], on=1),
+            lambda w: w.keep("search", []),
+            lambda w: w.get(A, on=3, pop=True),
+            put_often(B, 20, 2, on=2),
+        ),
+    ),
+    search_program(
         "search closed|its commit, reused",
         lambda w: w.or_closed(lambda: grown(w)),
         several(lambda w: w.end("search"), reused_by_the_pool),

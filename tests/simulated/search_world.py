@@ -274,8 +274,9 @@ class GpuSearchWorld(GpuWorld):
         self.look_at_end(self._check_roots)
         self.handles += [known.search for known in self.searches.values()]
         super().check()
-        account, slots = self.recur.account, self.storage.ledger.slots
-        must(not (account.reserved_entries or account.reserved_slots or slots.reserved_count), "room stayed reserved")
+        account, ledger = self.recur.account, self.storage.ledger
+        lacking = ledger.num_slots - ledger.slots.size
+        must(not (account.reserved_entries or account.reserved_slots or lacking), "room stayed reserved")
 
     def _check_roots(self) -> None:
         for key, seen in self._roots_seen:

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -85,6 +86,7 @@ class GpuWorld:
                 lock_factory=lambda: ModelLock(scheduler),
                 event_factory=lambda: ModelEvent(scheduler),
                 locks=ModelShards(scheduler, shards),
+                search_locks=partial(ModelShards, scheduler, 1),
                 backend=self.backend,
             )
         self.pool = KVPool(

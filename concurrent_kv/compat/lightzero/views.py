@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from ...books.index import Index
 from ...books.records import Entry, Scope
 from ...locks.gate import gate
-from ...pool.storage import PoolState
+from ...pool.storage import Domain
 from .attachment import Attachment
 
 __all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
@@ -44,13 +44,12 @@ class KeyIndex(Mapping[Hashable, int]):
         return f"KeyIndex({dict(self._entries())!r})"
 
 
-def entries_of(pool: PoolState, scope: Scope) -> Entries:
+def entries_of(domain: Domain, scope: Scope) -> Entries:
     """The keys of a scope, and the rows of the ledger that their entries have."""
-    storage = pool.storage
-    deadline = storage.enter()
+    deadline = domain.storage.enter()
     found: Entries = []
     for part, shard in enumerate(scope.shards):
-        with gate.lock, storage.locks.read((shard,), deadline):
+        with gate.lock, domain.locks.read((shard,), deadline):
             found += _rows_in(scope.entries[part])
     return found
 
@@ -68,7 +67,7 @@ def recur_view(kv: Attachment) -> KeyIndex:
         if session.search is None:
             return []
         state = session.search._state
-        return entries_of(state.pool, state.scope)
+        return entries_of(state, state.scope)
 
     return KeyIndex(entries, kv.forget_nodes)
 
