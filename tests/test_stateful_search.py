@@ -326,6 +326,7 @@ class SearchMachine(RuleBasedStateMachine):
         assert batch.batch.closed is (len(batch.committed) == len(batch.records))
         if batch.batch.closed:
             self.close(opened, batch)
+        self.look_at_parted(opened)
 
     def accepts(self, opened: OpenSearch, children: list[Record], own: int, call: Callable[[], None]) -> bool:
         """Commit; within its reservation a search never fails, beyond it takes what nobody has reserved."""
@@ -417,6 +418,7 @@ class SearchMachine(RuleBasedStateMachine):
         """What it alone kept goes."""
         batch.batch.close()
         opened.batches.remove(batch)
+        self.look_at_parted(opened)
 
     def shared_with(self, record: Record, root: Record) -> int:
         """How many of a root's newest tokens a record begins with."""

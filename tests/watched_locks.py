@@ -62,8 +62,8 @@ FIELDS: dict[type, tuple[str, ...]] = {
     Hold: ("entries", "released", "users"),
     Budget: ("entries", "max_entries", "ended"),
     Scope: ("generation",),
-    SearchState: ("batches", "finished", "gone", "parted"),
-    Ledger: ("borrowed", "grants", "when_idle"),
+    SearchState: ("batches", "finished", "gone"),
+    Ledger: ("borrowed", "grants", "when_idle", "parted", "part"),
     Account: (
         *("closed", "counters", "entries", "pending_entries", "pending_slots", "reserved_entries", "reserved_slots"),
     ),

@@ -48,9 +48,12 @@ class Ledger:
         grants: of a search, its writes under way.
         when_idle: of a search that has ended, what is done, once, when it has no hold and no grant any more; returns
             what died of it. Under the mutex.
+        parted: of a search, entries that it lets go of as soon as it can, by `part`, which returns what died.
     """
 
     when_idle: Callable[[], list[Entry]] | None = None
+    parted: frozenset[Entry] = frozenset()
+    part: Callable[[], list[Entry]] | None = None
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Ledger:
         self.waiters: list[Any] = []  # events of the threads that wait for room
         self.storage = storage
         self._spare_tables: list[Tables] = []
+        self._no_tables = None if storage is not None else new_tables(0, window)
         self.borrowed = self.grants = 0
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], object]] = deque() if storage is None else storage.abandoned
@@ -83,11 +87,13 @@ class Ledger:
         except IndexError:
             return new_tables(self.num_slots, self.window)
 
-    def keep_tables(self, tables: Tables) -> None:
-        """Have tables for a later search of which no thread uses a row any more, but for row 0.
+    def take_tables(self, ended: Ledger) -> None:
+        """Have the tables of a search that has ended for a later one. The ended one's mutex held.
 
-        The mutex of their search's ledger held.
+        A gather under way of nothing but misses may still ask it for row 0, which is in any tables.
         """
+        assert self._no_tables is not None
+        tables, ended.tables = ended.tables, self._no_tables
         if len(self._spare_tables) < SPARE_TABLES and not self.abandoned:  # which may have work with these
             tables.keep([])
             self._spare_tables.append(tables)
@@ -155,6 +161,12 @@ class Ledger:
                     self.candidates.return_unshared(parted)
                 except Exception:  # as above: they come back to their policies a little later
                     self.abandoned.append(partial(self.again, [self.candidates.return_all]))
+        part = self.part
+        if part is not None and (dead or not self.parted.isdisjoint(entries)):
+            try:
+                dead += part()
+            except Exception:  # as above
+                self.abandoned.append(partial(self.again, [part]))
         return dead
 
     def leave(self, rows: list[int]) -> None:

@@ -75,7 +75,7 @@ def repair(storage: KVStorage) -> RepairReport:
     ledger = storage.ledger
     # Until no lock is held: what is dropped in here, and dies, has keys and side data.
     kept: list[object] = []
-    of_searches = [search.mend(deadline, kept) for search in _open_searches(storage)]
+    of_searches = [search.mend(deadline, used, kept) for search in _open_searches(storage)]
     taken = np.zeros(ledger.num_slots + 1, dtype=np.bool_)
     for _, slots in of_searches:
         taken[slots] = True

@@ -300,7 +300,7 @@ class PoolCore(PoolState, Handle):
     # State ---------------------------------------------------------------------------------------------------------
 
     def stats(self) -> PoolStats:
-        """One consistent moment of the counters and the fill. Never waits for a shard.
+        """One moment of the counters and the fill; of each open search, a moment close by. Never waits for a shard.
 
         Inside a critical section of the calling thread (in a finaliser, say) the numbers may be of different moments.
         """

@@ -126,6 +126,7 @@ def _freed_of(domain: Domain, scope: Scope, plan: WritePlan, replaced: list[Entr
         return None
     if scope.budget is None:
         return len(rows), domain.account.uses.exclusive(rows)
+    domain.check_open()  # one that has ended has no rows any more
     ledger = domain.ledger
     staying = ledger.tables.enter(*plan.kept_rows(), range(0), NO_POSITIONS)[0]
     try:

@@ -22,7 +22,7 @@ from ..device.cuda import backend_for
 from ..device.layout import KVLayout
 from ..device.modes import plain_torch_state
 from ..device.slot_numbers import SlotArray
-from ..device.streams import StreamBackend, StreamClock
+from ..device.streams import StreamBackend, StreamClock, Ticks
 from ..device.tensors import SlotTensor
 from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
 from ..flights.table import FlightTable
@@ -286,10 +286,11 @@ class OpenSearch(Protocol):
     def check(self, deadline: Deadline) -> SearchCheck:
         """Compare its books with a recount."""
 
-    def mend(self, deadline: Deadline, kept: list[object]) -> tuple[RepairReport, SlotArray]:
+    def mend(self, deadline: Deadline, used: Ticks, kept: list[object]) -> tuple[RepairReport, SlotArray]:
         """Set every count of its books as a recount finds it; or, if nobody will end it any more, note its end.
 
-        Returns also the slots that it has then, none of which is free. What dies joins `kept`.
+        Returns also the slots that it has then, none of which is free. What dies joins `kept`; `used` is what may
+        still be read or written.
         """
 
     def top_up(self) -> None:

@@ -267,12 +267,6 @@ class Search(Handle):
         if missing:
             state.check_open()  # its end may have swept them
             raise KeyNotFoundError(f"the search has no entry for {shown(missing[0])} ({len(missing)} keys missing)")
-        if state.parted:
-            with gate.lock, state.ledger.mutex:
-                dead = state.part_with([])
-                waiters = state.ledger.take_waiters()
-            wake(waiters)
-            del dead
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""

@@ -70,7 +70,6 @@ class SearchState(Domain):
         stand_ins: a hold of all of them. Under the mutex.
         roots_hold: a hold, in the storage's ledger, of their roots. It does not pin: a root may be evicted from its
             init pool like any other.
-        parted: stand-ins that are no roots of the search any more. Under the mutex.
         batches: the holds of open ones. Under the mutex.
         gone: entries taken out of the index by its end. Under the mutex.
         finished: whether nothing is left of it. Under the mutex; read without.
@@ -91,7 +90,6 @@ class SearchState(Domain):
         self.origins: dict[Entry, Entry] = {}
         self.stand_ins = Hold("roots", [])
         self.roots_hold = Hold("search", [])
-        self.parted: list[Entry] = []
         self.batches: list[Hold] = []
         self.gone: list[Entry] = []
         self.finished = False
@@ -223,8 +221,10 @@ class SearchState(Domain):
         self.ledger.when_idle = None
         self.ledger.slots = SlotAllocator(0)
         self.finished = True
-        storage.keep_tables(self.ledger.tables)
-        gone, self.gone = self.gone, []
+        storage.take_tables(self.ledger)
+        # Nothing of it may keep keys and side data alive.
+        gone, self.gone, self.origins = [*self.gone, *self.origins], [], {}
+        self.stand_ins.entries, self.ledger.parted, self.ledger.part = [], frozenset(), None
         return dead + gone
 
     def _all_runs(self, ticks: Ticks) -> list[Run]:
@@ -344,19 +344,26 @@ class SearchState(Domain):
     def part_with(self, stand_ins: Sequence[Entry]) -> list[Entry]:
         """Let go of the roots of stand-ins as soon as no other entry of the search names their slots. Mutex held.
 
-        Looks at all that were parted with before, too. Returns what may die.
+        Returns what may die; what stays is looked at again whenever an entry dies, or one of them is let go of.
         """
-        self.parted = [*self.parted, *stand_ins]
-        going = self._named_by_none_beside([entry for entry in self.parted if entry.refs == 1])
+        ledger = self.ledger
+        ledger.parted = ledger.parted.union(stand_ins)
+        ledger.part = self._part
+        return self._part()
+
+    def _part(self) -> list[Entry]:
+        """Mutex held."""
+        ledger, storage = self.ledger, self.storage.ledger
+        going = self._named_by_none_beside([entry for entry in ledger.parted if entry.refs == 1])
         if not going:
             return []
         origins, leaving = [self.origins[entry] for entry in going], set(going)
-        all_stand_ins = [entry for entry in self.stand_ins.entries if entry not in leaving]
-        parted = [entry for entry in self.parted if entry not in leaving]
-        ticks, ledger, storage = self._all_ticks(), self.ledger, self.storage.ledger
+        staying = [entry for entry in self.stand_ins.entries if entry not in leaving]
+        parted, part = ledger.parted.difference(going), ledger.part
+        ticks = self._all_ticks()
         ledger.tables.leave(list(map(row_of, going)))  # no slot of theirs is the search's
         # No call of a Python function from here to the next comment.
-        self.stand_ins.entries, self.parted = all_stand_ins, parted
+        self.stand_ins.entries, ledger.parted, ledger.part = staying, parted, part if parted else None
         for entry in going:
             entry.row, entry.refs = -1, 0
             del self.origins[entry]
@@ -430,13 +437,15 @@ class SearchState(Domain):
         report = IntegrityReport(entries - len(stand_ins), free, referenced, handles)
         return SearchCheck(problems, report, np.concatenate([own, ledger.slots.free_slots()]))
 
-    def mend(self, deadline: Deadline, kept: list[object]) -> tuple[RepairReport, SlotArray]:
+    def mend(self, deadline: Deadline, used: Ticks, kept: list[object]) -> tuple[RepairReport, SlotArray]:
         """Set every count of its books as a recount finds it; or, if nobody will end it any more, note its end."""
         with gate.lock, self.locks.write(self.scope.shards, deadline), self.ledger.mutex:
-            return self._mended(kept)
+            return self._mended(used, kept)
 
-    def _mended(self, kept: list[object]) -> tuple[RepairReport, SlotArray]:
+    def _mended(self, used: Ticks, kept: list[object]) -> tuple[RepairReport, SlotArray]:
         """Mutex and shard held."""
+        with gate.lock, self.storage.ledger.mutex:  # whatever it read of them
+            self.storage.ledger.stamp_reads(self.origins.values(), used)
         kept += [*self.roots.values(), *self.origins, *self.origins.values(), *self.gone]
         free = RepairReport(-self.ledger.slots.free_count, 0, 0)  # they are the storage's until `top_up`
         is_over = self.roots_hold.is_orphan or self.ended is not None
@@ -451,7 +460,8 @@ class SearchState(Domain):
             hold.released = True
         self.ledger.holds.clear()
         self.ledger.when_idle = None
-        self.roots, self.origins, self.gone = {}, {}, []
+        self.roots, self.origins, self.gone, self.stand_ins.entries = {}, {}, [], []
+        self.ledger.parted, self.ledger.part = frozenset(), None
         pending, self.finished = self.ledger.grants, True
         with gate.lock, self.storage.ledger.mutex:
             self._pool.searches.discard(self)
@@ -465,7 +475,9 @@ class SearchState(Domain):
         self.stand_ins.entries = list(self.origins)
         if not self.origins.keys() >= set(self.roots.values()):  # otherwise no key is looked at
             self.roots = {root: entry for root, entry in self.roots.items() if entry in self.origins}
-        self.parted = [entry for entry in self.origins if entry not in self.roots.values()]
+        roots = set(self.roots.values())
+        self.ledger.parted = frozenset(entry for entry in self.origins if entry not in roots)
+        self.ledger.part = self._part if self.ledger.parted else None
         with gate.lock, self.storage.ledger.mutex:
             self.roots_hold.entries = list(self.origins.values())
         report, own = rebuild_search(self.ledger, self.scope, self.stand_ins, kept)
