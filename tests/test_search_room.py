@@ -12,7 +12,7 @@ import pytest
 
 from concurrent_kv import CapacityError, KeysValues, KVCacheManager, Search, SearchEndedError, WaitTimeoutError
 from concurrent_kv.locks.deadline import Deadline
-from concurrent_kv.pool import room
+from concurrent_kv.pool import room, writing
 from tests.conftest import MakeManager
 from tests.support import WINDOW, append, assert_same, child_of, config, row_of, slots_in_use, store, tokens
 from tests.threading_support import JOIN_SECONDS, Background
@@ -456,6 +456,46 @@ def test_a_commit_of_misses_takes_no_room_of_a_search_that_closes_meanwhile(
     with pytest.raises(SearchEndedError):
         search.commit(["key"], batch, lengths=[4])
     assert search._state.ledger.grants == 0
+    manager.check_integrity()
+
+
+def test_a_search_keeps_its_room_while_a_commit_of_misses_writes_to_it(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(1, recur_slots=2 * WINDOW)
+    search = manager.search([0], entries=2, tokens=WINDOW)
+    state, storage = search._state, manager.storage.ledger
+    batch = search.gather(["none"], [0], room=WINDOW)  # which keeps nothing
+    append(batch, [7], 4)
+    copy, free = writing._copy, storage.slots.free_count
+
+    def closed_meanwhile(*arguments: Any) -> Any:
+        search.close()
+        assert not state.finished
+        assert storage.slots.free_count == free
+        return copy(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_copy", closed_meanwhile)
+        with pytest.raises(SearchEndedError):
+            search.commit(["key"], batch, lengths=[4])
+    assert state.finished
+    assert storage.slots.free_count == free + WINDOW
+    manager.check_integrity()
+
+
+def test_tables_that_something_is_left_to_be_done_with_are_no_other_searchs(make_manager: MakeManager) -> None:
+    manager = make_manager(1)
+    ledger = manager.storage.ledger
+    first, second = manager.search([0], entries=1), manager.search([0], entries=1)
+    tables = second._state.ledger.tables
+    ledger.abandoned.append(lambda deadline: None)
+    first._state.end("closed", Deadline(1.0))
+    assert not ledger._spare_tables
+    ledger.abandoned.clear()
+    second._state.end("closed", Deadline(1.0))
+    with manager.search([0], entries=1) as third:
+        assert third._state.ledger.tables is tables
     manager.check_integrity()
 
 

@@ -110,7 +110,7 @@ def retain_roots(
 
 def adopt(
     state: SearchState, new: dict[RootKey, Entry], found: list[Entry | None], hold: Hold, deadline: Deadline
-) -> list[Entry] | None:
+) -> list[Entry]:
     """Keep what `retain_roots` found until the search ends; see `SearchState.adopt`."""
     with gate.lock, state.locks.write(state.scope.shards, deadline):
         state.check_open()

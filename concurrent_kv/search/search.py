@@ -114,9 +114,7 @@ class Search(Handle):
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
         own_first = (self._order if order is None else check_order(order)) == "own_first"
-        while (batch := self._gather(keys, env_ids, own_first, room, out, deadline)) is None:
-            pass  # another thread adopted another root under one of the keys, which no later gather can do again
-        return batch
+        return self._gather(keys, env_ids, own_first, room, out, deadline)
 
     def _gather(
         self,
@@ -126,8 +124,8 @@ class Search(Handle):
         room: int | None,
         out: Tensor | None,
         deadline: Deadline,
-    ) -> Batch | None:
-        """One attempt at a gather; None where another thread adopted another root meanwhile."""
+    ) -> Batch:
+        """As `gather`, of checked arguments."""
         state, new_roots = self._state, list[Entry]()
         ledger = state.ledger
         generation = state.scope.generation
@@ -146,12 +144,8 @@ class Search(Handle):
                 new = retain_roots(state, found, keys, env_ids, of_roots, deadline)
                 retain_here(state, found, keys, env_ids, own, hold, deadline)
             if new and of_roots is not None:
-                adopted_now = adopt(state, new, found, hold, deadline)
+                new_roots = adopt(state, new, found, hold, deadline)
                 state.storage.ledger.release(of_roots)
-                if adopted_now is None:
-                    ledger.release(hold)
-                    return None
-                new_roots = adopted_now
             batch = open_batch(state, state.scope, generation, hold, found, room, out)
             # Only now, as a gather that fails must leave the search as it was.
             with gate.lock, ledger.mutex:

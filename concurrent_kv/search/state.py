@@ -267,18 +267,16 @@ class SearchState(Domain):
 
     # Roots -----------------------------------------------------------------------------------------------------------
 
-    def adopt(self, new: Mapping[RootKey, Entry], found: list[Entry | None], hold: Hold) -> list[Entry] | None:
+    def adopt(self, new: Mapping[RootKey, Entry], found: list[Entry | None], hold: Hold) -> list[Entry]:
         """Keep roots found in init pools until the search ends; `found` gets their stand-ins, which `hold` holds too.
 
-        The caller holds the roots. Returns the stand-ins that are new; or None, with nothing adopted, where another
-        thread adopted another entry under one of these keys meanwhile. Mutex and shard held.
+        The caller holds the roots. Where another thread has adopted one under the same key meanwhile, perhaps a later
+        one, that is the root. Returns the stand-ins that are new. Mutex and shard held.
         """
         standing: dict[Entry | None, Entry] = {}  # by the root
         fresh = dict(new)
         for root, origin in new.items() if self.roots else ():
             stand_in = self.roots.get(root)
-            if stand_in is not None and self.origins[stand_in] is not origin:
-                return None
             if stand_in is not None:
                 standing[origin] = stand_in
                 del fresh[root]
