@@ -1,4 +1,4 @@
-"""The buffers of closed batches, which later gathers of the same shape use: taken and given back without a lock."""
+"""The buffers of closed batches, which later gathers of about their size use: taken and given back without a lock."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from threading import Barrier, Thread
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from concurrent_kv.device.buffers import MAX_SHAPES, FreeBuffers, new_buffer
+from concurrent_kv.device.buffers import MAX_SIZES, FreeBuffers, new_buffer, size_of
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.device.tensors import SlotTensor
 from tests.support import HANG_SECONDS, LAYOUT
@@ -28,6 +31,57 @@ def test_a_buffer_that_was_given_back_is_used_again(slots: SlotTensor) -> None:
     assert slots.buffers.take(2, 3)[0].data_ptr() != buffer.data_ptr()
 
 
+@given(st.integers(1, 1 << 24))
+def test_a_size_is_at_most_a_quarter_more_than_what_it_is_for(tokens: int) -> None:
+    size = size_of(tokens)
+    assert tokens <= size <= tokens * 1.25
+    assert size_of(size) == size
+    assert size_of(tokens + 1) >= size
+
+
+def test_batches_of_about_the_same_size_use_the_same_memory_in_turns(slots: SlotTensor) -> None:
+    shapes = [(8, 12), (12, 8), (6, 15), (8, 12), (2, 41)]
+    assert {size_of(batch * columns) for batch, columns in shapes} == {size_of(96)}
+    slots.buffers.give_back(slots.buffers.take(*shapes[0])[0], {(0, 1): 2})
+    addresses = set()
+    for batch, columns in shapes:
+        buffer, ticks = slots.buffers.take(batch, columns)
+        assert buffer.shape == new_buffer(slots.layout, batch, columns).shape
+        assert buffer.is_contiguous()
+        assert dict(ticks) == {(0, 1): 2}
+        addresses.add(buffer.fill_(1.0).data_ptr())
+        slots.buffers.give_back(buffer, ticks)
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_is_written_into_a_buffer_with_gradients_ends_with_its_user(slots: SlotTensor, mode: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(()))
+    with mode():
+        slots.buffers.give_back(slots.buffers.take(4, 4)[0], NO_TICKS)
+        buffer = slots.buffers.take(3, 5)[0]
+    assert not buffer.is_inference()
+    buffer[:, 1] = weight.expand(buffer[:, 1].shape)
+    torch.autograd.backward(buffer.sum())
+    assert weight.grad == buffer[:, 1].numel()
+    slots.buffers.give_back(buffer, NO_TICKS)
+    with mode():
+        again = slots.buffers.take(4, 4)[0]
+    assert again.data_ptr() == buffer.data_ptr()
+    assert not again.requires_grad
+    assert not again.is_inference()
+
+
+def test_a_buffer_whose_user_gave_it_less_memory_is_not_used_for_more(slots: SlotTensor) -> None:
+    buffer = slots.buffers.take(4, 4)[0]
+    buffer.data = torch.empty(buffer.shape)
+    slots.buffers.give_back(buffer, NO_TICKS)
+    assert slots.buffers.take(3, 5)[0].data_ptr() == buffer.data_ptr()
+    buffer.data = torch.empty(1).expand(buffer.shape)
+    slots.buffers.give_back(buffer, NO_TICKS)
+    assert slots.buffers.take(3, 5)[0].data_ptr() != buffer.data_ptr()
+
+
 def test_who_finds_that_another_thread_took_the_last_gets_a_new_one(slots: SlotTensor) -> None:
     class Taken(list[Any]):
         """Looks as if there were one."""
@@ -35,7 +89,7 @@ def test_who_finds_that_another_thread_took_the_last_gets_a_new_one(slots: SlotT
         def __bool__(self) -> bool:
             return True
 
-    slots.buffers.by_shape[2, 3] = Taken()
+    slots.buffers.by_size[size_of(6)] = Taken()
     assert slots.buffers.take(2, 3)[0].shape[1:4:2] == (2, 3)
 
 
@@ -44,12 +98,12 @@ def test_what_comes_back_after_the_memory_was_freed_is_not_kept(slots: SlotTenso
     slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     slots.free()
     slots.buffers.give_back(buffer, NO_TICKS)
-    assert not any(slots.buffers.by_shape.values())
+    assert not any(slots.buffers.by_size.values())
 
 
 def test_what_comes_back_while_the_memory_is_freed_is_not_kept(slots: SlotTensor) -> None:
     slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
-    known = slots.buffers.by_shape[2, 3]
+    known = slots.buffers.by_size[size_of(6)]
 
     class Late(list[Any]):
         """The memory is freed between the look at the list and the append."""
@@ -58,17 +112,18 @@ def test_what_comes_back_while_the_memory_is_freed_is_not_kept(slots: SlotTensor
             slots.free()
             super().append(item)
 
-    slots.buffers.by_shape[2, 3] = late = Late(known)
+    slots.buffers.by_size[size_of(6)] = late = Late(known)
     slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     assert not late
 
 
-def test_buffers_of_few_shapes_are_kept(slots: SlotTensor) -> None:
-    for batch in range(1, MAX_SHAPES + 5):
+def test_buffers_of_few_sizes_are_kept(slots: SlotTensor) -> None:
+    sizes = sorted({size_of(tokens) for tokens in range(1, 200)})
+    for batch in sizes[: MAX_SIZES + 4]:
         for _ in range(6):
-            slots.buffers.give_back(new_buffer(slots.layout, batch, 2), NO_TICKS)
-    assert len(slots.buffers.by_shape) == MAX_SHAPES
-    assert {len(free) for free in slots.buffers.by_shape.values()} == {4}
+            slots.buffers.give_back(new_buffer(slots.layout, batch, 1), NO_TICKS)
+    assert len(slots.buffers.by_size) == MAX_SIZES
+    assert {len(free) for free in slots.buffers.by_size.values()} == {4}
 
 
 def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
@@ -90,7 +145,7 @@ def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
     for thread in threads:
         thread.join(HANG_SECONDS)
     assert not mixed_up
-    assert len(slots.buffers.by_shape[1, 2]) <= 4
+    assert len(slots.buffers.by_size[size_of(2)]) <= 4
 
 
 def test_a_thread_has_rather_what_it_gave_back_itself(slots: SlotTensor) -> None:
@@ -113,4 +168,4 @@ def test_a_search_has_buffers_of_its_own_and_leaves_them_to_others(slots: SlotTe
     assert dict(ticks) == {(0, 1): 2}
     slots.free()
     second.give_back(buffer, NO_TICKS)
-    assert not any(second.by_shape.values())
+    assert not any(second.by_size.values())

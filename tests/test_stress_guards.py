@@ -88,7 +88,7 @@ def with_one_buffer_for_all(patch: pytest.MonkeyPatch) -> None:
     """What is read is aliased by what is read next."""
     buffers: dict[tuple[int, int], torch.Tensor] = {}
 
-    def same_buffer(layout: KVLayout, batch: int, columns: int) -> torch.Tensor:
+    def same_buffer(layout: KVLayout, batch: int, columns: int, *, spare: int = 0) -> torch.Tensor:
         return buffers.setdefault((batch, columns), new_buffer(layout, batch, columns))
 
     for name in ("device.buffers", "pool.reading"):

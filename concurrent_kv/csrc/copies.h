@@ -94,18 +94,49 @@ ALWAYS_INLINE void add_steps(float *restrict to, const float *restrict from, con
             to[i] += owed[i - drop * back];
 }
 
-/* `bytes` is a constant where the function is inlined with one, which makes the copy a few instructions. */
+/* What is copied next is on its way meanwhile: tokens ahead of the one that is copied, and of the one that is written. */
+#define READ_AHEAD 8
+#define WRITE_AHEAD 2
+#define LINE 64
+
+#if defined(__GNUC__)
+#define PREFETCH(address, to_write) __builtin_prefetch(address, to_write)
+#else
+#define PREFETCH(address, to_write) ((void)(address))
+#endif
+
+ALWAYS_INLINE void prefetch(const char *start, Py_ssize_t bytes, const int to_write)
+{
+    for (Py_ssize_t line = 0; line < bytes; line += LINE)
+        PREFETCH(start + line, to_write);
+}
+
+/* A call of memcpy for every head of a token would cost more than the copy. */
+ALWAYS_INLINE void copy(char *restrict to, const char *restrict from, Py_ssize_t bytes)
+{
+    Py_ssize_t done = 0;
+    for (; done + LINE <= bytes; done += LINE)
+        memcpy(to + done, from + done, LINE);
+    if (done < bytes)
+        memcpy(to + done, from + done, bytes - done);
+}
+
+/* Row `row` of a plane, head by head. `bytes` is a constant where the function is inlined with one. */
 ALWAYS_INLINE void copy_row(const Memory *m, Py_ssize_t plane, Py_ssize_t row, const int64_t *slots, Py_ssize_t filled,
                             const Steps *steps, Py_ssize_t bytes)
 {
     const int32_t *drops = steps == NULL ? NULL : steps->drops + row * filled;
     const int32_t *at = steps == NULL ? NULL : steps->at + row * filled;
+    Py_ssize_t known = (m->rows - row) * filled - READ_AHEAD; /* columns from which the token ahead is known */
     for (Py_ssize_t head = 0; head < m->heads; head++) {
         char *to = in_batch(m, plane, row, head, 0);
+        const char *of_head = in_slots(m, plane, 0) + head * bytes;
         for (Py_ssize_t column = 0; column < filled; column++, to += bytes) {
-            const char *from = in_slots(m, plane, slots[column]) + head * bytes;
+            if (column < known)
+                prefetch(of_head + slots[column + READ_AHEAD] * m->heads * bytes, bytes, 0);
+            const char *from = of_head + slots[column] * m->heads * bytes;
             if (drops == NULL || drops[column] == 0)
-                memcpy(to, from, bytes);
+                copy(to, from, bytes);
             else {
                 Py_ssize_t owed = (plane * (steps->positions + 1) + at[column]) * m->heads + head;
                 add_steps((float *)to, (const float *)from, (const float *)(steps->start + owed * bytes),
@@ -235,18 +266,19 @@ typedef struct {
     Py_ssize_t plane_bytes, kept, corrected;
 } Differences;
 
-static void write_tokens(const Memory *m, const int64_t *rows, const int64_t *columns, const Slots *slots,
-                         const Differences *d)
+WIDE static void write_tokens(const Memory *m, const int64_t *rows, const int64_t *columns, const Slots *slots,
+                              const Differences *d)
 {
-    Py_ssize_t bytes = m->bytes, step = m->columns * bytes;
+    Py_ssize_t bytes = m->bytes, step = m->columns * bytes, last = slots->count - 1;
     for (Py_ssize_t plane = 0; plane < m->planes; plane++)
-        for (Py_ssize_t i = 0; i < slots->count; i++) {
+        for (Py_ssize_t i = 0; i <= last; i++) {
+            prefetch(in_slots(m, plane, slot_of(slots, i + WRITE_AHEAD < last ? i + WRITE_AHEAD : last)), m->heads * bytes, 1);
             char *to = in_slots(m, plane, slot_of(slots, i));
             const char *from = in_batch(m, plane, rows[i], 0, columns[i]);
             const char *more = i < d->corrected ? d->start + plane * d->plane_bytes + i % d->kept * m->heads * bytes : NULL;
             for (Py_ssize_t head = 0; head < m->heads; head++, to += bytes, from += step)
                 if (more == NULL)
-                    memcpy(to, from, bytes);
+                    copy(to, from, bytes);
                 else
                     add((float *)to, (const float *)from, (const float *)(more + head * bytes), bytes / 4);
         }

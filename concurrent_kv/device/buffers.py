@@ -1,4 +1,4 @@
-"""`FreeBuffers`: the buffers of closed batches, for later gathers of the same shape. A known shape takes no lock."""
+"""`FreeBuffers`: the buffers of closed batches, for later gathers of about their size. A known size takes no lock."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from .streams import NO_TICKS, Ticks
 
 __all__ = ["FreeBuffers", "new_buffer"]
 
-MAX_SHAPES = 16  # whose buffers are kept
-KEPT = 4  # of a shape
+MAX_SIZES = 16  # of which buffers are kept
+KEPT = 4  # of a size
 
 
 class FreeBuffer(NamedTuple):
-    """A buffer that waits for the next gather of its shape."""
+    """A buffer that waits for the next gather of its size."""
 
-    data: Tensor
+    data: Tensor  # of its last batch's shape, at the start of its memory
+    batch: int
+    columns: int
     ticks: Ticks  # uses that the next one has to be ordered after
     thread: int  # that gave it back
 
@@ -40,14 +42,14 @@ class FreeBuffers:
     def __init__(self, layout: KVLayout, others: FreeBuffers | None = None) -> None:
         self._layout = layout
         self._others = others
-        # By batch and columns. Each list is popped from and appended to without the lock, which is for the dict.
-        self.by_shape: dict[tuple[int, int], list[FreeBuffer]] = {}
+        # By size, see `size_of`. Each list is popped from and appended to without the lock, which is for the dict.
+        self.by_size: dict[int, list[FreeBuffer]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
     def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
-        free = self.by_shape.get((batch, columns))
+        free = self.by_size.get(size_of(batch * columns))
         if free:
             # Rather one that this thread gave back: another's lies in the other core's caches.
             here, place = get_ident(), -1
@@ -55,19 +57,24 @@ class FreeBuffers:
                 if free[-1].thread != here:
                     place = next((place for place, buffer in enumerate(free) if buffer.thread == here), -1)
                 buffer = free.pop(place)
-                return buffer.data, buffer.ticks
+                if buffer.columns == columns and buffer.batch == batch:
+                    return buffer.data, buffer.ticks
+                data = _in_shape(self._layout, buffer.data, batch, columns)
+                if data is not None:
+                    return data, buffer.ticks
         if self._others is not None:
             return self._others.take(batch, columns)
-        return new_buffer(self._layout, batch, columns), NO_TICKS
+        return new_buffer(self._layout, batch, columns, spare=size_of(batch * columns) - batch * columns), NO_TICKS
 
     def give_back(self, buffer: Tensor, ticks: Ticks) -> None:
-        """Take a buffer back for the next gather of its shape; at most `KEPT` of a shape are kept."""
+        """Take a buffer back for the next gather of its size; at most `KEPT` of a size are kept."""
         # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
-        sizes, returned = buffer.shape, FreeBuffer(buffer.detach(), ticks, get_ident())
-        shape = (sizes[1], sizes[3])
-        free = self.by_shape.get(shape)
+        _, batch, _, columns, _ = buffer.shape
+        returned = FreeBuffer(buffer.detach(), batch, columns, ticks, get_ident())
+        size = size_of(batch * columns)
+        free = self.by_size.get(size)
         if free is None:
-            free = self._free_of(shape)
+            free = self._free_of(size)
         free.append(returned)
         if len(free) > KEPT:  # each thread that makes it one too many takes one off
             with suppress(IndexError):
@@ -75,17 +82,17 @@ class FreeBuffers:
         if self._closed or (self._others is not None and self._others._closed):  # perhaps just now
             free.clear()
 
-    def _free_of(self, shape: tuple[int, int]) -> list[FreeBuffer]:
-        """The free buffers of a shape, which is remembered from now on."""
+    def _free_of(self, size: int) -> list[FreeBuffer]:
+        """The free buffers of a size, which is remembered from now on."""
         with gate.lock, self._lock:
-            if shape not in self.by_shape and len(self.by_shape) >= MAX_SHAPES:
-                del self.by_shape[next(iter(self.by_shape))]
-            return self.by_shape.setdefault(shape, [])
+            if size not in self.by_size and len(self.by_size) >= MAX_SIZES:
+                del self.by_size[next(iter(self.by_size))]
+            return self.by_size.setdefault(size, [])
 
     def leave(self) -> None:
         """Give what there is to the others: a search has ended."""
         assert self._others is not None
-        for free in list(self.by_shape.values()):
+        for free in list(self.by_size.values()):
             with suppress(IndexError):  # as in `take`
                 while free:
                     buffer = free.pop()
@@ -95,15 +102,49 @@ class FreeBuffers:
         """Keep nothing any more."""
         self._closed = True
         with gate.lock, self._lock:
-            known, self.by_shape = self.by_shape, {}
+            known, self.by_size = self.by_size, {}
         for free in known.values():
             free.clear()
 
 
-def new_buffer(layout: KVLayout, batch: int, columns: int) -> Tensor:
-    """A buffer that is the caller's for good, and no inference tensor, whatever mode the thread is in."""
-    shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
-    if not torch.is_inference_mode_enabled():
+def size_of(tokens: int) -> int:
+    """Tokens that a buffer has memory for which is to hold so many: four sizes from each power of two to the next.
+
+    The batches of a growing tree have a few more columns every time, and share a buffer that the caches know.
+    """
+    step = 1 << max(0, tokens.bit_length() - 3)
+    return -(-tokens // step) * step
+
+
+def _shape(layout: KVLayout, batch: int, columns: int) -> tuple[int, ...]:
+    return 2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim
+
+
+def _in_shape(layout: KVLayout, buffer: Tensor, batch: int, columns: int) -> Tensor | None:
+    """A buffer's memory as that of another batch; None if its last user has given it other memory."""
+    if buffer.untyped_storage().nbytes() < batch * columns * layout.bytes_per_token:
+        return None
+    with plain_torch_state():
+        return _at_start(buffer, _shape(layout, batch, columns))
+
+
+def _at_start(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The start of a buffer's memory, contiguous in another shape. No view of it, as far as gradients go."""
+    _, _, heads, columns, head_dim = shape
+    of_row = heads * columns * head_dim
+    return buffer.as_strided(shape, (shape[1] * of_row, of_row, columns * head_dim, head_dim, 1), 0).detach()
+
+
+def new_buffer(layout: KVLayout, batch: int, columns: int, *, spare: int = 0) -> Tensor:
+    """A buffer that is the caller's for good, and no inference tensor, whatever mode the thread is in.
+
+    `spare`: tokens that its memory has room for behind it.
+    """
+    shape = _shape(layout, batch, columns)
+    if not torch.is_inference_mode_enabled() and not spare:
         return torch.empty(shape, dtype=layout.dtype, device=layout.device)
     with plain_torch_state():
-        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        if not spare:
+            return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        numbers = (batch * columns + spare) * 2 * layout.num_layers * layout.num_heads * layout.head_dim
+        return _at_start(torch.empty(numbers, dtype=layout.dtype, device=layout.device), shape)
