@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concurrent_kv.device.buffers import MAX_SIZES, FreeBuffers, new_buffer, size_of
+from concurrent_kv.device.buffers import MAX_SHAPES, MAX_SIZES, FreeBuffers, new_buffer, size_of
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.device.tensors import SlotTensor
 from tests.support import HANG_SECONDS, LAYOUT
@@ -112,7 +112,7 @@ def test_what_comes_back_while_the_memory_is_freed_is_not_kept(slots: SlotTensor
             slots.free()
             super().append(item)
 
-    slots.buffers.by_size[size_of(6)] = late = Late(known)
+    slots.buffers.by_size[size_of(6)] = slots.buffers._by_shape[2, 3] = late = Late(known)
     slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     assert not late
 
@@ -124,6 +124,18 @@ def test_buffers_of_few_sizes_are_kept(slots: SlotTensor) -> None:
             slots.buffers.give_back(new_buffer(slots.layout, batch, 1), NO_TICKS)
     assert len(slots.buffers.by_size) == MAX_SIZES
     assert {len(free) for free in slots.buffers.by_size.values()} == {4}
+
+
+def test_shapes_that_are_looked_up_are_bounded(slots: SlotTensor) -> None:
+    buffers = slots.buffers
+    for _ in range(2):
+        for columns in range(1, 3 * MAX_SHAPES):
+            buffer, _ = buffers.take(1, columns)
+            assert buffer.shape[3] == columns
+            buffers.give_back(buffer, NO_TICKS)
+            assert len(buffers._by_shape) <= MAX_SHAPES
+    assert len(buffers.by_size) == MAX_SIZES
+    assert all(any(free is known for known in buffers.by_size.values()) for free in buffers._by_shape.values())
 
 
 def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:

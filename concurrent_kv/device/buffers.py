@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import suppress
 from threading import get_ident
@@ -19,6 +20,7 @@ __all__ = ["FreeBuffers", "new_buffer"]
 
 MAX_SIZES = 16  # of which buffers are kept
 KEPT = 4  # of a size
+MAX_SHAPES = 256  # that are looked up without arithmetic
 
 
 class FreeBuffer(NamedTuple):
@@ -42,14 +44,18 @@ class FreeBuffers:
     def __init__(self, layout: KVLayout, others: FreeBuffers | None = None) -> None:
         self._layout = layout
         self._others = others
-        # By size, see `size_of`. Each list is popped from and appended to without the lock, which is for the dict.
+        # By size, see `size_of`, and once more by the batch and columns that have been asked for. Each list is popped
+        # from and appended to without the lock, which is for the dicts.
         self.by_size: dict[int, list[FreeBuffer]] = {}
+        self._by_shape: dict[tuple[int, int], list[FreeBuffer]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
     def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
-        free = self.by_size.get(size_of(batch * columns))
+        free = self._by_shape.get((batch, columns))
+        if free is None and self.by_size:
+            free = self._free_of(batch, columns)
         if free:
             # Rather one that this thread gave back: another's lies in the other core's caches.
             here, place = get_ident(), -1
@@ -59,7 +65,7 @@ class FreeBuffers:
                 buffer = free.pop(place)
                 if buffer.columns == columns and buffer.batch == batch:
                     return buffer.data, buffer.ticks
-                data = _in_shape(self._layout, buffer.data, batch, columns)
+                data = _in_shape(buffer.data, batch, columns)
                 if data is not None:
                     return data, buffer.ticks
         if self._others is not None:
@@ -71,10 +77,9 @@ class FreeBuffers:
         # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
         _, batch, _, columns, _ = buffer.shape
         returned = FreeBuffer(buffer.detach(), batch, columns, ticks, get_ident())
-        size = size_of(batch * columns)
-        free = self.by_size.get(size)
+        free = self._by_shape.get((batch, columns))
         if free is None:
-            free = self._free_of(size)
+            free = self._free_of(batch, columns)
         free.append(returned)
         if len(free) > KEPT:  # each thread that makes it one too many takes one off
             with suppress(IndexError):
@@ -82,12 +87,16 @@ class FreeBuffers:
         if self._closed or (self._others is not None and self._others._closed):  # perhaps just now
             free.clear()
 
-    def _free_of(self, size: int) -> list[FreeBuffer]:
-        """The free buffers of a size, which is remembered from now on."""
+    def _free_of(self, batch: int, columns: int) -> list[FreeBuffer]:
+        """The free buffers for a shape, which is remembered from now on."""
+        size = size_of(batch * columns)
         with gate.lock, self._lock:
+            if len(self._by_shape) >= MAX_SHAPES:
+                self._by_shape = {}
             if size not in self.by_size and len(self.by_size) >= MAX_SIZES:
+                self._by_shape = {}
                 del self.by_size[next(iter(self.by_size))]
-            return self.by_size.setdefault(size, [])
+            return self._by_shape.setdefault((batch, columns), self.by_size.setdefault(size, []))
 
     def leave(self) -> None:
         """Give what there is to the others: a search has ended."""
@@ -102,7 +111,7 @@ class FreeBuffers:
         """Keep nothing any more."""
         self._closed = True
         with gate.lock, self._lock:
-            known, self.by_size = self.by_size, {}
+            known, self.by_size, self._by_shape = self.by_size, {}, {}
         for free in known.values():
             free.clear()
 
@@ -116,16 +125,14 @@ def size_of(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _shape(layout: KVLayout, batch: int, columns: int) -> tuple[int, ...]:
-    return 2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim
-
-
-def _in_shape(layout: KVLayout, buffer: Tensor, batch: int, columns: int) -> Tensor | None:
+def _in_shape(buffer: Tensor, batch: int, columns: int) -> Tensor | None:
     """A buffer's memory as that of another batch; None if its last user has given it other memory."""
-    if buffer.untyped_storage().nbytes() < batch * columns * layout.bytes_per_token:
+    planes, _, heads, _, head_dim = buffer.shape
+    shape = (planes, batch, heads, columns, head_dim)
+    if buffer.untyped_storage().nbytes() < math.prod(shape) * buffer.itemsize:
         return None
     with plain_torch_state():
-        return _at_start(buffer, _shape(layout, batch, columns))
+        return _at_start(buffer, shape)
 
 
 def _at_start(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -140,11 +147,11 @@ def new_buffer(layout: KVLayout, batch: int, columns: int, *, spare: int = 0) ->
 
     `spare`: tokens that its memory has room for behind it.
     """
-    shape = _shape(layout, batch, columns)
+    shape = (2 * layout.num_layers, batch, layout.num_heads, columns, layout.head_dim)
     if not torch.is_inference_mode_enabled() and not spare:
         return torch.empty(shape, dtype=layout.dtype, device=layout.device)
     with plain_torch_state():
         if not spare:
             return torch.empty(shape, dtype=layout.dtype, device=layout.device)
-        numbers = (batch * columns + spare) * 2 * layout.num_layers * layout.num_heads * layout.head_dim
+        numbers = math.prod(shape) // (batch * columns) * (batch * columns + spare)
         return _at_start(torch.empty(numbers, dtype=layout.dtype, device=layout.device), shape)
