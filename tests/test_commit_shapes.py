@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from concurrent_kv import KVLayout, KVPool, RaiseOnOverflow
-from concurrent_kv.pool.commit_shape import REMEMBERED, REMEMBERED_BYTES, CommitShape, commit_shape, remembered
+from concurrent_kv.pool.plan import REMEMBERED, REMEMBERED_BYTES, Shape, remembered, shape_of
 from tests.support import HANG_SECONDS, append, assert_same, child_of, store, tokens
 
 WIDE = 512
-NO_DROP = RaiseOnOverflow(WIDE + 1).drop()
 
 
 @pytest.fixture(autouse=True)
@@ -21,45 +20,43 @@ def nothing_remembered() -> None:
     remembered.clear()
 
 
-def shape_of(number: int, rows: int = 128, window: int = WIDE) -> CommitShape:
+def numbered(number: int, rows: int = 128, window: int = WIDE) -> Shape:
     """One of many shapes of as many rows, each with lengths of its own."""
     lengths = tuple(1 + (number * 131 + row * 17) % 400 for row in range(rows))
     new = tuple(1 + (number + row) % 5 for row in range(rows))
-    return commit_shape(
-        range(rows), lengths, (True,) * rows, new, max(lengths), window, RaiseOnOverflow(window + 1).drop()
-    )
+    return shape_of(range(rows), lengths, (True,) * rows, new, max(lengths), RaiseOnOverflow(window + 1))
 
 
 def test_shapes_of_many_rows_in_a_wide_window_stay_within_their_bytes() -> None:
     most = 0
     for number in range(300):
-        shape_of(number)
+        numbered(number)
         most = max(most, remembered.nbytes)
     assert 0 < most <= REMEMBERED_BYTES
 
 
 def test_small_shapes_stay_within_their_number() -> None:
     for number in range(3 * REMEMBERED):
-        shape_of(number, rows=2, window=WIDE)
+        numbered(number, rows=2, window=WIDE)
     assert 0 < len(remembered) <= REMEMBERED
 
 
 def test_a_shape_as_large_as_all_that_may_be_remembered_is_made_and_forgotten() -> None:
     rows, window = 300, 16384
-    shape = commit_shape(range(rows), (5,) * rows, (True,) * rows, 1500, 5, window, RaiseOnOverflow(window + 1).drop())
+    shape = shape_of(range(rows), (5,) * rows, (True,) * rows, 1500, 5, RaiseOnOverflow(window + 1))
     assert shape.nbytes > REMEMBERED_BYTES
     assert len(remembered) == 0
 
 
 def test_a_shape_in_use_is_made_once_whatever_comes_between() -> None:
-    kept = shape_of(0, rows=4)
+    kept = numbered(0, rows=4)
     for number in range(1, 5 * REMEMBERED):
-        shape_of(number, rows=4)
-        assert shape_of(0, rows=4) is kept
+        numbered(number, rows=4)
+        assert numbered(0, rows=4) is kept
 
 
 def test_the_bytes_of_a_shape_are_those_of_its_arrays_and_more() -> None:
-    shape = shape_of(3)
+    shape = numbered(3)
     arrays = [field for field in shape if isinstance(field, np.ndarray)]
     assert len(arrays) == 3
     assert sum(array.nbytes for array in arrays) < shape.nbytes
@@ -71,7 +68,7 @@ def test_threads_that_make_shapes_at_once_all_get_the_right_one() -> None:
     def work(first: int) -> None:
         start.wait(HANG_SECONDS)
         for number in range(first, first + 400):
-            shape = shape_of(number % 150, rows=3)
+            shape = numbered(number % 150, rows=3)
             wanted = sum(1 + (number % 150 + row) % 5 for row in range(3))
             if len(shape.rows) != wanted:
                 failed.append(number)

@@ -28,7 +28,7 @@ HANG_SECONDS = 3
 
 # What takes no lock and touches no slot: plain attributes, numbers that may be a moment old, and what finalisers call.
 HARMLESS = {
-    "KVStorage": {"zero_slot_is_zero", "drop_of"},
+    "KVStorage": {"zero_slot_is_zero", "checked_overflow"},
     "KVPool": {
         "allocation", "allocation_for", "check_open", "closed", "counters", "pool", "registered_scopes", "stats_now",
         "version",

@@ -7,7 +7,7 @@ memory it is one call of compiled code instead, where the package was built with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +42,7 @@ class SlotRows(Protocol):
         """int64 slots `[rows, columns]`, each row's newest before column `end`, 0 elsewhere."""
 
 
-class Block(NamedTuple):
-    """Tokens that are whole rows and columns of a buffer, row by row."""
-
-    rows: slice
-    columns: slice
+Block: TypeAlias = tuple[slice, slice]  # the rows and the columns of a buffer whose tokens it is, row by row
 
 
 def _in_units(tokens: Tensor) -> Tensor:
@@ -278,10 +274,11 @@ class SlotTensor:
 
     def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
         data, layout = self.data, self.layout
-        rows, columns = block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
+        of_rows, of_columns = block
+        rows, columns = of_rows.stop - of_rows.start, of_columns.stop - of_columns.start
         shape = (data.shape[0], rows, columns, layout.num_heads, layout.head_dim)
         layers, row, head, column, _ = source.stride()
-        first = source.storage_offset() + block.rows.start * row + block.columns.start * column
+        first = source.storage_offset() + of_rows.start * row + of_columns.start * column
         tokens = source.as_strided(shape, (layers, row, column, head, 1), first)
         layers, slot, head, _ = data.stride()
         into = data.as_strided(shape, (layers, columns * slot, slot, head, 1), first_slot * slot)

@@ -9,10 +9,10 @@ window when a search or a commit is given it: rows of up to limit - 1 tokens get
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +25,6 @@ from ..device.positions import Correction, PositionSteps, PositionTable, packed_
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
 
 __all__ = [
-    "Drop",
     "DropAndCorrect",
     "DropLazily",
     "DropOldest",
@@ -35,22 +34,20 @@ __all__ = [
 ]
 
 
-class Drop(NamedTuple):
-    """What a policy does, as far as it concerns lengths."""
-
-    limit: int  # length after appending at which a row overflows
-    tokens: int  # how many it drops then; 0: overflowing is an error
-    corrects: bool  # the tokens that stay get slots of their own
-
-
 class _Policy(ABC):
-    """What a commit asks a policy; each says what it does otherwise."""
+    """What a commit asks a policy; each says what it does otherwise.
 
-    corrects_lazily = False  # whether entries may need corrections on reading
+    Attributes:
+        limit: length after appending at which a row overflows.
+        count: how many tokens it drops then; 0: overflowing is an error.
+        corrects: whether the tokens that stay get slots of their own.
+        corrects_lazily: whether entries may need corrections on reading.
+    """
 
-    @abstractmethod
-    def drop(self) -> Drop:
-        """What it does, as far as it concerns lengths."""
+    limit: int
+    count: int
+    corrects: ClassVar[bool] = False
+    corrects_lazily: ClassVar[bool] = False
 
     def most_appended(self) -> int | None:
         """The most tokens that are appended before a commit, where that was stated."""
@@ -93,13 +90,10 @@ class RaiseOnOverflow(_Policy):
     """A row that reaches `limit` is an error (`WindowOverflowError`), and nothing is stored."""
 
     limit: int
+    count: ClassVar[int] = 0  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         positive_int("limit", self.limit)
-
-    def drop(self) -> Drop:
-        """It drops none."""
-        return Drop(self.limit, 0, False)
 
 
 @dataclass(frozen=True)
@@ -118,10 +112,6 @@ class DropOldest(_Policy):
 
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count, self.step)
-
-    def drop(self) -> Drop:
-        """It drops `count`, and changes nothing else."""
-        return Drop(self.limit, self.count, False)
 
     def most_appended(self) -> int | None:
         """As stated."""
@@ -180,6 +170,7 @@ class DropAndCorrect(_Policy):
     step: int | None = None
     packed: Tensor = field(init=False, repr=False)  # [2 * layers, tokens, heads, head_dim]
     _firsts: dict[int, Tensor] = field(init=False, repr=False)
+    corrects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count, self.step)
@@ -190,10 +181,6 @@ class DropAndCorrect(_Policy):
         settle(packed.device)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "_firsts", {})
-
-    def drop(self) -> Drop:
-        """It drops `count`, and the others get slots of their own."""
-        return Drop(self.limit, self.count, True)
 
     def most_appended(self) -> int | None:
         """As stated."""
@@ -233,6 +220,7 @@ class DropLazily(_Policy):
     count: int
     table: PositionTable | PositionSteps = field(repr=False)
     step: int | None = None
+    corrects_lazily: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_drop(self.limit, self.count, self.step)
@@ -244,12 +232,6 @@ class DropLazily(_Policy):
         kept = _most_kept(self.limit, self.count, self.step)
         if isinstance(table, PositionSteps) and self.step is not None and table.covered < kept:
             raise InvalidArgumentError(f"table must cover the {kept} tokens that stay, got {table.covered}")
-
-    corrects_lazily = True
-
-    def drop(self) -> Drop:
-        """It drops `count`; the others are corrected when they are read."""
-        return Drop(self.limit, self.count, False)
 
     def most_appended(self) -> int | None:
         """As stated."""

@@ -1,11 +1,16 @@
-"""What a write stores: which tokens of a source go into slots of their own, and which slots are shared."""
+"""What a write stores: which tokens of a source go into slots of their own, and which slots are shared.
+
+A `WritePlan` is made for one write. As far as lengths alone decide it, it is a `Shape`, which is remembered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from ..books.ledger import Ledger
@@ -16,13 +21,191 @@ from ..device.moving import joined_on
 from ..device.positions import Correction
 from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
+from ..device.tensors import Block, Indices
+from ..errors import WindowOverflowError
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
 from .batch import Batch
-from .commit_shape import CommitShape, commit_shape, share_shape
 from .storage import KVStorage
 
-__all__ = ["WritePlan", "plan_commit", "plan_put", "plan_share"]
+__all__ = ["Shape", "WritePlan", "plan_commit", "plan_put", "plan_share", "shape_of"]
+
+# Of shapes; the commits of a search repeat a few.
+REMEMBERED = 256
+REMEMBERED_BYTES = 8 << 20
+BYTES_OF_ENTRY = 80  # in lists, and in the tuples that it was made of
+BYTES_OF_SHAPE = 2048  # its arrays' own records, and its own
+
+
+class Shape(NamedTuple):
+    """The part of a plan that lengths alone decide, remembered for the next of the same. Its arrays are read-only.
+
+    Token order is row by row, oldest first.
+    """
+
+    order: list[int]  # the committed rows by position, those to be corrected first
+    lengths: list[int]  # [entries] tokens of each new entry
+    over: list[bool]  # [entries] whether it overflowed
+    kept: list[int]  # [entries] tokens that share slots with the parent: its newest
+    owned: list[int]  # [entries] tokens that get slots of their own, after these
+    written_at: Indices  # [own tokens] position that each one's bytes are for
+    rows: Indices  # [own tokens] where they come from in the batch's buffer
+    columns: Indices  # [own tokens]
+    block: Block | None  # the same as rows and columns, if they are a block
+    corrected: list[int]  # tokens of each corrected entry
+    moved: int  # tokens of the longest entry that overflowed; 0: none did
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays and lists, and of what it was made of."""
+        arrays = (self.written_at, self.rows, self.columns)
+        return sum(array.nbytes for array in arrays) + BYTES_OF_ENTRY * len(self.lengths) + BYTES_OF_SHAPE
+
+
+class _Remembered:
+    """Shapes by what they were made of, bounded in number and in bytes, without a lock.
+
+    Two generations: what is looked up moves into the younger one, and when that is full, the older one is forgotten.
+    Every step is one operation on a dict or one assignment: a finaliser, a signal handler or an asynchronous exception
+    at any point leaves a table that works, and threads that write at once lose a shape, which is made again.
+    """
+
+    def __init__(self, shapes: int, nbytes: int) -> None:
+        self._most, self._most_bytes = shapes // 2, nbytes // 2  # of one generation
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.young: dict[tuple[Any, ...], Shape] = {}
+        self._old: dict[tuple[Any, ...], Shape] = {}
+        self._young_bytes = 0
+
+    def get(self, key: tuple[Any, ...]) -> Shape | None:
+        """The shape that was made of `key`, if it is remembered."""
+        found = self.young.get(key)
+        if found is None:
+            found = self._old.get(key)
+            if found is not None:
+                self.add(key, found)
+        return found
+
+    def add(self, key: tuple[Any, ...], shape: Shape) -> None:
+        """Remember a shape, unless it is as large as a whole generation."""
+        nbytes = shape.nbytes
+        if nbytes > self._most_bytes:
+            return
+        if len(self.young) >= self._most or self._young_bytes + nbytes > self._most_bytes:
+            self._old, self.young, self._young_bytes = self.young, {}, 0
+        self.young[key] = shape
+        self._young_bytes += nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is remembered."""
+        shapes = {id(shape): shape for shape in [*self.young.values(), *self._old.values()]}
+        return sum(shape.nbytes for shape in shapes.values())
+
+    def __len__(self) -> int:
+        return len(self.young.keys() | self._old.keys())
+
+
+remembered = _Remembered(REMEMBERED, REMEMBERED_BYTES)
+
+
+def shape_of(
+    rows: Sequence[int],
+    gathered: tuple[int, ...],
+    hits: tuple[bool, ...],
+    new: int | tuple[int, ...],
+    start: int,
+    overflow: Overflow,
+) -> Shape:
+    """The shape of a commit of `rows` that had `gathered` tokens each, up to column `start`, and got `new` ones.
+
+    `new` is one number for all rows, or one for each.
+
+    Raises:
+        WindowOverflowError: a row grew too long.
+    """
+    key = (rows, gathered, hits, new, start, overflow.limit, overflow.count, overflow.corrects)
+    shape = remembered.young.get(key) or remembered.get(key)
+    if shape is None:
+        shape = _shape_of(rows, np.array(gathered, dtype=np.int64), np.array(hits), new, start, overflow)
+        remembered.add(key, shape)
+    return shape
+
+
+def _shape_of(
+    rows: Sequence[int],
+    gathered: Indices,
+    hits: npt.NDArray[np.bool_],
+    new: int | tuple[int, ...],
+    start: int,
+    overflow: Overflow,
+) -> Shape:
+    added = np.broadcast_to(np.array(new, dtype=np.int64), gathered.shape)
+    total = gathered + added
+    over = total >= overflow.limit
+    _check_lengths(total, over, overflow)
+    whole = ~hits | (over & overflow.corrects)
+    # The corrected rows first, so that their tokens are one range of the copy.
+    order = np.argsort(~over, kind="stable") if overflow.corrects else np.arange(len(rows))
+    added, total, over, whole = added[order], total[order], over[order], whole[order]
+    length = total - overflow.count * over
+    owned = np.where(whole, length, np.minimum(added, length))
+    kept = length - owned
+    moved = overflow.count * (over & (not overflow.corrects))  # written for a position that the drop has left behind
+    which = np.repeat(np.arange(len(rows)), owned)
+    at = np.arange(len(which)) - np.repeat(np.cumsum(owned) - owned, owned)  # among the entry's own
+    from_rows = np.array(rows, dtype=np.int64)[order][which]
+    from_columns = at + (start + added - owned)[which]
+    corrected = length[over].tolist() if overflow.corrects else []
+    # A block has as many tokens of every row, and is corrected as a whole or not at all.
+    is_even = len(corrected) in (0, len(rows)) and (owned == owned[0]).all()
+    shape = Shape(
+        order=order.tolist(),
+        lengths=length.tolist(),
+        over=over.tolist(),
+        kept=kept.tolist(),
+        owned=owned.tolist(),
+        written_at=at + (kept + moved)[which],
+        rows=from_rows,
+        columns=from_columns,
+        block=_block_of(from_rows, from_columns) if is_even else None,
+        corrected=corrected,
+        moved=int(length[over].max(initial=0)),
+    )
+    for array in (shape.written_at, shape.rows, shape.columns):
+        array.setflags(write=False)
+    return shape
+
+
+def _block_of(rows: Indices, columns: Indices) -> Block | None:
+    """The block that some tokens are, row by row, or None."""
+    if not len(rows):
+        return None
+    (first, last), (left, right) = rows[[0, -1]].tolist(), columns[[0, -1]].tolist()
+    block, width = (slice(first, last + 1), slice(left, right + 1)), right + 1 - left
+    if (last + 1 - first) * width != len(rows):
+        return None
+    row, column = np.divmod(np.arange(len(rows)), width)
+    return block if (rows == row + first).all() and (columns == column + left).all() else None
+
+
+def _check_lengths(total: Indices, over: npt.NDArray[np.bool_], overflow: Overflow) -> None:
+    if not overflow.count and over.any():
+        raise WindowOverflowError(
+            f"rows reach {int(total.max())} tokens, the limit is {overflow.limit - 1}; "
+            "commit with overflow=DropOldest(...) or another policy that drops tokens"
+        )
+    if (total - overflow.count >= overflow.limit).any():
+        raise WindowOverflowError(
+            f"rows reach {int(total.max())} tokens: dropping {overflow.count} leaves {overflow.limit} or more; "
+            "append fewer tokens before each commit, or drop more"
+        )
+
+
+# Plans --------------------------------------------------------------------------------------------------------------
 
 
 class WritePlan:
@@ -64,7 +247,7 @@ class WritePlan:
         sides: list[object],
         priorities: list[float],
         corrections: list[Correction],
-        shape: CommitShape,
+        shape: Shape,
         parents: list[int],
         source: Tensor | None,
     ) -> None:
@@ -126,10 +309,9 @@ def plan_put(
     priorities: list[float],
 ) -> WritePlan:
     """Store rows of `kv` whole."""
-    window = storage.layout.max_tokens
     lengths = tuple([kv.lengths[row] for row in rows])
     # As a commit of rows that nothing was gathered for, and nothing appended to.
-    shape = commit_shape(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, window, storage.drop_of(None))
+    shape = shape_of(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, storage.no_overflow)
     packed, parts = kv.packed, None
     if packed is None or not packed.is_contiguous():
         if storage.tensor.takes(kv.keys) and storage.tensor.takes(kv.values):
@@ -144,7 +326,8 @@ def plan_put(
 
 def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, priority: float) -> WritePlan:
     """Store a retained entry once more, in another pool, under `key`: every slot is shared and nothing is copied."""
-    shape = share_shape(entry.length, storage.layout.max_tokens)
+    # As a commit of a row that hit, and got nothing.
+    shape = shape_of(range(1), (entry.length,), (True,), 0, entry.length, storage.no_overflow)
     plan = WritePlan([key], [side], [priority], [entry.correction], shape, [entry.row], None)
     plan.shared_writes = entry.written
     plan.foreign_slots = entry.length
@@ -165,9 +348,7 @@ def plan_commit(
 
     `new` is how many every row got, or how many each of them.
     """
-    window = storage.layout.max_tokens
-    drop = storage.drop_of(overflow)
-    overflow = storage.no_overflow if overflow is None else overflow
+    overflow = storage.checked_overflow(overflow)
     if type(rows) is range:  # the whole batch
         hits, table_rows, inherited = batch.hits, batch.table_rows, batch.corrections
     else:
@@ -178,7 +359,7 @@ def plan_commit(
         foreign = overflow.foreign(inherited)
         if foreign:
             hits = tuple([hit and other not in foreign for hit, other in zip(hits, inherited, strict=True)])
-    shape = commit_shape(rows, batch.gathered_by(rows), hits, new, batch.start, window, drop)
+    shape = shape_of(rows, batch.gathered_by(rows), hits, new, batch.start, overflow)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]

@@ -30,7 +30,7 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.shards import ShardLocks, new_locks
 from ..locks.signal import Signal
-from ..model.overflow import Drop, Overflow, RaiseOnOverflow, check_overflow
+from ..model.overflow import Overflow, RaiseOnOverflow, check_overflow
 from ..never_copied import NeverCopied
 
 __all__ = ["Domain", "KVStorage", "OpenSearch", "PoolState", "SearchCheck"]
@@ -101,8 +101,7 @@ class KVStorage(NeverCopied):
         self.closed = False
         self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
         self.no_overflow = RaiseOnOverflow(layout.max_tokens + 1)  # where no policy was given
-        self._no_drop = self.no_overflow.drop()
-        self._last_drop: tuple[Callable[[], Overflow | None], Drop] | None = None  # a weak reference: it has tensors
+        self._checked_overflow: Callable[[], Overflow | None] = lambda: None  # a weak reference: it has tensors
         self.pools: list[PoolState] = []
         self._pid, self._forks = os.getpid(), _forks
 
@@ -163,17 +162,16 @@ class KVStorage(NeverCopied):
         with plain_torch_state():
             return not bool(self.tensor.data[:, 0].any())
 
-    def drop_of(self, overflow: Overflow | None) -> Drop:
-        """What a policy does, as far as it concerns lengths; raises unless it is one for pools of the layout."""
+    def checked_overflow(self, overflow: Overflow | None) -> Overflow:
+        """The policy, or what happens without; raises unless it is one for pools of the layout."""
         if overflow is None:
-            return self._no_drop
-        last = self._last_drop
-        if last is None or last[0]() is not overflow:
+            return self.no_overflow
+        if self._checked_overflow() is not overflow:
             check_overflow(overflow, self.layout)
             if overflow.corrects_lazily:
                 self.corrects_lazily = True
-            last = self._last_drop = (ref(overflow), overflow.drop())
-        return last[1]
+            self._checked_overflow = ref(overflow)
+        return overflow
 
     def check_process(self) -> None:
         """Raise `WrongProcessError` in any process but the one that made the storage.

@@ -6,8 +6,7 @@ from collections.abc import Hashable
 
 from ..books.records import Entry
 from ..locks.gate import gate
-from ..pool.commit_shape import commit_shape
-from ..pool.plan import WritePlan, plan_share
+from ..pool.plan import WritePlan, plan_share, shape_of
 from ..pool.reading import copy_out
 from .state import SearchState
 
@@ -26,8 +25,8 @@ def plan_promotion(state: SearchState, entry: Entry, key: Hashable, side: object
     if root is not None and shared == entry.length == root.length:
         return plan_share(storage, root, key, side, priority)
     new = entry.length - shared
-    window, hit = storage.layout.max_tokens, root is not None
-    shape = commit_shape((0,), (shared,), (hit,), new, shared, window, storage.drop_of(None))
+    hit = root is not None
+    shape = shape_of((0,), (shared,), (hit,), new, shared, storage.no_overflow)
     source = copy_out(state, entry).packed
     assert source is not None
     parents = [0 if root is None else root.row]
