@@ -23,6 +23,7 @@ LAYERS = (
     "pool",
     "search",
     "manager",
+    "evaluation",
     "aio",
     "compat",
 )

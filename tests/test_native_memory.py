@@ -137,7 +137,7 @@ def test_others_run_while_a_large_copy_is_made() -> None:
         for _ in range(200):
             done.clear()
             asked.set()
-            native.gather(addresses[0], shape, addresses[1], 1, 1, 1, tables, rows)
+            native.gather(addresses[0], shape, addresses[1], len(rows), 1, 1, 1, tables, rows)
             seen = done.is_set()
             if seen:
                 break

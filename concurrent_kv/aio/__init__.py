@@ -5,9 +5,17 @@ and the copy is small, and in a worker thread otherwise; a task that waits for a
 Nothing here belongs to an event loop until it is awaited: one facade serves any number of loops.
 """
 
+from .evaluator import AsyncEvaluator, AsyncEvaluatorWorker
 from .manager import AsyncKVCacheManager
 from .offload import OffloadStats
 from .pool import AsyncKVPool
 from .search import AsyncSearch
 
-__all__ = ["AsyncKVCacheManager", "AsyncKVPool", "AsyncSearch", "OffloadStats"]
+__all__ = [
+    "AsyncEvaluator",
+    "AsyncEvaluatorWorker",
+    "AsyncKVCacheManager",
+    "AsyncKVPool",
+    "AsyncSearch",
+    "OffloadStats",
+]

@@ -121,13 +121,13 @@ ALWAYS_INLINE void copy(char *restrict to, const char *restrict from, Py_ssize_t
         memcpy(to + done, from + done, bytes - done);
 }
 
-/* Row `row` of a plane, head by head. `bytes` is a constant where the function is inlined with one. */
-ALWAYS_INLINE void copy_row(const Memory *m, Py_ssize_t plane, Py_ssize_t row, const int64_t *slots, Py_ssize_t filled,
-                            const Steps *steps, Py_ssize_t bytes)
+/* Row `row` of `count` of a plane, head by head. `bytes` is a constant where the function is inlined with one. */
+ALWAYS_INLINE void copy_row(const Memory *m, Py_ssize_t plane, Py_ssize_t row, Py_ssize_t count, const int64_t *slots,
+                            Py_ssize_t filled, const Steps *steps, Py_ssize_t bytes)
 {
     const int32_t *drops = steps == NULL ? NULL : steps->drops + row * filled;
     const int32_t *at = steps == NULL ? NULL : steps->at + row * filled;
-    Py_ssize_t known = (m->rows - row) * filled - READ_AHEAD; /* columns from which the token ahead is known */
+    Py_ssize_t known = (count - row) * filled - READ_AHEAD; /* columns up to which the token ahead is known */
     for (Py_ssize_t head = 0; head < m->heads; head++) {
         char *to = in_batch(m, plane, row, head, 0);
         const char *of_head = in_slots(m, plane, 0) + head * bytes;
@@ -146,15 +146,17 @@ ALWAYS_INLINE void copy_row(const Memory *m, Py_ssize_t plane, Py_ssize_t row, c
     }
 }
 
-WIDE static void copy_rows(const Memory *m, const int64_t *slots, Py_ssize_t filled, const Steps *steps)
+/* The first `count` rows of the batch. */
+WIDE static void copy_rows(const Memory *m, Py_ssize_t count, const int64_t *slots, Py_ssize_t filled,
+                           const Steps *steps)
 {
     for (Py_ssize_t plane = 0; plane < m->planes; plane++)
-        for (Py_ssize_t row = 0; row < m->rows; row++) {
+        for (Py_ssize_t row = 0; row < count; row++) {
             const int64_t *of_row = slots + row * filled;
             switch (m->bytes) {
-            case 128: copy_row(m, plane, row, of_row, filled, steps, 128); break;
-            case 256: copy_row(m, plane, row, of_row, filled, steps, 256); break;
-            default: copy_row(m, plane, row, of_row, filled, steps, m->bytes);
+            case 128: copy_row(m, plane, row, count, of_row, filled, steps, 128); break;
+            case 256: copy_row(m, plane, row, count, of_row, filled, steps, 256); break;
+            default: copy_row(m, plane, row, count, of_row, filled, steps, m->bytes);
             }
         }
 }
@@ -192,24 +194,25 @@ static int find_steps(Steps *steps, PyObject *owed, PyObject *owing, const Table
 static PyObject *gather_tokens(PyObject *const *arguments, Steps *steps)
 {
     Memory m;
-    Py_ssize_t numbers[3];
-    if (!memory_of(arguments, &m) || !integers(arguments + 3, 3, numbers))
+    Py_ssize_t numbers[4], count;
+    if (!memory_of(arguments, &m) || !integers(arguments + 3, 4, numbers))
         return NULL;
-    if (!Py_IS_TYPE(arguments[6], tables_type)) {
-        PyErr_Format(PyExc_TypeError, "tables must be Tables, got %s", Py_TYPE(arguments[6])->tp_name);
+    if (!Py_IS_TYPE(arguments[7], tables_type)) {
+        PyErr_Format(PyExc_TypeError, "tables must be Tables, got %s", Py_TYPE(arguments[7])->tp_name);
         return NULL;
     }
-    const Tables *tables = (const Tables *)arguments[6];
-    Py_ssize_t end = numbers[1], filled = numbers[2];
-    m.columns = numbers[0];
+    const Tables *tables = (const Tables *)arguments[7];
+    Py_ssize_t end = numbers[2], filled = numbers[3];
+    m.rows = numbers[0], m.columns = numbers[1];
     if (!within(filled, m.columns + 1, "filled") || !within(end, m.columns + 1, "end") ||
         !within(tables->num_slots, m.num_slots, "slot"))
         return NULL;
     PyObject *result = NULL;
     int64_t *slots = NULL, *rows = NULL;
-    Py_BEGIN_CRITICAL_SECTION(arguments[6]);
-    rows = rows_of(arguments[7], tables->row_count, &m.rows);
-    slots = rows == NULL ? NULL : slots_in_columns(tables, rows, m.rows, end, filled);
+    Py_BEGIN_CRITICAL_SECTION(arguments[7]);
+    rows = rows_of(arguments[8], tables->row_count, &count);
+    if (rows != NULL && within(count, m.rows + 1, "row"))
+        slots = slots_in_columns(tables, rows, count, end, filled);
     Py_END_CRITICAL_SECTION();
     if (slots == NULL)
         goto done;
@@ -217,13 +220,13 @@ static PyObject *gather_tokens(PyObject *const *arguments, Steps *steps)
         PyErr_SetString(PyExc_ValueError, "shape must be of float32");
         goto done;
     }
-    if (steps != NULL && !find_steps(steps, arguments[8], arguments[9], tables, slots, m.rows, filled))
+    if (steps != NULL && !find_steps(steps, arguments[9], arguments[10], tables, slots, count, filled))
         goto done;
-    if (m.planes * m.rows * m.heads * filled * m.bytes < LEAST_BYTES_WITHOUT_GIL)
-        copy_rows(&m, slots, filled, steps);
+    if (m.planes * count * m.heads * filled * m.bytes < LEAST_BYTES_WITHOUT_GIL)
+        copy_rows(&m, count, slots, filled, steps);
     else {
         Py_BEGIN_ALLOW_THREADS
-        copy_rows(&m, slots, filled, steps);
+        copy_rows(&m, count, slots, filled, steps);
         Py_END_ALLOW_THREADS
     }
     result = Py_NewRef(Py_None);
@@ -233,17 +236,18 @@ done:
     return result;
 }
 
-/* gather(slots, shape, batch, columns, end, filled, tables, rows)
+/* gather(slots, shape, batch, batch_rows, columns, end, filled, tables, rows)
  *
- * The tokens of some rows of the tables, each row's newest before column `end`, into columns 0 to `filled` of a batch of
- * `columns`. What no row fills is slot 0, which is zeros.
+ * The tokens of some rows of the tables, each row's newest before column `end`, into columns 0 to `filled` of the first
+ * rows of a batch of `batch_rows` and `columns`. What no row fills is slot 0, which is zeros.
  */
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    return enough(count, 8) ? gather_tokens(arguments, NULL) : NULL;
+    return enough(count, 9) ? gather_tokens(arguments, NULL) : NULL;
 }
 
-/* gather_stepwise(slots, shape, batch, columns, end, filled, tables, rows, owed, owing, difference, positions, drop)
+/* gather_stepwise(slots, shape, batch, batch_rows, columns, end, filled, tables, rows, owed, owing, difference,
+ *                 positions, drop)
  *
  * As `gather`; tokens of rows whose item of the list `owed` is `owing` have added what they are owed for every `drop`
  * positions since they were written.
@@ -251,9 +255,9 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
 static PyObject *gather_stepwise(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     Py_ssize_t numbers[2];
-    if (!enough(count, 13) || !integers(arguments + 11, 2, numbers))
+    if (!enough(count, 14) || !integers(arguments + 12, 2, numbers))
         return NULL;
-    Steps steps = {PyLong_AsVoidPtr(arguments[10]), numbers[0], numbers[1], NULL, NULL};
+    Steps steps = {PyLong_AsVoidPtr(arguments[11]), numbers[0], numbers[1], NULL, NULL};
     PyObject *result = PyErr_Occurred() ? NULL : gather_tokens(arguments, &steps);
     PyMem_Free(steps.drops);
     PyMem_Free(steps.at);

@@ -45,6 +45,18 @@ class SlotRows(Protocol):
 Block: TypeAlias = tuple[slice, slice]  # the rows and the columns of a buffer whose tokens it is, row by row
 
 
+class _Together:
+    """Rows of several tables as those of one."""
+
+    def __init__(self, parts: Sequence[tuple[SlotRows, list[int]]]) -> None:
+        self._parts = parts
+
+    def columns(self, rows: list[int], end: int, columns: int) -> Indices:
+        """All of them, whatever `rows` says."""
+        found = [np.asarray(tables.columns(of_part, end, columns)) for tables, of_part in self._parts]
+        return np.concatenate([part.view(np.int64).reshape(-1, columns) for part in found])
+
+
 def _in_units(tokens: Tensor) -> Tensor:
     """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
 
@@ -129,21 +141,39 @@ class SlotTensor:
         from `end` on, which may stay as they are unless `whole`. Returns the indices, which have to live until the copy
         is done.
         """
-        layout, data, columns = self.layout, self.data, out.shape[3]
+        columns = out.shape[3]
         address = self._compiled_at(out, out.nbytes)
         if address:
             filled = columns if whole else end
-            self._native.gather(data.data_ptr(), self._shape, address, columns, end, filled, tables, rows)
+            self._native.gather(
+                self.data.data_ptr(), self._shape, address, len(rows), columns, end, filled, tables, rows
+            )
             if not out.is_inference():
                 increment_version(out)
             return ()
         table = tables.columns(rows, end, columns)
         if not isinstance(table, np.ndarray):
             table = np.frombuffer(table, dtype=np.int64).reshape(len(rows), columns)
-        index = self._index((table[:, None, :] * layout.num_heads + self._heads[:, None]).ravel())
+        index = self._index((table[:, None, :] * self.layout.num_heads + self._heads[:, None]).ravel())
         with plain_torch_state(out):
-            torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
+            torch.index_select(self._by_head(self.data), 1, index, out=self._by_head(out))
         return (index,)
+
+    def gather_together(
+        self, parts: Sequence[tuple[SlotRows, list[int]]], end: int, out: Tensor, *, whole: bool = True
+    ) -> tuple[Tensor, ...]:
+        """As `gather`, of rows of several tables: those of each after those of the one before."""
+        batch, columns = out.shape[1], out.shape[3]
+        address, row_bytes = self._compiled_at(out, out.nbytes), self.layout.num_heads * columns * self._shape[3]
+        if address:
+            filled, data = columns if whole else end, self.data.data_ptr()
+            for tables, rows in parts:
+                self._native.gather(data, self._shape, address, batch, columns, end, filled, tables, rows)
+                address += len(rows) * row_bytes
+            if not out.is_inference():
+                increment_version(out)
+            return ()
+        return self.gather(_Together(parts), [], end, out)
 
     def gather_stepwise(
         self,
@@ -168,7 +198,7 @@ class SlotTensor:
             return False
         columns, data = out.shape[3], self.data
         filled = columns if whole else end
-        batch = (address, columns, end, filled)
+        batch = (address, len(rows), columns, end, filled)
         table = (difference, steps.layout.max_tokens, steps.count)
         of_rows = (tables, rows, owed, steps)
         self._native.gather_stepwise(data.data_ptr(), self._shape, *batch, *of_rows, *table)

@@ -7,62 +7,42 @@ from collections.abc import Sequence
 from functools import partial
 from weakref import ref
 
-import anyio.lowlevel
-import anyio.to_thread
-import numpy as np
 from torch import Tensor
 
 from .._checks import numbers_or_none, positive_int
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
-from ..device.appends import ALL_LAYERS, HostMemory, append_in, host_memory
-from ..device.modes import plain_torch_state, writing_to
-from ..device.moving import upload
+from ..device.modes import plain_torch_state
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
-from ..device.tensor_checks import check_tensor
-from ..errors import ClosedError, InvalidArgumentError, WaitTimeoutError, WindowOverflowError
+from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError
 from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
 from ..never_copied import is_owned_elsewhere
-from .handle import Handle
+from .padded_rows import PaddedRows
 from .storage import Domain
 
 __all__ = ["Batch"]
 
 
-class Batch(Handle):
+class Batch(PaddedRows):
     """The result of a gather: K and V of many entries, and the references that a commit needs to share their slots.
 
-    Rows are left-padded with zeros to the longest; the valid tokens of every row end at the same column; free room for
-    new tokens follows. Each layer's K and V are contiguous `[batch, heads, columns, head_dim]`.
-
-    A batch is a handle: it keeps its entries alive until every row is committed or it is closed (leaving its `with`
-    closes it, and so does the end of its search). Its buffer then goes back to the storage and must not be used any
-    more. One thread at a time may use a batch.
-
-    On a GPU the tokens come in the order of the stream that gathered them. What goes through the batch's methods, and
-    its commit, is ordered by itself, on whatever stream; before its tensors are used on another stream than the one it
-    was used on last, that stream has to `wait`.
+    It keeps its entries alive until every row is committed or it is closed (leaving its `with` closes it, and so does
+    the end of its search). Its buffer then goes back to the storage and must not be used any more.
 
     Attributes:
-        data: the buffer `[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all layers' values.
         scope, generation: where, and as of when, its rows can be committed.
-        entries: what each row was gathered from; None for a miss.
         table_rows: the rows of their slot tables in the ledger.
         corrections: what the entries are corrected by on reading.
         others: those of the entries that are of other scopes.
         hold: what keeps them alive.
+        first_row: where its rows begin in the buffer, which they may have in common with other batches'.
     """
 
-    instead_of_copy = "gather once more, or clone its `data`"
+    first_row = 0
 
-    # Made when they are asked for: not every model does.
-    _parts: tuple[Tensor, ...] = ()  # see `_parts_to`
-    _hits: tuple[bool, ...] | None = None
-    _side: tuple[object, ...] | None = None
-    _padding: Tensor | None = None
-    _memory: HostMemory | None = None  # of the buffer
+    instead_of_copy = "gather once more, or clone its `data`"
 
     def __init__(
         self,
@@ -87,225 +67,13 @@ class Batch(Handle):
         self.hold = hold
         hold.owner = ref(self)
         self._owns_buffer = owns_buffer
-        self._uses = uses  # None on a CPU
+        self._uses = uses
         self.opened = time.monotonic()  # the place of its commit in the queue for room
         self._start = start
         self._layers = storage.layout.num_layers
         self._ends = [start] * self._layers
         self.table_rows, self._gathered, self.corrections, self.others = described
         self._committed = [False] * len(entries)
-
-    # What a model reads and writes ---------------------------------------------------------------------------------
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return len(self.entries)
-
-    @property
-    def hits(self) -> tuple[bool, ...]:
-        """Which rows were found."""
-        if self._hits is None:
-            entries = self.entries
-            all_hit = None not in entries
-            self._hits = (True,) * len(entries) if all_hit else tuple([entry is not None for entry in entries])
-        return self._hits
-
-    @property
-    def side(self) -> tuple[object, ...]:
-        """The side data stored with each row's entry; None for misses that were not filled."""
-        if self._side is None:
-            self._side = tuple(None if entry is None else entry.side for entry in self.entries)
-        return self._side
-
-    @property
-    def keys(self) -> Tensor:
-        """`[layers, batch, heads, columns, head_dim]`, a view of the buffer."""
-        return self.data[: self._layers]
-
-    @property
-    def values(self) -> Tensor:
-        """`[layers, batch, heads, columns, head_dim]`, a view of the buffer."""
-        return self.data[self._layers :]
-
-    @property
-    def start(self) -> int:
-        """The column after the newest gathered token: tokens of the longest row."""
-        return self._start
-
-    @property
-    def end(self) -> int:
-        """The column after the newest token in every layer; the next token goes here."""
-        return min(self._ends)
-
-    @property
-    def room(self) -> int:
-        """Columns left for new tokens."""
-        return self.data.shape[3] - self.end
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Valid tokens of each row, appended ones included; 0 for a miss that was not filled.
-
-        A commit with `lengths=` says that fewer of the appended ones are valid, and that those appended to a miss are.
-        """
-        new = self.end - self._start
-        return tuple([length + new if length else 0 for length in self._gathered] if new else self._gathered)
-
-    @property
-    def padding(self) -> Tensor:
-        """Columns of left padding of each row, int64 `[batch]` on the batch's device; a model masks them out."""
-        self.use_here()
-        if self._padding is None:
-            columns = np.array([self._start - length for length in self._gathered], dtype=np.int64)
-            with plain_torch_state():
-                self._padding = upload(columns, self.data.device)
-        self._storage.clock.protect(self._padding)
-        return self._padding
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer up to its newest token, `[batch, heads, tokens, head_dim]` each; views."""
-        index = self._layer_number(index)
-        whole = self.data.narrow(3, 0, self._ends[index])
-        return whole[index], whole[self._layers + index]
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new tokens after each row's newest, in one layer.
-
-        Args:
-            layer: which layer.
-            keys, values: `[batch, heads, tokens, head_dim]`.
-
-        Returns the layer's keys and values up to and including them, `[batch, heads, columns, head_dim]` (views).
-
-        Raises:
-            WindowOverflowError: no room is left for them.
-            InvalidArgumentError: wrong shape, or no such layer.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
-        """
-        self.check_open()
-        if type(layer) is not int or not 0 <= layer < self._layers:
-            layer = self._layer_number(layer)
-        end = self._ends[layer] = self._append(layer, self._ends[layer], keys, values)
-        parts = self._parts_to(end)
-        return parts[layer], parts[self._layers + layer]
-
-    def append_layers(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new tokens after each row's newest, in all layers at once: two copies, whatever the layers.
-
-        Args:
-            keys, values: `[layers, batch, heads, tokens, head_dim]`.
-
-        Returns all layers' keys and values up to and including them, `[layers, batch, heads, columns, head_dim]`
-        (views).
-
-        Raises:
-            WindowOverflowError: no room is left for them.
-            InvalidArgumentError: wrong shape, or some layers have more new tokens than others.
-            ClosedError: the batch is closed.
-        """
-        self.check_open()
-        ends = self._ends
-        if ends.count(ends[0]) < len(ends):
-            raise InvalidArgumentError(
-                f"batch has layers with different numbers of new tokens, which end at {ends}: append() to those that "
-                "have fewer first"
-            )
-        end = self._append(ALL_LAYERS, ends[0], keys, values)
-        self._ends = [end] * self._layers
-        return self.keys.narrow(3, 0, end), self.values.narrow(3, 0, end)
-
-    def _append(self, layer: int, end: int, keys: Tensor, values: Tensor) -> int:
-        """Write new tokens of a layer, or of `ALL_LAYERS`, from column `end` on; returns the new end."""
-        if self._memory is None:
-            self._memory = host_memory(self.data)
-        tokens = append_in(self._memory, layer, end, keys, values)
-        if tokens:
-            return end + tokens
-        tokens = self._check_new(keys, values, stacked=layer == ALL_LAYERS)
-        new_end = self._check_room(end, tokens)
-        if self._uses is not None:
-            self.use_here(keys, values)
-        if layer == ALL_LAYERS:
-            new = self.keys.narrow(3, end, tokens), self.values.narrow(3, end, tokens)
-        else:
-            new = self.data[layer].narrow(2, end, tokens), self.data[self._layers + layer].narrow(2, end, tokens)
-        with writing_to(self.data):
-            new[0].copy_(keys)
-            new[1].copy_(values)
-        return new_end
-
-    def _parts_to(self, end: int) -> tuple[Tensor, ...]:
-        """Keys, then values, of each layer up to column `end`."""
-        parts = self._parts
-        if not parts or parts[0].shape[2] != end:
-            data = self.data
-            parts = self._parts = (data if data.shape[3] == end else data.narrow(3, 0, end)).unbind(0)
-        return parts
-
-    def _check_new(self, keys: Tensor, values: Tensor, *, stacked: bool) -> int:
-        """The number of tokens in new keys and values, or an error that says why they do not fit.
-
-        They are of one layer, or `stacked` of all.
-        """
-        data = self.data
-        for name, tensor in (("keys", keys), ("values", values)):
-            check_tensor(name, tensor)
-            if tensor.dtype != data.dtype or tensor.device != data.device:
-                raise InvalidArgumentError(
-                    f"{name} must be {data.dtype} on {data.device}, got {tensor.dtype} on {tensor.device}"
-                )
-        layers = (self._layers,) if stacked else ()
-        tokens = keys.shape[-2] if keys.dim() == 4 + len(layers) else -1
-        _, batch, heads, _, head_dim = data.shape
-        expected = (*layers, batch, heads, tokens, head_dim)
-        if keys.shape != expected or values.shape != expected:
-            first = f"layers={self._layers}, " if stacked else ""
-            raise InvalidArgumentError(
-                f"keys and values must have the shape [{first}batch={batch}, heads={heads}, tokens, "
-                f"head_dim={head_dim}], got {tuple(keys.shape)} and {tuple(values.shape)}"
-            )
-        return tokens
-
-    def _layer_number(self, layer: int) -> int:
-        number = positive_int("layer", layer, minimum=0)
-        if number >= self._layers:
-            raise InvalidArgumentError(f"layer must be 0 to {self._layers - 1}, got {layer}")
-        return number
-
-    def advance(self, tokens: int) -> None:
-        """State that `tokens` columns after `end` were written in place, in every layer, in the current stream.
-
-        Raises:
-            WindowOverflowError: the buffer has no such columns.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
-        """
-        self.check_open()
-        tokens = positive_int("tokens", tokens)
-        if self._uses is not None:
-            self.use_here()
-        ends = self._ends
-        self._check_room(max(ends), tokens)
-        are_equal = ends.count(ends[0]) == len(ends)
-        self._ends = [ends[0] + tokens] * len(ends) if are_equal else [end + tokens for end in ends]
-
-    def _check_room(self, end: int, tokens: int) -> int:
-        columns, window = self.data.shape[3], self._storage.layout.max_tokens
-        if end + tokens <= columns:
-            return end + tokens
-        if end + tokens <= window:
-            advice = f"gather with room={end + tokens - self._start}, which the window of {window} allows"
-        elif tokens <= window:
-            advice = (
-                f"the longest row has {self._start} of the window's {window} tokens; commit with an overflow policy "
-                f"of limit={window + 1 - tokens} or less (and step={tokens}, to have that checked), which leaves room "
-                f"for steps of {tokens}"
-            )
-        else:
-            advice = f"the window is {window} tokens"
-        raise WindowOverflowError(
-            f"{tokens} new tokens do not fit: {end} of the batch's {columns} columns are taken; {advice}"
-        )
 
     # Misses --------------------------------------------------------------------------------------------------------
 
@@ -435,52 +203,6 @@ class Batch(Handle):
                 committed[row] = True
         if ended:
             self._give_buffer_back()
-
-    # Streams -------------------------------------------------------------------------------------------------------
-
-    def use_here(self, *sources: Tensor) -> None:
-        """Order the current stream after every use of the buffer so far; `sources` outlive what it does next."""
-        if self._uses is not None:
-            self._uses.join(self.data)
-            for source in sources:
-                self._storage.clock.protect(source)
-
-    def wait(self, stream: object = None) -> None:
-        """Order a stream (the current one if left out) after every use of the batch so far; does not block.
-
-        To be called before the batch's tensors are used on another stream than the one it was used on last; that stream
-        is counted in, and the buffer's next user is ordered after it.
-
-        Raises:
-            InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
-            StreamCaptureError: it is being captured into a graph, or a stream that used the batch is.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
-        """
-        self.check_open()
-        if stream is not None:
-            self._storage.clock.check(stream)
-        if self._uses is not None:
-            self._uses.join(self.data, stream)
-
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block the calling thread until the gathered tokens are there; at once on a CPU.
-
-        Raises:
-            WaitTimeoutError: they were not there within `timeout` seconds (those of the storage if left out).
-        """
-        self._storage.check_process()
-        ticks = NO_TICKS if self._uses is None else self._uses.gathered
-        seconds = self._storage.wait_timeout if timeout is None else timeout
-        if not self._storage.clock.synchronize(ticks, seconds):
-            raise WaitTimeoutError(f"the device had not gathered this batch within {seconds:g} s")
-
-    async def ready(self, timeout: float | None = None) -> None:
-        """As `synchronize`, without holding the event loop."""
-        self._storage.check_process()
-        await anyio.lowlevel.checkpoint()
-        if self._uses is not None:
-            # Abandoned where its task is cancelled: it only looks, and its wait is bounded.
-            await anyio.to_thread.run_sync(partial(self.synchronize, timeout), abandon_on_cancel=True)
 
     # Life ----------------------------------------------------------------------------------------------------------
 

@@ -359,7 +359,10 @@ def plan_commit(
         foreign = overflow.foreign(inherited)
         if foreign:
             hits = tuple([hit and other not in foreign for hit, other in zip(hits, inherited, strict=True)])
-    shape = shape_of(rows, batch.gathered_by(rows), hits, new, batch.start, overflow)
+    in_buffer, first = rows, batch.first_row
+    if first:
+        in_buffer = range(first, first + len(rows)) if type(rows) is range else tuple([first + row for row in rows])
+    shape = shape_of(in_buffer, batch.gathered_by(rows), hits, new, batch.start, overflow)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]

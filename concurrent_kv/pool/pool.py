@@ -23,11 +23,12 @@ from .batch import Batch
 from .clearing import discard, remove
 from .committing import commit_batch, open_batch, put_row, put_rows
 from .core import PoolCore
+from .joint import Part, open_part
 from .loading import claim, heard_by_all
 from .pin import Pin
 from .reading import copy_out, retain
 
-__all__ = ["KVPool"]
+__all__ = ["KVPool", "gather_part_of_pool"]
 
 R = TypeVar("R")
 
@@ -495,3 +496,30 @@ class KVPool(PoolCore):
         hash_of(key)
         found_in = self._scope(scope)
         return claim(self, found_in, key, found_in.generation, side, priority)[0]
+
+
+def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int) -> Part:
+    """As `KVPool.gather`, of rows that are copied together with others'; `rows` that miss where there are no keys."""
+    deadline = pool._enter(None)
+    scope = pool._scope(None)
+    generation = scope.generation
+    hold = Hold("batch", [])
+    try:
+        entries: list[Entry | None] = [None] * rows
+        if keys is None:
+            with gate.lock, pool.ledger.mutex:
+                pool.ledger.extend(hold, [])
+        else:
+            keys = check_keys(keys)
+            hashes = list(map(hash, keys))
+            located = scope.locate(hashes)
+            entries = retain(pool.storage, located, keys, hashes, {scope: generation}, deadline, hold=hold)
+            pool.count_misses(entries.count(None))
+        return open_part(pool, scope, generation, hold, entries)
+    except BaseException:
+        try:
+            pool.ledger.release(hold)
+        except BaseException:
+            pool.ledger.abandoned.append(partial(pool.ledger.release_abandoned, hold))
+            raise
+        raise

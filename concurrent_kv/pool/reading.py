@@ -10,19 +10,21 @@ from torch import Tensor
 
 from ..books.entries import Described, count_hits, describe
 from ..books.index import find_in
+from ..books.ledger import Ledger
 from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
-from ..books.tables import in_columns
+from ..books.tables import Tables, in_columns
 from ..device.buffers import new_buffer
 from ..device.modes import plain_torch_state
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
+from ..device.tensors import SlotTensor
 from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
 from .storage import Domain, KVStorage
 
-__all__ = ["copy_out", "gather_entries", "retain"]
+__all__ = ["copy_out", "gather_entries", "gather_together", "retain"]
 
 Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
@@ -109,7 +111,7 @@ def gather_entries(
     clock = storage.clock
     if clock.backend is None:
         if storage.corrects_lazily:
-            _gather(domain, described, out, end, [], whole)
+            _gather(storage, domain.ledger.tables, described, out, end, [], whole)
         else:
             rows, _, _, _ = described
             storage.tensor.gather(domain.ledger.tables, rows, end, out, whole=whole)
@@ -123,7 +125,7 @@ def gather_entries(
     clock.order_after(stream, ticks)
     temporaries: list[Tensor] = []
     try:
-        _gather(domain, described, out, end, temporaries, whole)
+        _gather(storage, domain.ledger.tables, described, out, end, temporaries, whole)
     finally:
         read = clock.stamp(stream, (*temporaries, out))
         if read:
@@ -132,8 +134,51 @@ def gather_entries(
     return read
 
 
+def gather_together(
+    storage: KVStorage,
+    parts: Sequence[tuple[Ledger, Sequence[Entry | None], Described]],
+    out: Tensor,
+    end: int,
+    ready: Ticks = NO_TICKS,
+    *,
+    whole: bool = True,
+) -> Ticks:
+    """As `gather_entries`, of entries of several ledgers of a storage: rows of each after those of the one before."""
+    clock, tensor = storage.clock, storage.tensor
+    stream, temporaries = None, list[Tensor]()
+    present = [(ledger, list(filter(None, in_part))) for ledger, in_part, _ in parts]
+    if clock.backend is not None:
+        stream, ticks = clock.current(), merge(ready, storage.zeroed)
+        for _, entries in present:
+            for entry in entries:
+                ticks = merge(ticks, entry.written)
+        clock.order_after(stream, ticks)
+    try:
+        if not storage.corrects_lazily:
+            tables = [(ledger.tables, described[0]) for ledger, _, described in parts]
+            temporaries += tensor.gather_together(tables, end, out, whole=whole)
+        else:
+            first = 0
+            for ledger, _, described in parts:
+                number = len(described[0])
+                rows = new_buffer(storage.layout, number, out.shape[3])
+                temporaries.append(rows)
+                _gather(storage, ledger.tables, described, rows, end, temporaries, True)
+                with plain_torch_state(out):
+                    out[:, first : first + number].copy_(rows)
+                first += number
+    finally:
+        read = NO_TICKS if clock.backend is None else clock.stamp(stream, (*temporaries, out))
+        if read:
+            for ledger, entries in present:
+                with gate.lock, ledger.mutex:
+                    ledger.stamp_reads(entries, read)
+    return read
+
+
 def _gather(
-    domain: Domain,
+    storage: KVStorage,
+    tables: Tables,
     described: Described,
     out: Tensor,
     end: int,
@@ -141,25 +186,26 @@ def _gather(
     whole: bool,
 ) -> None:
     """The copy itself; what has to live until it is done joins `temporaries` as soon as it is used."""
-    ledger, tensor = domain.ledger, domain.storage.tensor
+    tensor = storage.tensor
     rows, _, corrections, _ = described
     owed = {*corrections} - NOTHING
     if len(owed) == 1:
         (steps,) = owed
         if isinstance(steps, PositionSteps) and tensor.gather_stepwise(
-            ledger.tables, rows, end, out, corrections, steps, whole=whole
+            tables, rows, end, out, corrections, steps, whole=whole
         ):
             return
-    temporaries += tensor.gather(ledger.tables, rows, end, out, whole=whole)
+    temporaries += tensor.gather(tables, rows, end, out, whole=whole)
     for correction in owed:
         assert correction is not None
         concerned = [row for row, other in enumerate(corrections) if other is correction]
         with plain_torch_state(out):
-            temporaries += (correction.rows, *_correct(domain, rows, out, end, concerned, correction))
+            temporaries += (correction.rows, *_correct(tensor, tables, rows, out, end, concerned, correction))
 
 
 def _correct(
-    domain: Domain,
+    tensor: SlotTensor,
+    tables: Tables,
     rows: list[int],
     out: Tensor,
     end: int,
@@ -167,7 +213,6 @@ def _correct(
     correction: PositionTable | PositionSteps,
 ) -> tuple[Tensor, ...]:
     """Add what tokens that moved since they were written are owed; what moved nothing gets zeros added."""
-    tables = domain.ledger.tables
     table = in_columns(tables, rows, end, out.shape[3])
     lengths = np.count_nonzero(table, axis=1)
     positions = np.arange(table.shape[1], dtype=np.int64)[None, :] - (end - lengths)[:, None]
@@ -180,8 +225,8 @@ def _correct(
         return ()
     positions = np.where(valid, positions, 0)
     if isinstance(correction, PositionSteps):
-        return domain.storage.tensor.correct_stepwise(out, moved, positions, correction)
-    return domain.storage.tensor.correct(out, moved, positions, correction)
+        return tensor.correct_stepwise(out, moved, positions, correction)
+    return tensor.correct(out, moved, positions, correction)
 
 
 def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None) -> KeysValues:

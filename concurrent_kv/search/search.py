@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 from weakref import ref
 
 import torch
@@ -25,16 +25,21 @@ from ..pool.batch import Batch
 from ..pool.clearing import discard, remove_all, take_out
 from ..pool.committing import commit_batch, open_batch
 from ..pool.handle import Handle
+from ..pool.joint import Part, open_part
 from ..pool.pool import KVPool
 from ..pool.room import reserve_budget
+from ..pool.storage import KVStorage
 from ..pool.writing import write
 from .promoting import plan_promotion
 from .reading import adopt, adopted, disown, own, own_or_adopted, retain_here, retain_roots
 from .state import RootKey, SearchState
 
-__all__ = ["LookupOrder", "Search"]
+__all__ = ["LookupOrder", "Search", "gather_part_of_search", "storage_of"]
 
 LookupOrder = Literal["own_first", "init_first"]
+
+
+B = TypeVar("B", bound=Batch)
 
 
 class _Same(Enum):
@@ -114,7 +119,7 @@ class Search(Handle):
         if len(env_ids) != len(keys):
             raise InvalidArgumentError(f"env_ids must have one id for each of {len(keys)} keys, got {len(env_ids)}")
         own_first = (self._order if order is None else check_order(order)) == "own_first"
-        return self._gather(keys, env_ids, own_first, room, out, deadline)
+        return self._gather(keys, env_ids, own_first, room, out, deadline, open_batch)
 
     def _gather(
         self,
@@ -124,8 +129,9 @@ class Search(Handle):
         room: int | None,
         out: Tensor | None,
         deadline: Deadline,
-    ) -> Batch:
-        """As `gather`, of checked arguments."""
+        opened: Callable[..., B],
+    ) -> B:
+        """As `gather`, of checked arguments; `opened` makes the batch of what was found."""
         state, new_roots = self._state, list[Entry]()
         ledger = state.ledger
         generation = state.scope.generation
@@ -146,7 +152,7 @@ class Search(Handle):
             if new and of_roots is not None:
                 new_roots = adopt(state, new, found, hold, deadline)
                 state.storage.ledger.release(of_roots)
-            batch = open_batch(state, state.scope, generation, hold, found, room, out)
+            batch = opened(state, state.scope, generation, hold, found, room, out)
             # Only now, as a gather that fails must leave the search as it was.
             with gate.lock, ledger.mutex:
                 state.track(batch)
@@ -403,6 +409,29 @@ class Search(Handle):
 
     def __repr__(self) -> str:
         return f"<Search over {shown(self.env_ids)}: {self._state.scope.ended or f'{len(self)} entries'}>"
+
+
+def storage_of(search: Search) -> KVStorage:
+    """The storage that its pools share."""
+    return search._state.storage
+
+
+def gather_part_of_search(search: Search, keys: Sequence[Hashable] | None, env_ids: Sequence[Hashable]) -> Part:
+    """As `Search.gather`, of rows that are copied together with others'; rows that miss where there are no keys."""
+    state = search._state
+    deadline = state.storage.enter(None)
+    if keys is not None:
+        order, env_ids = search._order == "own_first", search._check_envs(env_ids)
+        return search._gather(check_keys(keys), env_ids, order, None, None, deadline, open_part)
+    hold, scope = Hold("batch", []), state.scope
+    with gate.lock, state.ledger.mutex:
+        state.check_open()
+        state.ledger.extend(hold, [])
+    try:
+        return open_part(state, scope, scope.generation, hold, [None] * len(env_ids))
+    except BaseException:
+        state.ledger.abandoned.append(partial(state.ledger.release_abandoned, hold))
+        raise
 
 
 def check_order(order: object) -> LookupOrder:

@@ -1,0 +1,122 @@
+"""`AsyncEvaluator`: an `Evaluator` for tasks, of any event loops, beside threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Generic, TypeVar
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from .._checks import check_seconds
+from ..errors import WaitTimeoutError
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.leaves import Leaf
+from ..evaluation.queue import Group, Ticket, Worker
+from ..evaluation.stats import CallTimes, EvaluatorStats
+from ..never_copied import NeverCopied
+from .places import call_soon_here
+
+__all__ = ["AsyncEvaluator", "AsyncEvaluatorWorker"]
+
+Inputs = TypeVar("Inputs")
+Output = TypeVar("Output")
+
+
+class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
+    """What an `Evaluator` does, awaited. A task that waits parks no thread.
+
+    Args:
+        sync: the evaluator, which threads may use at the same time.
+        on_loop: whether a task that makes a call does so on its loop's own thread, which others wait for meanwhile; in
+            a worker thread otherwise. (Not where the evaluator has a thread of its own: that makes all calls.)
+    """
+
+    instead_of_copy = "share the one object between tasks"
+
+    def __init__(self, sync: Evaluator[Inputs, Output], *, on_loop: bool = False) -> None:
+        self.sync = sync
+        self._on_loop = on_loop
+
+    def worker(self) -> AsyncEvaluatorWorker[Inputs, Output]:
+        """See `Evaluator.worker`. Never blocks."""
+        return AsyncEvaluatorWorker(self)
+
+    async def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
+        """See `Evaluator.evaluate`. A task that is cancelled takes its leaf out, if no call has it yet."""
+        return (await self.evaluate_many([leaf], timeout=timeout))[0]
+
+    async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
+        """See `Evaluator.evaluate_many`."""
+        return await self.wait(leaves, timeout, worker=False)
+
+    def stats(self) -> EvaluatorStats:
+        """See `Evaluator.stats`."""
+        return self.sync.stats()
+
+    def close(self) -> None:
+        """See `Evaluator.close`."""
+        self.sync.close()
+
+    async def wait(self, leaves: Sequence[Leaf[Inputs]], timeout: float | None, *, worker: bool) -> list[Output]:
+        """See `evaluate_many`."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        sync = self.sync
+        seconds = sync.timeout if timeout is None else check_seconds("timeout", timeout)
+        until = time.monotonic() + seconds
+        queue, call_soon, event = sync.queue, call_soon_here(), anyio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # of a loop that has ended
+                call_soon(event.set)
+
+        ticket = Ticket(sync.check(leaves), wake, worker=worker)
+        group = Group()
+        try:
+            if not ticket.is_over:
+                queue.add(ticket)
+            while True:
+                event = anyio.Event()  # before it is looked at: who sets it from here on sets this one
+                if ticket.is_over:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                    return ticket.outputs()
+                if queue.listener is None and queue.take(group):
+                    if self._on_loop:
+                        sync.run(group)
+                    else:
+                        taken, group = group, Group()  # the worker's, which ends what it began
+                        await anyio.to_thread.run_sync(partial(sync.run, taken), abandon_on_cancel=True)
+                    continue
+                due = None if queue.listener is not None else queue.seconds_until_due()
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise WaitTimeoutError(
+                        f"this evaluator had not called the model for all leaves within {seconds:g} s"
+                    )
+                with anyio.move_on_after(left if due is None else min(due, left)):
+                    await event.wait()
+        finally:
+            if group.counted:
+                queue.finish(group, CallTimes(), 0)
+            if not ticket.is_over:
+                queue.withdraw(ticket)
+
+
+class AsyncEvaluatorWorker(Worker, Generic[Inputs, Output]):
+    """A registered worker of an evaluator, for a task; see `Evaluator.worker`."""
+
+    def __init__(self, evaluator: AsyncEvaluator[Inputs, Output]) -> None:
+        self._evaluator = evaluator
+        super().__init__(evaluator.sync.queue)
+
+    async def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
+        """See `AsyncEvaluator.evaluate`."""
+        return (await self.evaluate_many([leaf], timeout=timeout))[0]
+
+    async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
+        """See `AsyncEvaluator.evaluate_many`."""
+        return await self._evaluator.wait(leaves, timeout, worker=self.registered)

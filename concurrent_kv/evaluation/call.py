@@ -1,0 +1,193 @@
+"""`ModelCall`: leaves of any searches and pools gathered together, given to a model once, and committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from ..device.buffers import new_buffer
+from ..device.streams import NO_TICKS, Ticks
+from ..errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
+from ..model.overflow import Overflow
+from ..pool.joint import JointBatch, Part, open_together
+from ..pool.pool import KVPool, gather_part_of_pool
+from ..pool.storage import KVStorage
+from ..search.search import Search, gather_part_of_search
+from .leaves import NO_PARENT, Evaluated, Model
+from .queue import Row
+from .stats import CallTimes
+
+__all__ = ["ModelCall"]
+
+
+class ModelCall:
+    """How an evaluator's calls are made. Several threads may make one at the same time.
+
+    Args:
+        storage: what the leaves' searches and pools are over.
+        model: see `Evaluator`.
+        room: columns that it appends to, at most.
+        overflow: what happens to rows of pools that outgrow the window.
+        row_sizes: of batches, in ascending order; each is padded to the next. As long as the leaves are where there are
+            none.
+    """
+
+    def __init__(
+        self,
+        storage: KVStorage,
+        model: Model[Any, Any],
+        *,
+        room: int | None,
+        overflow: Overflow | None,
+        row_sizes: Sequence[int],
+    ) -> None:
+        self.storage = storage
+        self._model = model
+        self._room = room
+        self._overflow = overflow
+        self._row_sizes = row_sizes
+        self._fixed: dict[int, list[tuple[Tensor, Ticks]]] = {size: [] for size in row_sizes}  # that no call uses now
+
+    def run(self, rows: Sequence[Row], times: CallTimes) -> int:
+        """Settle every row; what is raised here but not by an `Exception` leaves some as they were.
+
+        Returns how many rows the model had.
+        """
+        began = perf_counter()
+        found: list[tuple[Part, list[Row]]] = []
+        try:
+            for part_rows in _by_store(rows):
+                self._gather(part_rows, found)
+            if not found:
+                return 0
+            going = [row for _, of_part in found for row in of_part]
+            try:
+                with self._opened([part for part, _ in found], len(going)) as joint:
+                    gathered = perf_counter()
+                    times.gather += gathered - began
+                    evaluated = self._model(joint, [row.leaf.inputs for row in going])
+                    _check(evaluated, len(going))
+                    joint.settle()
+                    modelled = perf_counter()
+                    times.model += modelled - gathered
+                    first = 0
+                    for part, of_part in found:
+                        self._commit(part, of_part, evaluated, first)
+                        first += len(of_part)
+                    times.commit += perf_counter() - modelled
+            except Exception as error:
+                for row in going:
+                    if not row.settled:
+                        row.fail(error)
+            return len(going)
+        finally:
+            for part, _ in found:
+                part.close()
+
+    def _gather(self, rows: list[Row], found: list[tuple[Part, list[Row]]]) -> None:
+        """Find and keep the parents of rows of one store; those that have none hear so."""
+        while rows:
+            try:
+                part = _part_of(rows)
+            except Exception as error:
+                for row in rows:
+                    row.fail(error)
+                return
+            if rows[0].leaf.parent is NO_PARENT or all(part.hits):
+                found.append((part, rows))
+                return
+            hits = part.hits
+            part.close()
+            for row, hit in zip(rows, hits, strict=True):
+                if not hit:
+                    row.fail(
+                        KeyNotFoundError(f"there is no entry for the parent {shown(row.leaf.parent)} of this leaf")
+                    )
+            rows = [row for row, hit in zip(rows, hits, strict=True) if hit]
+
+    @contextmanager
+    def _opened(self, parts: list[Part], count: int) -> Iterator[JointBatch]:
+        """The parts' batch while the model and the commits use it."""
+        size = next((size for size in self._row_sizes if size >= count), 0)
+        if not size:
+            with open_together(self.storage, parts, room=self._room) as joint:
+                yield joint
+            return
+        free = self._fixed[size]
+        try:
+            data, ready = free.pop()
+        except IndexError:  # every one of them is in use
+            data, ready = new_buffer(self.storage.layout, size, self.storage.layout.max_tokens), NO_TICKS
+        uses = None
+        try:
+            with open_together(self.storage, parts, room=self._room, rows=size, out=data, ready=ready) as joint:
+                uses = joint.uses
+                yield joint
+        finally:
+            after = ready if uses is None else uses.finish(data)
+            if after is not None:  # or it is used by a graph that is captured just now
+                free.append((data.detach(), after))
+
+    def _commit(self, part: Part, rows: list[Row], evaluated: Evaluated[Any], first: int) -> None:
+        """Store the rows of a part together or, where that cannot be, each that can be."""
+        span = slice(first, first + len(rows))
+        outputs = evaluated.outputs[span]
+        sides = None if evaluated.sides is None else evaluated.sides[span]
+        lengths = None if evaluated.lengths is None else evaluated.lengths[span]
+        if lengths is None and rows[0].leaf.parent is NO_PARENT:
+            lengths = [part.end - part.start] * len(rows)
+        store = rows[0].leaf.store
+        overflow = self._overflow if isinstance(store, KVPool) else None
+        commit = partial(store.commit, batch=part, overflow=overflow)
+        try:
+            commit([row.leaf.child for row in rows], sides=sides, lengths=lengths)
+        except Exception as error:
+            if len(rows) == 1:
+                rows[0].fail(error)
+                return
+        else:
+            for row, output in zip(rows, outputs, strict=True):
+                row.succeed(output)
+            return
+        for number, row in enumerate(rows):
+            try:
+                commit(
+                    [row.leaf.child],
+                    rows=[number],
+                    sides=None if sides is None else [sides[number]],
+                    lengths=None if lengths is None else [lengths[number]],
+                )
+            except Exception as error:
+                row.fail(error)
+            else:
+                row.succeed(outputs[number])
+
+
+def _by_store(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each store, those with parents and those without, in order of arrival."""
+    found: dict[tuple[int, bool], list[Row]] = {}
+    for row in rows:
+        found.setdefault((id(row.leaf.store), row.leaf.parent is NO_PARENT), []).append(row)
+    return list(found.values())
+
+
+def _part_of(rows: list[Row]) -> Part:
+    store = rows[0].leaf.store
+    parents = None if rows[0].leaf.parent is NO_PARENT else [row.leaf.parent for row in rows]
+    if isinstance(store, Search):
+        return gather_part_of_search(store, parents, [row.leaf.env_id for row in rows])
+    return gather_part_of_pool(store, parents, len(rows))
+
+
+def _check(evaluated: object, rows: int) -> None:
+    if not isinstance(evaluated, Evaluated):
+        raise InvalidTypeError(f"the model must return an Evaluated, got {type(evaluated).__name__}")
+    for name in ("outputs", "sides", "lengths"):
+        items = getattr(evaluated, name)
+        if items is not None and len(items) != rows:
+            raise InvalidArgumentError(f"the model must return {name} of {rows} leaves, got {len(items)}")

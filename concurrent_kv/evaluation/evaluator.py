@@ -1,0 +1,281 @@
+"""`Evaluator`: leaves of many searches evaluated together, for threads; each call of the model serves all who wait."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Generic, TypeVar
+
+import torch
+
+from .._checks import check_seconds, hash_of, positive_int
+from ..errors import InvalidArgumentError, InvalidTypeError, WaitTimeoutError
+from ..locks.gate import gate
+from ..locks.signal import Signal
+from ..manager import KVCacheManager
+from ..model.overflow import Overflow, check_overflow
+from ..pool.handle import Handle
+from ..pool.pool import KVPool
+from ..pool.storage import KVStorage
+from ..search.search import Search, storage_of
+from .call import ModelCall
+from .leaves import Leaf, Model
+from .queue import Group, LeafQueue, Ticket, Worker
+from .stats import CallTimes, EvaluatorStats
+
+__all__ = ["Evaluator", "EvaluatorWorker"]
+
+logger = logging.getLogger("concurrent_kv")
+
+LOOK_SECONDS = 1.0  # its thread looks so often whether it is still wanted, if nothing wakes it
+
+Inputs = TypeVar("Inputs")
+Output = TypeVar("Output")
+
+
+class Evaluator(Handle, Generic[Inputs, Output]):
+    """Gathers the leaves that threads and tasks hand in, calls the model once for all of them, and stores the children.
+
+    A call begins when `max_rows` leaves wait, or all registered workers do (`worker()`), or the first leaf has waited
+    for `max_wait_seconds`; at once, where no worker is registered. It is made by the caller who came last or, with
+    `own_thread`, by a thread of the evaluator's. What fails is heard by whom it concerns: a leaf without its parent, or
+    of a search that has ended, by its own caller; what the model raises by all callers of that call.
+
+    What a leaf's outputs are does not depend on who shares its call, but for how the model rounds in batches of
+    different sizes; with `max_rows=1` not at all.
+
+    Args:
+        cache: the manager, or the storage, that the leaves' searches and pools are of.
+        model: called with a `JointBatch` and the inputs of its first rows; it appends each layer's new keys and values
+            to the batch, as after any gather, and returns an `Evaluated`. It runs in a caller's thread (on a caller's
+            event loop, see `AsyncEvaluator`), or in the evaluator's own; by as many at once as `parallel_calls` says.
+        max_rows: leaves of a call.
+        max_wait_seconds: that a leaf waits for others.
+        parallel_calls: of the model, at once. With more than one, a call takes as many workers as would make all calls
+            equally large.
+        room: columns that the model appends to, at most; up to the window if left out.
+        overflow: what happens to rows of pools that outgrow the window. A search has its own.
+        row_sizes: sizes of batches, ascending, the last at least `max_rows`. A batch is then padded to the next of them
+            with empty rows after its leaves', and has the whole window's columns, the last `room` of which are free, in
+            the same memory each time: for models that were compiled for, or captured with, fixed shapes.
+        own_thread: whether a thread of its own makes the calls; on a GPU, in a stream of its own.
+        timeout: seconds that a caller waits at most.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument that cannot work.
+    """
+
+    instead_of_copy = "share the one object between threads"
+
+    def __init__(
+        self,
+        cache: KVCacheManager | KVStorage,
+        model: Model[Inputs, Output],
+        *,
+        max_rows: int = 64,
+        max_wait_seconds: float = 0.002,
+        parallel_calls: int = 1,
+        room: int | None = None,
+        overflow: Overflow | None = None,
+        row_sizes: Sequence[int] = (),
+        own_thread: bool = False,
+        timeout: float = 60.0,
+    ) -> None:
+        if not isinstance(cache, (KVCacheManager, KVStorage)):
+            raise InvalidTypeError(f"cache must be a KVCacheManager or a KVStorage, got {type(cache).__name__}")
+        if not callable(model):
+            raise InvalidTypeError(f"model must be callable, got {type(model).__name__}")
+        storage = cache.storage if isinstance(cache, KVCacheManager) else cache
+        max_rows = positive_int("max_rows", max_rows)
+        sizes = [positive_int("row_sizes", size) for size in row_sizes]
+        if sizes and (sizes != sorted(set(sizes)) or sizes[-1] < max_rows):
+            raise InvalidArgumentError(f"row_sizes must ascend to at least max_rows={max_rows}, got {tuple(row_sizes)}")
+        room = None if room is None else positive_int("room", room)
+        if sizes and room is None:
+            raise InvalidArgumentError("room must be given with row_sizes: it says which columns are free")
+        if room is not None and room > storage.layout.max_tokens:
+            raise InvalidArgumentError(f"room must be at most the window of {storage.layout.max_tokens}, got {room}")
+        check_overflow(overflow, storage.layout)
+        self._call = ModelCall(storage, model, room=room, overflow=overflow, row_sizes=sizes)
+        self._queue = LeafQueue(
+            max_rows=max_rows,
+            max_wait_seconds=check_seconds("max_wait_seconds", max_wait_seconds),
+            parallel_calls=positive_int("parallel_calls", parallel_calls),
+        )
+        self.timeout = check_seconds("timeout", timeout)
+        if own_thread:
+            _start_thread(self._call, self._queue)
+
+    def worker(self) -> EvaluatorWorker[Inputs, Output]:
+        """Register a worker: from now on calls wait for its leaves, too, until its `with` is left or it is dropped.
+
+        Raises:
+            ClosedError: the evaluator is closed.
+        """
+        return EvaluatorWorker(self)
+
+    def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
+        """The model's output for a leaf, which is stored then. May block.
+
+        Raises:
+            KeyNotFoundError: there is no entry for its parent.
+            SearchEndedError, CapacityError, WindowOverflowError: as from `Search.commit`; nothing is stored.
+            WaitTimeoutError: no call was over in time. ClosedError: the evaluator, or a pool, is closed.
+        """
+        return self.evaluate_many([leaf], timeout=timeout)[0]
+
+    def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
+        """The outputs for several leaves, in their order, perhaps of several calls. May block.
+
+        Raises what the first of them raises that fails; the others are stored all the same. Otherwise as `evaluate`.
+        """
+        return self.wait(leaves, timeout, worker=False)
+
+    def stats(self) -> EvaluatorStats:
+        """What was counted since it was made."""
+        return self._queue.stats()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._queue.closed
+
+    def close(self) -> None:
+        """Let no more leaves in; who waits for a call hears `ClosedError`. Calls under way end. Never blocks."""
+        if not self._queue.closed:
+            self._queue.close()
+
+    def __del__(self) -> None:
+        queue = getattr(self, "_queue", None)
+        if queue is not None and queue.listener is not None:
+            queue.closed = True  # takes no lock: its thread looks, and ends
+            queue.listener()
+
+    # For workers and facades ---------------------------------------------------------------------------------------
+
+    @property
+    def queue(self) -> LeafQueue:
+        """What waits."""
+        return self._queue
+
+    def check(self, leaves: Sequence[Leaf[Inputs]]) -> Sequence[Leaf[Inputs]]:
+        """Leaves that can be handed in; raises otherwise."""
+        storage = self._call.storage
+        storage.check_process()
+        gate.check("this evaluator")
+        for leaf in leaves:
+            if not isinstance(leaf, Leaf):
+                raise InvalidTypeError(f"leaves must be of type Leaf, got {type(leaf).__name__}")
+            if not isinstance(leaf.store, (Search, KVPool)):
+                raise InvalidTypeError(
+                    f"leaf.store must be a Search or a KVPool (a facade's `sync`), got {type(leaf.store).__name__}"
+                )
+            if (storage_of(leaf.store) if isinstance(leaf.store, Search) else leaf.store.storage) is not storage:
+                raise InvalidArgumentError("leaf.store must be of the evaluator's manager, and is of another")
+            hash_of(leaf.parent, "leaf.parent")
+            hash_of(leaf.child, "leaf.child")
+        return leaves
+
+    def run(self, group: Group) -> None:
+        """Make the call of rows that were taken, and give them back."""
+        times, rows = CallTimes(), 0
+        try:
+            rows = self._call.run(group.rows, times)
+        finally:
+            self._queue.finish(group, times, rows)
+
+    def wait(self, leaves: Sequence[Leaf[Inputs]], timeout: float | None, *, worker: bool) -> list[Output]:
+        """See `evaluate_many`."""
+        seconds = self.timeout if timeout is None else check_seconds("timeout", timeout)
+        until = time.monotonic() + seconds
+        queue, signal = self._queue, Signal()
+        ticket = Ticket(self.check(leaves), lambda: signal.set(), worker=worker)
+        if ticket.is_over:
+            return []
+        group = Group()
+        try:
+            queue.add(ticket)
+            while True:
+                signal = Signal()  # before it is looked at: who changes it from here on sets this one
+                if ticket.is_over:
+                    return ticket.outputs()
+                if queue.listener is None and queue.take(group):
+                    self.run(group)
+                    continue
+                due = None if queue.listener is not None else queue.seconds_until_due()
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise WaitTimeoutError(
+                        f"this evaluator had not called the model for all leaves within {seconds:g} s"
+                    )
+                signal.wait(left if due is None else min(due, left))
+        finally:
+            if group.counted:
+                queue.finish(group, CallTimes(), 0)
+            if not ticket.is_over:
+                queue.withdraw(ticket)
+
+
+class EvaluatorWorker(Worker, Generic[Inputs, Output]):
+    """A registered worker of an evaluator; see `Evaluator.worker`."""
+
+    def __init__(self, evaluator: Evaluator[Inputs, Output]) -> None:
+        self._evaluator = evaluator
+        super().__init__(evaluator.queue)
+
+    def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
+        """See `Evaluator.evaluate`."""
+        return self.evaluate_many([leaf], timeout=timeout)[0]
+
+    def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
+        """See `Evaluator.evaluate_many`."""
+        return self._evaluator.wait(leaves, timeout, worker=self.registered)
+
+
+def _start_thread(call: ModelCall, queue: LeafQueue) -> None:
+    """Have a thread make the queue's calls until it is closed. It does not keep the evaluator alive."""
+    signal = Signal()
+
+    def look() -> None:
+        signal.set()
+
+    def work() -> None:
+        nonlocal signal
+        with _own_stream(call.storage.layout.device):
+            while True:
+                signal = Signal()  # before it looks: who sets it from here on sets this one
+                group = Group()
+                if queue.take(group):
+                    _call_for_others(call, queue, group)
+                elif queue.closed:
+                    return
+                else:
+                    due = queue.seconds_until_due()
+                    signal.wait(LOOK_SECONDS if due is None else due)
+
+    queue.listener = look
+    threading.Thread(target=work, name="concurrent_kv evaluator", daemon=True).start()
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
+    if device.type != "cuda":
+        return nullcontext()
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream)
+
+
+def _call_for_others(call: ModelCall, queue: LeafQueue, group: Group) -> None:
+    """As `Evaluator.run`, in a thread that nobody hears: callers hear of whatever ends a call."""
+    times, rows = CallTimes(), 0
+    try:
+        rows = call.run(group.rows, times)
+    except BaseException as error:
+        logger.exception("the model ended a call of an evaluator's thread")
+        for row in group.rows:
+            if not row.settled:
+                row.fail(RuntimeError(f"the model raised {type(error).__name__}: {error}"))
+    finally:
+        queue.finish(group, times, rows)

@@ -1,0 +1,562 @@
+"""Leaves of many searches evaluated together, by threads: each gets its own, whoever shares its call."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from concurrent_kv import (
+    CapacityError,
+    ClosedError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KeyNotFoundError,
+    KVCacheManager,
+    SearchEndedError,
+    WaitTimeoutError,
+)
+from concurrent_kv.evaluation import NO_PARENT, Evaluated, Evaluator, Leaf
+from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.pool.joint import JointBatch
+from tests.evaluating import ENVS, HEAD_DIM, HEADS, LAYERS, NEW, WINDOW, model, new_manager, root_sum, value_after
+from tests.support import HANG_SECONDS
+
+
+@pytest.fixture
+def manager() -> Iterator[KVCacheManager]:
+    made = new_manager(recur_slots=100_000)
+    yield made
+    made.check_integrity()
+    made.close()
+
+
+def leaf(search: Any, parent: Any, child: Any, number: int = 0, env: int = 0) -> Leaf[int]:
+    return Leaf(search, parent, child, number, env)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Lets other threads run until `condition` holds, within a bound."""
+    deadline = Deadline(HANG_SECONDS)
+    while not condition():
+        assert deadline.left(), "it never came about"
+        time.sleep(0)
+
+
+class Threads:
+    """Threads that must end, and raise nothing that their function did not hand back."""
+
+    def __init__(self) -> None:
+        self.results: dict[int, Any] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, work: Callable[[], Any]) -> int:
+        number = len(self._threads)
+
+        def run() -> None:
+            try:
+                self.results[number] = work()
+            except Exception as error:
+                self.results[number] = error
+
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
+        return number
+
+    def join(self) -> list[Any]:
+        for thread in self._threads:
+            thread.join(HANG_SECONDS)
+            assert not thread.is_alive()
+        return [self.results[number] for number in range(len(self._threads))]
+
+
+class Gated:
+    """A model that waits, at its `held` call, until it is let go on."""
+
+    def __init__(self, held: int = 0) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.rows: list[int] = []
+        self._held = held
+
+    def __call__(self, batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        self.rows.append(len(numbers))
+        if len(self.rows) - 1 == self._held:
+            self.entered.set()
+            assert self.go_on.wait(HANG_SECONDS)
+        return model(batch, numbers)
+
+
+def play_tree(evaluate: Callable[[Leaf[int]], int], search: Any, env: int, seed: int, steps: int) -> None:
+    """Grow a random tree, and compare each answer with what its path says."""
+    draw = random.Random(seed)
+    totals: dict[Any, int] = {"root": root_sum(env)}
+    for step in range(steps):
+        parent = draw.choice(list(totals)[-4:])
+        key, number = (env, seed, step), draw.randrange(90)
+        value = evaluate(leaf(search, parent, key, number, env))
+        expected, totals[key] = value_after(totals[parent], number)
+        assert value == expected
+
+
+def test_one_leaf_is_gathered_evaluated_and_stored(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search:
+        value, total = value_after(root_sum(0), 7)
+        assert evaluator.evaluate(leaf(search, "root", "child", 7)) == value
+        with search.gather(["child"], [0]) as batch:
+            assert batch.side == (("side", value),)
+            assert int(batch.data.sum()) == total
+            assert batch.lengths == (3 + NEW,)
+
+
+def test_leaves_of_several_searches_pools_and_roots_share_one_call(manager: KVCacheManager) -> None:
+    calls: list[int] = []
+
+    def counted(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        calls.append(len(numbers))
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, counted, room=NEW)
+    first, second = manager.search([0, 1]), manager.search([2])
+    pool = manager.init_pools[3]
+    with first, second:
+        leaves = [
+            leaf(second, "root", "a", 1, 2),
+            leaf(first, "root", "b", 2, 0),
+            Leaf(pool, "root", "c", 3),
+            leaf(first, "root", "d", 4, 1),
+            Leaf(pool, NO_PARENT, "e", 5),
+            leaf(first, NO_PARENT, "f", 6, 0),
+        ]
+        expected = [value_after(root_sum(env), number) for env, number in ((2, 1), (0, 2), (3, 3), (1, 4))]
+        expected += [value_after(0, 5), value_after(0, 6)]
+        assert evaluator.evaluate_many(leaves) == [value for value, _ in expected]
+        assert calls == [6]
+        for store, key, (_, total) in zip((second, first, pool, first, pool, first), "abcdef", expected, strict=True):
+            envs = {} if store is pool else {"env_ids": [2 if store is second else 0]}
+            with store.gather([key], **envs) as batch:
+                assert int(batch.data[:, :, :, : batch.start].sum()) == total
+    manager.check_integrity()
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+@pytest.mark.parametrize("parallel_calls", [1, 2])
+@pytest.mark.parametrize("row_sizes", [(), (1, 2, 4, 8)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_that_search_at_once_get_what_their_own_paths_say(
+    manager: KVCacheManager, own_thread: bool, parallel_calls: int, row_sizes: Sequence[int], shared: bool
+) -> None:
+    evaluator = Evaluator(
+        manager,
+        model,
+        max_rows=8,
+        max_wait_seconds=0.05,
+        own_thread=own_thread,
+        parallel_calls=parallel_calls,
+        row_sizes=row_sizes,
+        room=NEW,
+    )
+    together = manager.search(range(ENVS), tokens=15_000)
+    threads = Threads()
+
+    def work(env: int) -> None:
+        with evaluator.worker() as worker:
+            if shared:
+                play_tree(worker.evaluate, together, env, env, 25)
+            else:
+                with manager.search([env]) as search:
+                    play_tree(worker.evaluate, search, env, env, 25)
+
+    with together:
+        for env in range(ENVS):
+            threads.start(lambda env=env: work(env))  # type: ignore[misc]
+        assert threads.join() == [None] * ENVS
+    stats = evaluator.stats()
+    assert stats.rows == 25 * ENVS
+    assert sum(rows * calls for rows, calls in stats.rows_of_calls.items()) == stats.rows
+    assert stats.failed_rows == 0
+    evaluator.close()
+
+
+def test_workers_of_one_tree_share_a_search(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model, max_wait_seconds=0.05)
+    threads = Threads()
+    with manager.search([0], entries=400, tokens=30_000) as search:
+
+        def work(seed: int) -> None:
+            with evaluator.worker() as worker:
+                play_tree(worker.evaluate, search, 0, seed, 30)
+
+        for seed in range(4):
+            threads.start(lambda seed=seed: work(seed))  # type: ignore[misc]
+        assert threads.join() == [None] * 4
+        assert len(search) == 120
+
+
+# When a call begins ---------------------------------------------------------------------------------------------------
+
+
+def test_a_call_waits_for_all_workers_and_no_longer(manager: KVCacheManager) -> None:
+    gated = Gated(held=-1)
+    evaluator = Evaluator(manager, gated, max_wait_seconds=HANG_SECONDS)
+    workers = [evaluator.worker() for _ in range(3)]
+    threads = Threads()
+    with manager.search(range(ENVS)) as search:
+        for number, worker in enumerate(workers):
+            threads.start(lambda n=number, w=worker: w.evaluate(leaf(search, "root", n, n)))  # type: ignore[misc]
+        assert threads.join() == [value_after(root_sum(0), number)[0] for number in range(3)]
+        assert gated.rows == [3]
+        # One that leaves is waited for no longer.
+        threads = Threads()
+        for number, worker in enumerate(workers[:2]):
+            threads.start(lambda n=number, w=worker: w.evaluate(leaf(search, "root", n, n)))  # type: ignore[misc]
+        wait_until(lambda: evaluator.queue.waiting_rows == 2)
+        workers[2].close()
+        threads.join()
+        assert gated.rows == [3, 2]
+
+
+def test_a_worker_that_is_dropped_is_waited_for_no_longer(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
+    one, other = evaluator.worker(), evaluator.worker()
+    threads = Threads()
+    with manager.search([0]) as search:
+        threads.start(lambda: one.evaluate(leaf(search, "root", 1, 1)))
+        wait_until(lambda: evaluator.queue.waiting_rows == 1)
+        del other
+        gc.collect()
+        assert threads.join() == [value_after(root_sum(0), 1)[0]]
+
+
+def test_a_worker_whose_thread_dies_is_waited_for_no_longer(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
+    threads = Threads()
+    joined, die = threading.Event(), threading.Event()
+
+    def dies() -> None:
+        with evaluator.worker():
+            joined.set()
+            assert die.wait(HANG_SECONDS)
+            raise RuntimeError("a bug of the worker's")
+
+    with manager.search([0]) as search, evaluator.worker() as worker:
+        threads.start(dies)
+        assert joined.wait(HANG_SECONDS)
+        threads.start(lambda: worker.evaluate(leaf(search, "root", 1, 1)))
+        wait_until(lambda: evaluator.queue.waiting_rows == 1)
+        die.set()
+        died, value = threads.join()
+        assert isinstance(died, RuntimeError)
+        assert value == value_after(root_sum(0), 1)[0]
+
+
+def test_a_call_begins_when_it_is_full_or_its_first_leaf_has_waited_long_enough(manager: KVCacheManager) -> None:
+    gated = Gated(held=-1)
+    evaluator = Evaluator(manager, gated, max_rows=2, max_wait_seconds=0.01)
+    with manager.search([0]) as search, evaluator.worker() as worker, evaluator.worker():
+        worker.evaluate_many([leaf(search, "root", number, number) for number in range(5)])
+    assert gated.rows == [2, 2, 1]
+
+
+def test_no_more_calls_are_under_way_than_were_asked_for(manager: KVCacheManager) -> None:
+    together, most, lock = [0], [0], threading.Lock()
+
+    def counted(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        with lock:
+            together[0] += 1
+            most[0] = max(most[0], together[0])
+        try:
+            return model(batch, numbers)
+        finally:
+            with lock:
+                together[0] -= 1
+
+    evaluator = Evaluator(manager, counted, max_rows=1, parallel_calls=2)
+    threads = Threads()
+    with manager.search([0], entries=400, tokens=30_000) as search:
+        for seed in range(4):
+            threads.start(lambda seed=seed: play_tree(evaluator.evaluate, search, 0, seed, 25))  # type: ignore[misc]
+        assert threads.join() == [None] * 4
+    assert 1 <= most[0] <= 2
+
+
+# What goes wrong stays where it is ------------------------------------------------------------------------------------
+
+
+def test_a_leaf_without_its_parent_hears_so_and_the_others_go_on(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search:
+        leaves = [leaf(search, "root", 1, 1), leaf(search, "nowhere", 2, 2), leaf(search, "root", 3, 3)]
+        with pytest.raises(KeyNotFoundError, match="nowhere"):
+            evaluator.evaluate_many(leaves)
+        assert search.contains(1)
+        assert not search.contains(2)
+        assert search.contains(3)
+    assert evaluator.stats().failed_rows == 1
+
+
+def test_leaves_of_a_search_that_has_ended_hear_so_and_the_others_go_on(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search, manager.search([1]) as ended:
+        ended.close()
+        with pytest.raises(SearchEndedError):
+            evaluator.evaluate_many([leaf(ended, "root", 1, 1, 1), leaf(search, "root", 2, 2)])
+        assert search.contains(2)
+
+
+def test_a_search_that_ends_during_the_call_takes_its_leaves_alone(manager: KVCacheManager) -> None:
+    gated = Gated()
+    evaluator = Evaluator(manager, gated)
+    threads = Threads()
+    going = manager.search([1])
+    with manager.search([0]) as search:
+        value, _ = value_after(root_sum(0), 2)
+        leaves = [leaf(going, "root", 1, 1, 1), leaf(search, "root", 2, 2)]
+        threads.start(lambda: evaluator.evaluate_many(leaves))
+        assert gated.entered.wait(HANG_SECONDS)
+        going.close()
+        # What the ended search had is not given to others while the call reads it.
+        for number in range(20):
+            manager.recur_pool.put(number, manager.init_pools[2].get("root"))  # type: ignore[arg-type]
+        gated.go_on.set()
+        (error,) = threads.join()
+        assert isinstance(error, SearchEndedError)
+        with search.gather([2], [0]) as batch:
+            assert batch.side == (("side", value),)
+
+
+def test_what_is_read_stays_while_it_is_copied_however_its_search_ends(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = Evaluator(manager, model)
+    going = manager.search([1])
+    with manager.search([0]) as search:
+        evaluator.evaluate(leaf(going, "root", "parent", 5, 1))
+        seen: list[int] = []
+        tensor = manager.storage.tensor
+        gather = type(tensor).gather_together
+
+        def ends_it_first(self: Any, *arguments: Any, **options: Any) -> Any:
+            if not going.closed:
+                going.close()
+                with manager.search([2], tokens=90_000) as other:
+                    # All that can be had is written over.
+                    for number in range(8):
+                        evaluator.evaluate(leaf(other, "root", number, 11, 2))
+                    found = gather(self, *arguments, **options)
+                    seen.append(1)
+                    return found
+            return gather(self, *arguments, **options)
+
+        monkeypatch.setattr(type(tensor), "gather_together", ends_it_first)
+        sums: list[float] = []
+
+        def looking(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+            sums.append(float(batch.data[:, :1].sum()))
+            return model(batch, numbers)
+
+        watching = Evaluator(manager, looking)
+        _, total = value_after(root_sum(1), 5)
+        with pytest.raises(SearchEndedError):
+            watching.evaluate_many([leaf(going, "parent", "x", 0, 1), leaf(search, "root", "y", 0)])
+        assert sums == [total]
+        assert search.contains("y")
+
+
+def test_a_model_that_raises_is_heard_by_all_of_that_call_and_no_others(manager: KVCacheManager) -> None:
+    def raising(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        if 13 in numbers:
+            raise ValueError("thirteen")
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, raising, max_wait_seconds=HANG_SECONDS)
+    threads = Threads()
+    with manager.search([0]) as search:
+        one, other = evaluator.worker(), evaluator.worker()
+        threads.start(lambda: one.evaluate(leaf(search, "root", 1, 13)))
+        threads.start(lambda: other.evaluate(leaf(search, "root", 2, 2)))
+        first, second = threads.join()
+        assert isinstance(first, ValueError)
+        assert isinstance(second, ValueError)
+        assert first is not second
+        assert len(search) == 0
+        one.close()
+        assert other.evaluate(leaf(search, "root", 2, 2)) == value_after(root_sum(0), 2)[0]
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_a_model_that_ends_its_thread_is_survived_by_the_others(manager: KVCacheManager, own_thread: bool) -> None:
+    times = [0]
+
+    def ending(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        times[0] += 1
+        if times[0] == 1:
+            raise SystemExit(3)
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, ending, max_wait_seconds=HANG_SECONDS, own_thread=own_thread)
+    with manager.search([0]) as search:
+        ended: list[BaseException] = []
+        values: list[int] = []
+
+        def work(worker: Any, number: int) -> None:
+            with worker:
+                try:
+                    values.append(worker.evaluate(leaf(search, "root", number, number)))
+                except (SystemExit, RuntimeError) as error:
+                    ended.append(error)
+
+        threads = Threads()
+        for number, worker in enumerate([evaluator.worker(), evaluator.worker()]):
+            threads.start(lambda w=worker, n=number: work(w, n))  # type: ignore[misc]
+        threads.join()
+        # A thread of the evaluator's tells all; a caller's own goes, and the other leaf is evaluated by its caller.
+        assert (len(ended), len(values)) == ((2, 0) if own_thread else (1, 1))
+        assert evaluator.evaluate(leaf(search, "root", 5, 5)) == value_after(root_sum(0), 5)[0]
+    evaluator.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("nothing", "must return an Evaluated, got str"),
+        (Evaluated([1, 2, 3]), "outputs of 1 leaves, got 3"),
+        (Evaluated([1], sides=[1, 2]), "sides of 1 leaves, got 2"),
+    ],
+)
+def test_a_model_that_answers_something_else_is_told_so(manager: KVCacheManager, answer: Any, words: str) -> None:
+    evaluator = Evaluator(manager, lambda batch, numbers: answer)
+    with manager.search([0]) as search, pytest.raises((InvalidTypeError, InvalidArgumentError), match=words):
+        evaluator.evaluate(leaf(search, "root", 1))
+
+
+def test_of_leaves_that_do_not_all_fit_those_that_do_are_stored() -> None:
+    manager = new_manager(recur_slots=1000 * WINDOW)
+    evaluator = Evaluator(manager, model)
+    with manager.search([0], entries=2, tokens=2 * WINDOW) as search, manager.search([1], entries=998):
+        leaves = [leaf(search, "root", number, number) for number in range(4)]
+        with pytest.raises(CapacityError):
+            evaluator.evaluate_many(leaves)
+        assert search.keys() == [0, 1]
+    manager.check_integrity()
+    manager.close()
+
+
+def test_who_waits_too_long_takes_the_leaf_out(manager: KVCacheManager) -> None:
+    gated = Gated()
+    evaluator = Evaluator(manager, gated)
+    threads = Threads()
+    with manager.search([0]) as search:
+        threads.start(lambda: evaluator.evaluate(leaf(search, "root", 1, 1)))
+        assert gated.entered.wait(HANG_SECONDS)
+        with pytest.raises(WaitTimeoutError, match=r"within 0\.01 s"):
+            evaluator.evaluate(leaf(search, "root", 2, 2), timeout=0.01)
+        gated.go_on.set()
+        assert threads.join() == [value_after(root_sum(0), 1)[0]]
+        assert gated.rows == [1]
+        assert evaluator.evaluate(leaf(search, "root", 3, 3)) == value_after(root_sum(0), 3)[0]
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_closing_wakes_who_waits_and_lets_the_call_under_way_end(manager: KVCacheManager, own_thread: bool) -> None:
+    gated = Gated()
+    evaluator = Evaluator(manager, gated, own_thread=own_thread)
+    threads = Threads()
+    with manager.search([0]) as search:
+        threads.start(lambda: evaluator.evaluate(leaf(search, "root", 1, 1)))
+        assert gated.entered.wait(HANG_SECONDS)
+        threads.start(lambda: evaluator.evaluate(leaf(search, "root", 2, 2)))
+        wait_until(lambda: evaluator.queue.waiting_rows == 1)
+        evaluator.close()
+        gated.go_on.set()
+        value, error = threads.join()
+        assert value == value_after(root_sum(0), 1)[0]
+        assert isinstance(error, ClosedError)
+        with pytest.raises(ClosedError):
+            evaluator.evaluate(leaf(search, "root", 3, 3))
+
+
+def test_a_dropped_evaluator_ends_its_thread(manager: KVCacheManager) -> None:
+    before = set(threading.enumerate())
+    evaluator = Evaluator(manager, model, own_thread=True)
+    (thread,) = set(threading.enumerate()) - before
+    del evaluator
+    gc.collect()
+    thread.join(HANG_SECONDS)
+    assert not thread.is_alive()
+
+
+# Shapes, and what cannot be -------------------------------------------------------------------------------------------
+
+
+def test_with_row_sizes_a_batch_has_the_same_shape_and_memory_each_time(manager: KVCacheManager) -> None:
+    seen: list[tuple[tuple[int, ...], int, int]] = []
+
+    def looking(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        seen.append((tuple(batch.data.shape), batch.data.data_ptr(), batch.start))
+        assert not batch.data[:, len(numbers) :].any()
+        assert batch.padding.tolist()[len(numbers) :] == [batch.start] * (batch.batch_size - len(numbers))
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, looking, max_rows=4, row_sizes=(2, 4), room=NEW)
+    with manager.search([0]) as search:
+        for step in range(3):
+            evaluator.evaluate_many([leaf(search, "root", (step, number), number) for number in range(3)])
+            evaluator.evaluate(leaf(search, (step, 1), (step, 9), 1))
+    whole = (2 * LAYERS, 4, HEADS, WINDOW, HEAD_DIM)
+    assert {shape for shape, _, _ in seen} == {whole, (whole[0], 2, *whole[2:])}
+    assert len({address for _, address, _ in seen}) == 2
+    assert {start for _, _, start in seen} == {WINDOW - NEW}
+
+
+def test_with_one_row_a_call_the_batch_is_what_a_gather_gives(manager: KVCacheManager) -> None:
+    batches: list[torch.Tensor] = []
+
+    def looking(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        batches.append(batch.data.clone())
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, looking, max_rows=1, room=NEW)
+    with manager.search([0, 1]) as search:
+        evaluator.evaluate_many([leaf(search, "root", env, env, env) for env in range(2)])
+        for env, found in enumerate(batches):
+            with search.gather(["root"], [env], room=NEW) as batch:
+                assert torch.equal(batch.data, found)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_rows": 0}, "max_rows"),
+        ({"parallel_calls": 0}, "parallel_calls"),
+        ({"max_wait_seconds": -1.0}, "max_wait_seconds"),
+        ({"row_sizes": (2, 1), "room": 2}, "row_sizes must ascend"),
+        ({"row_sizes": (2,), "room": 2, "max_rows": 4}, "to at least max_rows=4"),
+        ({"row_sizes": (64,)}, "room must be given"),
+        ({"room": WINDOW + 1}, "room must be at most"),
+    ],
+)
+def test_what_cannot_work_is_refused(manager: KVCacheManager, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        Evaluator(manager, model, **options)
+
+
+def test_leaves_of_other_managers_and_other_things_are_refused(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    other = new_manager()
+    with other.search([0]) as search:
+        with pytest.raises(InvalidArgumentError, match="of another"):
+            evaluator.evaluate(leaf(search, "root", 1))
+        with pytest.raises(InvalidTypeError, match="type Leaf, got str"):
+            evaluator.evaluate("leaf")  # type: ignore[arg-type]
+        with pytest.raises(InvalidTypeError, match="got int"):
+            evaluator.evaluate(leaf(3, "root", 1))
+    with pytest.raises(InvalidTypeError, match="must be a KVCacheManager"):
+        Evaluator("manager", model)  # type: ignore[arg-type]
+    other.close()
