@@ -139,8 +139,9 @@ def test_leaves_of_several_searches_pools_and_roots_share_one_call(manager: KVCa
         assert evaluator.evaluate_many(leaves) == [value for value, _ in expected]
         assert calls == [6]
         for store, key, (_, total) in zip((second, first, pool, first, pool, first), "abcdef", expected, strict=True):
+            where: Any = store
             envs = {} if store is pool else {"env_ids": [2 if store is second else 0]}
-            with store.gather([key], **envs) as batch:
+            with where.gather([key], **envs) as batch:
                 assert int(batch.data[:, :, :, : batch.start].sum()) == total
     manager.check_integrity()
 
@@ -431,7 +432,7 @@ def test_a_model_that_ends_its_thread_is_survived_by_the_others(manager: KVCache
     ],
 )
 def test_a_model_that_answers_something_else_is_told_so(manager: KVCacheManager, answer: Any, words: str) -> None:
-    evaluator = Evaluator(manager, lambda batch, numbers: answer)
+    evaluator: Evaluator[int, int] = Evaluator(manager, lambda batch, numbers: answer)
     with manager.search([0]) as search, pytest.raises((InvalidTypeError, InvalidArgumentError), match=words):
         evaluator.evaluate(leaf(search, "root", 1))
 
