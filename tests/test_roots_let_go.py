@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from concurrent_kv import KeysValues, KVCacheManager, Search
+from concurrent_kv import KeyNotFoundError, KeysValues, KVCacheManager, Search
 from concurrent_kv.search.state import SearchState
 from tests.conftest import MakeManager
 from tests.simulated.fixtures import gpu as gpu
@@ -27,6 +27,17 @@ def grow(search: Search, parent: object, child: object) -> None:
     with search.gather([parent], [0]) as batch:
         append(batch, [7])
         search.commit([child], batch)
+
+
+def tree_released(search: Search) -> None:
+    grow(search, "root", "child")
+    search.release(["child", "root"])
+
+
+def root_released_before_its_child(search: Search) -> None:
+    grow(search, "root", "child")
+    search.release(["root"])
+    search.release(["child"])
 
 
 def kept_while_read(search: Search) -> None:
@@ -62,7 +73,15 @@ def child_released(search: Search) -> None:
     search.release(["child"])
 
 
-WAYS = [kept_while_read, child_discarded, child_replaced, child_released_while_read, child_released]
+WAYS = [
+    tree_released,
+    root_released_before_its_child,
+    kept_while_read,
+    child_discarded,
+    child_replaced,
+    child_released_while_read,
+    child_released,
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -176,3 +195,25 @@ def test_what_a_search_read_of_a_root_is_waited_for_after_repair(gpu: SimGPU, mo
     del root
     run_device(gpu)
     manager.close()
+
+
+def test_one_of_two_trees_of_a_search_can_be_released_alone(make_manager: MakeManager) -> None:
+    manager = make_manager(2)
+    for env in range(2):
+        manager.set_init_cache(env, ("root", env), tokens(1 + env, 3))
+    with manager.search([0, 1]) as search:
+        for env in range(2):
+            with search.gather([("root", env)], [env]) as batch:
+                append(batch, [7])
+                search.commit([("child", env)], batch)
+        with pytest.raises(KeyNotFoundError, match="nowhere"):
+            search.release([("root", 0), ("child", 0), "nowhere"])
+        assert search.held == 4
+        search.release([("root", 0), ("child", 0)])
+        assert search.held == 2
+        with search.gather([("child", 1)], [1]) as batch:
+            assert batch.lengths == (5,)
+        # What is gone can be adopted again.
+        with search.gather([("root", 0)], [0]) as batch:
+            assert batch.hits == (True,)
+    manager.check_integrity()

@@ -159,7 +159,7 @@ class LeafQueue:
         with gate.lock, self._lock:
             if self.closed:
                 raise ClosedError("this evaluator is closed")
-            self._rows.extend(ticket.rows)
+            self._rows += ticket.rows
             if ticket.worker:
                 self._waiting_workers += 1
                 self._queued_workers += 1
@@ -171,10 +171,7 @@ class LeafQueue:
         with gate.lock, self._lock:
             if ticket.is_over:
                 return
-            self._rows = deque([row for row in self._rows if row.ticket is not ticket])
-            if ticket.queued:
-                self._no_longer_queued(ticket)
-            self._end(ticket)
+            self._take_out(ticket)
             first = self._first()
         self._wake(first)
 
@@ -313,6 +310,12 @@ class LeafQueue:
             if not ticket.left and not ticket.is_over:
                 self._end(ticket)
                 over.append(ticket)
+
+    def _take_out(self, ticket: Ticket) -> None:
+        self._rows = deque([row for row in self._rows if row.ticket is not ticket])
+        if ticket.queued:
+            self._no_longer_queued(ticket)
+        self._end(ticket)
 
     def _no_longer_queued(self, ticket: Ticket) -> None:
         ticket.queued = 0

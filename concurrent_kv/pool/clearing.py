@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from .room import unpublish
 if TYPE_CHECKING:  # as in room.py
     from .storage import Domain
 
-__all__ = ["discard", "remove", "remove_all", "sweep_if", "sweep_scopes", "take_out"]
+__all__ = ["discard", "remove", "sweep_if", "sweep_scopes", "take_out"]
 
 ENTRIES_PER_HOLD = 256  # entries whose books are closed in one hold of the mutex
 SCOPES_PER_HOLD = 256  # scopes that are looked into in one hold of a shard
@@ -49,26 +49,6 @@ def discard(domain: Domain, scope: Scope, key: Hashable) -> None:
     entry = scope.entries[scope.part_of(hash(key))].get(key)
     if entry is not None:
         domain.ledger.abandon(partial(remove, domain, scope, entry))
-
-
-def remove_all(domain: Domain, scope: Scope, keys: Collection[Hashable], deadline: Deadline) -> list[Hashable]:
-    """Take the entries of all `keys` out of a scope of one shard; or none, and return the keys that it lacks."""
-    dead: list[Entry] = []
-    index = scope.entries[0]
-    with gate.lock, domain.locks.write(scope.shards, deadline):
-        deadline.check(domain.name)
-        going = index.find_each(keys)
-        if None in going:
-            return _lacking(keys, going)
-        waiters = take_out(domain, index, going, dead)
-    wake(waiters)
-    # Also what is not among the dead may die here: its other holders may have let go of it meanwhile.
-    del dead, going
-    return []
-
-
-def _lacking(keys: Collection[Hashable], found: list[Entry | None]) -> list[Hashable]:
-    return [key for key, entry in zip(keys, found, strict=True) if entry is None]
 
 
 def take_out(domain: Domain, index: Index[Entry], going: Sequence[Entry | None], dead: list[Entry]) -> list[Any]:

@@ -22,7 +22,7 @@ from ..locks.gate import gate
 from ..model.overflow import Overflow, check_overflow
 from ..never_copied import is_owned_elsewhere
 from ..pool.batch import Batch
-from ..pool.clearing import discard, remove_all, take_out
+from ..pool.clearing import discard, take_out
 from ..pool.committing import commit_batch, open_batch
 from ..pool.handle import Handle
 from ..pool.joint import Part, open_part
@@ -256,17 +256,35 @@ class Search(Handle):
     def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """Remove some of the search's own entries; their room can be used again at once. May block.
 
+        A key that is none of theirs names the roots of that key that were adopted, of whichever environment. They are
+        let go of, as by `keep`: of several trees that share a search, one can end by itself.
+
         Raises:
-            KeyNotFoundError: a key is not one of the search's entries; nothing is released then.
+            KeyNotFoundError: a key is not one of the search's entries, nor of its roots; nothing is released then.
         """
-        going = set(check_keys(keys))
         state = self._state
+        going = set(check_keys(keys))
         deadline = state.storage.enter(timeout)
-        state.check_open()
-        missing = remove_all(state, state.scope, going, deadline)
+        ledger, dead = state.ledger, list[Entry]()
+        with gate.lock, state.locks.write(state.scope.shards, deadline):
+            deadline.check(state.name)
+            state.check_open()
+            # Every key that is looked at is looked at before anything goes.
+            found, before = state.own.find_each(going), state.roots
+            roots, leaving, missing = state.parted_from_roots(going, found)
+            if not missing:
+                waiters = take_out(state, state.own, found, dead)
+                if leaving:
+                    with gate.lock, ledger.mutex:
+                        state.roots = roots
+                        dead += state.part_with(leaving)
+                        waiters += ledger.take_waiters()
         if missing:
-            state.check_open()  # its end may have swept them
-            raise KeyNotFoundError(f"the search has no entry for {shown(missing[0])} ({len(missing)} keys missing)")
+            raise KeyNotFoundError(
+                f"the search has no entry and no root for {shown(missing[0])} ({len(missing)} keys missing)"
+            )
+        wake(waiters)
+        del dead, before, leaving, found
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""

@@ -12,7 +12,7 @@ is its stand-in, which stays until no other entry of the search names its slots;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -338,6 +338,20 @@ class SearchState(Domain):
         """The roots of these keys, and the stand-ins of the others. The scope's shard held."""
         roots = {root: entry for root, entry in self.roots.items() if root[1] in keys}
         return roots, [entry for root, entry in self.roots.items() if root not in roots]
+
+    def parted_from_roots(
+        self, keys: Collection[Hashable], found: Sequence[Entry | None]
+    ) -> tuple[dict[RootKey, Entry], list[Entry], list[Hashable]]:
+        """The roots beside those of `keys` of which none was `found`, their stand-ins, and which are no root's either.
+
+        The scope's shard held.
+        """
+        wanted = {key for key, entry in zip(keys, found, strict=True) if entry is None}
+        if not wanted:
+            return self.roots, [], []
+        known = {key for _, key in self.roots}
+        roots, leaving = self.parted_roots(known - wanted)
+        return roots, leaving, list(wanted - known)
 
     def part_with(self, stand_ins: Sequence[Entry]) -> list[Entry]:
         """Let go of the roots of stand-ins as soon as no other entry of the search names their slots. Mutex held.
