@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from concurrent_kv import KVCacheManager, Search
-from concurrent_kv.aio import AsyncKVCacheManager, AsyncKVPool
+from concurrent_kv.aio import AsyncKVCacheManager
 from examples.cartpole.__main__ import INTERRUPTED, main
 from examples.cartpole.cached import CachedEvaluator
 from examples.cartpole.episode import Episode
@@ -119,17 +119,17 @@ def test_roots_are_awaited_on_the_loop_and_only_threads_search_apart_from_it(
     model: WorldModel, backend: Any, loops_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: dict[str, set[int]] = {"root": set(), "call": set()}
-    gather, recurrent = AsyncKVPool.gather, WorldModel.recurrent
+    observe, recurrent = WorldModel.observe, WorldModel.recurrent
 
-    async def gathered(pool: AsyncKVPool, *args: Any, **kwargs: Any) -> Any:
+    def observed(model: WorldModel, *args: Any) -> Any:
         threads["root"].add(threading.get_ident())
-        return await gather(pool, *args, **kwargs)
+        return observe(model, *args)
 
     def called(model: WorldModel, *args: Any) -> Any:
         threads["call"].add(threading.get_ident())
         return recurrent(model, *args)
 
-    monkeypatch.setattr(AsyncKVPool, "gather", gathered)
+    monkeypatch.setattr(WorldModel, "observe", observed)
     monkeypatch.setattr(WorldModel, "recurrent", called)
     run_job(model, JobSettings(SHORT, backend=backend, loops_only=loops_only))
     here = {threading.get_ident()}

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             simulations=options.simulations,
             episodes=options.episodes,
             seed=options.seed,
+            combine=options.combine,
             leaf_batch=options.leaf_batch,
             max_steps=options.max_steps,
             batch_size=options.batch_size,
@@ -104,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"play an episode for each environment, up to {COMPARED_STEPS} steps, again with every leaf's path "
         "replayed from its root instead of looked up, and compare",
+    )
+    parser.add_argument(
+        "--combine",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.combine,
+        help="whether the leaves of all threads are evaluated in one call of the model",
     )
     parser.add_argument(
         "--leaf-batch",

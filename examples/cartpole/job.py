@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ import anyio
 from concurrent_kv import IntegrityError, KVCacheManager, StatsSummary
 from concurrent_kv.aio import AsyncKVCacheManager
 from examples.cartpole.cached import CachedEvaluator
+from examples.cartpole.combined import CombinedEvaluator, CombinedRoots
 from examples.cartpole.loop_searches import LoopSearches
 from examples.cartpole.model import WorldModel
 from examples.cartpole.nodes import Nodes
@@ -147,13 +148,20 @@ def _play_cached(title: str, model: SharedModel, settings: JobSettings, loops_on
     with KVCacheManager(config=config, env_num=play.envs, policy=settings.policy) as manager:
         # Around the same manager: tasks and threads work in the same pools.
         for_tasks = AsyncKVCacheManager(manager)
+        stack = ExitStack()
         searches: Searches
         if loops_only:
             searches = LoopSearches(nodes, for_tasks, play, discount=model.config.discount)
+        elif play.combine:
+            together = CombinedEvaluator(nodes, manager, envs=play.envs, max_rows=play.leaf_batch)
+            roots = CombinedRoots(nodes, manager, envs=play.envs, max_rows=play.leaf_batch)
+            searches = ThreadSearches(roots, _planner(together, model, play), play)
+            stack.enter_context(together.open())
         else:
             planner = _planner(CachedEvaluator(nodes, manager), model, play)
             searches = ThreadSearches(CachedRoots(nodes, for_tasks), planner, play)
-        tally = _played(title, searches, play, settings.backend, watch, manager)
+        with stack:
+            tally = _played(title, searches, play, settings.backend, watch, manager)
         stats, integrity = manager.get_stats_summary(), _integrity_of(manager)
         allocated_bytes = manager.allocation().nbytes
     return CachedPlay(tally, stats, allocated_bytes, integrity, None if verifier is None else verifier.verification)

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 
 from concurrent_kv import Batch, DropOldest, KeysValues
+from concurrent_kv.pool.joint import JointBatch
 from examples.cartpole.episode import Episode, RealPath, next_position
 from examples.cartpole.evaluation import Evaluation, root_evaluations, step_evaluations
 from examples.cartpole.shared_model import SharedModel
@@ -66,6 +67,7 @@ class Nodes:
         self._verifier = verifier
         # Positions are rotary: tokens that stay need no correction when older ones are dropped.
         self.overflow = DropOldest(limit=model.config.window_limit, count=model.config.tokens_per_step)
+        self.tokens_per_step = model.config.tokens_per_step
 
     def first_root(self, episode: Episode) -> FirstRoot:
         """Evaluate an episode's first observation; there is nothing to gather for it."""
@@ -75,20 +77,33 @@ class Nodes:
             (evaluation,) = root_evaluations(path.output)
             return FirstRoot(_keys_values(path), next_position(self._model.config, 0), evaluation)
 
-    def next_root(self, batch: Batch, episode: Episode) -> NewNodes:
-        """Append the newest real step and its observation to the root before it: the batch's only row."""
+    def rebuilt_root(self, episode: Episode) -> FirstRoot:
+        """Evaluate an episode's newest observation by a replay of its history."""
         with torch.inference_mode():
-            time = episode.time - 1
+            path = RealPath(self._model)
+            path.follow(episode, episode.time)
+            (evaluation,) = root_evaluations(path.output)
+            return FirstRoot(_keys_values(path), next_position(self._model.config, episode.time), evaluation)
+
+    def next_root(self, batch: Batch, episode: Episode) -> NewNodes:
+        """As `next_roots`, of the batch's only row, which is rebuilt if it is missing."""
+        with torch.inference_mode():
             if not batch.hits[0]:
-                self._rebuild(batch, 0, episode, time)
+                self._rebuild(batch, 0, episode, episode.time - 1)
+            return self.next_roots(batch, [episode])
+
+    def next_roots(self, batch: Batch | JointBatch, episodes: Sequence[Episode]) -> NewNodes:
+        """Append each episode's newest real step and its observation to the root before it."""
+        with torch.inference_mode():
             if self._verifier is not None:
-                self._verifier.check_roots(batch, [episode])
+                self._verifier.check_roots(batch, episodes)
             positions = cast("tuple[int, ...]", batch.side)
-            action = torch.tensor([episode.actions[-1]])
-            output = self._model.observe(action, episode.observations[-1][None], batch, torch.tensor(positions))
+            actions = torch.tensor([episode.actions[-1] for episode in episodes])
+            observations = torch.stack([episode.observations[-1] for episode in episodes])
+            output = self._model.observe(actions, observations, batch, torch.tensor(positions))
             return NewNodes(root_evaluations(output), self._moved_on(positions))
 
-    def leaves(self, batch: Batch, leaves: Sequence[tuple[Episode, Leaf]]) -> NewNodes:
+    def leaves(self, batch: Batch | JointBatch, leaves: Sequence[tuple[Episode, Leaf]]) -> NewNodes:
         """Append each leaf's step to its parent.
 
         Raises:
@@ -100,6 +115,7 @@ class Nodes:
                     if leaf.parent.parent is not None:
                         raise LostEntryError(f"node {leaf.parent.number} of episode {episode.index} was lost")
                     # Cleared between the moment it was stored and the search's first look at it.
+                    assert isinstance(batch, Batch), "an evaluator's rows have their parents"
                     self._rebuild(batch, row, episode, episode.time)
             if self._verifier is not None:
                 self._verifier.check_parents(batch, leaves)

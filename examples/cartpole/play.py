@@ -27,6 +27,7 @@ class PlaySettings:
     simulations: int = 25  # of each search
     episodes: int = 20  # in all; episode i is seeded with seed + i, whichever environment plays it
     seed: int = 0
+    combine: bool = True  # leaves of all threads in one call of the model
     leaf_batch: int | None = None  # leaves that a thread evaluates together; of all its trees if None
     batch_size: int | None = None  # leaves that a loop evaluates together; of all environments if None
     batch_wait: float = 0.0  # seconds that a loop's leaf waits for others, at most

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from concurrent_kv import Batch
+from concurrent_kv.pool.joint import JointBatch
 from examples.cartpole.episode import Episode, RealPath, next_position
 from examples.cartpole.replay_cache import ReplayCache
 from examples.cartpole.shared_model import SharedModel
@@ -50,7 +51,7 @@ class Verifier:
         """What was compared so far."""
         return self._verification
 
-    def check_roots(self, batch: Batch, episodes: Sequence[Episode]) -> None:
+    def check_roots(self, batch: Batch | JointBatch, episodes: Sequence[Episode]) -> None:
         """Compare rows that should be the roots before the episodes' newest steps. Before the model appends."""
         for row, episode in enumerate(episodes):
             if batch.hits[row]:
@@ -58,7 +59,7 @@ class Verifier:
                 replay = self._tree_replays(episode, time).of(None)
                 self._compare(batch, row, replay, f"the root of episode {episode.index} at step {time}")
 
-    def check_parents(self, batch: Batch, leaves: Sequence[tuple[Episode, Leaf]]) -> None:
+    def check_parents(self, batch: Batch | JointBatch, leaves: Sequence[tuple[Episode, Leaf]]) -> None:
         """Compare rows that should be the parents of `leaves`. Before the model appends."""
         for row, (episode, leaf) in enumerate(leaves):
             replay = self._tree_replays(episode, episode.time).of(leaf.parent)
@@ -72,7 +73,7 @@ class Verifier:
         replays.follow(episode, time)
         return replays
 
-    def _compare(self, batch: Batch, row: int, replay: ReplayCache, what: str) -> None:
+    def _compare(self, batch: Batch | JointBatch, row: int, replay: ReplayCache, what: str) -> None:
         expected = torch.cat(replay.keys_values())  # [2 * layers, heads, tokens, head_dim]
         found = batch.data[:, row, :, : batch.start]
         difference, bound = difference_of(found, expected), TOLERANCE * float(expected.abs().max())
