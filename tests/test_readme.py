@@ -24,7 +24,7 @@ def blocks_of(page: str) -> list[Token]:
     return [token for token in MarkdownIt().parse((ROOT / page).read_text("utf-8")) if token.type == "fence"]
 
 
-README, WINDOWS = "README.md", "docs/windows.md"
+README, WINDOWS, PARALLEL = "README.md", "docs/windows.md", "docs/parallel.md"
 BLOCKS = blocks_of(README)
 
 
@@ -61,7 +61,7 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     assert any(re.match(r"make test\b", command) for command in commands)
 
 
-@pytest.mark.parametrize("code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS)])
+@pytest.mark.parametrize("code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS), *blocks_in("python", page=PARALLEL)])
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     script = tmp_path / "readme_block.py"
     script.write_text(code, "utf-8")
