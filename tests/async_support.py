@@ -100,7 +100,7 @@ class SeenLocks(ShardedRWLock):
 
     def _acquire(self, shards: Sequence[int], write: bool, deadline: Deadline, *rest: Any) -> bool:
         thread = threading.get_ident()
-        self.longest_wait[thread] = max(self.longest_wait.get(thread, 0.0), deadline.seconds)
+        self.longest_wait[thread] = max(self.longest_wait.get(thread, 0.0), deadline.left())
         return super()._acquire(shards, write, deadline, *rest)
 
 

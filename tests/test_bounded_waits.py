@@ -17,7 +17,7 @@ import pytest
 from concurrent_kv import AsyncKVPool, CapacityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.candidates import Candidates
 from concurrent_kv.books.ledger import Ledger
-from concurrent_kv.locks.deadline import Deadline
+from concurrent_kv.locks.deadline import Deadline, TaskTime
 from concurrent_kv.pool import clearing, room
 from tests.async_operations import OPERATIONS, World
 from tests.async_support import LOOPS, run_on, shards_held
@@ -199,11 +199,12 @@ class LetGo:
         self.act: Callable[[], object] = lambda: None
 
     def waiting_without_a_limit(self, patch: pytest.MonkeyPatch) -> None:
-        def left(deadline: Deadline) -> float:
+        def left(deadline: Deadline | TaskTime) -> float:
             self.act()
             return JOIN_SECONDS
 
         patch.setattr(Deadline, "left", left)
+        patch.setattr(TaskTime, "left", left)  # of a task that waits for room
 
 
 def call(surface: str, pool: KVPool, operation: Callable[[Any], Any]) -> object:

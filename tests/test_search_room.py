@@ -526,9 +526,9 @@ def test_a_commit_that_waits_for_room_of_the_pool_hears_what_its_own_search_free
     manager = make_manager(1, settings=config(max_cache_size=4, num_simulations=1), recur_slots=8 * WINDOW)
     waits, wait = threading.Event(), room._wait
 
-    def noted(*arguments: Any) -> bool:
+    def noted(*arguments: Any) -> None:
         waits.set()
-        return wait(*arguments)
+        wait(*arguments)
 
     monkeypatch.setattr(room, "_wait", noted)
     rooted(manager)
@@ -587,9 +587,9 @@ def test_room_that_a_search_borrowed_wakes_who_waits_for_it_when_it_is_paid_back
 ) -> None:
     waits, wait = threading.Event(), room._wait
 
-    def noted(*arguments: Any) -> bool:
+    def noted(*arguments: Any) -> None:
         waits.set()
-        return wait(*arguments)
+        wait(*arguments)
 
     monkeypatch.setattr(room, "_wait", noted)
     manager = make_manager(1, init_entries=1, recur_slots=WINDOW, wm_entries=1, headroom_tokens=WINDOW)

@@ -158,6 +158,7 @@ def with_a_mutex_that_is_not_given_back(patch: pytest.MonkeyPatch) -> None:
 
 def with_tasks_that_wait_on_the_loop(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Deadline, "leave_loop", lambda self, name: None)
+    patch.setattr(Deadline, "hands_over", False)
     patch.setattr(runner, "AsyncKVCacheManager", partial(AsyncKVCacheManager, inline_wait_seconds=10.0))
 
 

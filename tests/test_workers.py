@@ -101,7 +101,7 @@ def test_a_worker_that_was_left_keeps_its_place_until_it_ends(pool: KVPool, loop
 def test_a_worker_that_was_left_while_it_waits_for_room_ends_at_once(make_pool: MakePool, loop: str) -> None:
     pool = make_pool(1, wait_timeout=JOIN_SECONDS)
     pool.put("pinned", tokens(1, WINDOW))
-    facade = AsyncKVPool(pool)
+    facade = AsyncKVPool(pool, inline_bytes=0)
 
     async def main() -> None:
         with pool.pin("pinned"):

@@ -33,12 +33,14 @@ class Cell(Generic[T]):
         if self._closed_by[0] == "task":
             self._drop()
 
-    def fail(self, error: Exception) -> None:
-        """The worker's side, where the operation raised. It goes unheard if the task has left."""
+    def fail(self, error: Exception) -> bool:
+        """The worker's side, where the operation raised. It goes unheard if the task has left; False then."""
         self._errors.append(error)
         self._closed_by.append("worker that failed")
         if self._closed_by[0] == "task":
             self._errors.clear()
+            return False
+        return True
 
     def leave(self) -> None:
         """The task's side, when it was cancelled. Undoes a result that is there already."""

@@ -26,11 +26,12 @@ from ..device.cuda import AS_THEY_ARE, current_streams
 from ..errors import WaitTimeoutError
 from ..flights.table import Flight
 from ..flights.waiting import timed_out, waiting_for
-from ..locks.deadline import Caller, Deadline, NotOnLoopError, caller, lend_place
+from ..locks.deadline import Caller, Deadline, NotOnLoopError, TaskTime, WaitElsewhere, caller, lend_place
 from ..locks.gate import gate
+from ..pool.room import Queued
 from ..pool.storage import KVStorage
 from .cell import Cell
-from .places import Place, call_soon_here
+from .places import Place, call_soon_here, has_ended_here
 
 __all__ = [
     "INLINE_BYTES",
@@ -83,7 +84,7 @@ class Offload:
         self.inline_wait_seconds = check_seconds("inline_wait_seconds", inline_wait_seconds)
         self.inline_bytes = positive_int("inline_bytes", inline_bytes, minimum=0)
         self.inline_entries = positive_int("inline_entries", inline_entries, minimum=0)
-        self._on_loop = Caller(steps_on_loop=self.inline_entries)
+        self._on_loop = Caller(steps_on_loop=self.inline_entries, seconds_on_loop=self.inline_wait_seconds)
         self._max_workers = positive_int("max_workers", max_workers)
         # Of each event loop its own: a limiter does not survive being shared. And another for what users compute,
         # which may wait for what other tasks do: those must find a worker for their reads and writes meanwhile.
@@ -111,10 +112,12 @@ class Offload:
         waits_for_device: bool = False,
         streams: AbstractContextManager[object] | None = None,
     ) -> T:
-        """Run `operation(seconds)`, perhaps twice: it must bear that.
+        """Run `operation(seconds)`, perhaps several times: it must bear that.
+
+        Where it waits for room, its task waits instead, without a thread, and then runs it again.
 
         Args:
-            operation: given how long it may wait.
+            operation: given how long it may wait, as its `timeout`.
             copied_bytes: at most so many bytes are copied by it.
             entries: about so many entries are looked up, stored or removed by it.
             timeout: seconds it may wait in all.
@@ -129,29 +132,55 @@ class Offload:
         else:
             await anyio.lowlevel.checkpoint()
         limit = self.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout)
-        # What a caller dropped unclosed is released by the next operation, for which a loop has no time.
         small = self._is_small(copied_bytes, entries) and not waits_for_device
-        if small and not self.storage.ledger.abandoned:
-            inline_wait = self.inline_wait_seconds
-            # It ends before its task can be cancelled: the one caller serves all.
-            before = caller.set(self._on_loop)
-            try:
-                seconds = limit if limit < inline_wait else inline_wait
-                if streams is AS_THEY_ARE:  # nothing to enter
-                    result = operation(seconds)
-                else:
-                    with streams:
-                        result = operation(seconds)
-            except WaitTimeoutError as error:
-                # Nothing has happened: the same call can be made again, where it may wait.
-                if limit <= inline_wait and not isinstance(error, NotOnLoopError):
-                    raise
-            else:
-                self._inline_counts[get_ident()] += 1
-                return result
-            finally:
-                caller.reset(before)
-        return await self._in_worker(partial(operation, limit), undo, streams, seconds=limit)
+        return await self._attempts(operation, TaskTime(limit), undo, streams, small=small)
+
+    async def _attempts(
+        self,
+        operation: Callable[[float], T],
+        task_time: TaskTime,
+        undo: Callable[[T], object] | None,
+        streams: AbstractContextManager[object],
+        *,
+        small: bool,
+    ) -> T:
+        """Run `operation(task_time)` until it neither waits for room nor needs a worker that it has not got."""
+        limit = left = float(task_time)
+        try:
+            while True:
+                if task_time.queued is not None:
+                    task_time.loop_ended = has_ended_here()
+                    await _wait_for_room(task_time)
+                    left = task_time.left()
+                try:
+                    # What a caller dropped unclosed is released by the next operation, for which a loop has no time.
+                    if small and not self.storage.ledger.abandoned:
+                        # It ends before its task can be cancelled: the one caller serves all.
+                        before = caller.set(self._on_loop)
+                        try:
+                            if streams is AS_THEY_ARE:  # nothing to enter
+                                result = operation(task_time)
+                            else:
+                                with streams:
+                                    result = operation(task_time)
+                        except WaitTimeoutError as error:
+                            # Nothing has happened: the same call can be made again, where it may wait.
+                            if left <= self.inline_wait_seconds and not isinstance(error, NotOnLoopError):
+                                raise
+                        else:
+                            self._inline_counts[get_ident()] += 1
+                            return result
+                        finally:
+                            caller.reset(before)
+                    task_time.loop_ended = has_ended_here()
+                    if task_time.queued is not None:
+                        task_time.queued.needs_loop(task_time.loop_ended)
+                    return await self._in_worker(partial(operation, task_time), undo, streams, seconds=limit)
+                except WaitElsewhere:
+                    pass  # and the frames that it came through are gone before the task waits
+        finally:
+            if task_time.queued is not None:
+                task_time.queued.leave()
 
     async def copy(
         self, operation: Callable[[], T], copied_bytes: int, streams: AbstractContextManager[object] | None = None
@@ -167,30 +196,46 @@ class Offload:
     async def compute(
         self,
         operation: Callable[[], Any],
-        deliver: Callable[[Any], T],
-        around: AbstractContextManager[None],
+        deliver: Callable[[Any, float], T],
+        around: Callable[[], AbstractContextManager[None]],
         deadline: Deadline,
         streams: AbstractContextManager[object] | None = None,
     ) -> T:
-        """Run a user's function, and `deliver` with its result, in a worker thread and in `around`.
+        """Run a user's function, and `deliver(result, seconds)`, in a worker thread and in `around()`.
 
         If its task is cancelled by asyncio, the function runs on to its end, and `deliver` takes no effect any more.
+        Where `deliver` waits for room it is run again, as by `run`, but the function is not.
 
         Raises:
             WaitTimeoutError: no worker became free in time; the function has not begun.
         """
         limiter = self._limiter_here(self._computing_limiter)
 
-        def work() -> T:
-            with around:
+        task_time = TaskTime(self.storage.wait_timeout)
+        streams = streams or current_streams()
+
+        def work() -> tuple[T | None, Any]:
+            with around():
                 for_task = caller.get()
                 caller.set(None)
                 made = operation()
                 caller.set(for_task)
-                return deliver(made)
+                try:
+                    return deliver(made, task_time), None
+                except WaitElsewhere:
+                    return None, made
+
+        def undo(_: object) -> None:
+            if task_time.queued is not None:
+                task_time.queued.drop()
 
         with lend_place.get()():  # by a computation that came here for another one
-            return await self._in_worker(work, None, streams, seconds=deadline.left(), limiter=limiter)
+            delivered, made = await self._in_worker(work, undo, streams, seconds=deadline.left(), limiter=limiter)
+            if task_time.queued is not None:
+                # A scope that is cancelled waits for this as for the worker.
+                with around(), anyio.CancelScope(shield=True):
+                    delivered = await self._attempts(partial(deliver, made), task_time, None, streams, small=False)
+        return delivered  # type: ignore[return-value]
 
     async def in_worker(self, operation: Callable[[], T], streams: AbstractContextManager[object] | None = None) -> T:
         """Run `operation()` in a worker thread, in the caller's device streams unless `streams` says otherwise.
@@ -277,7 +322,8 @@ class Offload:
                 with streams:
                     cell.deliver(operation())
             except Exception as error:
-                cell.fail(error)
+                if not cell.fail(error) and isinstance(error, WaitElsewhere):
+                    error.queued.leave()  # which its task may have looked for before it was there
             finally:
                 place.end()
 
@@ -309,6 +355,34 @@ class Offload:
             made = anyio.CapacityLimiter(self._max_workers)
             limiter.set(made)
             return made
+
+
+async def _wait_for_room(task_time: TaskTime) -> None:
+    """Wait until another attempt may get further, without holding the loop, nor a thread.
+
+    Raises:
+        WaitTimeoutError, CapacityError: none may, and the time is over; what an attempt would have said.
+    """
+    queued: Queued = task_time.queued
+    queued.needs_loop(task_time.loop_ended)
+    call_soon = call_soon_here()
+    while queued.waiter is not None:
+        released = anyio.Event()
+
+        def wake(released: anyio.Event = released) -> None:
+            try:
+                call_soon(released.set)
+            except RuntimeError:  # of a loop that has ended, with the task in the air
+                queued.drop()
+
+        queued.waiter.subscribe(wake)
+        left, at_most = task_time.left(), queued.at_most
+        with anyio.move_on_after(left if at_most is None else min(left, at_most)):
+            await released.wait()
+        if not released.is_set() and not task_time.left():
+            assert queued.in_vain is not None
+            raise queued.in_vain()
+        queued.look()
 
 
 async def wait_in_task(flight: Flight, deadline: Deadline, name: str) -> None:

@@ -20,7 +20,7 @@ from ..books.stats import PoolStats
 from ..device.cuda import current_streams
 from ..flights.table import Claim, FlightState
 from ..flights.waiting import outcome
-from ..locks.deadline import Deadline
+from ..locks.deadline import Deadline, WaitElsewhere
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
 from ..never_copied import NeverCopied
@@ -341,7 +341,7 @@ class AsyncKVPool(NeverCopied):
             if not joined.over:
                 # That no worker was free in time is not heard by all: others may have more of it.
                 deliver = partial(_fulfil_here, joined, compute, joined.flight.loop_ended)
-                around = heard_by_all(joined)
+                around = partial(heard_by_all, joined)
                 computing = partial(_compute_here, joined, compute)
                 begun = await self._offload.compute(computing, deliver, around, deadline, streams)
                 if begun is not None:
@@ -461,7 +461,7 @@ def _compute_here(claim: Claim, compute: Callable[[], Any]) -> Any:
 
 
 def _fulfil_here(
-    claim: Claim, compute: Callable[[], Any], loop_ended: Callable[[], bool] | None, made: Any
+    claim: Claim, compute: Callable[[], Any], loop_ended: Callable[[], bool] | None, made: Any, seconds: float
 ) -> Awaitable[KeysValues] | None:
     """Fulfil a claim in the worker that computed: a waiter must not need a loop that may have ended meanwhile.
 
@@ -471,5 +471,10 @@ def _fulfil_here(
         remember(compute)
         claim.flight.loop_ended = loop_ended
         return made
-    claim.fulfil(made)
+    try:
+        # Whose loop has ended has no task that could wait for room in its stead.
+        claim.fulfil(made, timeout=float(seconds) if loop_ended is not None and loop_ended() else seconds)
+    except WaitElsewhere:
+        claim.flight.loop_ended = loop_ended
+        raise
     return None

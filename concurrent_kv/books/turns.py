@@ -25,9 +25,10 @@ class Turn:
         evicted: victims that it took without getting its room.
         stalled: whether it cannot fit before others give back what they reserved. Writes need not wait for that: what
             they store can be evicted.
+        loop_ended: of an operation that needs its task's event loop to go on, what says whether that has ended.
     """
 
-    __slots__ = ("__weakref__", "evicted", "joined", "reserves", "since", "stalled")
+    __slots__ = ("__weakref__", "evicted", "joined", "loop_ended", "reserves", "since", "stalled")
 
     def __init__(self, since: float, *, reserves: bool = False) -> None:
         self.since = since
@@ -35,10 +36,16 @@ class Turn:
         self.joined = False
         self.evicted = 0
         self.stalled = False
+        self.loop_ended: Callable[[], bool] | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether nobody will go on with it, though something keeps its task alive."""
+        return self.loop_ended is not None and self.loop_ended()
 
 
 class Turns:
-    """The queue of one pool. A turn whose operation was cut off and is gone counts no more."""
+    """The queue of one pool. A turn whose operation was cut off and is gone counts no more, nor does an orphan."""
 
     def __init__(self) -> None:
         self._queue: list[tuple[float, int, ref[Turn]]] = []
@@ -52,7 +59,7 @@ class Turns:
             other = waiting()
             if other is turn or since > turn.since:
                 return True
-            if other is not None and (turn.reserves or not other.stalled):
+            if other is not None and (turn.reserves or not other.stalled) and not other.is_orphan:
                 return False
         return True
 
@@ -76,4 +83,5 @@ class Turns:
         self._queue.clear()
 
     def __len__(self) -> int:
-        return sum(waiting() is not None for _, _, waiting in self._queue)
+        turns = [waiting() for _, _, waiting in self._queue]
+        return sum(turn is not None and not turn.is_orphan for turn in turns)

@@ -1,4 +1,8 @@
-"""`Deadline`: the bound on every wait of one operation, and `Caller`, the task that the operation runs for."""
+"""`Deadline`: the bound on every wait of one operation, and `Caller`, the task that the operation runs for.
+
+A task makes its operation in one attempt or in several. One that comes to a wait for room does not wait: it raises
+`WaitElsewhere`, the task waits without a thread, and makes another attempt when something was released.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 from ..errors import WaitTimeoutError
 
-__all__ = ["Caller", "Deadline", "NotOnLoopError", "caller", "lend_place"]
+__all__ = ["Caller", "Deadline", "NotOnLoopError", "TaskTime", "WaitElsewhere", "caller", "lend_place"]
 
 
 class Caller:
@@ -20,13 +24,15 @@ class Caller:
         left: set when the task was cancelled: the operation may still fail, but no longer take effect.
         steps_on_loop: where the operation runs on the thread of the task's event loop, which others need too: how many
             steps it may take there, of work that may need any number of them; None in a worker.
+        seconds_on_loop: and how long an attempt may wait there.
     """
 
-    __slots__ = ("left", "steps_on_loop", "waits_on")
+    __slots__ = ("left", "seconds_on_loop", "steps_on_loop", "waits_on")
 
-    def __init__(self, steps_on_loop: int | None = None) -> None:
+    def __init__(self, steps_on_loop: int | None = None, seconds_on_loop: float | None = None) -> None:
         self.left = False
         self.steps_on_loop = steps_on_loop
+        self.seconds_on_loop = seconds_on_loop
         self.waits_on: Any = None  # the event that the operation waits for just now
 
     def leave(self) -> None:
@@ -49,6 +55,43 @@ class NotOnLoopError(WaitTimeoutError):
     """An operation on an event loop's own thread came to work that is a worker's; nothing has happened."""
 
 
+class WaitElsewhere(Exception):  # noqa: N818  # no error: its task catches it
+    """An attempt came to a wait that is its task's; nothing has happened.
+
+    Attributes:
+        queued: what is left of the attempt in the pool: its turn, and what wakes it.
+    """
+
+    def __init__(self, name: str, queued: Any) -> None:
+        super().__init__(f"{name}: the task of this operation waits in its stead")
+        self.queued = queued
+
+
+class TaskTime(float):
+    """The seconds that a task's operation may wait in all its attempts. Given to the operation as its `timeout`.
+
+    That is how the one operation is known whose waits for room its task takes over: what else runs in the same thread
+    for the same task, finalisers and keys, has seconds of its own, and nobody who would make it once more.
+
+    Attributes:
+        began: when the first attempt began that came to wait for room; the seconds count from there.
+        queued: what the last attempt left in its pool, for the next one, or for the task to take away.
+        short: entries and slots that an attempt found missing only when it was about to publish, if one did.
+        generation: that the first attempt's write was for.
+        loop_ended: says whether the task's event loop has ended, with the task in the air; None where none ever does.
+    """
+
+    began: float | None = None
+    queued: Any = None
+    short: tuple[int, int] | None = None
+    generation: Any = None
+    loop_ended: Callable[[], bool] | None = None
+
+    def left(self) -> float:
+        """Seconds left, never below 0."""
+        return float(self) if self.began is None else max(0.0, self.began + self - time.monotonic())
+
+
 class Deadline:
     """A point in time that bounds every wait of one operation; past at once when its caller has left.
 
@@ -56,16 +99,34 @@ class Deadline:
         seconds: how long it was to be.
         started: when it began, in seconds of the monotonic clock.
         caller: the task that the operation runs for, if it does for one.
+        task_time: that task's, where it can take over a wait.
     """
 
-    __slots__ = ("_at", "_steps", "caller", "seconds", "started")
+    __slots__ = ("_at", "_steps", "caller", "seconds", "started", "task_time")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.started = time.monotonic()
         self._at = self.started + seconds
         self.caller = caller.get()
+        self.task_time: TaskTime | None = None
         self._steps = 0
+        if self.caller is not None and type(seconds) is TaskTime:
+            self._begin_attempt(seconds, self.caller.seconds_on_loop)
+
+    def _begin_attempt(self, task_time: TaskTime, at_most: float | None) -> None:
+        self.task_time, now = task_time, self.started
+        self.seconds = float(task_time)  # which messages keep, and a task's time keeps those
+        if task_time.began is not None:
+            self.started = task_time.began
+            self._at = self.started + self.seconds
+        if at_most is not None:
+            self._at = min(self._at, now + at_most)
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether its task waits for room in its stead. Not where the time is over: this attempt then says so."""
+        return self.task_time is not None and not self.cancelled and time.monotonic() < self.started + self.seconds
 
     @property
     def cancelled(self) -> bool:

@@ -23,7 +23,7 @@ from .batch import Batch
 from .plan import WritePlan, plan_commit, plan_put
 from .reading import gather_entries
 from .storage import Domain, KVStorage, PoolState
-from .writing import write
+from .writing import generation_for, write
 
 __all__ = ["commit_batch", "open_batch", "put_row", "put_rows"]
 
@@ -101,7 +101,7 @@ def put_row(
     pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     kv = check_fits(kv, pool.layout, rows=1)
     ranks = check_priorities([priority], 1)
-    generation = scope.generation
+    generation = generation_for(scope, deadline)
     return write(pool, scope, generation, plan_put(pool.storage, [key], kv, (0,), [side], ranks), deadline)
 
 
@@ -119,7 +119,7 @@ def put_rows(
     pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     kv = check_fits(kv, pool.layout, rows=len(keys))
     sides, priorities = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
-    generation = scope.generation
+    generation = generation_for(scope, deadline)
     last = last_of_each(keys)
     plan = plan_put(
         pool.storage,
@@ -171,11 +171,11 @@ def commit_batch(
             batch.use_here()
         stored = write(domain, scope, batch.generation, plan, deadline)
         if plan.uses_batch:  # nothing was published, or there were no frames
-            _leave_batch(ledger, plan, ends=plan.ends_batch)
+            _leave_batch(ledger, plan, batch, ends=plan.ends_batch)
     except BaseException:
         if plan.uses_batch:
             try:
-                _leave_batch(ledger, plan, ends=False)
+                _leave_batch(ledger, plan, batch, ends=False)
             except Exception:  # no memory, no frames
                 ledger.abandoned.append(partial(ledger.again, [partial(plan.leave_batch, ledger, ends=False)]))
         raise
@@ -183,10 +183,12 @@ def commit_batch(
     return stored
 
 
-def _leave_batch(ledger: Ledger, plan: WritePlan, *, ends: bool) -> None:
+def _leave_batch(ledger: Ledger, plan: WritePlan, batch: Batch, *, ends: bool) -> None:
     with gate.lock, ledger.mutex:
         dead = plan.leave_batch(ledger, ends=ends)
-        waiters = ledger.take_waiters()
+        # Of a batch that stays open nothing goes. Tasks that wait with theirs would wake each other without end: each
+        # leaves its batch whenever it finds no room, to use it again in its next attempt.
+        waiters = ledger.take_waiters() if batch.hold.released else []
     wake(waiters)
     del dead
 

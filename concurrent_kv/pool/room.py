@@ -16,7 +16,7 @@ from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray
 from ..device.streams import Ticks
 from ..errors import CapacityError, IntegrityError, WaitTimeoutError
-from ..locks.deadline import Deadline
+from ..locks.deadline import Deadline, TaskTime, WaitElsewhere
 from ..locks.gate import gate
 
 if TYPE_CHECKING:  # without torch, the books and the room of a pool can be imported alone
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # without torch, the books and the room of a pool can be impo
     from .storage import Domain
 
 __all__ = [
+    "Queued",
     "cancel",
     "check_budget",
     "make_room",
@@ -83,6 +84,9 @@ def reserve(
     freed = _freed_by(domain, scope, plan, located, deadline)
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
+    if deadline.task_time is not None and deadline.task_time.short is not None:
+        # Else a task's attempts would take the slots, find the same missing again, and wake each other by giving back.
+        entries, slots = map(max, (entries, slots), deadline.task_time.short)
     # A pure replacement evicts nothing, however full the storage is: its own old entry will make the room. Nor does it
     # queue: it takes nothing that others wait for.
     # (Not where that can never be: the headroom is for a few windows at a time.)
@@ -152,7 +156,8 @@ def _take(
     as `of` says.
     """
     ledger, account = pool.ledger, pool.account
-    turn = Turn(deadline.started if since is None else since)
+    kept = None if deadline.task_time is None else _kept_turn(pool, deadline.task_time)
+    turn = kept or Turn(deadline.started if since is None else since)
     try:
         while True:
             with gate.lock, ledger.mutex:
@@ -175,8 +180,11 @@ def _take(
                     ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
                 raise
             del victim  # here, where no lock is held: it may be the last to name the entry
+    except WaitTimeoutError:
+        _keep_turn(pool, turn, deadline)
+        raise
     finally:
-        if turn.joined:
+        if turn.joined and not _is_kept(turn, deadline):
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
@@ -227,14 +235,14 @@ def _take_from_budget(
         try:
             if waiter is not None:
                 _wait_for_both(domain, waiter, lambda: _beyond(ledger, budget, plan, freed) != short)  # noqa: B023
-            _evict_or_wait(pool, victim, waiter, deadline, (count, slots))
+            _evict_or_wait(pool, victim, waiter, deadline, (count, slots), beside=ledger)
         except BaseException:
             if victim is not None:
                 candidates = pool.ledger.candidates
                 pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(candidates.give_back, victim)]))
             raise
         finally:
-            if waiter is not None:
+            if waiter is not None and not _is_waited_for(waiter, deadline):
                 with gate.lock, ledger.mutex:
                     ledger.forget_waiter(waiter)
         del victim  # as in `_take`
@@ -326,7 +334,12 @@ def make_room(pool: Domain, entries: int, slots: int, deadline: Deadline, since:
 
     In the turn of an operation that came at `since`, with the `deadline` if left out.
     """
-    _take(pool, entries, slots, 0, deadline, since, of=(entries, slots))
+    try:
+        _take(pool, entries, slots, 0, deadline, since, of=(entries, slots))
+    except WaitElsewhere:
+        assert deadline.task_time is not None
+        deadline.task_time.short = entries, slots
+        raise
 
 
 def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -> tuple[Budget, list[Run]]:
@@ -335,7 +348,8 @@ def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -
     Returns its budget and its slots.
     """
     ledger, account = pool.ledger, pool.account
-    budget, turn = Budget(account, entries, slots), Turn(deadline.started, reserves=True)
+    kept = None if deadline.task_time is None else _kept_turn(pool, deadline.task_time)
+    budget, turn = Budget(account, entries, slots), kept or Turn(deadline.started, reserves=True)
     try:
         while True:
             with gate.lock, ledger.mutex:
@@ -362,16 +376,24 @@ def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -
                     raise
             elif waiter is None:
                 deadline.step(pool.name, VICTIMS_PER_HOLD)
-            elif not _wait(pool, waiter, deadline):
-                deadline.leave_loop(pool.name)
-                break
+            else:
+                _wait(pool, waiter, deadline, partial(_cannot_reserve, pool, entries, slots), turn)
             del victim  # as in `_take`
+    except WaitTimeoutError:
+        _keep_turn(pool, turn, deadline)
+        raise
     finally:
-        if turn.joined:
+        if turn.joined and not _is_kept(turn, deadline):
             try:
                 _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
                 ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
+    raise _cannot_reserve(pool, entries, slots)
+
+
+def _cannot_reserve(pool: Domain, entries: int, slots: int) -> CapacityError:
+    """What a search hears for which so much cannot be set aside."""
+    ledger, account = pool.ledger, pool.account
     with gate.lock, ledger.mutex:
         reserved_entries, reserved_slots = account.reserved_entries, account.reserved_slots
         need_entries, need_slots = reserved_entries + entries, reserved_slots + slots
@@ -393,13 +415,126 @@ def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -
     ]
     enough = account.that_holds(need_entries, need_slots) or "closing what is held"
     of_which = f", of which {' and '.join(taken)}" if taken else ""
-    raise CapacityError(
+    return CapacityError(
         f"{pool.name} cannot set {entries} entries and {slots} slots aside for this search: it holds at most "
         f"{account.max_entries} entries and {account.max_slots} slots{of_which}; {enough} would do, or a search with "
         "fewer environments, or smaller entries= and tokens=",
         required_entries=need_entries,
         required_slots=need_slots,
     )
+
+
+class Queued:
+    """An operation between two attempts of its task: its turn in the queue, if it is in it, and what wakes the task.
+
+    Attributes:
+        turn: stays joined.
+        waiter: the event that is set at the next release; None while it is not waited for.
+        at_most: seconds after which an attempt may get further without a release; None if it cannot.
+        in_vain: gives what the task hears when its time is over.
+    """
+
+    __slots__ = ("_beside", "_pool", "at_most", "in_vain", "turn", "waiter")
+
+    def __init__(
+        self,
+        pool: Domain,
+        turn: Turn | None,
+        waiter: Any = None,
+        at_most: float | None = None,
+        in_vain: Callable[[], Exception] | None = None,
+        beside: Ledger | None = None,
+    ) -> None:
+        self.turn = turn if turn is not None and turn.joined else None
+        self.waiter = waiter
+        self.at_most = at_most
+        self.in_vain = in_vain
+        self._pool = pool
+        self._beside = beside
+
+    def needs_loop(self, loop_ended: Callable[[], bool] | None) -> None:
+        """Have the queue know that nobody goes on with the turn once `loop_ended()`."""
+        if self.turn is not None:
+            self.turn.loop_ended = loop_ended
+
+    def is_of(self, pool: Domain) -> bool:
+        """Whether it is a queue of that pool's."""
+        return self._pool.account is pool.account
+
+    def look(self) -> bool:
+        """Whether another attempt may get further. Where others are before it, it waits for the next release instead.
+
+        So a release costs every task that waits a look, and only the first an attempt.
+        """
+        pool, turn = self._pool, self.turn
+        self._forget_beside()
+        with gate.lock, pool.ledger.mutex:
+            pool.ledger.forget_waiter(self.waiter)
+            self.waiter = None
+            closed = pool.account.closed or pool.storage.closed  # which the next attempt says
+            if turn is None or closed or pool.account.turns.is_first(turn):
+                return True
+            self.waiter, self.at_most = pool.ledger.waiter(), None
+        return False
+
+    def leave(self) -> None:
+        """Take turn and waiter away: the operation is over, or its task cancelled. Nothing happens the second time."""
+        pool, ledger = self._pool, self._pool.ledger
+        if self.turn is None and self.waiter is None:
+            return
+        try:
+            # The task's finaliser may come here, inside a critical section, or in a forked child.
+            pool.storage.check_call()
+            self._forget_beside()
+            with gate.lock, ledger.mutex:
+                ledger.forget_waiter(self.waiter)
+                self.waiter = None
+                turn, self.turn = self.turn, None
+                if turn is not None:
+                    pool.account.turns.leave(turn)
+                waiters = ledger.take_waiters() if turn is not None else []
+            wake(waiters)
+        except Exception:  # or no memory, no frames
+            self.drop()
+
+    def drop(self) -> None:
+        """As `leave`, where no lock may be taken: in a finaliser, or a thread that finds the task's loop ended."""
+        self.turn = None  # the queue's reference of it is weak
+        waiter, self.waiter = self.waiter, None
+        for ledger in (self._pool.ledger, self._beside):
+            if waiter is not None and ledger is not None:
+                ledger.abandon(partial(ledger.again, [partial(ledger.forget_waiter, waiter)]))
+
+    def _forget_beside(self) -> None:
+        if self._beside is not None:
+            with gate.lock, self._beside.mutex:
+                self._beside.forget_waiter(self.waiter)
+
+
+def _kept_turn(pool: Domain, task_time: TaskTime) -> Turn | None:
+    """The turn that its task's last attempt left in the pool's queue, which goes on with this one."""
+    queued: Queued | None = task_time.queued
+    if queued is None or not queued.is_of(pool):
+        return None
+    task_time.queued = None
+    return queued.turn
+
+
+def _keep_turn(pool: Domain, turn: Turn, deadline: Deadline) -> None:
+    """Leave the turn of an attempt that gives up on its loop's thread for the one that goes on in a worker."""
+    if turn.joined and deadline.on_loop and deadline.hands_over:
+        assert deadline.task_time is not None
+        deadline.task_time.queued = Queued(pool, turn)
+
+
+def _is_kept(turn: Turn, deadline: Deadline) -> bool:
+    task_time = deadline.task_time
+    return task_time is not None and task_time.queued is not None and task_time.queued.turn is turn
+
+
+def _is_waited_for(waiter: Any, deadline: Deadline) -> bool:
+    task_time = deadline.task_time
+    return task_time is not None and task_time.queued is not None and task_time.queued.waiter is waiter
 
 
 def _next_for(pool: Domain, turn: Turn, *, want_slots: bool) -> tuple[Entry | None, Any]:
@@ -450,23 +585,29 @@ def _evict_or_wait(
     deadline: Deadline,
     of: tuple[int, int],
     turn: Turn | None = None,
+    beside: Ledger | None = None,
 ) -> None:
     """Make room in one way or the other for `of` entries and slots; `WaitTimeoutError` where the time is over."""
     if victim is not None:
         _evict(pool, victim, deadline)
     elif waiter is None:
         deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
-    elif not _wait(pool, waiter, deadline):
-        account, (entries, slots) = pool.account, of
-        why = "nothing can be evicted (pinned, or held by open batches)"
-        if turn is not None and not account.turns.is_first(turn):
-            why = "writes that came earlier wait for more room than is free (a search that opens, say)"
-        raise WaitTimeoutError(
-            f"{pool.name}: no room for {entries} entries and {slots} slots within {deadline.seconds:g} s: of "
-            f"{account.max_entries} entries and {account.max_slots} slots, {account.entries} and {account.slots} are "
-            f"stored, {account.reserved_entries} and {account.reserved_slots} reserved by searches, and {why}"
-            f"{_room_beside_searches(account, entries, slots)}"
-        )
+    else:
+        _wait(pool, waiter, deadline, partial(_no_room, pool, of, deadline.seconds, turn), turn, beside)
+
+
+def _no_room(pool: Domain, of: tuple[int, int], seconds: float, turn: Turn | None) -> WaitTimeoutError:
+    """What a write of `of` entries and slots hears that waited in vain."""
+    account, (entries, slots) = pool.account, of
+    why = "nothing can be evicted (pinned, or held by open batches)"
+    if turn is not None and not account.turns.is_first(turn):
+        why = "writes that came earlier wait for more room than is free (a search that opens, say)"
+    return WaitTimeoutError(
+        f"{pool.name}: no room for {entries} entries and {slots} slots within {seconds:g} s: of "
+        f"{account.max_entries} entries and {account.max_slots} slots, {account.entries} and {account.slots} are "
+        f"stored, {account.reserved_entries} and {account.reserved_slots} reserved by searches, and {why}"
+        f"{_room_beside_searches(account, entries, slots)}"
+    )
 
 
 def _room_beside_searches(account: Account, entries: int, slots: int) -> str:
@@ -477,23 +618,44 @@ def _room_beside_searches(account: Account, entries: int, slots: int) -> str:
     return f"; {room} leaves room beside the open searches"
 
 
-def _wait(pool: Domain, waiter: Any, deadline: Deadline) -> bool:
-    """Wait for a release, first of all of what was dropped without being closed; False when the time is over."""
-    ledger = pool.ledger
+def _wait(
+    pool: Domain,
+    waiter: Any,
+    deadline: Deadline,
+    in_vain: Callable[[], Exception],
+    turn: Turn | None = None,
+    beside: Ledger | None = None,
+) -> None:
+    """Wait for a release, first of all of what was dropped without being closed; raises `in_vain()` if none comes.
+
+    The waiter is noted in the ledger of the pool, and in that of a search where it is `beside`.
+
+    Raises:
+        WaitElsewhere: the wait is the task's. The turn and the waiter stay where they are, so that it misses nothing.
+    """
+    ledger, task_time = pool.ledger, deadline.task_time
     at_most = None
     try:
+        hands_over = deadline.hands_over
         if ledger.abandoned:
             deadline.leave_loop(pool.name)
             # Looked at after the waiter was registered, so that what is dropped from here on wakes it.
-            if pool.storage.drain_abandoned(deadline.part(DRAIN_SECONDS)):
-                return True
+            if pool.storage.drain_abandoned(deadline.part(0.0 if hands_over else DRAIN_SECONDS)):
+                return
             at_most = DRAIN_SECONDS  # its shard is busy, and leaving a shard wakes no waiter
-        return (deadline.wait_on(waiter, at_most) or (at_most is not None and deadline.left() > 0)) and (
-            not deadline.cancelled
-        )
+        if hands_over:
+            assert task_time is not None
+            task_time.began = deadline.started
+            task_time.queued = Queued(pool, turn, waiter, at_most, in_vain, beside)
+            task_time.queued.needs_loop(task_time.loop_ended)
+            raise WaitElsewhere(pool.name, task_time.queued)
+        heard = deadline.wait_on(waiter, at_most) or (at_most is not None and deadline.left() > 0)
+        if not heard or deadline.cancelled:
+            raise in_vain()
     finally:
-        with gate.lock, ledger.mutex:
-            ledger.forget_waiter(waiter)
+        if not _is_waited_for(waiter, deadline):
+            with gate.lock, ledger.mutex:
+                ledger.forget_waiter(waiter)
 
 
 def _evict(pool: Domain, victim: Entry, deadline: Deadline) -> None:

@@ -26,7 +26,7 @@ from ..device.streams import StreamBackend, StreamClock, Ticks
 from ..device.tensors import SlotTensor
 from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
 from ..flights.table import FlightTable
-from ..locks.deadline import Deadline
+from ..locks.deadline import Deadline, TaskTime
 from ..locks.gate import gate
 from ..locks.shards import ShardLocks, new_locks
 from ..locks.signal import Signal
@@ -121,7 +121,11 @@ class KVStorage(NeverCopied):
             gate.check(self.name)
         if self.closed:
             raise ClosedError(f"{self.name} is closed")
-        deadline = Deadline(self.wait_timeout if timeout is None else check_seconds("timeout", timeout))
+        if timeout is None:
+            timeout = self.wait_timeout
+        elif type(timeout) is not TaskTime:  # which was checked, and is more than its seconds
+            timeout = check_seconds("timeout", timeout)
+        deadline = Deadline(timeout)
         if self.ledger.abandoned and not deadline.on_loop:
             # Without a wait: a shard that is busy would cost this operation the time for its own.
             self.drain_abandoned(deadline.part(0.0))

@@ -19,7 +19,7 @@ from .plan import WritePlan
 from .room import cancel, check_budget, make_room, reserve, unpublish
 from .storage import Domain, KVStorage
 
-__all__ = ["write"]
+__all__ = ["generation_for", "write"]
 
 
 class Outcome(Enum):
@@ -28,6 +28,20 @@ class Outcome(Enum):
     PUBLISHED = "published"
     STALE = "stale"  # the scope's epoch or version is over
     NO_ROOM = "no room"  # what it would have replaced, or shared slots with, has left the pool meanwhile
+
+
+def generation_for(scope: Scope, deadline: Deadline) -> Generation:
+    """The generation that a write is for: the present one, or that of its task's first attempt.
+
+    What a task stores was made for the weights of its call, however many attempts it takes.
+    """
+    task_time = deadline.task_time
+    if task_time is None:
+        return scope.generation
+    if task_time.generation is None:
+        task_time.generation = scope.generation
+    generation: Generation = task_time.generation
+    return generation
 
 
 def write(domain: Domain, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:

@@ -29,7 +29,7 @@ from ..pool.joint import Part, open_part
 from ..pool.pool import KVPool
 from ..pool.room import reserve_budget
 from ..pool.storage import KVStorage
-from ..pool.writing import write
+from ..pool.writing import generation_for, write
 from .promoting import plan_promotion
 from .reading import adopt, adopted, disown, own, own_or_adopted, retain_here, retain_roots
 from .state import RootKey, SearchState
@@ -353,7 +353,7 @@ class Search(Handle):
         (env_id,) = self._check_envs([env_id])
         init_pool = state.init_pools[env_id]
         target = init_pool.default_scope
-        generation = target.generation
+        generation = generation_for(target, deadline)
         if generation.version != state.versions[env_id]:
             raise SearchEndedError(f"{init_pool.name}: the weights version was bumped since this search was opened")
         check_priorities([priority], 1)
