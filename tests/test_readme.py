@@ -61,7 +61,9 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     assert any(re.match(r"make test\b", command) for command in commands)
 
 
-@pytest.mark.parametrize("code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS), *blocks_in("python", page=PARALLEL)])
+@pytest.mark.parametrize(
+    "code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS), *blocks_in("python", page=PARALLEL)]
+)
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     script = tmp_path / "readme_block.py"
     script.write_text(code, "utf-8")
