@@ -81,7 +81,8 @@ class RecursiveComputationError(KVCacheError, RuntimeError):
 
 class ReentrantCallError(KVCacheError, RuntimeError):
     """A pool was called from inside a critical section of the calling thread itself: by a finaliser that the garbage
-    collector ran there, a signal handler, a key's `__eq__` or `__hash__`, or an eviction policy. Nothing has happened.
+    collector ran there, a signal handler, a key's `__eq__` or `__hash__`, or an eviction policy; or an evaluator by its
+    own model. Nothing has happened.
     """
 
 

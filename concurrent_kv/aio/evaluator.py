@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Generic, TypeVar
 
 import anyio
@@ -13,11 +12,12 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from .._checks import check_seconds
+from ..device.cuda import current_streams
 from ..errors import WaitTimeoutError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.leaves import Leaf
-from ..evaluation.queue import Group, Ticket, Worker
-from ..evaluation.stats import CallTimes, EvaluatorStats
+from ..evaluation.queue import LOOK_SECONDS, Group, Ticket, Worker
+from ..evaluation.stats import EvaluatorStats
 from ..never_copied import NeverCopied
 from .places import call_soon_here
 
@@ -75,7 +75,7 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                 call_soon(event.set)
 
         ticket = Ticket(sync.check(leaves), wake, worker=worker)
-        group = Group()
+        group = Group(ticket)
         try:
             if not ticket.is_over:
                 queue.add(ticket)
@@ -88,22 +88,23 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                     if self._on_loop:
                         sync.run(group)
                     else:
-                        taken, group = group, Group()  # the worker's, which ends what it began
-                        await anyio.to_thread.run_sync(partial(sync.run, taken), abandon_on_cancel=True)
+                        taken, group = group, Group(ticket)
+                        await _run_in_worker(sync, taken)
                     continue
-                due = None if queue.listener is not None else queue.seconds_until_due()
+                due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
                 left = until - time.monotonic()
                 if left <= 0:
                     raise WaitTimeoutError(
                         f"this evaluator had not called the model for all leaves within {seconds:g} s"
                     )
-                with anyio.move_on_after(left if due is None else min(due, left)):
+                with anyio.move_on_after(min(due, left)):
                     await event.wait()
         finally:
-            if group.counted:
-                queue.finish(group, CallTimes(), 0)
-            if not ticket.is_over:
-                queue.withdraw(ticket)
+            try:
+                queue.part(group, ticket)
+            except BaseException:  # an asynchronous exception has cut it off
+                queue.part(group, ticket)
+                raise
 
 
 class AsyncEvaluatorWorker(Worker, Generic[Inputs, Output]):
@@ -120,3 +121,27 @@ class AsyncEvaluatorWorker(Worker, Generic[Inputs, Output]):
     async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
         """See `AsyncEvaluator.evaluate_many`."""
         return await self._evaluator.wait(leaves, timeout, worker=self.registered)
+
+
+async def _run_in_worker(sync: Evaluator[Inputs, Output], group: Group) -> None:
+    """Make a call in a worker thread, in the task's streams. A task that is cancelled leaves the worker to end it."""
+    begun_by: list[str] = []  # the worker, or the task that has left before: in the order of their coming
+    streams = current_streams()
+
+    def work() -> None:
+        begun_by.append("worker")
+        if begun_by[0] == "worker":
+            try:
+                with streams:
+                    sync.run(group)
+            finally:
+                sync.queue.part(group)
+
+    try:
+        # A limiter of its own: the places of the loop's may all be taken by workers that wait for this very call. Of
+        # calls there are no more at once than the evaluator allows.
+        await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+    finally:
+        begun_by.append("task")
+        if begun_by[0] == "task":
+            sync.queue.part(group)

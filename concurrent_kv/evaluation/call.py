@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from ..device.buffers import new_buffer
 from ..device.streams import NO_TICKS, Ticks
-from ..errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
+from ..errors import (
+    ClosedError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KeyNotFoundError,
+    WaitTimeoutError,
+    WindowOverflowError,
+    shown,
+)
 from ..model.overflow import Overflow
 from ..pool.joint import JointBatch, Part, open_together
 from ..pool.pool import KVPool, gather_part_of_pool
@@ -23,6 +32,9 @@ from .queue import Row
 from .stats import CallTimes
 
 __all__ = ["ModelCall"]
+
+# Tokens of the calls, of whichever evaluators, that the current context was entered in.
+calls_here: ContextVar[tuple[object, ...]] = ContextVar("concurrent_kv calls of models", default=())
 
 
 class ModelCall:
@@ -49,15 +61,32 @@ class ModelCall:
         self.storage = storage
         self._model = model
         self._room = room
+        self._longest = storage.layout.max_tokens - (room or 1)  # that a parent may be: one token is always appended
         self._overflow = overflow
         self._row_sizes = row_sizes
         self._fixed: dict[int, list[tuple[Tensor, Ticks]]] = {size: [] for size in row_sizes}  # that no call uses now
+        self._under_way: set[object] = set()  # tokens of the calls
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether a call that is under way asks: its model, or what that has made in its context."""
+        return any(token in self._under_way for token in calls_here.get())
 
     def run(self, rows: Sequence[Row], times: CallTimes) -> int:
         """Settle every row; what is raised here but not by an `Exception` leaves some as they were.
 
         Returns how many rows the model had.
         """
+        token, before = object(), calls_here.get()
+        try:
+            self._under_way.add(token)
+            calls_here.set((*before, token))
+            return self._run(rows, times)
+        finally:
+            calls_here.set(before)
+            self._under_way.discard(token)
+
+    def _run(self, rows: Sequence[Row], times: CallTimes) -> int:
         began = perf_counter()
         found: list[tuple[Part, list[Row]]] = []
         try:
@@ -83,32 +112,45 @@ class ModelCall:
             except Exception as error:
                 for row in going:
                     if not row.settled:
-                        row.fail(error)
+                        row.fail_with_others(error)
             return len(going)
         finally:
             for part, _ in found:
                 part.close()
 
     def _gather(self, rows: list[Row], found: list[tuple[Part, list[Row]]]) -> None:
-        """Find and keep the parents of rows of one store; those that have none hear so."""
+        """Find and keep the parents of rows of one store; those that have none, or no room for more, hear so."""
         while rows:
             try:
                 part = _part_of(rows)
             except Exception as error:
-                for row in rows:
-                    row.fail(error)
+                for row in _alone(rows, error):
+                    self._gather([row], found)
                 return
-            if rows[0].leaf.parent is NO_PARENT or all(part.hits):
+            if rows[0].leaf.parent is NO_PARENT or (all(part.hits) and max(part.lengths) <= self._longest):
                 found.append((part, rows))
                 return
-            hits = part.hits
+            hits, lengths = part.hits, part.lengths
             part.close()
-            for row, hit in zip(rows, hits, strict=True):
+            going = []
+            for row, hit, length in zip(rows, hits, lengths, strict=True):
                 if not hit:
                     row.fail(
                         KeyNotFoundError(f"there is no entry for the parent {shown(row.leaf.parent)} of this leaf")
                     )
-            rows = [row for row, hit in zip(rows, hits, strict=True) if hit]
+                elif length > self._longest:
+                    row.fail(self._too_long(row, length))
+                else:
+                    going.append(row)
+            rows = going
+
+    def _too_long(self, row: Row, length: int) -> WindowOverflowError:
+        window = self.storage.layout.max_tokens
+        return WindowOverflowError(
+            f"the parent {shown(row.leaf.parent)} of this leaf has {length} of the window's {window} tokens, and the "
+            f"evaluator wants room for {window - self._longest} more; commit with an overflow policy of "
+            f"limit={self._longest} or less"
+        )
 
     @contextmanager
     def _opened(self, parts: list[Part], count: int) -> Iterator[JointBatch]:
@@ -147,14 +189,12 @@ class ModelCall:
         try:
             commit([row.leaf.child for row in rows], sides=sides, lengths=lengths)
         except Exception as error:
-            if len(rows) == 1:
-                rows[0].fail(error)
-                return
+            alone = _alone(rows, error)
         else:
+            alone = []
             for row, output in zip(rows, outputs, strict=True):
                 row.succeed(output)
-            return
-        for number, row in enumerate(rows):
+        for number, row in enumerate(alone):
             try:
                 commit(
                     [row.leaf.child],
@@ -166,6 +206,22 @@ class ModelCall:
                 row.fail(error)
             else:
                 row.succeed(outputs[number])
+
+
+def _alone(rows: list[Row], error: Exception) -> list[Row]:
+    """The rows that may come through each by itself, where all together raise an error; the others hear it.
+
+    None where a store has ended, which it has for each, or where there was a wait, which none of the others should
+    have to wait through once more.
+    """
+    if len(rows) == 1:
+        rows[0].fail(error)
+        return []
+    if isinstance(error, (ClosedError, WaitTimeoutError)):
+        for row in rows:
+            row.fail_with_others(error)
+        return []
+    return rows
 
 
 def _by_store(rows: Sequence[Row]) -> list[list[Row]]:

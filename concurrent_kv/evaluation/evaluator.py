@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
 
 from .._checks import check_seconds, hash_of, positive_int
-from ..errors import InvalidArgumentError, InvalidTypeError, WaitTimeoutError
+from ..errors import InvalidArgumentError, InvalidTypeError, ReentrantCallError, WaitTimeoutError
 from ..locks.gate import gate
 from ..locks.signal import Signal
 from ..manager import KVCacheManager
@@ -23,14 +23,12 @@ from ..pool.storage import KVStorage
 from ..search.search import Search, storage_of
 from .call import ModelCall
 from .leaves import Leaf, Model
-from .queue import Group, LeafQueue, Ticket, Worker
+from .queue import LOOK_SECONDS, Group, LeafQueue, Ticket, Worker
 from .stats import CallTimes, EvaluatorStats
 
 __all__ = ["Evaluator", "EvaluatorWorker"]
 
 logger = logging.getLogger("concurrent_kv")
-
-LOOK_SECONDS = 1.0  # its thread looks so often whether it is still wanted, if nothing wakes it
 
 Inputs = TypeVar("Inputs")
 Output = TypeVar("Output")
@@ -61,7 +59,8 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         row_sizes: sizes of batches, ascending, the last at least `max_rows`. A batch is then padded to the next of them
             with empty rows after its leaves', and has the whole window's columns, the last `room` of which are free, in
             the same memory each time: for models that were compiled for, or captured with, fixed shapes.
-        own_thread: whether a thread of its own makes the calls; on a GPU, in a stream of its own.
+        own_thread: whether threads of its own make the calls, as many as `parallel_calls`; on a GPU, each in a stream
+            of its own.
         timeout: seconds that a caller waits at most.
 
     Raises:
@@ -104,10 +103,11 @@ class Evaluator(Handle, Generic[Inputs, Output]):
             max_rows=max_rows,
             max_wait_seconds=check_seconds("max_wait_seconds", max_wait_seconds),
             parallel_calls=positive_int("parallel_calls", parallel_calls),
+            check_process=storage.check_process,
         )
         self.timeout = check_seconds("timeout", timeout)
         if own_thread:
-            _start_thread(self._call, self._queue)
+            _start_threads(self._call, self._queue, parallel_calls)
 
     def worker(self) -> EvaluatorWorker[Inputs, Output]:
         """Register a worker: from now on calls wait for its leaves, too, until its `with` is left or it is dropped.
@@ -124,6 +124,7 @@ class Evaluator(Handle, Generic[Inputs, Output]):
             KeyNotFoundError: there is no entry for its parent.
             SearchEndedError, CapacityError, WindowOverflowError: as from `Search.commit`; nothing is stored.
             WaitTimeoutError: no call was over in time. ClosedError: the evaluator, or a pool, is closed.
+            ReentrantCallError: the model itself asks, or what runs inside a critical section of the calling thread.
         """
         return self.evaluate_many([leaf], timeout=timeout)[0]
 
@@ -145,14 +146,12 @@ class Evaluator(Handle, Generic[Inputs, Output]):
 
     def close(self) -> None:
         """Let no more leaves in; who waits for a call hears `ClosedError`. Calls under way end. Never blocks."""
-        if not self._queue.closed:
-            self._queue.close()
+        self._queue.close()
 
     def __del__(self) -> None:
         queue = getattr(self, "_queue", None)
-        if queue is not None and queue.listener is not None:
-            queue.closed = True  # takes no lock: its thread looks, and ends
-            queue.listener()
+        if queue is not None:
+            queue.close_unlocked()  # its threads look, and end
 
     # For workers and facades ---------------------------------------------------------------------------------------
 
@@ -161,11 +160,16 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         """What waits."""
         return self._queue
 
-    def check(self, leaves: Sequence[Leaf[Inputs]]) -> Sequence[Leaf[Inputs]]:
+    def check(self, leaves: Iterable[Leaf[Inputs]]) -> list[Leaf[Inputs]]:
         """Leaves that can be handed in; raises otherwise."""
-        storage = self._call.storage
+        storage, leaves = self._call.storage, list(leaves)
         storage.check_process()
         gate.check("this evaluator")
+        if self._call.is_made_here:
+            raise ReentrantCallError(
+                "this evaluator was called by its own model, or by a finaliser that ran there: the call of the model "
+                "would wait for another one of itself; evaluate in advance, or with an evaluator of its own"
+            )
         for leaf in leaves:
             if not isinstance(leaf, Leaf):
                 raise InvalidTypeError(f"leaves must be of type Leaf, got {type(leaf).__name__}")
@@ -195,7 +199,7 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         ticket = Ticket(self.check(leaves), lambda: signal.set(), worker=worker)
         if ticket.is_over:
             return []
-        group = Group()
+        group = Group(ticket)
         try:
             queue.add(ticket)
             while True:
@@ -205,18 +209,19 @@ class Evaluator(Handle, Generic[Inputs, Output]):
                 if queue.listener is None and queue.take(group):
                     self.run(group)
                     continue
-                due = None if queue.listener is not None else queue.seconds_until_due()
+                due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
                 left = until - time.monotonic()
                 if left <= 0:
                     raise WaitTimeoutError(
                         f"this evaluator had not called the model for all leaves within {seconds:g} s"
                     )
-                signal.wait(left if due is None else min(due, left))
+                signal.wait(min(due, left))
         finally:
-            if group.counted:
-                queue.finish(group, CallTimes(), 0)
-            if not ticket.is_over:
-                queue.withdraw(ticket)
+            try:
+                queue.part(group, ticket)
+            except BaseException:  # an asynchronous exception has cut it off
+                queue.part(group, ticket)
+                raise
 
 
 class EvaluatorWorker(Worker, Generic[Inputs, Output]):
@@ -235,29 +240,34 @@ class EvaluatorWorker(Worker, Generic[Inputs, Output]):
         return self._evaluator.wait(leaves, timeout, worker=self.registered)
 
 
-def _start_thread(call: ModelCall, queue: LeafQueue) -> None:
-    """Have a thread make the queue's calls until it is closed. It does not keep the evaluator alive."""
-    signal = Signal()
+def _start_threads(call: ModelCall, queue: LeafQueue, number: int) -> None:
+    """Have threads make the queue's calls until it is closed. They do not keep the evaluator alive."""
+    signals = [Signal() for _ in range(number)]
 
     def look() -> None:
-        signal.set()
+        for signal in signals:
+            signal.set()
 
-    def work() -> None:
-        nonlocal signal
-        with _own_stream(call.storage.layout.device):
-            while True:
-                signal = Signal()  # before it looks: who sets it from here on sets this one
-                group = Group()
-                if queue.take(group):
-                    _call_for_others(call, queue, group)
-                elif queue.closed:
-                    return
-                else:
-                    due = queue.seconds_until_due()
-                    signal.wait(LOOK_SECONDS if due is None else due)
+    def work(own: int) -> None:
+        group = Group()
+        try:
+            with _own_stream(call.storage.layout.device):
+                while True:
+                    signals[own] = Signal()  # before it looks: who sets it from here on sets this one
+                    if queue.take(group):
+                        _call_for_others(call, queue, group)
+                    elif queue.closed:
+                        return
+                    else:
+                        signals[own].wait(queue.seconds_until_due())
+        finally:
+            # Whatever ends it, nobody waits for it: what it still had is failed with the rest.
+            queue.close()
+            queue.part(group)
 
     queue.listener = look
-    threading.Thread(target=work, name="concurrent_kv evaluator", daemon=True).start()
+    for own in range(number):
+        threading.Thread(target=work, args=(own,), name="concurrent_kv evaluator", daemon=True).start()
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager[object]:
@@ -273,9 +283,9 @@ def _call_for_others(call: ModelCall, queue: LeafQueue, group: Group) -> None:
     try:
         rows = call.run(group.rows, times)
     except BaseException as error:
-        logger.exception("the model ended a call of an evaluator's thread")
         for row in group.rows:
             if not row.settled:
                 row.fail(RuntimeError(f"the model raised {type(error).__name__}: {error}"))
+        logger.exception("the model ended a call of an evaluator's thread")
     finally:
         queue.finish(group, times, rows)

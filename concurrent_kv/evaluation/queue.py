@@ -3,6 +3,9 @@
 A call begins when as many leaves wait as fit one, or all workers wait, or the first leaf has waited long enough; and
 not more calls at once than the evaluator allows. Who finds that it is time takes the leaves and makes the call: a
 caller, in its own thread or task, or the evaluator's thread. Nothing here waits.
+
+Who takes part is kept in sets, not in numbers: what an asynchronous exception has cut off is done once more, and counts
+nothing twice.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count, islice
 from typing import Any
 
 from ..errors import ClosedError
@@ -23,16 +26,19 @@ from .stats import CallTimes, EvaluatorCounters, EvaluatorStats
 
 __all__ = ["Group", "LeafQueue", "Row", "Ticket", "Worker"]
 
+# So often whoever waits looks by itself: it may have been left to one who looks no more, such as a task whose loop has
+# stopped.
+LOOK_SECONDS = 1.0
+
 
 class Row:
     """One leaf on its way. Whoever took it settles it; `output`, `error` and `settled` are its then."""
 
-    __slots__ = ("error", "leaf", "output", "settled", "since", "ticket")
+    __slots__ = ("error", "leaf", "output", "settled", "ticket")
 
-    def __init__(self, leaf: Leaf[Any], ticket: Ticket, since: float) -> None:
+    def __init__(self, leaf: Leaf[Any], ticket: Ticket) -> None:
         self.leaf = leaf
         self.ticket = ticket
-        self.since = since
         self.output: Any = None
         self.error: Exception | None = None
         self.settled = False
@@ -42,8 +48,15 @@ class Row:
         self.output, self.settled = output, True
 
     def fail(self, error: Exception) -> None:
-        """It cannot be; each leaf has an error of its own."""
-        self.error, self.settled = copy_of(error), True
+        """It cannot be, for a reason of its own."""
+        self.error, self.settled = error, True
+
+    def fail_with_others(self, error: Exception) -> None:
+        """It cannot be, nor can others: each hears a copy, whose cause says where the error comes from."""
+        made = copy_of(error)
+        if made is not error:
+            made.__cause__ = error
+        self.fail(made)
 
 
 class Ticket:
@@ -52,18 +65,19 @@ class Ticket:
     Attributes:
         wake: has the caller look again; set by the caller before it looks. Called from any thread, and from finalisers.
         worker: whether the caller counts as a worker, which others wait for.
-        left: rows that are not settled. queued: rows that no call has taken.
+        since: when it was made.
+        number: its place in the order of arrival.
         is_over: all rows are settled, or the caller has withdrawn.
     """
 
-    __slots__ = ("is_over", "left", "queued", "rows", "wake", "worker")
+    __slots__ = ("is_over", "number", "rows", "since", "wake", "worker")
 
     def __init__(self, leaves: Sequence[Leaf[Any]], wake: Callable[[], object], *, worker: bool) -> None:
-        now = time.monotonic()
-        self.rows = [Row(leaf, self, now) for leaf in leaves]
+        self.rows = [Row(leaf, self) for leaf in leaves]
         self.wake = wake
         self.worker = worker
-        self.left = self.queued = len(self.rows)
+        self.since = time.monotonic()
+        self.number = -1
         self.is_over = not self.rows
 
     def outputs(self) -> list[Any]:
@@ -77,19 +91,19 @@ class Ticket:
                     del error
         return [row.output for row in self.rows]
 
-    def outcomes(self) -> list[Any]:
-        """The output of each leaf, or its error, not raised."""
-        return [row.output if row.error is None else row.error for row in self.rows]
-
 
 class Group:
-    """The rows of one call."""
+    """The rows of one call, while there are any.
 
-    __slots__ = ("counted", "rows")
+    Attributes:
+        caller: what whoever makes the call waits for itself; None for the evaluator's thread.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("caller", "rows")
+
+    def __init__(self, caller: Ticket | None = None) -> None:
+        self.caller = caller
         self.rows: list[Row] = []
-        self.counted = False  # among the calls under way
 
 
 class Worker(Handle):
@@ -104,8 +118,9 @@ class Worker(Handle):
 
     def __init__(self, queue: LeafQueue) -> None:
         self._queue = queue
-        queue.join()
-        self._joined = True
+        self._seat = object()
+        self._joined = True  # first: what is cut off after this leaves when it is dropped
+        queue.join(self._seat)
 
     @property
     def registered(self) -> bool:
@@ -115,13 +130,12 @@ class Worker(Handle):
     def close(self) -> None:
         """Calls wait for it no longer. Nothing happens the second time."""
         if self._joined:
+            self._queue.leave(self._seat)
             self._joined = False
-            self._queue.leave()
 
     def __del__(self) -> None:
         if self._joined:
-            self._joined = False
-            self._queue.leave_unlocked()
+            self._queue.leave_unlocked(self._seat)
 
 
 class LeafQueue:
@@ -131,19 +145,29 @@ class LeafQueue:
         max_rows: leaves of a call.
         max_wait_seconds: that a leaf waits for others.
         parallel_calls: under way at once.
+        check_process: raises in a forked child, where no thread releases the lock.
     """
 
-    def __init__(self, *, max_rows: int, max_wait_seconds: float, parallel_calls: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_wait_seconds: float,
+        parallel_calls: int,
+        check_process: Callable[[], None] = lambda: None,
+    ) -> None:
         self._max_rows = max_rows
         self._max_wait = max_wait_seconds
         self._parallel = parallel_calls
+        self._check_process = check_process
         self._lock = threading.Lock()
-        self._rows: deque[Row] = deque()
-        self._running = 0
-        self._workers = 0
-        self._waiting_workers = 0  # whose tickets are not over
-        self._queued_workers = 0  # of them, those that have rows here
-        self._gone: deque[None] = deque()  # one for each worker that was dropped; appended to without the lock
+        self._rows: deque[Row] = deque()  # in order of arrival, those of a ticket together
+        self._numbers = count()
+        self._groups: set[Group] = set()  # of the calls under way
+        self._workers: set[object] = set()  # their seats
+        self._waiting: set[Ticket] = set()  # of workers, that are not over
+        self._queued: set[Ticket] = set()  # of them, those that have rows here
+        self._gone: deque[object] = deque()  # seats of workers that were dropped; appended to without the lock
         self._counters = EvaluatorCounters()
         self.closed = False
         self.listener: Callable[[], object] | None = None  # who makes the calls, instead of callers
@@ -157,58 +181,65 @@ class LeafQueue:
             ClosedError: the evaluator is closed.
         """
         with gate.lock, self._lock:
-            if self.closed:
-                raise ClosedError("this evaluator is closed")
-            self._rows += ticket.rows
+            self._check_open()
+            ticket.number = next(self._numbers)
             if ticket.worker:
-                self._waiting_workers += 1
-                self._queued_workers += 1
+                self._waiting.add(ticket)
+                self._queued.add(ticket)
+            self._rows += ticket.rows
         if self.listener is not None:
             self.listener()
 
-    def withdraw(self, ticket: Ticket) -> None:
-        """Take out what no call has taken yet: its caller waits no longer."""
-        with gate.lock, self._lock:
-            if ticket.is_over:
-                return
-            self._take_out(ticket)
-            first = self._first()
-        self._wake(first)
-
     def take(self, group: Group) -> bool:
         """Take the rows of the next call, if it is time for one. What has been taken is the group's, come what may."""
+        over: list[Ticket] = []
         with gate.lock, self._lock:
-            if not self._is_due():
-                return False
-            self._running += 1
-            group.counted = True
-            self._take(group.rows)
-            return True
+            if self.closed:  # by a finaliser, which takes no lock
+                self._fail_all(over)
+            due = self._is_due()
+            if due:
+                self._take(group)
+            looks = self._who_looks() if due else None
+        _wake_all(over)
+        if looks is not None:
+            self._wake(looks)
+        return due
 
     def finish(self, group: Group, times: CallTimes, rows: int) -> None:
-        """A call is over: settled rows are their callers', the others wait again.
+        """A call is over: settled rows are their callers', the others wait again. Nothing happens the second time.
 
         Args:
             rows: leaves that the model had.
         """
-        over: list[Ticket] = []
         with gate.lock, self._lock:
-            if group.counted:
-                self._running -= 1
-                group.counted = False
-            self._finish(group.rows, over)
-            self._counters.add(rows, times)
-            first = self._first()
-        for ticket in over:
-            ticket.wake()
-        self._wake(first)
+            if group in self._groups:
+                self._groups.discard(group)
+                self._counters.add(rows, times)
+            self._finish(group.rows)
+            looks = self._who_looks()
+        _wake_all({row.ticket for row in group.rows if row.ticket.is_over})
+        self._wake(looks)
+        group.rows.clear()  # last: what is cut off before this is done again
 
-    def seconds_until_due(self) -> float | None:
-        """How long the first leaf may still wait for others; None where nothing but a wake-up says when to look."""
+    def part(self, group: Group, ticket: Ticket | None = None) -> None:
+        """Nobody makes the call of a group any more, nor waits for a ticket. Nothing happens the second time."""
+        if group.rows:
+            self.finish(group, CallTimes(), 0)
+        if ticket is not None:
+            if not ticket.is_over:
+                self._withdraw(ticket)
+            ticket.rows.clear()  # a circle otherwise, which would keep what was handed in until it is collected
+
+    def seconds_until_due(self) -> float:
+        """How long to wait for a wake-up before looking again: until the first leaf has waited for others long enough.
+
+        Never long: see `LOOK_SECONDS`.
+        """
         with gate.lock, self._lock:
-            if not self._rows or self._running >= self._parallel:
-                return None
-            return max(0.0, self._rows[0].since + self._max_wait - time.monotonic())
+            if not self._rows or len(self._groups) >= self._parallel:
+                return LOOK_SECONDS
+            left = self._rows[0].ticket.since + self._max_wait - time.monotonic()
+            return min(max(0.0, left), LOOK_SECONDS)
 
     @property
     def waiting_rows(self) -> int:
@@ -216,125 +247,173 @@ class LeafQueue:
         return len(self._rows)
 
     def close(self) -> None:
-        """Let no more in; who waits hears `ClosedError`, but for leaves of a call under way."""
+        """Let no more in; who waits hears `ClosedError`, but for leaves of a call under way.
+
+        Inside a critical section of the calling thread (in a finaliser, say) those who wait are left to find out.
+        """
+        self._check_process()
+        if gate.is_inside:
+            self.close_unlocked()
+            return
         over: list[Ticket] = []
         with gate.lock, self._lock:
             self.closed = True
-            rows, self._rows = list(self._rows), deque()
-            self._fail(rows, over)
-        for ticket in over:
-            ticket.wake()
+            self._fail_all(over)
+        _wake_all(over)
         if self.listener is not None:
             self.listener()
 
+    def close_unlocked(self) -> None:
+        """As `close`, for finalisers: takes no lock."""
+        self.closed = True
+        self._wake_unlocked()
+
     def stats(self) -> EvaluatorStats:
-        """What was counted so far."""
+        """What was counted so far. Takes no lock inside a critical section, and may be a moment old there."""
+        self._check_process()
+        if gate.is_inside:
+            return self._counters.snapshot()
         with gate.lock, self._lock:
             return self._counters.snapshot()
 
     # Workers -------------------------------------------------------------------------------------------------------
 
-    def join(self) -> None:
-        """One worker more."""
-        with gate.lock, self._lock:
-            self._workers += 1
+    def join(self, seat: object) -> None:
+        """One worker more.
 
-    def leave(self) -> None:
-        """One worker less: the others may be all that there are."""
+        Raises:
+            ClosedError: the evaluator is closed.
+        """
+        self._check_process()
+        gate.check("this evaluator")
         with gate.lock, self._lock:
-            self._workers -= 1
-            first = self._first()
-        self._wake(first)
+            self._check_open()
+            self._workers.add(seat)
 
-    def leave_unlocked(self) -> None:
+    def leave(self, seat: object) -> None:
+        """One worker less: the others may be all that there are. Nothing happens the second time."""
+        self._check_process()
+        if gate.is_inside:
+            self.leave_unlocked(seat)
+            return
+        with gate.lock, self._lock:
+            self._workers.discard(seat)
+            looks = self._who_looks()
+        self._wake(looks)
+
+    def leave_unlocked(self, seat: object) -> None:
         """As `leave`, for finalisers: takes no lock."""
-        self._gone.append(None)
-        with suppress(IndexError):  # nobody waits
-            self._rows[0].ticket.wake()
-        if self.listener is not None:
-            self.listener()
+        self._gone.append(seat)
+        self._wake_unlocked()
 
     # Under the lock ------------------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("this evaluator is closed")
+
     def _is_due(self) -> bool:
         while self._gone:
+            self._workers.discard(self._gone[0])
             self._gone.popleft()
-            self._workers -= 1
-        if not self._rows or self._running >= self._parallel:
+        if not self._rows or len(self._groups) >= self._parallel:
             return False
         if len(self._rows) >= self._max_rows:
             return True
         # As many as take part in each of the calls that may be under way at once; or nobody is left who could come.
-        if self._queued_workers * self._parallel >= self._workers or self._waiting_workers >= self._workers:
+        workers = len(self._workers)
+        if len(self._queued) * self._parallel >= workers or len(self._waiting) >= workers:
             return True
-        return time.monotonic() - self._rows[0].since >= self._max_wait
+        return time.monotonic() >= self._rows[0].ticket.since + self._max_wait
 
-    def _take(self, taken: list[Row]) -> None:
-        now, waiting = time.monotonic(), self._rows
-        for _ in range(min(len(waiting), self._max_rows)):
-            row = waiting[0]
-            taken.append(row)  # first: what is cut off here is in both, and `_finish` leaves it in one
-            waiting.popleft()
-            row.ticket.queued -= 1
-            if not row.ticket.queued:
-                self._no_longer_queued(row.ticket)
-            self._counters.wait_seconds += now - row.since
+    def _take(self, group: Group) -> None:
+        number, now = min(len(self._rows), self._max_rows), time.monotonic()
+        group.rows += islice(self._rows, number)  # first: what is cut off here is in both, and is put back once
+        self._groups.add(group)
+        for _ in range(number):
+            self._rows.popleft()
+        still = self._rows[0].ticket if self._rows else None
+        self._queued.difference_update([row.ticket for row in group.rows if row.ticket is not still])
+        self._counters.wait_seconds += sum([now - row.ticket.since for row in group.rows])
 
-    def _finish(self, rows: list[Row], over: list[Ticket]) -> None:
-        back: list[Row] = []
-        for row in rows:
-            ticket = row.ticket
-            if ticket.is_over:  # withdrawn
-                continue
-            if row.settled:
-                ticket.left -= 1
-                self._counters.failed_rows += row.error is not None
-                if not ticket.left:
-                    self._end(ticket)
-                    over.append(ticket)
-            elif self.closed:
-                self._fail([row], over)
-            elif row not in self._rows:
-                if not ticket.queued and ticket.worker:
-                    self._queued_workers += 1
-                ticket.queued += 1
-                back.append(row)
-        self._rows.extendleft(reversed(back))
-        rows.clear()
+    def _finish(self, rows: list[Row]) -> None:
+        back = [row for row in rows if not row.settled and not row.ticket.is_over]
+        if self.closed:
+            _fail_closed(back)
+        elif back:
+            self._put_back(back)
+        self._end_settled(rows)
 
-    def _fail(self, rows: list[Row], over: list[Ticket]) -> None:
-        for row in rows:
-            ticket = row.ticket
-            row.fail(ClosedError("this evaluator was closed while leaves waited for it"))
-            ticket.left -= 1
-            if not ticket.left and not ticket.is_over:
-                self._end(ticket)
-                over.append(ticket)
+    def _put_back(self, back: list[Row]) -> None:
+        waiting = {*back, *self._rows}
+        tickets = sorted({row.ticket for row in waiting}, key=lambda ticket: ticket.number)
+        self._queued.update([ticket for ticket in tickets if ticket.worker])
+        self._rows = deque([row for ticket in tickets for row in ticket.rows if row in waiting])
+
+    def _fail_all(self, over: list[Ticket]) -> None:
+        rows = list(self._rows)
+        _fail_closed(rows)
+        over += self._end_settled(rows)
+        self._queued.clear()
+        self._rows.clear()  # last: what is cut off before this is done again
+
+    def _end_settled(self, rows: Sequence[Row]) -> list[Ticket]:
+        over = [
+            ticket
+            for ticket in {row.ticket for row in rows}
+            if not ticket.is_over and all(row.settled for row in ticket.rows)
+        ]
+        for ticket in over:
+            self._counters.failed_rows += sum([row.error is not None for row in ticket.rows])
+            self._end(ticket)
+        return over
+
+    def _end(self, ticket: Ticket) -> None:
+        self._waiting.discard(ticket)
+        ticket.is_over = True  # last: its caller looks without the lock
 
     def _take_out(self, ticket: Ticket) -> None:
         self._rows = deque([row for row in self._rows if row.ticket is not ticket])
-        if ticket.queued:
-            self._no_longer_queued(ticket)
+        self._queued.discard(ticket)
         self._end(ticket)
 
-    def _no_longer_queued(self, ticket: Ticket) -> None:
-        ticket.queued = 0
-        if ticket.worker:
-            self._queued_workers -= 1
+    def _who_looks(self) -> Ticket | None:
+        """Who is to look whether it is time for a call: whose leaf was the first, of callers that make no call now."""
+        if len(self._groups) >= self._parallel:
+            return None  # whoever ends one of the calls has someone look
+        busy = {group.caller for group in self._groups}
+        return next((row.ticket for row in self._rows if row.ticket not in busy), None)
 
-    def _end(self, ticket: Ticket) -> None:
-        ticket.is_over = True
-        if ticket.worker:
-            self._waiting_workers -= 1
+    # Outside -------------------------------------------------------------------------------------------------------
 
-    def _first(self) -> Ticket | None:
-        """Whose the first leaf is: who looks whether it is time."""
-        return self._rows[0].ticket if self._rows else None
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Take out what no call has taken yet: its caller waits no longer."""
+        with gate.lock, self._lock:
+            if ticket.is_over:
+                return
+            self._take_out(ticket)
+            looks = self._who_looks()
+        self._wake(looks)
 
-    def _wake(self, first: Ticket | None) -> None:
-        if first is None:
+    def _wake(self, looks: Ticket | None) -> None:
+        if looks is None:
             return
         if self.listener is not None:
             self.listener()
         else:
-            first.wake()
+            looks.wake()
+
+    def _wake_unlocked(self) -> None:
+        _wake_all({row.ticket for row in self._rows.copy()})
+        if self.listener is not None:
+            self.listener()
+
+
+def _fail_closed(rows: Sequence[Row]) -> None:
+    for row in rows:
+        row.fail(ClosedError("this evaluator was closed while leaves waited for it"))
+
+
+def _wake_all(tickets: Iterable[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.wake()
