@@ -1,8 +1,9 @@
 """Places: how many worker threads of an event loop may be at work, and who has one of them.
 
-A worker that waits, for room or for another's computation, lends its place meanwhile. If it kept it, workers that wait
-for each other could take all places, and the one that all of them wait for would find none. So the number of workers
-that begin is bounded, and that of those which wait is not.
+No worker waits for room in its task's stead: the task does, without one (`_wait_for_room`). A worker that waits all the
+same, for another's computation, or for room in what a user computes, lends its place meanwhile. If it kept it, workers
+that wait for each other could take all places, and the one that all of them wait for would find none. So the number of
+workers that begin is bounded, and that of computations which wait is not.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from ..errors import WaitTimeoutError
+from ..errors import KVCacheError, WaitTimeoutError
 
 __all__ = ["Caller", "Deadline", "NotOnLoopError", "TaskTime", "WaitElsewhere", "caller", "lend_place"]
 
@@ -55,15 +55,15 @@ class NotOnLoopError(WaitTimeoutError):
     """An operation on an event loop's own thread came to work that is a worker's; nothing has happened."""
 
 
-class WaitElsewhere(Exception):  # noqa: N818  # no error: its task catches it
+class WaitElsewhere(KVCacheError):  # noqa: N818  # no error: its task catches it
     """An attempt came to a wait that is its task's; nothing has happened.
 
     Attributes:
         queued: what is left of the attempt in the pool: its turn, and what wakes it.
     """
 
-    def __init__(self, name: str, queued: Any) -> None:
-        super().__init__(f"{name}: the task of this operation waits in its stead")
+    def __init__(self, message: str, queued: Any = None) -> None:
+        super().__init__(message)
         self.queued = queued
 
 

@@ -648,7 +648,7 @@ def _wait(
             task_time.began = deadline.started
             task_time.queued = Queued(pool, turn, waiter, at_most, in_vain, beside)
             task_time.queued.needs_loop(task_time.loop_ended)
-            raise WaitElsewhere(pool.name, task_time.queued)
+            raise WaitElsewhere(f"{pool.name}: the task of this operation waits for room", task_time.queued)
         heard = deadline.wait_on(waiter, at_most) or (at_most is not None and deadline.left() > 0)
         if not heard or deadline.cancelled:
             raise in_vain()
