@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from concurrent_kv import KeysValues, KVCacheManager
-from concurrent_kv.evaluation import Evaluated
+from concurrent_kv.aio import evaluator as for_tasks
+from concurrent_kv.evaluation import Evaluated, Evaluator, queue
+from concurrent_kv.evaluation import evaluator as for_threads
 from concurrent_kv.pool.joint import JointBatch
 
 LAYERS, HEADS, HEAD_DIM, WINDOW, NEW = 2, 2, 3, 64, 2
@@ -56,3 +59,17 @@ def model(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
     for layer in range(LAYERS):
         batch.append(layer, new, new)
     return Evaluated(values, sides=[("side", value) for value in values])
+
+
+def look_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How often whoever waits for an evaluator looks by itself."""
+    for module in (queue, for_threads, for_tasks):
+        monkeypatch.setattr(module, "LOOK_SECONDS", seconds)
+
+
+def counted_now(evaluator: Evaluator[Any, Any]) -> tuple[int, ...]:
+    """Rows, calls, workers, waiting workers, and those of them with rows, as an evaluator counts them."""
+    waits: Any = evaluator.queue
+    with waits._lock:
+        waits._is_due()  # which notes the workers that were dropped
+    return tuple(len(each) for each in (waits._rows, waits._groups, waits._workers, waits._waiting, waits._queued))

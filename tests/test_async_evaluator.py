@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -14,13 +16,20 @@ import pytest
 from concurrent_kv import ClosedError, KeyNotFoundError, KVCacheManager, WaitTimeoutError
 from concurrent_kv.aio import AsyncEvaluator
 from concurrent_kv.evaluation import Evaluator
-from tests.async_support import LOOPS, run_on
-from tests.evaluating import ENVS, model, new_manager, root_sum, value_after
+from tests.async_support import LOOPS, join_workers, run_on
+from tests.cancelling import WAYS
+from tests.evaluating import ENVS, counted_now, look_every, model, new_manager, root_sum, value_after
 from tests.support import HANG_SECONDS
-from tests.test_evaluator import Gated, Threads, leaf, play_tree
+from tests.test_evaluator import Gated, Threads, leaf, play_tree, wait_until
 
 ON_LOOP = pytest.mark.parametrize("on_loop", [False, True])
 EACH_LOOP = pytest.mark.parametrize("loop", LOOPS)
+
+
+@pytest.fixture(autouse=True)
+def woken_or_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks by itself: a wake-up that is missing is a hang."""
+    look_every(HANG_SECONDS, monkeypatch)
 
 
 @pytest.fixture
@@ -215,3 +224,121 @@ def test_a_loop_that_ends_with_tasks_in_the_air_holds_nobody_up(manager: KVCache
             del task
             threads.start(lambda: worker.evaluate(leaf(search, "root", 2, 2)))
             assert threads.join() == [value_after(root_sum(0), 2)[0]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@ON_LOOP
+@pytest.mark.parametrize("waits_first", [False, True])
+def test_a_task_cancelled_at_any_checkpoint_holds_nobody_up_and_is_counted_no_more(
+    manager: KVCacheManager, way: str, on_loop: bool, waits_first: bool
+) -> None:
+    loop, cancelling = WAYS[way]
+    evaluator = AsyncEvaluator(Evaluator(manager, model, max_wait_seconds=HANG_SECONDS), on_loop=on_loop)
+
+    async def main(n: int) -> bool:
+        async def joins(second: Any) -> None:
+            with second:
+                await until(lambda: evaluator.sync.queue.waiting_rows == 1 or over)
+                await second.evaluate(leaf(other, "root", 2, 2, 1))
+
+        with manager.search([0]) as search, manager.search([1]) as other:
+            over = False
+            async with anyio.create_task_group() as tasks:
+                if waits_first:  # then it is woken by the other, who makes the call
+                    tasks.start_soon(joins, evaluator.worker())
+                with evaluator.worker() as worker:
+                    reached, value = await cancelling(worker.evaluate(leaf(search, "root", 1, 1)), n)
+                over = True
+            assert value in (None, value_after(root_sum(0), 1)[0])
+            assert evaluator.sync.evaluate(leaf(other, "root", 3, 3, 1)) == value_after(root_sum(1), 3)[0]
+        return reached
+
+    n = 1
+    while run_on(loop, main, n):
+        join_workers()
+        assert counted_now(evaluator.sync) == (0, 0, 0, 0, 0)
+        n += 1
+    assert n > 1 + waits_first
+
+
+@EACH_LOOP
+def test_a_call_finds_a_worker_where_all_places_are_taken_by_those_who_wait_for_it(
+    manager: KVCacheManager, loop: str
+) -> None:
+    sync = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
+    evaluator = AsyncEvaluator(sync)
+
+    async def main() -> None:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = 2
+        answers: list[int] = []
+
+        async def in_a_place(worker: Any, number: int) -> None:
+            answers.append(await anyio.to_thread.run_sync(worker.evaluate, leaf(search, "root", number, 1)))
+
+        with manager.search([0]) as search, evaluator.worker() as last:
+            async with anyio.create_task_group() as tasks:
+                for number in range(2):
+                    tasks.start_soon(in_a_place, sync.worker(), number)
+                await until(lambda: sync.queue.waiting_rows == 2)
+                answers.append(await last.evaluate(leaf(search, "root", 2, 1)))
+        assert answers == [value_after(root_sum(0), 1)[0]] * 3
+
+    run_on(loop, main)
+
+
+@pytest.mark.parametrize("loop", ["asyncio"])
+def test_a_loop_that_has_stopped_is_not_waited_for(
+    manager: KVCacheManager, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_every(0.01, monkeypatch)
+    gated = Gated()
+    sync = Evaluator(manager, gated)
+    evaluator = AsyncEvaluator(sync)
+    stopped, threads = asyncio.new_event_loop(), Threads()
+
+    async def begins() -> Any:
+        task = asyncio.ensure_future(evaluator.evaluate(leaf(search, "root", 1, 1)))
+        await until(lambda: sync.queue.waiting_rows == 1)
+        return task
+
+    with manager.search([0]) as search:
+        threads.start(lambda: sync.evaluate(leaf(search, "root", 9, 9)))
+        assert gated.entered.wait(HANG_SECONDS)
+        task = stopped.run_until_complete(begins())
+        threads.start(lambda: sync.evaluate(leaf(search, "root", 2, 2)))
+        wait_until(lambda: sync.queue.waiting_rows == 2)
+        gated.go_on.set()  # whose leaf came first is told to look, and does not
+        assert threads.join() == [value_after(root_sum(0), number)[0] for number in (9, 2)]
+        # It was served with the others, and finds it when its loop runs again.
+        assert stopped.run_until_complete(task) == value_after(root_sum(0), 1)[0]
+    stopped.close()
+
+
+@EACH_LOOP
+def test_a_call_in_a_worker_runs_in_the_streams_of_its_task(
+    manager: KVCacheManager, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[int] = []
+
+    @contextmanager
+    def of_task() -> Iterator[None]:
+        entered.append(threading.get_ident())
+        yield
+        entered.append(threading.get_ident())
+
+    monkeypatch.setattr("concurrent_kv.aio.evaluator.current_streams", of_task)
+    called_in: list[int] = []
+
+    def looking(batch: Any, numbers: Any) -> Any:
+        called_in.append(threading.get_ident())
+        return model(batch, numbers)
+
+    evaluator = AsyncEvaluator(Evaluator(manager, looking))
+
+    async def main() -> None:
+        with manager.search([0]) as search:
+            await evaluator.evaluate(leaf(search, "root", 1, 1))
+
+    run_on(loop, main)
+    assert entered == called_in * 2
+    assert threading.get_ident() not in called_in

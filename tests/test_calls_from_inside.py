@@ -22,6 +22,8 @@ import pytest
 import concurrent_kv
 from concurrent_kv import (
     AsyncKVPool,
+    ClosedError,
+    InvalidTypeError,
     KVCacheManager,
     KVPool,
     PoolStats,
@@ -29,6 +31,7 @@ from concurrent_kv import (
     Search,
 )
 from concurrent_kv.aio import OffloadStats
+from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.eviction import FIFO
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.locks.signal import Signal
@@ -90,7 +93,7 @@ def inside_the_flights(pool: KVPool) -> Iterator[None]:
 INSIDE = (inside_the_mutex, inside_a_shard, inside_a_leaf, inside_the_counters, inside_the_flights)
 
 
-def from_inside(inside: Callable[[KVPool], Any], pool: KVPool, call: Callable[[], object]) -> object:
+def from_inside(inside: Callable[[Any], Any], pool: Any, call: Callable[[], object]) -> object:
     """What `call` returns, or the `ReentrantCallError` it raises, from inside a critical section of its thread."""
 
     def run() -> object:
@@ -217,6 +220,46 @@ def test_the_calls_of_a_search_raise_or_work(manager: KVCacheManager, inside: Ca
             assert not isinstance(from_inside(inside, pool, works), Exception)
         search.commit(["child"], batch)
         assert search.keys() == ["child"]
+
+
+@contextmanager
+def inside_the_leaves(evaluator: Evaluator[Any, Any]) -> Iterator[None]:
+    with gate.lock, evaluator.queue._lock:
+        yield
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_the_calls_of_an_evaluator_raise_work_or_leave_a_note(manager: KVCacheManager, own_thread: bool) -> None:
+    nonsense: Any = {}.get
+    made: Any = Evaluator(manager, nonsense, max_wait_seconds=JOIN_SECONDS, own_thread=own_thread)
+    others, leaving = made.worker(), made.worker()
+    with manager.search([0]) as search:
+        leaf = Leaf(search, "root", "child", None, 0)
+        raising: tuple[Callable[[], object], ...] = (
+            made.worker,
+            lambda: made.evaluate(leaf),
+            lambda: made.evaluate_many([leaf]),
+            lambda: others.evaluate(leaf),
+        )
+        for call in raising:
+            assert isinstance(from_inside(inside_the_leaves, made, call), ReentrantCallError)
+        waits = Background(lambda: others.evaluate(leaf))
+        while not made.queue.waiting_rows:
+            pass
+        for works in (made.stats, lambda: made.closed, lambda: made.queue.waiting_rows):
+            assert not isinstance(from_inside(inside_the_leaves, made, works), Exception)
+        # All workers wait, now that one has left: the model is called, and answers nonsense.
+        assert from_inside(inside_the_leaves, made, leaving.close) is None
+        with pytest.raises(InvalidTypeError, match="must return an Evaluated"):
+            waits.result()
+        another = made.worker()
+        waits = Background(lambda: others.evaluate(leaf))
+        while not made.queue.waiting_rows:
+            pass
+        assert from_inside(inside_the_leaves, made, made.close) is None
+        with pytest.raises(ClosedError):
+            waits.result()
+        another.close()
 
 
 @pytest.mark.parametrize("inside", INSIDE)

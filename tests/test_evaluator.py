@@ -6,7 +6,10 @@ import gc
 import random
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,14 +22,39 @@ from concurrent_kv import (
     InvalidTypeError,
     KeyNotFoundError,
     KVCacheManager,
+    ReentrantCallError,
+    Search,
     SearchEndedError,
     WaitTimeoutError,
+    WindowOverflowError,
 )
 from concurrent_kv.evaluation import NO_PARENT, Evaluated, Evaluator, Leaf
+from concurrent_kv.evaluation import evaluator as evaluator_module
+from concurrent_kv.evaluation import queue as queue_module
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool.joint import JointBatch
-from tests.evaluating import ENVS, HEAD_DIM, HEADS, LAYERS, NEW, WINDOW, model, new_manager, root_sum, value_after
+from tests.evaluating import (
+    ENVS,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    NEW,
+    WINDOW,
+    counted_now,
+    look_every,
+    model,
+    new_manager,
+    root_sum,
+    value_after,
+)
+from tests.interrupting import cut_at
 from tests.support import HANG_SECONDS
+
+
+@pytest.fixture(autouse=True)
+def woken_or_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks by itself: a wake-up that is missing is a hang."""
+    look_every(HANG_SECONDS, monkeypatch)
 
 
 @pytest.fixture
@@ -287,6 +315,50 @@ def test_no_more_calls_are_under_way_than_were_asked_for(manager: KVCacheManager
     assert 1 <= most[0] <= 2
 
 
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_as_many_calls_are_under_way_as_were_asked_for(manager: KVCacheManager, own_thread: bool) -> None:
+    both = threading.Barrier(2)
+
+    def meets(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        both.wait(HANG_SECONDS)
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, meets, max_rows=1, parallel_calls=2, own_thread=own_thread)
+    threads = Threads()
+    with manager.search([0]) as search:
+        for number in range(2):
+            threads.start(lambda n=number: evaluator.evaluate(leaf(search, "root", n, n)))  # type: ignore[misc]
+        assert threads.join() == [value_after(root_sum(0), number)[0] for number in range(2)]
+    evaluator.close()
+
+
+def test_who_is_busy_with_a_call_is_not_left_to_make_the_next_one(manager: KVCacheManager) -> None:
+    held = {number: threading.Event() for number in (1, 9)}
+    entered = {number: threading.Event() for number in held}
+
+    def holding(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        if numbers[0] in held:
+            entered[numbers[0]].set()
+            assert held[numbers[0]].wait(HANG_SECONDS)
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, holding, max_rows=1, parallel_calls=2)
+    threads = Threads()
+    with manager.search([0]) as search:
+        threads.start(lambda: evaluator.evaluate(leaf(search, "root", 9, 9)))
+        assert entered[9].wait(HANG_SECONDS)
+        threads.start(lambda: evaluator.evaluate_many([leaf(search, "root", n, n) for n in (1, 2)]))
+        assert entered[1].wait(HANG_SECONDS)
+        other = Threads()
+        other.start(lambda: evaluator.evaluate(leaf(search, "root", 3, 3)))
+        wait_until(lambda: evaluator.queue.waiting_rows == 2)
+        held[9].set()
+        # While whose leaf comes before makes a call still.
+        assert other.join() == [value_after(root_sum(0), 3)[0]]
+        held[1].set()
+        threads.join()
+
+
 # What goes wrong stays where it is ------------------------------------------------------------------------------------
 
 
@@ -391,6 +463,100 @@ def test_a_model_that_raises_is_heard_by_all_of_that_call_and_no_others(manager:
         assert other.evaluate(leaf(search, "root", 2, 2)) == value_after(root_sum(0), 2)[0]
 
 
+@pytest.mark.parametrize("room", [NEW, None])
+def test_a_leaf_whose_parent_leaves_no_room_hears_so_and_the_others_go_on(
+    manager: KVCacheManager, room: int | None
+) -> None:
+    evaluator = Evaluator(manager, model, room=room)
+    with manager.search([0]) as search, manager.search([1]) as other:
+        parent: Any = "root"
+        for number in range(30 if room else 31):  # 3 tokens and these
+            if number == 30:
+                batch = search.gather([parent], [0])
+                for layer in range(LAYERS):
+                    batch.append(layer, torch.ones(1, HEADS, 1, HEAD_DIM), torch.ones(1, HEADS, 1, HEAD_DIM))
+                search.commit([number], batch)
+            else:
+                evaluator.evaluate(leaf(search, parent, number, number))
+            parent = number
+        leaves = [leaf(search, parent, "x", 1), leaf(other, "root", "y", 2, 1)]
+        with pytest.raises(WindowOverflowError, match=f"the parent {parent} of this leaf has"):
+            evaluator.evaluate_many(leaves if room else leaves[:1])
+        if room:
+            assert other.contains("y")
+        assert not search.contains("x")
+
+
+class BrokenKey:
+    """A key that cannot be compared with the root's."""
+
+    def __hash__(self) -> int:
+        return hash("root")
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("not to be compared")
+
+
+@pytest.mark.parametrize(("parent", "env", "error"), [("root", 77, InvalidArgumentError), (BrokenKey(), 0, ValueError)])
+def test_a_leaf_that_cannot_be_looked_up_hears_so_and_the_others_of_its_search_go_on(
+    manager: KVCacheManager, parent: Any, env: int, error: type[Exception]
+) -> None:
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search:
+        with pytest.raises(error):
+            evaluator.evaluate_many([leaf(search, parent, 1, 1, env), leaf(search, "root", 2, 2)])
+        assert search.keys() == [2]
+
+
+def test_two_leaves_of_one_key_are_both_answered_and_the_later_is_kept(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search:
+        values = evaluator.evaluate_many([leaf(search, "root", "same", 1), leaf(search, "root", "same", 2)])
+        assert values == [value_after(root_sum(0), number)[0] for number in (1, 2)]
+        with search.gather(["same"], [0]) as batch:
+            assert batch.side == (("side", values[1]),)
+
+
+def test_a_wait_for_room_is_not_made_once_more_for_each_leaf(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def waits(self: Search, keys: Sequence[Any], *arguments: Any, **options: Any) -> None:
+        tries.append(len(keys))
+        raise WaitTimeoutError("no room in time")
+
+    monkeypatch.setattr(Search, "commit", waits)
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search, pytest.raises(WaitTimeoutError):
+        evaluator.evaluate_many([leaf(search, "root", number, number) for number in range(4)])
+    assert tries == [4]
+
+
+def test_an_error_of_the_model_says_where_it_was_raised(manager: KVCacheManager) -> None:
+    def fails_here(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        raise ValueError("no")
+
+    evaluator = Evaluator(manager, fails_here)
+    with manager.search([0]) as search, pytest.raises(ValueError, match="no") as caught:
+        evaluator.evaluate(leaf(search, "root", 1))
+    assert "in fails_here" in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_model_that_asks_its_own_evaluator_hears_so_and_another_it_may_ask(manager: KVCacheManager) -> None:
+    def asks(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        with manager.search([1]) as search:
+            answers = [evaluators[number].evaluate(leaf(search, "root", 1, 2, 1)) for number in numbers]
+        model(batch, numbers)
+        return Evaluated(answers)
+
+    evaluators = [Evaluator(manager, asks), Evaluator(manager, model)]
+    with manager.search([0]) as search:
+        with pytest.raises(ReentrantCallError, match="its own model"):
+            evaluators[0].evaluate(leaf(search, "root", 1, 0))
+        assert evaluators[0].evaluate(leaf(search, "root", 1, 1)) == value_after(root_sum(1), 2)[0]
+
+
 @pytest.mark.parametrize("own_thread", [False, True])
 def test_a_model_that_ends_its_thread_is_survived_by_the_others(manager: KVCacheManager, own_thread: bool) -> None:
     times = [0]
@@ -483,6 +649,66 @@ def test_closing_wakes_who_waits_and_lets_the_call_under_way_end(manager: KVCach
             evaluator.evaluate(leaf(search, "root", 3, 3))
 
 
+@pytest.mark.parametrize("where", ["looking", "calling"])
+def test_who_waits_for_a_thread_of_the_evaluators_that_ends_hears_so(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ended: list[Any] = []
+
+    def ends(*arguments: Any) -> bool:
+        raise MemoryError("where nobody expects it")
+
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    if where == "looking":
+        monkeypatch.setattr(queue_module.LeafQueue, "_is_due", ends)
+    else:
+        monkeypatch.setattr(evaluator_module, "_call_for_others", ends)
+    evaluator = Evaluator(manager, model, own_thread=True)
+    with manager.search([0]) as search, pytest.raises(ClosedError):
+        evaluator.evaluate(leaf(search, "root", 1))
+    wait_until(lambda: bool(ended))
+    monkeypatch.undo()
+    assert counted_now(evaluator) == (0, 0, 0, 0, 0)
+
+
+def test_a_closed_evaluator_takes_no_workers(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    with evaluator.worker() as worker, manager.search([0]) as search:
+        evaluator.close()
+        evaluator.close()
+        with pytest.raises(ClosedError):
+            evaluator.worker()
+        with pytest.raises(ClosedError):
+            worker.evaluate(leaf(search, "root", 1))
+        assert counted_now(evaluator) == (0, 0, 1, 0, 0)
+    assert counted_now(evaluator) == (0, 0, 0, 0, 0)
+
+
+# Cut off -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_that_is_cut_off_anywhere_holds_nobody_up_and_is_counted_no_more(manager: KVCacheManager) -> None:
+    files = {str(module.__file__) for module in (evaluator_module, queue_module)}
+    evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
+    number = 0
+    while True:
+        number += 1
+        with manager.search([0], entries=20) as search, manager.search([1], entries=20) as others:
+            threads = Threads()
+            with evaluator.worker() as cut_off, evaluator.worker() as other:
+                threads.start(lambda: other.evaluate(leaf(others, "root", 1, 1, 1)))
+                wait_until(lambda: evaluator.queue.waiting_rows == 1)
+                leaves = [leaf(search, "root", each, each) for each in range(2)]
+                was_cut = cut_at(number, partial(cut_off.evaluate_many, leaves), files, jumps=True)
+                cut_off.close()
+                assert threads.join() == [value_after(root_sum(1), 1)[0]]
+        assert counted_now(evaluator) == (0, 0, 0, 0, 0)
+        if not was_cut:
+            break
+    assert number > 100
+    manager.repair()  # what a commit had, and was cut off
+
+
 def test_a_dropped_evaluator_ends_its_thread(manager: KVCacheManager) -> None:
     before = set(threading.enumerate())
     evaluator = Evaluator(manager, model, own_thread=True)
@@ -514,6 +740,35 @@ def test_with_row_sizes_a_batch_has_the_same_shape_and_memory_each_time(manager:
     assert {shape for shape, _, _ in seen} == {whole, (whole[0], 2, *whole[2:])}
     assert len({address for _, address, _ in seen}) == 2
     assert {start for _, _, start in seen} == {WINDOW - NEW}
+
+
+def test_what_was_handed_in_and_its_output_are_let_go_without_the_collector(manager: KVCacheManager) -> None:
+    class Thing:
+        pass
+
+    def makes(batch: JointBatch, numbers: Sequence[Any]) -> Evaluated[Any]:
+        model(batch, [1] * len(numbers))
+        return Evaluated([Thing() for _ in numbers])
+
+    evaluator = Evaluator(manager, makes)
+    gc.collect()
+    gc.disable()
+    try:
+        with manager.search([0]) as search:
+            given = Thing()
+            got = evaluator.evaluate(Leaf(search, "root", "child", given, 0))
+            alive = weakref.ref(given), weakref.ref(got)
+            del given, got
+            assert [each() for each in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_leaves_may_come_from_a_generator(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search:
+        found = evaluator.evaluate_many(leaf(search, "root", number, number) for number in range(3))  # type: ignore[arg-type]
+        assert found == [value_after(root_sum(0), number)[0] for number in range(3)]
 
 
 def test_with_one_row_a_call_the_batch_is_what_a_gather_gives(manager: KVCacheManager) -> None:

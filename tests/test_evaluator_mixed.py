@@ -21,7 +21,7 @@ from concurrent_kv.aio import AsyncEvaluator
 from concurrent_kv.evaluation import Evaluated, Evaluator
 from concurrent_kv.pool.joint import JointBatch
 from tests.async_support import join_workers, run_on
-from tests.evaluating import ENVS, NEW, model, new_manager, root_sum, value_after
+from tests.evaluating import ENVS, NEW, counted_now, model, new_manager, root_sum, value_after
 from tests.support import HANG_SECONDS
 from tests.test_evaluator import Threads, leaf
 
@@ -158,13 +158,7 @@ def test_whatever_goes_wrong_each_hears_its_own_and_nothing_is_left(own_thread: 
     assert threads.join() == [None] * 6
     join_workers()  # calls of tasks that were cancelled end in them
     gc.collect()
-    queue: Any = evaluator.queue
-    evaluator.stats()
-    while queue._gone:
-        queue._workers.discard(queue._gone.popleft())
-    assert (len(queue._groups), len(queue._rows), len(queue._queued), len(queue._waiting), len(queue._workers)) == (
-        0,
-    ) * 5
+    assert counted_now(evaluator) == (0, 0, 0, 0, 0)
     assert sum(chain.answers for chain in chains) > STEPS
     # It goes on as before.
     with manager.search([0]) as search:

@@ -19,6 +19,8 @@ import pytest
 import torch
 
 from concurrent_kv import KVCacheManager, WrongProcessError
+from concurrent_kv.evaluation import Evaluator, Leaf
+from concurrent_kv.evaluation.queue import Group
 from concurrent_kv.locks.deadline import Deadline
 from tests.support import append, config, tokens
 
@@ -45,6 +47,8 @@ HARMLESS = {
     },
     "Pin": {"abandon"},
     "Claim": {"abandon", "computing", "over"},
+    "Evaluator": {"closed", "queue"},
+    "EvaluatorWorker": {"registered"},
 }  # fmt: skip
 
 
@@ -107,6 +111,9 @@ def walk() -> dict[str, set[str]]:
     batch = search.gather(["root"], [0])
     append(batch, [2], 1)
     pin, claim = pool.pin("root"), pool.try_claim("computed")
+    nonsense: Any = {}.get
+    evaluator = Evaluator(manager, nonsense)
+    worker = evaluator.worker()
     arguments: dict[str, Any] = {
         "key": "root",
         "keys": ["root"],
@@ -139,12 +146,22 @@ def walk() -> dict[str, set[str]]:
         "entries": [],
         "reason": "test",
         "state": torch.zeros(2),
+        "leaf": Leaf(search, "root", "child", None, 0),
+        "leaves": [Leaf(search, "root", "child", None, 0)],
+        "timeout": 1.0,
+        "worker": False,
+        "group": Group(),
     }
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
         shards = range(storage.locks.count)
-        with storage.locks.write(shards, Deadline(SECONDS)), storage.ledger.mutex, pool.flights._lock:
+        with (
+            storage.locks.write(shards, Deadline(SECONDS)),
+            storage.ledger.mutex,
+            pool.flights._lock,
+            evaluator.queue._lock,
+        ):
             held.set()
             over.wait(SECONDS)
 
@@ -153,7 +170,7 @@ def walk() -> dict[str, set[str]]:
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        owners = [storage, pool, manager, search, batch, pin, claim]
+        owners = [storage, pool, manager, search, batch, pin, claim, evaluator, worker]
         found = {type(owner).__name__: sorted(silent_in_a_child(owner, arguments)) for owner in owners}
         os.write(write, repr(found).encode())
         os._exit(0)

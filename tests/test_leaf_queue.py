@@ -70,7 +70,11 @@ class Queue(RuleBasedStateMachine):
         self.closed = False
         if own_thread:
             self.threads = [Caller(None, None) for _ in range(parallel)]
-            self.queue.listener = lambda: [setattr(thread, "told", True) for thread in self.threads]
+            self.queue.listener = self.tell_threads
+
+    def tell_threads(self) -> None:
+        for thread in self.threads:
+            thread.told = True
 
     def teardown(self) -> None:
         if hasattr(self, "patch"):
@@ -148,10 +152,13 @@ class Queue(RuleBasedStateMachine):
         if ticket is not None and ticket.is_over:
             rows = list(ticket.rows)
             assert all(row.settled for row in rows)
-            try:
+            error = next((row.error for row in rows if row.error is not None), None)
+            if error is None:
                 assert ticket.outputs() == [id(row) for row in rows]
-            except (ValueError, ClosedError) as error:
-                assert isinstance(error, ClosedError) or id(error) not in map(id, [row.error for row in rows])
+            else:
+                with pytest.raises(type(error)) as heard:
+                    ticket.outputs()
+                assert heard.value is error
             self.queue.part(Group(ticket), ticket)
             self.leave(caller)
             return

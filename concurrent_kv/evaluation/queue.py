@@ -211,6 +211,7 @@ class LeafQueue:
         Args:
             rows: leaves that the model had.
         """
+        self._check_process()
         with gate.lock, self._lock:
             if group in self._groups:
                 self._groups.discard(group)
@@ -388,6 +389,7 @@ class LeafQueue:
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Take out what no call has taken yet: its caller waits no longer."""
+        self._check_process()
         with gate.lock, self._lock:
             if ticket.is_over:
                 return
