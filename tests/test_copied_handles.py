@@ -6,16 +6,20 @@ import copy
 import gc
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, InvalidTypeError, KVCacheManager, KVPool
+from concurrent_kv.aio import AsyncEvaluator
 from concurrent_kv.books.eviction import EvictionPolicy
 from concurrent_kv.books.eviction.registry import POLICIES
+from concurrent_kv.evaluation import Evaluated, Evaluator
 from concurrent_kv.never_copied import NeverCopied
 from concurrent_kv.pool.handle import Handle
+from concurrent_kv.pool.joint import JointBatch, open_together
+from concurrent_kv.pool.pool import gather_part_of_pool
 from tests.conftest import MakePool
 from tests.support import LAYOUT, tokens
 
@@ -24,6 +28,12 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     **{f"pickle {protocol}": lambda value, protocol=protocol: pickle.dumps(value, protocol) for protocol in range(6)},  # type: ignore[misc]
 }
+
+
+def no_model(batch: JointBatch, inputs: Sequence[Any]) -> Evaluated[Any]:
+    raise NotImplementedError
+
+
 OWNERS: dict[str, Callable[[KVPool, KVCacheManager], Any]] = {
     "Batch": lambda pool, manager: pool.gather(["a"]),
     "Pin": lambda pool, manager: pool.pin("a"),
@@ -36,6 +46,12 @@ OWNERS: dict[str, Callable[[KVPool, KVCacheManager], Any]] = {
     "AsyncKVPool": lambda pool, manager: AsyncKVPool(pool),
     "AsyncKVCacheManager": lambda pool, manager: AsyncKVCacheManager(manager),
     "AsyncSearch": lambda pool, manager: AsyncKVCacheManager(manager).search([0]),
+    "Part": lambda pool, manager: gather_part_of_pool(pool, ["a"], 1),
+    "JointBatch": lambda pool, manager: open_together(pool.storage, [gather_part_of_pool(pool, ["a"], 1)]),
+    "Evaluator": lambda pool, manager: Evaluator(manager, no_model),
+    "EvaluatorWorker": lambda pool, manager: Evaluator(manager, no_model).worker(),
+    "AsyncEvaluator": lambda pool, manager: AsyncEvaluator(Evaluator(manager, no_model)),
+    "AsyncEvaluatorWorker": lambda pool, manager: AsyncEvaluator(Evaluator(manager, no_model)).worker(),
 }
 HANDLES = ("Batch", "Pin", "Claim", "Search")
 
@@ -51,7 +67,7 @@ def test_every_class_that_owns_something_is_in_the_table() -> None:
     def below(kind: type[Any]) -> set[type[Any]]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    abstract = {"NeverCopied", "Handle", "PoolCore"}
+    abstract = {"NeverCopied", "Handle", "PoolCore", "PaddedRows", "Worker"}
     owners = {kind.__name__ for kind in below(NeverCopied) if kind.__module__.startswith("concurrent_kv.")}
     assert owners - abstract == set(OWNERS)
     assert issubclass(Handle, NeverCopied)

@@ -59,9 +59,9 @@ class Arguments:
         index, columns = np.array([0, 1]), np.array([2, 0])
         self.new = torch.arange(16, dtype=torch.float32).view(2, 2, HEADS, 1, 2)
         self.of: dict[str, list[Any]] = {
-            "gather": [slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]],
+            "gather": [slots, SHAPE, batch, 2, 3, 3, 3, self.tables, [1, 2]],
             "gather_stepwise": [
-                *(slots, SHAPE, batch, 3, 3, 3, self.tables, [1, 2]),
+                *(slots, SHAPE, batch, 2, 3, 3, 3, self.tables, [1, 2]),
                 [self.steps, None],
                 self.steps,
                 *(self.owed.data_ptr(), 3, 1),
@@ -146,20 +146,22 @@ LARGER = tables_of([[1, 2], [1, SLOTS]], SLOTS, 3)
 
 CASES: dict[str, list[Case]] = {
     "gather": [
-        ({7: [1, 2**20]}, IndexError),
-        ({7: [1, -1]}, IndexError),
-        ({7: [1, 2**70]}, OverflowError),
-        ({7: (1, 2)}, WRONG_CONTAINER),
-        ({7: [1, "2"]}, TypeError),
-        ({6: LARGER}, IndexError),
-        ({6: PAIR}, TypeError),
-        ({6: None}, TypeError),
+        ({3: 1}, IndexError),
+        ({3: "2"}, TypeError),
+        ({8: [1, 2**20]}, IndexError),
+        ({8: [1, -1]}, IndexError),
+        ({8: [1, 2**70]}, OverflowError),
+        ({8: (1, 2)}, WRONG_CONTAINER),
+        ({8: [1, "2"]}, TypeError),
+        ({7: LARGER}, IndexError),
+        ({7: PAIR}, TypeError),
+        ({7: None}, TypeError),
+        ({6: 4}, IndexError),
+        ({6: -1}, IndexError),
         ({5: 4}, IndexError),
         ({5: -1}, IndexError),
-        ({4: 4}, IndexError),
+        ({5: 1.0}, TypeError),
         ({4: -1}, IndexError),
-        ({4: 1.0}, TypeError),
-        ({3: -1}, IndexError),
         ({1: SHAPE[:3]}, TypeError),
         ({1: list(SHAPE)}, WRONG_CONTAINER),
         ({1: (2, 4, 2, None)}, TypeError),
@@ -167,14 +169,14 @@ CASES: dict[str, list[Case]] = {
         ({2: "batch"}, TypeError),
     ],
     "gather_stepwise": [
-        ({7: [1, 2**20]}, IndexError),
-        ({6: LARGER}, IndexError),
-        ({8: [None]}, ValueError),
-        ({8: (None, None)}, ValueError),
-        ({10: "difference"}, TypeError),
-        ({11: 2}, IndexError),
-        ({11: 1.0}, TypeError),
-        ({12: 0}, ValueError),
+        ({8: [1, 2**20]}, IndexError),
+        ({7: LARGER}, IndexError),
+        ({9: [None]}, ValueError),
+        ({9: (None, None)}, ValueError),
+        ({11: "difference"}, TypeError),
+        ({12: 2}, IndexError),
+        ({12: 1.0}, TypeError),
+        ({13: 0}, ValueError),
         ({1: (2, 4, 2, 6)}, ValueError),
     ],
     "scatter": [
@@ -400,7 +402,7 @@ def test_entries_are_made_found_and_counted_as_python_does_it() -> None:
 def test_no_rows_and_no_slots_are_no_work() -> None:
     arguments = Arguments()
     none, before = np.empty(0, dtype=np.int64), arguments.written()
-    arguments.call("gather", {7: []})
+    arguments.call("gather", {8: []})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: none})
     arguments.call("scatter", {8: 0, 9: none, 10: none, 11: range(9, 9)})
     assert arguments.call("in_runs", {0: none}) == []

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from concurrent_kv.evaluation import Evaluated, Leaf
+from concurrent_kv.evaluation.call import ModelCall
+from concurrent_kv.evaluation.queue import Ticket
+from concurrent_kv.evaluation.stats import CallTimes
+from concurrent_kv.pool.joint import JointBatch, open_together
+from concurrent_kv.pool.pool import gather_part_of_pool
 from tests.explorer.history import Kind
 from tests.explorer.programs import A, B, C, D, must
 from tests.explorer.world import value
@@ -74,6 +81,46 @@ def misses_are_zeros(world: GpuWorld) -> None:
     with world.on(1), world.pool.gather([A, B]) as batch:
         data = batch.data.clone()
     world.look_at_end(lambda: must(not world.gpu.read(data).any(), "rows that missed are not zeros"))
+
+
+def together(world: GpuWorld, *keys: int, on: int, drop: bool = False) -> None:
+    """Two parts of one buffer: the first key, and the others."""
+    with world.on(on):
+        with world.noted(Kind.READ, keys) as call:
+            parts = [gather_part_of_pool(world.pool, list(some), len(some)) for some in (keys[:1], keys[1:]) if some]
+            batch = open_together(world.pool.storage, parts)
+        world.look_at_batch(call, batch)
+        if not drop:
+            batch.close()
+
+
+def evaluated(world: GpuWorld, key: int, child: int, *, on: int, model: ModelCall, new: int) -> None:
+    """One call of an evaluator, whose batches all have the same memory."""
+    with world.on(on):
+        ticket = Ticket([Leaf(world.pool, key, child, new)], lambda: None, worker=False)
+        with world.noted(Kind.WRITE, [child], [(*value(key + 1), new)]) as commit:
+            model.run(ticket.rows, CallTimes())
+            ticket.outputs()
+            commit.stored = True
+
+
+def appending(world: GpuWorld) -> ModelCall:
+    """A model that appends what its leaf says."""
+
+    def append_it(batch: JointBatch, new: Sequence[int]) -> Evaluated[None]:
+        append(world, batch, list(new))
+        return Evaluated([None] * len(new))
+
+    return ModelCall(world.pool.storage, append_it, room=1, overflow=None, row_sizes=[1])
+
+
+def evaluated_on_two(world: GpuWorld) -> None:
+    """Two calls of an evaluator, on two streams, use the same memory one after the other."""
+    model = appending(world)
+    evaluated(world, A, C, on=1, model=model, new=71)
+    evaluated(world, B, D, on=2, model=model, new=72)
+    world.get(C, on=3)
+    world.get(D, on=3)
 
 
 def filled_on_another(world: GpuWorld) -> None:

@@ -135,6 +135,27 @@ GPU_PROGRAMS = [
         several(lambda w: w.gather([A], on=1), lambda w: w.gather([B], on=2, drop=True)),
         before=stored(A, B),
     ),
+    gpu_program(
+        "put|gather together", lambda w: w.put(A, value(9), on=1), lambda w: batch_acts.together(w, A, B, on=2)
+    ),
+    gpu_program(
+        "gather together, then reused",
+        several(lambda w: batch_acts.together(w, A, on=1), put_often(B, 20, 2, on=2)),
+        before=stored(A, tokens=WHOLE),
+        evicting=True,
+        **TINY,
+    ),
+    gpu_program(
+        "gather, gather together and drop",
+        several(lambda w: w.gather([A, B], on=1), lambda w: batch_acts.together(w, B, A, on=2, drop=True)),
+        before=stored(A, B),
+    ),
+    gpu_program(
+        "gather together, gather again",
+        several(lambda w: batch_acts.together(w, A, B, on=1), lambda w: w.gather([B, A], on=2)),
+        before=stored(A, B),
+    ),
+    gpu_program("evaluate on two", lambda w: batch_acts.evaluated_on_two(w), before=stored(A, B)),
     gpu_program("gather, wait on another and drop", lambda w: batch_acts.dropped_after_wait(w), before=stored(A)),
     gpu_program(
         "gather|commit on another|gather",

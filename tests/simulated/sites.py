@@ -46,7 +46,7 @@ OWNERS = {
     ),
     "join": ("concurrent_kv.device.stream_uses.StreamUses.join",),
     "finish": ("concurrent_kv.device.stream_uses.StreamUses.finish",),
-    "use_here": ("concurrent_kv.pool.batch.Batch.use_here",),
+    "use_here": ("concurrent_kv.pool.padded_rows.PaddedRows.use_here",),
     "settle": ("concurrent_kv.model.overflow.settle", "concurrent_kv.device.positions.settle"),
     "_protect": ("concurrent_kv.device.moving._protect",),
 }
@@ -57,6 +57,11 @@ OF_OTHERS = {
     ("model.py", "share"),
     ("plan.py", "share"),
     ("attach.py", "share"),
+    ("call.py", "settle"),
+    ("joint.py", "settle"),
+    ("evaluator.py", "finish"),
+    ("queue.py", "finish"),
+    ("queue.py", "join"),
 }  # other things of the same names
 
 
