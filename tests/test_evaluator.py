@@ -18,10 +18,14 @@ import torch
 from concurrent_kv import (
     CapacityError,
     ClosedError,
+    DropAndCorrect,
+    DropLazily,
+    DropOldest,
     InvalidArgumentError,
     InvalidTypeError,
     KeyNotFoundError,
     KVCacheManager,
+    PositionSteps,
     ReentrantCallError,
     Search,
     SearchEndedError,
@@ -816,3 +820,95 @@ def test_leaves_of_other_managers_and_other_things_are_refused(manager: KVCacheM
     with pytest.raises(InvalidTypeError, match="must be a KVCacheManager"):
         Evaluator("manager", model)  # type: ignore[arg-type]
     other.close()
+
+
+# What is read and stored ----------------------------------------------------------------------------------------------
+
+
+LIMIT, DROPPED = 9, 3
+DIFFERENCE = torch.randint(1, 5, (LAYERS, 2, HEADS, WINDOW, HEAD_DIM)).float()
+
+
+def overflows(manager: KVCacheManager) -> dict[str, Any]:
+    layout = manager.storage.layout
+    return {
+        "oldest": DropOldest(LIMIT, DROPPED),
+        "correct": DropAndCorrect(LIMIT, DROPPED, DIFFERENCE, layout),
+        "lazily": DropLazily(LIMIT, DROPPED, PositionSteps(layout, DROPPED, DIFFERENCE)),
+    }
+
+
+@pytest.mark.parametrize("overflow", ["oldest", "correct", "lazily"])
+@pytest.mark.parametrize("row_sizes", [(), (8,)])
+def test_what_is_read_and_stored_together_is_what_each_search_reads_and_stores_alone(
+    manager: KVCacheManager, overflow: str, row_sizes: Sequence[int]
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def appends(batch: Any, numbers: Sequence[int]) -> Evaluated[None]:
+        seen.extend(
+            batch.data[:, row, :, batch.start - held : batch.start].clone()
+            for row, held in enumerate(batch.lengths[: len(numbers)])
+        )
+        new = torch.zeros(batch.batch_size, HEADS, NEW, HEAD_DIM)
+        for row, number in enumerate(numbers):
+            new[row] = number
+        for layer in range(LAYERS):
+            batch.append(layer, new, new + 0.5)
+        return Evaluated([None] * len(numbers))
+
+    alone = new_manager(recur_slots=100_000)
+    evaluator: Any = Evaluator(manager, appends, room=NEW, max_rows=8, row_sizes=row_sizes)
+    draw = random.Random(5)
+    options = overflows(manager)[overflow], overflows(alone)[overflow]
+    with (
+        manager.search([0, 1], overflow=options[0]) as first,
+        manager.search([2], overflow=options[0]) as second,
+        alone.search([0, 1], overflow=options[1]) as first_alone,
+        alone.search([2], overflow=options[1]) as second_alone,
+    ):
+        known: dict[int, list[Any]] = {env: ["root"] for env in range(3)}
+        for step in range(12):
+            asked = [(env, draw.choice(known[env][-3:]), (env, step), 10 * step + env) for env in (2, 0, 1)]
+            evaluator.evaluate_many(
+                [leaf(second if env == 2 else first, parent, key, number, env) for env, parent, key, number in asked]
+            )
+            together, seen[:] = list(seen), []
+            for env, parent, key, number in asked:
+                of_env = second_alone if env == 2 else first_alone
+                with of_env.gather([parent], [env], room=NEW) as batch:
+                    appends(batch, [number])
+                    of_env.commit([key], batch)
+                known[env].append(key)
+            assert all(map(torch.equal, together, seen))
+            seen.clear()
+    alone.check_integrity()
+    alone.close()
+
+
+def test_a_model_compiled_for_fixed_shapes_is_compiled_once_for_each_size(manager: KVCacheManager) -> None:
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def totals(rows: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return rows.sum((0, 2, 3, 4)) + 0 * padding
+
+    torch._dynamo.reset()
+    compiled = torch.compile(totals, backend=compiler, dynamic=False)
+    sums: list[float] = []
+
+    def looking(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        sums.extend(compiled(batch.data[:, :, :, : batch.start], batch.padding)[: len(numbers)].tolist())
+        return model(batch, numbers)
+
+    evaluator = Evaluator(manager, looking, max_rows=4, row_sizes=(2, 4), room=NEW)
+    with manager.search([0, 1]) as search:
+        for step, rows in enumerate((1, 2, 3, 4, 2, 1, 3)):
+            sums.clear()
+            evaluator.evaluate_many([leaf(search, "root", (step, row), row, row % 2) for row in range(rows)])
+            assert sums == [root_sum(row % 2) for row in range(rows)]
+    assert len(graphs) == 2
+    torch._dynamo.reset()
