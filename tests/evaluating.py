@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -73,3 +75,14 @@ def counted_now(evaluator: Evaluator[Any, Any]) -> tuple[int, ...]:
     with waits._lock:
         waits._is_due()  # which notes the workers that were dropped
     return tuple(len(each) for each in (waits._rows, waits._groups, waits._workers, waits._waiting, waits._queued))
+
+
+@contextmanager
+def cheap_collections() -> Iterator[None]:
+    """What is here before is no garbage, and need not be looked at by each collection."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -15,12 +17,15 @@ import pytest
 
 from concurrent_kv import ClosedError, KeyNotFoundError, KVCacheManager, WaitTimeoutError
 from concurrent_kv.aio import AsyncEvaluator
+from concurrent_kv.aio import evaluator as async_module
 from concurrent_kv.evaluation import Evaluator
+from concurrent_kv.evaluation import queue as queue_module
 from tests.async_support import LOOPS, join_workers, run_on
 from tests.cancelling import WAYS
-from tests.evaluating import ENVS, counted_now, look_every, model, new_manager, root_sum, value_after
+from tests.evaluating import ENVS, cheap_collections, counted_now, look_every, model, new_manager, root_sum, value_after
+from tests.interrupting import cut_at
 from tests.support import HANG_SECONDS
-from tests.test_evaluator import Gated, Threads, leaf, play_tree, wait_until
+from tests.test_evaluator import Gated, Looks, Threads, leaf, play_tree, wait_until
 
 ON_LOOP = pytest.mark.parametrize("on_loop", [False, True])
 EACH_LOOP = pytest.mark.parametrize("loop", LOOPS)
@@ -29,7 +34,7 @@ EACH_LOOP = pytest.mark.parametrize("loop", LOOPS)
 @pytest.fixture(autouse=True)
 def woken_or_never(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks by itself: a wake-up that is missing is a hang."""
-    look_every(HANG_SECONDS, monkeypatch)
+    look_every(10 * HANG_SECONDS, monkeypatch)
 
 
 @pytest.fixture
@@ -262,6 +267,30 @@ def test_a_task_cancelled_at_any_checkpoint_holds_nobody_up_and_is_counted_no_mo
 
 
 @EACH_LOOP
+def test_a_task_that_is_woken_between_its_look_and_its_wait_looks_again_and_once(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    evaluator = AsyncEvaluator(Evaluator(manager, model, max_wait_seconds=HANG_SECONDS))
+    one, other, leaving = [evaluator.worker() for _ in range(3)]
+    looks = Looks(leaving.close, monkeypatch)
+
+    async def main() -> None:
+        async def waits() -> None:
+            assert await one.evaluate(leaf(search, "root", 1, 1)) == value_after(root_sum(0), 1)[0]
+
+        with manager.search([0]) as search:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(waits)
+                await until(lambda: looks.count == 2)
+                for _ in range(200):  # it sleeps now: the event that woke it is not that which it waits for
+                    await anyio.lowlevel.checkpoint()
+                assert looks.count == 2
+                other.close()
+
+    run_on(loop, main)
+
+
+@EACH_LOOP
 def test_a_call_finds_a_worker_where_all_places_are_taken_by_those_who_wait_for_it(
     manager: KVCacheManager, loop: str
 ) -> None:
@@ -342,3 +371,24 @@ def test_a_call_in_a_worker_runs_in_the_streams_of_its_task(
     run_on(loop, main)
     assert entered == called_in * 2
     assert threading.get_ident() not in called_in
+
+
+@ON_LOOP
+def test_a_task_that_is_cut_off_anywhere_leaves_nothing_waiting(manager: KVCacheManager, on_loop: bool) -> None:
+    files = {str(module.__file__) for module in (async_module, queue_module)}
+    evaluator = AsyncEvaluator(Evaluator(manager, model, max_wait_seconds=HANG_SECONDS), on_loop=on_loop)
+    number, was_cut = 0, True
+    with cheap_collections():
+        while was_cut:
+            number += 1
+            with manager.search([0], entries=20) as search:
+
+                async def main(search: Any = search) -> None:
+                    with evaluator.worker() as worker:
+                        await worker.evaluate(leaf(search, "root", 1, 1))
+
+                was_cut = cut_at(number, partial(run_on, "asyncio", main), files)
+                join_workers()
+                gc.collect()
+                assert counted_now(evaluator.sync) == (0, 0, 0, 0, 0)
+    assert number > 30

@@ -9,6 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ from concurrent_kv import (
 from concurrent_kv.evaluation import NO_PARENT, Evaluated, Evaluator, Leaf
 from concurrent_kv.evaluation import evaluator as evaluator_module
 from concurrent_kv.evaluation import queue as queue_module
+from concurrent_kv.evaluation.call import calls_here
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool.joint import JointBatch
 from tests.evaluating import (
@@ -44,6 +46,7 @@ from tests.evaluating import (
     LAYERS,
     NEW,
     WINDOW,
+    cheap_collections,
     counted_now,
     look_every,
     model,
@@ -58,7 +61,7 @@ from tests.support import HANG_SECONDS
 @pytest.fixture(autouse=True)
 def woken_or_never(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks by itself: a wake-up that is missing is a hang."""
-    look_every(HANG_SECONDS, monkeypatch)
+    look_every(10 * HANG_SECONDS, monkeypatch)
 
 
 @pytest.fixture
@@ -255,6 +258,43 @@ def test_a_call_waits_for_all_workers_and_no_longer(manager: KVCacheManager) -> 
         assert gated.rows == [3, 2]
 
 
+class Looks:
+    """Counts how often a queue is looked at before a wait, and does something between the first look and its wait."""
+
+    def __init__(self, between: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        plain = queue_module.LeafQueue.seconds_until_due
+
+        def looks(queue: queue_module.LeafQueue) -> float:
+            seconds = plain(queue)
+            if queue.waiting_rows:
+                self.count += 1
+                if self.count == 1:
+                    between()
+            return seconds
+
+        monkeypatch.setattr(queue_module.LeafQueue, "seconds_until_due", looks)
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_who_is_woken_between_its_look_and_its_wait_looks_again_and_once(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch, own_thread: bool
+) -> None:
+    evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS, own_thread=own_thread)
+    one, other, leaving = [evaluator.worker() for _ in range(3)]
+    looks = Looks(leaving.close, monkeypatch)
+    threads = Threads()
+    with manager.search([0]) as search:
+        threads.start(lambda: one.evaluate(leaf(search, "root", 1, 1)))
+        wait_until(lambda: looks.count == 2)
+        for _ in range(200):  # it sleeps now: the signal that woke it is not that which it waits for
+            time.sleep(0)
+        assert looks.count == 2
+        other.close()
+        assert threads.join() == [value_after(root_sum(0), 1)[0]]
+    evaluator.close()
+
+
 def test_a_worker_that_is_dropped_is_waited_for_no_longer(manager: KVCacheManager) -> None:
     evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
     one, other = evaluator.worker(), evaluator.worker()
@@ -372,6 +412,7 @@ def test_a_leaf_without_its_parent_hears_so_and_the_others_go_on(manager: KVCach
         leaves = [leaf(search, "root", 1, 1), leaf(search, "nowhere", 2, 2), leaf(search, "root", 3, 3)]
         with pytest.raises(KeyNotFoundError, match="nowhere"):
             evaluator.evaluate_many(leaves)
+        assert not search._state.ledger.abandoned  # what was looked up with it is not left to a finaliser
         assert search.contains(1)
         assert not search.contains(2)
         assert search.contains(3)
@@ -521,6 +562,48 @@ def test_two_leaves_of_one_key_are_both_answered_and_the_later_is_kept(manager: 
             assert batch.side == (("side", values[1]),)
 
 
+def test_what_a_call_that_failed_has_read_is_let_go_though_its_error_is_kept(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise ValueError("no copy")
+
+    evaluator = Evaluator(manager, model)
+    with manager.search([0]) as search:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(manager.storage.tensor), "gather_together", fails)
+            with pytest.raises(ValueError, match="no copy") as caught:
+                evaluator.evaluate(leaf(search, "root", 1))
+        before = manager.check_integrity().handles
+        del caught
+        gc.collect()
+        assert manager.check_integrity().handles == before == 1  # the search itself
+        assert evaluator.evaluate(leaf(search, "root", 1, 1)) == value_after(root_sum(0), 1)[0]
+
+
+def test_an_error_between_two_searches_is_not_heard_by_the_first(manager: KVCacheManager) -> None:
+    class Answers(list[int]):
+        def __getitem__(self, place: Any) -> Any:
+            if isinstance(place, slice) and place.start:
+                raise ValueError("only the first")
+            return super().__getitem__(place)
+
+    def half(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        return Evaluated(Answers(model(batch, numbers).outputs))
+
+    evaluator = Evaluator(manager, half, max_wait_seconds=HANG_SECONDS)
+    threads = Threads()
+    with manager.search([0]) as first, manager.search([1]) as second:
+        one, other = evaluator.worker(), evaluator.worker()
+        threads.start(lambda: one.evaluate(leaf(first, "root", 1, 1)))
+        wait_until(lambda: evaluator.queue.waiting_rows == 1)
+        threads.start(lambda: other.evaluate(leaf(second, "root", 1, 1, 1)))
+        value, error = threads.join()
+        assert value == value_after(root_sum(0), 1)[0]
+        assert isinstance(error, ValueError)
+        assert first.contains(1)
+
+
 def test_a_wait_for_room_is_not_made_once_more_for_each_leaf(
     manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,15 +633,20 @@ def test_an_error_of_the_model_says_where_it_was_raised(manager: KVCacheManager)
 def test_a_model_that_asks_its_own_evaluator_hears_so_and_another_it_may_ask(manager: KVCacheManager) -> None:
     def asks(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
         with manager.search([1]) as search:
+            kept.append(copy_context())
             answers = [evaluators[number].evaluate(leaf(search, "root", 1, 2, 1)) for number in numbers]
         model(batch, numbers)
         return Evaluated(answers)
 
     evaluators = [Evaluator(manager, asks), Evaluator(manager, model)]
+    kept: list[Context] = []
     with manager.search([0]) as search:
         with pytest.raises(ReentrantCallError, match="its own model"):
             evaluators[0].evaluate(leaf(search, "root", 1, 0))
         assert evaluators[0].evaluate(leaf(search, "root", 1, 1)) == value_after(root_sum(1), 2)[0]
+        # Whoever the model has left behind, such as a task that it began, may ask when the call is over.
+        assert kept[0].run(evaluators[0].evaluate, leaf(search, "root", 1, 1)) == value_after(root_sum(1), 2)[0]
+    assert calls_here.get() == ()
 
 
 @pytest.mark.parametrize("own_thread", [False, True])
@@ -605,6 +693,18 @@ def test_a_model_that_answers_something_else_is_told_so(manager: KVCacheManager,
     evaluator: Evaluator[int, int] = Evaluator(manager, lambda batch, numbers: answer)
     with manager.search([0]) as search, pytest.raises((InvalidTypeError, InvalidArgumentError), match=words):
         evaluator.evaluate(leaf(search, "root", 1))
+
+
+def test_a_row_of_a_pool_that_outgrows_the_window_is_cut_as_the_evaluator_says(manager: KVCacheManager) -> None:
+    limit = 9
+    evaluator = Evaluator(manager, model, room=NEW, overflow=DropOldest(limit, 3))
+    pool, parent = manager.init_pools[0], "root"
+    for number in range(8):
+        key = f"{number}"
+        evaluator.evaluate(Leaf(pool, parent, key, number))
+        parent = key
+    with pool.gather([parent]) as batch:
+        assert 0 < batch.lengths[0] <= limit
 
 
 def test_of_leaves_that_do_not_all_fit_those_that_do_are_stored() -> None:
@@ -704,21 +804,31 @@ def test_a_caller_that_is_cut_off_anywhere_holds_nobody_up_and_is_counted_no_mor
                 wait_until(lambda: evaluator.queue.waiting_rows == 1)
                 leaves = [leaf(search, "root", each, each) for each in range(2)]
                 was_cut = cut_at(number, partial(cut_off.evaluate_many, leaves), files, jumps=True)
+                assert evaluator.queue.waiting_rows <= 1  # the other's
                 cut_off.close()
                 assert threads.join() == [value_after(root_sum(1), 1)[0]]
         assert counted_now(evaluator) == (0, 0, 0, 0, 0)
         if not was_cut:
             break
     assert number > 100
+    with cheap_collections():
+        for place in range(1, 30):
+            cut_at(place, evaluator.worker, files)
+            gc.collect()
+            assert counted_now(evaluator) == (0, 0, 0, 0, 0)
     manager.repair()  # what a commit had, and was cut off
 
 
-def test_a_dropped_evaluator_ends_its_thread(manager: KVCacheManager) -> None:
+@pytest.mark.parametrize("how", ["dropped", "closed"])
+def test_an_evaluator_that_is_dropped_or_closed_ends_its_thread(manager: KVCacheManager, how: str) -> None:
     before = set(threading.enumerate())
     evaluator = Evaluator(manager, model, own_thread=True)
     (thread,) = set(threading.enumerate()) - before
-    del evaluator
-    gc.collect()
+    if how == "dropped":
+        del evaluator
+        gc.collect()
+    else:
+        evaluator.close()
     thread.join(HANG_SECONDS)
     assert not thread.is_alive()
 
@@ -728,9 +838,14 @@ def test_a_dropped_evaluator_ends_its_thread(manager: KVCacheManager) -> None:
 
 def test_with_row_sizes_a_batch_has_the_same_shape_and_memory_each_time(manager: KVCacheManager) -> None:
     seen: list[tuple[tuple[int, ...], int, int]] = []
+    kept: list[torch.Tensor] = []  # other memory would be at other addresses
+    weight = torch.ones((), requires_grad=True)
 
     def looking(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
         seen.append((tuple(batch.data.shape), batch.data.data_ptr(), batch.start))
+        kept.append(batch.data)
+        assert batch.data.grad_fn is None  # what the call before wrote into it, with whatever gradients, is over
+        batch.data.mul_(weight)
         assert not batch.data[:, len(numbers) :].any()
         assert batch.padding.tolist()[len(numbers) :] == [batch.start] * (batch.batch_size - len(numbers))
         return model(batch, numbers)

@@ -5,15 +5,13 @@ Callers are played here: one after the other, each looks, makes a call, gives up
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from concurrent_kv import ClosedError
 from concurrent_kv.evaluation import queue as module
@@ -24,10 +22,7 @@ from tests.interrupting import cut_at
 FILES = {module.__file__}
 MAX_WAIT = 5.0
 NEVER = 1e9
-
-PICK = st.integers(0, 1000)
-PLACE = st.integers(1, 60)
-ENDINGS = st.lists(st.sampled_from(["settled", "settled", "failed", "left"]), min_size=6, max_size=6)
+RUNS, STEPS = 40, 120
 
 
 class Clock:
@@ -51,13 +46,11 @@ class Caller:
         self.makes: Group | None = None
 
 
-class Queue(RuleBasedStateMachine):
-    @initialize(max_rows=st.integers(1, 4), parallel=st.integers(1, 3), own_thread=st.booleans())
-    def begin(self, max_rows: int, parallel: int, own_thread: bool) -> None:
+class Played:
+    """A queue, the model of it, and all who use it."""
+
+    def __init__(self, max_rows: int, parallel: int, own_thread: bool) -> None:
         self.clock = Clock()
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(module, "time", self.clock)
-        self.patch.setattr(module, "LOOK_SECONDS", NEVER)
         self.max_rows, self.parallel = max_rows, parallel
         self.queue = LeafQueue(max_rows=max_rows, max_wait_seconds=MAX_WAIT, parallel_calls=parallel)
         self.workers: list[Worker] = []
@@ -75,11 +68,6 @@ class Queue(RuleBasedStateMachine):
     def tell_threads(self) -> None:
         for thread in self.threads:
             thread.told = True
-
-    def teardown(self) -> None:
-        if hasattr(self, "patch"):
-            self.end_all()
-            self.patch.undo()
 
     def end_all(self) -> None:
         """Everybody makes an end: nobody is left, and nothing is counted."""
@@ -105,8 +93,8 @@ class Queue(RuleBasedStateMachine):
 
     def counted(self) -> tuple[int, ...]:
         queue: Any = self.queue
-        while queue._gone:
-            queue._workers.discard(queue._gone.popleft())
+        while queue.gone:
+            queue._workers.discard(queue.gone.popleft())
         return (
             len(queue._rows),
             len(queue._groups),
@@ -206,7 +194,7 @@ class Queue(RuleBasedStateMachine):
 
     def all_look_by_themselves(self) -> None:
         """After `LOOK_SECONDS`: where those who were to be woken were not, as whoever does it was cut off."""
-        for caller in self.callers:
+        for caller in [*self.callers, *self.threads]:
             caller.told = True
 
     def cut(self, work: Callable[[], object], place: int) -> bool:
@@ -215,7 +203,6 @@ class Queue(RuleBasedStateMachine):
 
     # What may happen -----------------------------------------------------------------------------------------------
 
-    @rule()
     def a_worker_joins(self) -> None:
         if self.closed:
             with pytest.raises(ClosedError):
@@ -223,7 +210,6 @@ class Queue(RuleBasedStateMachine):
         else:
             self.workers.append(Worker(self.queue))
 
-    @rule(pick=PICK, how=st.sampled_from(["close", "drop"]))
     def a_worker_leaves(self, pick: int, how: str) -> None:
         busy = {caller.worker for caller in self.callers}
         idle = [worker for worker in self.workers if worker not in busy]
@@ -236,12 +222,10 @@ class Queue(RuleBasedStateMachine):
             idle.clear()
             del worker  # the last to name it
 
-    @rule(pick=PICK)
     def a_worker_that_waits_is_closed(self, pick: int) -> None:
         if self.workers:
             self.workers[pick % len(self.workers)].close()
 
-    @rule(rows=st.integers(1, 6), pick=PICK, as_worker=st.booleans(), place=st.none() | PLACE)
     def leaves_come(self, rows: int, pick: int, as_worker: bool, place: int | None) -> None:
         busy = {caller.worker for caller in self.callers}
         idle = [worker for worker in self.workers if worker not in busy and worker.registered]
@@ -266,22 +250,17 @@ class Queue(RuleBasedStateMachine):
             self.callers.append(caller)
             self.waiting += ticket.rows
 
-    @rule(pick=PICK)
     def someone_looks(self, pick: int) -> None:
         looking = [caller for caller in [*self.callers, *self.threads] if caller.makes is None]
         if looking:
             self.look(looking[pick % len(looking)])
 
-    @precondition(lambda self: any(caller.told for caller in self.looking()))
-    @rule()
     def all_who_were_told_look(self) -> None:
         for caller in [caller for caller in self.looking() if caller.told]:
             self.look(caller)
 
-    @precondition(lambda self: self.looking() and not self.threads)
-    @rule(pick=PICK, place=PLACE)
     def someone_is_cut_off_looking(self, pick: int, place: int) -> None:
-        looking = [caller for caller in self.looking() if caller.ticket is not None and not caller.ticket.is_over]
+        looking = [] if self.threads else [each for each in self.looking() if each.ticket and not each.ticket.is_over]
         if not looking:
             return
         caller = looking[pick % len(looking)]
@@ -299,16 +278,14 @@ class Queue(RuleBasedStateMachine):
         if self.closed:
             self.all_look_by_themselves()
 
-    @precondition(lambda self: self.making())
-    @rule(pick=PICK, endings=ENDINGS)
     def a_call_ends(self, pick: int, endings: list[str]) -> None:
-        making = self.making()
-        self.end_call(making[pick % len(making)], endings)
+        if making := self.making():
+            self.end_call(making[pick % len(making)], endings)
 
-    @precondition(lambda self: self.making())
-    @rule(pick=PICK, endings=ENDINGS, place=PLACE)
     def the_end_of_a_call_is_cut_off(self, pick: int, endings: list[str], place: int) -> None:
         making = self.making()
+        if not making:
+            return
         caller = making[pick % len(making)]
         group, caller.makes = caller.makes, None
         assert group is not None
@@ -322,9 +299,7 @@ class Queue(RuleBasedStateMachine):
         self.back(rows)
         caller.told = True
 
-    @precondition(lambda self: self.making())
-    @rule(pick=PICK, endings=ENDINGS)
-    def a_caller_leaves_its_call_to_another_thread(self, pick: int, endings: list[str]) -> None:
+    def a_caller_leaves_its_call_to_another_thread(self, pick: int) -> None:
         making = [caller for caller in self.making() if caller.ticket is not None]
         if making:
             caller = making[pick % len(making)]
@@ -333,34 +308,31 @@ class Queue(RuleBasedStateMachine):
             self.queue.part(Group(caller.ticket), caller.ticket)
             self.leave(caller)
 
-    @precondition(lambda self: self.orphans)
-    @rule(endings=ENDINGS)
     def a_call_without_its_caller_ends(self, endings: list[str]) -> None:
-        self.finish(self.orphans.pop(), endings)
+        if self.orphans:
+            self.finish(self.orphans.pop(), endings)
 
-    @precondition(lambda self: self.callers)
-    @rule(pick=PICK, place=st.none() | PLACE)
     def someone_gives_up(self, pick: int, place: int | None) -> None:
+        if not self.callers:
+            return
         caller = self.callers[pick % len(self.callers)]
         group = caller.makes or Group(caller.ticket)
         rows = list(group.rows)
-        if place is None or self.cut(lambda: self.queue.part(group, caller.ticket), place):
+        was_cut = place is not None and self.cut(lambda: self.queue.part(group, caller.ticket), place)
+        if was_cut:
+            self.all_look_by_themselves()
+        if place is None or was_cut:
             self.queue.part(group, caller.ticket)
         caller.makes = None
         self.leave(caller)
         self.back(rows)
 
-    @rule(seconds=st.sampled_from([0.1, 1.0, MAX_WAIT]))
     def time_goes_on(self, seconds: float) -> None:
         self.clock.now += seconds
         for caller in [*self.callers, *self.threads]:
             caller.told |= caller.until <= self.clock.now
 
-    @precondition(lambda self: not self.closed)
-    @rule(often=st.integers(0, 5), how=st.sampled_from(["close", "drop"]), place=st.none() | PLACE)
-    def it_is_closed(self, often: int, how: str, place: int | None) -> None:
-        if often:  # most runs go on
-            return
+    def it_is_closed(self, how: str, place: int | None) -> None:
         self.closed = True
         if how == "drop":
             self.queue.close_unlocked()
@@ -374,9 +346,8 @@ class Queue(RuleBasedStateMachine):
 
     # What always holds ---------------------------------------------------------------------------------------------
 
-    @invariant()
     def everything_is_counted_once(self) -> None:
-        if not hasattr(self, "queue") or (self.closed and self.queue.waiting_rows):
+        if self.closed and self.queue.waiting_rows:
             return
         queue: Any = self.queue
         assert list(queue._rows) == self.waiting
@@ -394,9 +365,8 @@ class Queue(RuleBasedStateMachine):
         stats = self.queue.stats()
         assert (stats.rows, stats.calls) == (self.rows, self.calls)
 
-    @invariant()
     def whoever_can_make_a_call_that_is_due_will_look_in_time(self) -> None:
-        if not hasattr(self, "queue") or self.closed or len(self.groups()) >= self.parallel:
+        if self.closed or len(self.groups()) >= self.parallel:
             return
         queued = {row.ticket for row in self.waiting}
         concerned = [caller for caller in self.looking() if self.threads or caller.ticket in queued]
@@ -405,14 +375,54 @@ class Queue(RuleBasedStateMachine):
             until = min(caller.until for caller in concerned)
             assert until <= self.waiting[0].ticket.since + MAX_WAIT, "nobody looks when it is time"
 
-    @invariant()
     def whoever_has_it_all_will_look(self) -> None:
-        for caller in getattr(self, "callers", ()):
+        for caller in self.callers:
+            assert caller.ticket is not None
             assert caller.told or caller.makes is not None or not caller.ticket.is_over, "nobody was told of its end"
 
+    def play(self, draw: random.Random) -> None:
+        """One thing that may happen, and what holds after it."""
+        pick, endings = draw.randrange(1000), draw.choices(["settled", "failed", "left"], [2, 1, 1], k=6)
+        place = draw.choice([None, draw.randrange(1, 40)])
+        actions: list[tuple[int, Callable[[], None]]] = [
+            (2, self.a_worker_joins),
+            (1, lambda: self.a_worker_leaves(pick, draw.choice(["close", "drop"]))),
+            (1, lambda: self.a_worker_that_waits_is_closed(pick)),
+            (6, lambda: self.leaves_come(draw.randrange(1, 6), pick, draw.random() < 0.6, draw.choice([None, place]))),
+            (4, lambda: self.someone_looks(pick)),
+            (4, self.all_who_were_told_look),
+            (1, lambda: self.someone_is_cut_off_looking(pick, place or 1)),
+            (4, lambda: self.a_call_ends(pick, endings)),
+            (2, lambda: self.the_end_of_a_call_is_cut_off(pick, endings, place or 1)),
+            (1, lambda: self.a_caller_leaves_its_call_to_another_thread(pick)),
+            (2, lambda: self.a_call_without_its_caller_ends(endings)),
+            (2, lambda: self.someone_gives_up(pick, place)),
+            (2, lambda: self.time_goes_on(draw.choice([0.1, 1.0, MAX_WAIT]))),
+        ]
+        draw.choices([action for _, action in actions], [weight for weight, _ in actions])[0]()
+        self.everything_is_counted_once()
+        self.whoever_can_make_a_call_that_is_due_will_look_in_time()
+        self.whoever_has_it_all_will_look()
 
-TestQueue = Queue.TestCase
-TestQueue.settings = settings(max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None)
+
+@pytest.mark.parametrize("own_thread", [False, True])
+@pytest.mark.parametrize("parallel", [1, 2, 3])
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_in_any_order_each_leaf_is_evaluated_once_and_whoever_should_look_is_told(
+    max_rows: int, parallel: int, own_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(RUNS):
+        draw = random.Random(seed)
+        played = Played(max_rows, parallel, own_thread)
+        monkeypatch.setattr(module, "time", played.clock)
+        monkeypatch.setattr(module, "LOOK_SECONDS", NEVER)
+        for _ in range(draw.randrange(5, STEPS)):
+            played.play(draw)
+        if draw.random() < 0.5:
+            played.it_is_closed(draw.choice(["close", "drop"]), draw.choice([None, draw.randrange(1, 40)]))
+        for _ in range(10):
+            played.play(draw)
+        played.end_all()
 
 
 def test_a_cut_is_made_in_the_queue() -> None:

@@ -16,7 +16,7 @@ from ..device.cuda import current_streams
 from ..errors import WaitTimeoutError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.leaves import Leaf
-from ..evaluation.queue import LOOK_SECONDS, Group, Ticket, Worker
+from ..evaluation.queue import LOOK_SECONDS, Group, LeafQueue, Ticket, Worker
 from ..evaluation.stats import EvaluatorStats
 from ..never_copied import NeverCopied
 from .places import call_soon_here
@@ -88,8 +88,8 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                     if self._on_loop:
                         sync.run(group)
                     else:
-                        taken, group = group, Group(ticket)
-                        await _run_in_worker(sync, taken)
+                        await _run_in_worker(sync, group)
+                        group = Group(ticket)
                     continue
                 due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
                 left = until - time.monotonic()
@@ -101,9 +101,9 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                     await event.wait()
         finally:
             try:
-                queue.part(group, ticket)
+                _part(queue, group, ticket)
             except BaseException:  # an asynchronous exception has cut it off
-                queue.part(group, ticket)
+                _part(queue, group, ticket)
                 raise
 
 
@@ -125,23 +125,21 @@ class AsyncEvaluatorWorker(Worker, Generic[Inputs, Output]):
 
 async def _run_in_worker(sync: Evaluator[Inputs, Output], group: Group) -> None:
     """Make a call in a worker thread, in the task's streams. A task that is cancelled leaves the worker to end it."""
-    begun_by: list[str] = []  # the worker, or the task that has left before: in the order of their coming
     streams = current_streams()
 
     def work() -> None:
-        begun_by.append("worker")
-        if begun_by[0] == "worker":
+        if group.claim("worker"):
             try:
                 with streams:
                     sync.run(group)
             finally:
                 sync.queue.part(group)
 
-    try:
-        # A limiter of its own: the places of the loop's may all be taken by workers that wait for this very call. Of
-        # calls there are no more at once than the evaluator allows.
-        await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
-    finally:
-        begun_by.append("task")
-        if begun_by[0] == "task":
-            sync.queue.part(group)
+    # A limiter of its own: the places of the loop's may all be taken by workers that wait for this very call. Of calls
+    # there are no more at once than the evaluator allows.
+    await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+
+
+def _part(queue: LeafQueue, group: Group, ticket: Ticket) -> None:
+    """A task leaves; what a worker has begun is the worker's to end."""
+    queue.part(group if group.claim("task") else None, ticket)

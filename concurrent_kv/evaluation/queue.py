@@ -27,7 +27,7 @@ from .stats import CallTimes, EvaluatorCounters, EvaluatorStats
 __all__ = ["Group", "LeafQueue", "Row", "Ticket", "Worker"]
 
 # So often whoever waits looks by itself: it may have been left to one who looks no more, such as a task whose loop has
-# stopped.
+# stopped, and whoever should have woken it may have been cut off just before.
 LOOK_SECONDS = 1.0
 
 
@@ -99,11 +99,17 @@ class Group:
         caller: what whoever makes the call waits for itself; None for the evaluator's thread.
     """
 
-    __slots__ = ("caller", "rows")
+    __slots__ = ("_claims", "caller", "rows")
 
     def __init__(self, caller: Ticket | None = None) -> None:
         self.caller = caller
         self.rows: list[Row] = []
+        self._claims: list[str] = []  # in the order of their coming
+
+    def claim(self, who: str) -> bool:
+        """Whether it is for `who` to end it: a task, or the worker that it was handed to and that began. No lock."""
+        self._claims.append(who)
+        return self._claims[0] == who
 
 
 class Worker(Handle):
@@ -135,7 +141,8 @@ class Worker(Handle):
 
     def __del__(self) -> None:
         if self._joined:
-            self._queue.leave_unlocked(self._seat)
+            self._queue.gone.append(self._seat)  # here: an exception could arrive where another function begins
+            self._queue.wake_unlocked()
 
 
 class LeafQueue:
@@ -167,7 +174,7 @@ class LeafQueue:
         self._workers: set[object] = set()  # their seats
         self._waiting: set[Ticket] = set()  # of workers, that are not over
         self._queued: set[Ticket] = set()  # of them, those that have rows here
-        self._gone: deque[object] = deque()  # seats of workers that were dropped; appended to without the lock
+        self.gone: deque[object] = deque()  # seats of workers that were dropped; appended to without the lock
         self._counters = EvaluatorCounters()
         self.closed = False
         self.listener: Callable[[], object] | None = None  # who makes the calls, instead of callers
@@ -222,9 +229,9 @@ class LeafQueue:
         self._wake(looks)
         group.rows.clear()  # last: what is cut off before this is done again
 
-    def part(self, group: Group, ticket: Ticket | None = None) -> None:
+    def part(self, group: Group | None, ticket: Ticket | None = None) -> None:
         """Nobody makes the call of a group any more, nor waits for a ticket. Nothing happens the second time."""
-        if group.rows:
+        if group is not None and group.rows:
             self.finish(group, CallTimes(), 0)
         if ticket is not None:
             if not ticket.is_over:
@@ -267,7 +274,7 @@ class LeafQueue:
     def close_unlocked(self) -> None:
         """As `close`, for finalisers: takes no lock."""
         self.closed = True
-        self._wake_unlocked()
+        self.wake_unlocked()
 
     def stats(self) -> EvaluatorStats:
         """What was counted so far. Takes no lock inside a critical section, and may be a moment old there."""
@@ -295,17 +302,13 @@ class LeafQueue:
         """One worker less: the others may be all that there are. Nothing happens the second time."""
         self._check_process()
         if gate.is_inside:
-            self.leave_unlocked(seat)
+            self.gone.append(seat)
+            self.wake_unlocked()
             return
         with gate.lock, self._lock:
             self._workers.discard(seat)
             looks = self._who_looks()
         self._wake(looks)
-
-    def leave_unlocked(self, seat: object) -> None:
-        """As `leave`, for finalisers: takes no lock."""
-        self._gone.append(seat)
-        self._wake_unlocked()
 
     # Under the lock ------------------------------------------------------------------------------------------------
 
@@ -314,9 +317,9 @@ class LeafQueue:
             raise ClosedError("this evaluator is closed")
 
     def _is_due(self) -> bool:
-        while self._gone:
-            self._workers.discard(self._gone[0])
-            self._gone.popleft()
+        while self.gone:
+            self._workers.discard(self.gone[0])
+            self.gone.popleft()
         if not self._rows or len(self._groups) >= self._parallel:
             return False
         if len(self._rows) >= self._max_rows:
@@ -389,7 +392,6 @@ class LeafQueue:
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Take out what no call has taken yet: its caller waits no longer."""
-        self._check_process()
         with gate.lock, self._lock:
             if ticket.is_over:
                 return
@@ -405,7 +407,8 @@ class LeafQueue:
         else:
             looks.wake()
 
-    def _wake_unlocked(self) -> None:
+    def wake_unlocked(self) -> None:
+        """Have all who wait look, and the evaluator's threads: for finalisers, takes no lock."""
         _wake_all({row.ticket for row in self._rows.copy()})
         if self.listener is not None:
             self.listener()
