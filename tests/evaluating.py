@@ -73,7 +73,7 @@ def counted_now(evaluator: Evaluator[Any, Any]) -> tuple[int, ...]:
     """Rows, calls, workers, waiting workers, and those of them with rows, as an evaluator counts them."""
     waits: Any = evaluator.queue
     with waits._lock:
-        waits._is_due()  # which notes the workers that were dropped
+        waits._note_gone()  # which notes the workers that were dropped
     return tuple(len(each) for each in (waits._rows, waits._groups, waits._workers, waits._waiting, waits._queued))
 
 

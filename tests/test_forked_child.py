@@ -21,6 +21,7 @@ import torch
 from concurrent_kv import KVCacheManager, WrongProcessError
 from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.evaluation.queue import Group
+from concurrent_kv.evaluation.tickets import Run
 from concurrent_kv.locks.deadline import Deadline
 from tests.support import append, config, tokens
 
@@ -47,7 +48,7 @@ HARMLESS = {
     },
     "Pin": {"abandon"},
     "Claim": {"abandon", "computing", "over"},
-    "Evaluator": {"closed", "queue"},
+    "Evaluator": {"closed", "queue", "seconds_left"},
     "EvaluatorWorker": {"registered"},
 }  # fmt: skip
 
@@ -112,6 +113,7 @@ def walk() -> dict[str, set[str]]:
     append(batch, [2], 1)
     pin, claim = pool.pin("root"), pool.try_claim("computed")
     nonsense: Any = {}.get
+    nothing: list[Any] = []
     evaluator = Evaluator(manager, nonsense)
     worker = evaluator.worker()
     arguments: dict[str, Any] = {
@@ -151,6 +153,10 @@ def walk() -> dict[str, set[str]]:
         "timeout": 1.0,
         "worker": False,
         "group": Group(),
+        "search": (each for each in nothing),
+        "searches": [(each for each in nothing)],
+        "run": Run([], print),
+        "seconds": 1.0,
     }
     held, over = threading.Event(), threading.Event()
 

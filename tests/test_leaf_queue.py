@@ -15,8 +15,9 @@ import pytest
 
 from concurrent_kv import ClosedError
 from concurrent_kv.evaluation import queue as module
-from concurrent_kv.evaluation.queue import Group, LeafQueue, Row, Ticket, Worker
+from concurrent_kv.evaluation.queue import Group, LeafQueue, Worker
 from concurrent_kv.evaluation.stats import CallTimes
+from concurrent_kv.evaluation.tickets import Row, Ticket
 from tests.interrupting import cut_at
 
 FILES = {module.__file__}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -14,10 +14,11 @@ import anyio.to_thread
 from .._checks import check_seconds
 from ..device.cuda import current_streams
 from ..errors import WaitTimeoutError
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.leaves import Leaf
-from ..evaluation.queue import LOOK_SECONDS, Group, LeafQueue, Ticket, Worker
+from ..evaluation.evaluator import Evaluator, walks_of
+from ..evaluation.leaves import Leaf, Walk
+from ..evaluation.queue import LOOK_SECONDS, Group, LeafQueue, Worker
 from ..evaluation.stats import EvaluatorStats
+from ..evaluation.tickets import Run, Ticket
 from ..never_copied import NeverCopied
 from .places import call_soon_here
 
@@ -25,6 +26,7 @@ __all__ = ["AsyncEvaluator", "AsyncEvaluatorWorker"]
 
 Inputs = TypeVar("Inputs")
 Output = TypeVar("Output")
+Result = TypeVar("Result")
 
 
 class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
@@ -53,6 +55,57 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
         """See `Evaluator.evaluate_many`."""
         return await self.wait(leaves, timeout, worker=False)
+
+    async def run(self, search: Walk[Inputs, Output, Result], *, timeout: float | None = None) -> Result:
+        """See `Evaluator.run`. The generator is no coroutine: it yields leaves, and any thread may lead it on.
+
+        With `on_loop=True` the loop's other tasks have their turn after each call. A task that is cancelled leaves at
+        once; the search ends then, or at its next leaf if it runs just now.
+        """
+        return (await self.run_many([search], timeout=timeout))[0]
+
+    async def run_many(
+        self, searches: Iterable[Walk[Inputs, Output, Result]], *, timeout: float | None = None
+    ) -> list[Result]:
+        """See `Evaluator.run_many`."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        sync = self.sync
+        seconds = sync.timeout if timeout is None else check_seconds("timeout", timeout)
+        sync.check_caller()
+        queue, call_soon, event = sync.queue, call_soon_here(), anyio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # of a loop that has ended
+                call_soon(event.set)
+
+        run = Run(walks_of(searches), wake)
+        group = Group(run)
+        try:
+            queue.start(run)
+            while True:
+                event = anyio.Event()  # before it is looked at: who sets it from here on sets this one
+                if run.is_over:
+                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                    return run.results()
+                if sync.take(group):
+                    if self._on_loop:
+                        is_call = bool(group.rows)
+                        sync.work(group)
+                        if is_call:
+                            await anyio.lowlevel.checkpoint()
+                    else:
+                        await _run_in_worker(sync, group)
+                        group = Group(run)
+                    continue
+                due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
+                with anyio.move_on_after(min(due, sync.seconds_left(run, seconds))):
+                    await event.wait()
+        finally:
+            try:
+                _leave_run(queue, group, run)
+            except BaseException:  # an asynchronous exception has cut it off
+                _leave_run(queue, group, run)
+                raise
 
     def stats(self) -> EvaluatorStats:
         """See `Evaluator.stats`."""
@@ -86,7 +139,7 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                     return ticket.outputs()
                 if queue.listener is None and queue.take(group):
                     if self._on_loop:
-                        sync.run(group)
+                        sync.work(group)
                     else:
                         await _run_in_worker(sync, group)
                         group = Group(ticket)
@@ -124,14 +177,16 @@ class AsyncEvaluatorWorker(Worker, Generic[Inputs, Output]):
 
 
 async def _run_in_worker(sync: Evaluator[Inputs, Output], group: Group) -> None:
-    """Make a call in a worker thread, in the task's streams. A task that is cancelled leaves the worker to end it."""
+    """Do what was taken in a worker thread, in the task's streams. A cancelled task leaves the worker to end it."""
     streams = current_streams()
 
     def work() -> None:
         if group.claim("worker"):
             try:
                 with streams:
-                    sync.run(group)
+                    sync.work(group)
+                    while isinstance(group.caller, Run) and not group.caller.is_over and sync.take(group):
+                        sync.work(group)  # the run's walks are led to their end here, and those of others with them
             finally:
                 sync.queue.part(group)
 
@@ -140,6 +195,12 @@ async def _run_in_worker(sync: Evaluator[Inputs, Output], group: Group) -> None:
     await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 
-def _part(queue: LeafQueue, group: Group, ticket: Ticket) -> None:
+def _part(queue: LeafQueue, group: Group, ticket: Ticket | None = None) -> None:
     """A task leaves; what a worker has begun is the worker's to end."""
     queue.part(group if group.claim("task") else None, ticket)
+
+
+def _leave_run(queue: LeafQueue, group: Group, run: Run) -> None:
+    """As `_part`, of a task that has walks."""
+    _part(queue, group)
+    queue.leave_run(run)

@@ -4,7 +4,7 @@
 """
 
 from .evaluator import Evaluator, EvaluatorWorker
-from .leaves import NO_PARENT, Evaluated, Leaf
+from .leaves import NO_PARENT, Evaluated, Leaf, Walk
 from .stats import EvaluatorStats
 
-__all__ = ["NO_PARENT", "Evaluated", "Evaluator", "EvaluatorStats", "EvaluatorWorker", "Leaf"]
+__all__ = ["NO_PARENT", "Evaluated", "Evaluator", "EvaluatorStats", "EvaluatorWorker", "Leaf", "Walk"]

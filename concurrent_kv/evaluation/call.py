@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import hash_of
 from ..device.buffers import new_buffer
 from ..device.streams import NO_TICKS, Ticks
 from ..errors import (
@@ -26,10 +27,11 @@ from ..model.overflow import Overflow
 from ..pool.joint import JointBatch, Part, open_together
 from ..pool.pool import KVPool, gather_part_of_pool
 from ..pool.storage import KVStorage
-from ..search.search import Search, gather_part_of_search
-from .leaves import NO_PARENT, Evaluated, Model
-from .queue import Row
+from ..search.search import Search, gather_part_of_search, storage_of
+from .leaves import NO_PARENT, Evaluated, Leaf, Model
+from .queue import Group
 from .stats import CallTimes
+from .tickets import Row
 
 __all__ = ["ModelCall"]
 
@@ -71,6 +73,30 @@ class ModelCall:
     def is_made_here(self) -> bool:
         """Whether a call that is under way asks: its model, or what that has made in its context."""
         return any(token in self._under_way for token in calls_here.get())
+
+    def check_leaf(self, leaf: object) -> None:
+        """Raises if something is no leaf that can be handed in."""
+        if not isinstance(leaf, Leaf):
+            raise InvalidTypeError(f"leaves must be of type Leaf, got {type(leaf).__name__}")
+        store = leaf.store
+        if not isinstance(store, (Search, KVPool)):
+            raise InvalidTypeError(
+                f"leaf.store must be a Search or a KVPool (a facade's `sync`), got {type(store).__name__}"
+            )
+        if (storage_of(store) if isinstance(store, Search) else store.storage) is not self.storage:
+            raise InvalidArgumentError("leaf.store must be of the evaluator's manager, and is of another")
+        hash_of(leaf.parent, "leaf.parent")
+        hash_of(leaf.child, "leaf.child")
+
+    def work(self, group: Group, times: CallTimes) -> int:
+        """Lead the walks of a group on, or call the model for its rows; returns how many the model had."""
+        if not group.walkers:
+            return self.run(group.rows, times)
+        began = perf_counter()
+        for walker in group.walkers:
+            walker.lead_on(self.check_leaf)
+        times.walk = perf_counter() - began
+        return 0
 
     def run(self, rows: Sequence[Row], times: CallTimes) -> int:
         """Settle every row; what is raised here but not by an `Exception` leaves some as they were.

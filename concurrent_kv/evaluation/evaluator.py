@@ -5,33 +5,33 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
 
-from .._checks import check_seconds, hash_of, positive_int
+from .._checks import check_seconds, positive_int
 from ..errors import InvalidArgumentError, InvalidTypeError, ReentrantCallError, WaitTimeoutError
 from ..locks.gate import gate
 from ..locks.signal import Signal
 from ..manager import KVCacheManager
 from ..model.overflow import Overflow, check_overflow
 from ..pool.handle import Handle
-from ..pool.pool import KVPool
 from ..pool.storage import KVStorage
-from ..search.search import Search, storage_of
 from .call import ModelCall
-from .leaves import Leaf, Model
-from .queue import LOOK_SECONDS, Group, LeafQueue, Ticket, Worker
+from .leaves import Leaf, Model, Walk
+from .queue import LOOK_SECONDS, Group, LeafQueue, Worker
 from .stats import CallTimes, EvaluatorStats
+from .tickets import Run, Ticket
 
-__all__ = ["Evaluator", "EvaluatorWorker"]
+__all__ = ["Evaluator", "EvaluatorWorker", "leave_run", "walks_of"]
 
 logger = logging.getLogger("concurrent_kv")
 
 Inputs = TypeVar("Inputs")
 Output = TypeVar("Output")
+Result = TypeVar("Result")
 
 
 class Evaluator(Handle, Generic[Inputs, Output]):
@@ -135,6 +135,58 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         """
         return self.wait(leaves, timeout, worker=False)
 
+    def run(self, search: Walk[Inputs, Output, Result], *, timeout: float | None = None) -> Result:
+        """What a search returns that is written as a generator: it yields leaves, and is sent the output of each.
+
+        May block. Whoever makes the calls also leads all searches that run at the same time from leaf to leaf, in its
+        own thread: for one call of the model no thread has to wake another, which with a GIL takes longer than what a
+        search does between its leaves. So the generator runs in any thread, and while it does others wait for it: it
+        should not block, nor rely on what a thread has of its own (`torch.inference_mode`, context variables). Calls
+        wait for its next leaf as for a worker's.
+
+        An error of a leaf is raised where the generator yielded it, which may catch it and go on. Where the caller
+        leaves before the end (an error, a timeout, cancellation), the generator is closed, at its next leaf if it runs
+        just then.
+
+        Args:
+            search: the generator; see `Walk`.
+            timeout: seconds that one leaf of it waits at most; the evaluator's if left out.
+
+        Raises what the generator raises; `WaitTimeoutError`: no call was over in time; `ClosedError`;
+            `ReentrantCallError` as `evaluate`.
+        """
+        return self.run_many([search], timeout=timeout)[0]
+
+    def run_many(
+        self, searches: Iterable[Walk[Inputs, Output, Result]], *, timeout: float | None = None
+    ) -> list[Result]:
+        """What several such searches return, which run side by side. May block.
+
+        When all have ended, raises what the first of them raised that failed. Otherwise as `run`.
+        """
+        seconds = self.timeout if timeout is None else check_seconds("timeout", timeout)
+        self.check_caller()
+        queue, signal = self._queue, Signal()
+        run = Run(walks_of(searches), lambda: signal.set())
+        group = Group(run)
+        try:
+            queue.start(run)
+            while True:
+                signal = Signal()  # before it is looked at: who changes it from here on sets this one
+                if run.is_over:
+                    return run.results()
+                if self.take(group):
+                    self.work(group)
+                    continue
+                due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
+                signal.wait(min(due, self.seconds_left(run, seconds)))
+        finally:
+            try:
+                leave_run(queue, group, run)
+            except BaseException:  # an asynchronous exception has cut it off
+                leave_run(queue, group, run)
+                raise
+
     def stats(self) -> EvaluatorStats:
         """What was counted since it was made."""
         return self._queue.stats()
@@ -160,36 +212,45 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         """What waits."""
         return self._queue
 
-    def check(self, leaves: Iterable[Leaf[Inputs]]) -> list[Leaf[Inputs]]:
-        """Leaves that can be handed in; raises otherwise."""
-        storage, leaves = self._call.storage, list(leaves)
-        storage.check_process()
+    def check_caller(self) -> None:
+        """Raises if what calls must not wait for a call of the model."""
+        self._call.storage.check_process()
         gate.check("this evaluator")
         if self._call.is_made_here:
             raise ReentrantCallError(
                 "this evaluator was called by its own model, or by a finaliser that ran there: the call of the model "
                 "would wait for another one of itself; evaluate in advance, or with an evaluator of its own"
             )
+
+    def check(self, leaves: Iterable[Leaf[Inputs]]) -> list[Leaf[Inputs]]:
+        """Leaves that can be handed in; raises otherwise."""
+        self.check_caller()
+        leaves = list(leaves)
         for leaf in leaves:
-            if not isinstance(leaf, Leaf):
-                raise InvalidTypeError(f"leaves must be of type Leaf, got {type(leaf).__name__}")
-            if not isinstance(leaf.store, (Search, KVPool)):
-                raise InvalidTypeError(
-                    f"leaf.store must be a Search or a KVPool (a facade's `sync`), got {type(leaf.store).__name__}"
-                )
-            if (storage_of(leaf.store) if isinstance(leaf.store, Search) else leaf.store.storage) is not storage:
-                raise InvalidArgumentError("leaf.store must be of the evaluator's manager, and is of another")
-            hash_of(leaf.parent, "leaf.parent")
-            hash_of(leaf.child, "leaf.child")
+            self._call.check_leaf(leaf)
         return leaves
 
-    def run(self, group: Group) -> None:
-        """Make the call of rows that were taken, and give them back."""
+    def take(self, group: Group) -> bool:
+        """Whether there is something to do for a caller, which has it then. Not where threads of the evaluator's do."""
+        self._call.storage.check_process()
+        queue = self._queue
+        # Those have ended where it is closed; what is left are walks that hear of it.
+        return (queue.listener is None or queue.closed) and queue.take(group)
+
+    def work(self, group: Group) -> None:
+        """Do what was taken, and give it back."""
         times, rows = CallTimes(), 0
         try:
-            rows = self._call.run(group.rows, times)
+            rows = self._call.work(group, times)
         finally:
             self._queue.finish(group, times, rows)
+
+    def seconds_left(self, run: Run, seconds: float) -> float:
+        """How long a leaf of a run may still wait; raises where it has waited `seconds`."""
+        left = run.waits_since + seconds - time.monotonic()
+        if left <= 0:
+            raise _too_late(seconds)
+        return left
 
     def wait(self, leaves: Sequence[Leaf[Inputs]], timeout: float | None, *, worker: bool) -> list[Output]:
         """See `evaluate_many`."""
@@ -207,14 +268,12 @@ class Evaluator(Handle, Generic[Inputs, Output]):
                 if ticket.is_over:
                     return ticket.outputs()
                 if queue.listener is None and queue.take(group):
-                    self.run(group)
+                    self.work(group)
                     continue
                 due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
                 left = until - time.monotonic()
                 if left <= 0:
-                    raise WaitTimeoutError(
-                        f"this evaluator had not called the model for all leaves within {seconds:g} s"
-                    )
+                    raise _too_late(seconds)
                 signal.wait(min(due, left))
         finally:
             try:
@@ -278,10 +337,10 @@ def _own_stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _call_for_others(call: ModelCall, queue: LeafQueue, group: Group) -> None:
-    """As `Evaluator.run`, in a thread that nobody hears: callers hear of whatever ends a call."""
+    """As `Evaluator.work`, in a thread that nobody hears: callers hear of whatever ends a call."""
     times, rows = CallTimes(), 0
     try:
-        rows = call.run(group.rows, times)
+        rows = call.work(group, times)
     except BaseException as error:
         for row in group.rows:
             if not row.settled:
@@ -289,3 +348,24 @@ def _call_for_others(call: ModelCall, queue: LeafQueue, group: Group) -> None:
         logger.exception("the model ended a call of an evaluator's thread")
     finally:
         queue.finish(group, times, rows)
+
+
+def walks_of(searches: Iterable[Walk[Inputs, Output, Result]]) -> list[Walk[Inputs, Output, Result]]:
+    """Searches that can be run; raises otherwise."""
+    found = list(searches)
+    for search in found:
+        if not isinstance(search, Generator):
+            raise InvalidTypeError(
+                f"search must be a generator, which a function with a yield in it returns, got {type(search).__name__}"
+            )
+    return found
+
+
+def leave_run(queue: LeafQueue, group: Group, run: Run) -> None:
+    """A caller leaves: what it has taken goes on, what it has begun ends."""
+    queue.part(group)
+    queue.leave_run(run)
+
+
+def _too_late(seconds: float) -> WaitTimeoutError:
+    return WaitTimeoutError(f"this evaluator had not called the model for all leaves within {seconds:g} s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeAlias, TypeVar
@@ -11,10 +11,11 @@ from ..pool.joint import JointBatch
 from ..pool.pool import KVPool
 from ..search.search import Search
 
-__all__ = ["NO_PARENT", "Evaluated", "Leaf", "Model", "NoParent"]
+__all__ = ["NO_PARENT", "Evaluated", "Leaf", "Model", "NoParent", "Walk"]
 
 Inputs = TypeVar("Inputs")
 Output = TypeVar("Output")
+Result = TypeVar("Result")
 
 
 class NoParent(Enum):
@@ -59,5 +60,8 @@ class Evaluated(Generic[Output]):
     sides: Sequence[object] | None = None
     lengths: Sequence[int] | None = None
 
+
+Walk: TypeAlias = Generator[Leaf[Inputs], Output, Result]
+"""A search written as a generator: it yields leaves, is sent the output of each, and returns what it found."""
 
 Model: TypeAlias = Callable[[JointBatch, Sequence[Inputs]], Evaluated[Output]]

@@ -2,7 +2,8 @@
 
 A call begins when as many leaves wait as fit one, or all workers wait, or the first leaf has waited long enough; and
 not more calls at once than the evaluator allows. Who finds that it is time takes the leaves and makes the call: a
-caller, in its own thread or task, or the evaluator's thread. Nothing here waits.
+caller, in its own thread or task, or the evaluator's thread. Walks whose leaf has been evaluated are work of the same
+kind: who takes them leads each to its next leaf, all before the next call. Nothing here waits.
 
 Who takes part is kept in sets, not in numbers: what an asynchronous exception has cut off is done once more, and counts
 nothing twice.
@@ -14,96 +15,35 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count, islice
-from typing import Any
+from contextlib import suppress
+from itertools import chain, count, islice
 
 from ..errors import ClosedError
-from ..flights.error_copies import copy_of
 from ..locks.gate import gate
 from ..pool.handle import Handle
-from .leaves import Leaf
 from .stats import CallTimes, EvaluatorCounters, EvaluatorStats
+from .tickets import Row, Run, Ticket, Walker
 
-__all__ = ["Group", "LeafQueue", "Row", "Ticket", "Worker"]
+__all__ = ["Group", "LeafQueue", "Worker"]
 
 # So often whoever waits looks by itself: it may have been left to one who looks no more, such as a task whose loop has
 # stopped, and whoever should have woken it may have been cut off just before.
 LOOK_SECONDS = 1.0
 
 
-class Row:
-    """One leaf on its way. Whoever took it settles it; `output`, `error` and `settled` are its then."""
-
-    __slots__ = ("error", "leaf", "output", "settled", "ticket")
-
-    def __init__(self, leaf: Leaf[Any], ticket: Ticket) -> None:
-        self.leaf = leaf
-        self.ticket = ticket
-        self.output: Any = None
-        self.error: Exception | None = None
-        self.settled = False
-
-    def succeed(self, output: Any) -> None:
-        """It has been evaluated."""
-        self.output, self.settled = output, True
-
-    def fail(self, error: Exception) -> None:
-        """It cannot be, for a reason of its own."""
-        self.error, self.settled = error, True
-
-    def fail_with_others(self, error: Exception) -> None:
-        """It cannot be, nor can others: each hears a copy, whose cause says where the error comes from."""
-        made = copy_of(error)
-        if made is not error:
-            made.__cause__ = error
-        self.fail(made)
-
-
-class Ticket:
-    """What one caller handed in together, and waits for.
-
-    Attributes:
-        wake: has the caller look again; set by the caller before it looks. Called from any thread, and from finalisers.
-        worker: whether the caller counts as a worker, which others wait for.
-        since: when it was made.
-        number: its place in the order of arrival.
-        is_over: all rows are settled, or the caller has withdrawn.
-    """
-
-    __slots__ = ("is_over", "number", "rows", "since", "wake", "worker")
-
-    def __init__(self, leaves: Sequence[Leaf[Any]], wake: Callable[[], object], *, worker: bool) -> None:
-        self.rows = [Row(leaf, self) for leaf in leaves]
-        self.wake = wake
-        self.worker = worker
-        self.since = time.monotonic()
-        self.number = -1
-        self.is_over = not self.rows
-
-    def outputs(self) -> list[Any]:
-        """Those of its leaves; the first error is raised."""
-        for row in self.rows:
-            if row.error is not None:
-                error, row.error = row.error, None  # the frames that it comes through must not keep it
-                try:
-                    raise error
-                finally:
-                    del error
-        return [row.output for row in self.rows]
-
-
 class Group:
-    """The rows of one call, while there are any.
+    """What one caller, or thread of the evaluator's, has taken to do: the rows of a call, or walks to be led on.
 
     Attributes:
-        caller: what whoever makes the call waits for itself; None for the evaluator's thread.
+        caller: what whoever does it waits for itself; None for the evaluator's thread.
     """
 
-    __slots__ = ("_claims", "caller", "rows")
+    __slots__ = ("_claims", "caller", "rows", "walkers")
 
-    def __init__(self, caller: Ticket | None = None) -> None:
+    def __init__(self, caller: Ticket | Run | None = None) -> None:
         self.caller = caller
         self.rows: list[Row] = []
+        self.walkers: list[Walker] = []
         self._claims: list[str] = []  # in the order of their coming
 
     def claim(self, who: str) -> bool:
@@ -170,8 +110,9 @@ class LeafQueue:
         self._lock = threading.Lock()
         self._rows: deque[Row] = deque()  # in order of arrival, those of a ticket together
         self._numbers = count()
-        self._groups: set[Group] = set()  # of the calls under way
-        self._workers: set[object] = set()  # their seats
+        self._groups: set[Group] = set()  # of the calls under way, and of walks that are being led on
+        self._ready: deque[Walker] = deque()  # to be led on
+        self._workers: set[object] = set()  # their seats; of walks, these themselves
         self._waiting: set[Ticket] = set()  # of workers, that are not over
         self._queued: set[Ticket] = set()  # of them, those that have rows here
         self.gone: deque[object] = deque()  # seats of workers that were dropped; appended to without the lock
@@ -197,23 +138,48 @@ class LeafQueue:
         if self.listener is not None:
             self.listener()
 
+    def start(self, run: Run) -> None:
+        """Have the walks of a run be led on. Each counts as a worker until it is over.
+
+        Raises:
+            ClosedError: the evaluator is closed.
+        """
+        self._check_process()
+        with gate.lock, self._lock:
+            self._check_open()
+            self._workers.update(run.walkers)
+            self._ready += run.walkers
+        if self.listener is not None:
+            self.listener()
+
     def take(self, group: Group) -> bool:
-        """Take the rows of the next call, if it is time for one. What has been taken is the group's, come what may."""
+        """Take what is to be done now: walks that can be led on, or the rows of a call, if it is time for one.
+
+        What has been taken is the group's, come what may.
+        """
         over: list[Ticket] = []
         with gate.lock, self._lock:
             if self.closed:  # by a finaliser, which takes no lock
                 self._fail_all(over)
-            due = self._is_due()
+            self._note_gone()
+            due = self._has_walks()
             if due:
-                self._take(group)
+                self._take_walks(group)
+            else:
+                due = self._is_due()
+                if due:
+                    self._take(group)
             looks = self._who_looks() if due else None
         _wake_all(over)
         if looks is not None:
             self._wake(looks)
         return due
 
-    def finish(self, group: Group, times: CallTimes, rows: int) -> None:
-        """A call is over: settled rows are their callers', the others wait again. Nothing happens the second time.
+    def finish(self, group: Group, times: CallTimes, rows: int = 0) -> None:
+        """What was taken has been done: settled rows are their callers', walks wait for their leaves.
+
+        What was not done waits again. Nothing happens the second time. A caller whose run is not over has to look next:
+        no other is told to.
 
         Args:
             rows: leaves that the model had.
@@ -221,22 +187,48 @@ class LeafQueue:
         self._check_process()
         with gate.lock, self._lock:
             if group in self._groups:
-                self._groups.discard(group)
                 self._counters.add(rows, times)
-            self._finish(group.rows)
-            looks = self._who_looks()
-        _wake_all({row.ticket for row in group.rows if row.ticket.is_over})
+            self._end_group(group)
+            stays = isinstance(group.caller, Run) and not group.caller.is_over
+            looks = None if stays else self._who_looks()
+        _wake_all({row.ticket for row in group.rows if row.ticket.is_over and row.ticket.walker is None})
+        _wake_all({walker.run for walker in group.walkers if walker.is_over and walker.run.is_over} - {group.caller})
         self._wake(looks)
         group.rows.clear()  # last: what is cut off before this is done again
+        group.walkers.clear()
 
     def part(self, group: Group | None, ticket: Ticket | None = None) -> None:
-        """Nobody makes the call of a group any more, nor waits for a ticket. Nothing happens the second time."""
-        if group is not None and group.rows:
-            self.finish(group, CallTimes(), 0)
+        """Nobody does what a group has taken any more, nor waits for a ticket. Nothing happens the second time."""
+        if gate.is_inside:  # a task's frames, say, that the garbage collector ends
+            self._part_later(group, ticket)
+            return
+        if group is not None and (group.rows or group.walkers):
+            self.finish(group, CallTimes())
         if ticket is not None:
             if not ticket.is_over:
                 self._withdraw(ticket)
             ticket.rows.clear()  # a circle otherwise, which would keep what was handed in until it is collected
+
+    def leave_run(self, run: Run) -> None:
+        """Nobody waits for a run any more: its walks end, those that are being led on just now when that is done.
+
+        Raises what a walk raises when it ends.
+        """
+        self._check_process()
+        if gate.is_inside:
+            self._part_later(run)
+            return
+        with gate.lock, self._lock:
+            ended = [walker for walker in run.walkers if self._abandon(walker)]
+            self._workers.difference_update(ended)
+            looks = self._who_looks()
+        self._wake(looks)
+        while ended:
+            ended.pop().end()
+
+    def _part_later(self, *gone: Group | Ticket | Run | None) -> None:
+        self.gone.extend([each for each in gone if each is not None])
+        self.wake_unlocked()
 
     def seconds_until_due(self) -> float:
         """How long to wait for a wake-up before looking again: until the first leaf has waited for others long enough.
@@ -244,8 +236,10 @@ class LeafQueue:
         Never long: see `LOOK_SECONDS`.
         """
         with gate.lock, self._lock:
-            if not self._rows or len(self._groups) >= self._parallel:
+            if len(self._groups) >= self._parallel or not (self._rows or self._ready):
                 return LOOK_SECONDS
+            if self._ready:
+                return 0.0
             left = self._rows[0].ticket.since + self._max_wait - time.monotonic()
             return min(max(0.0, left), LOOK_SECONDS)
 
@@ -316,10 +310,83 @@ class LeafQueue:
         if self.closed:
             raise ClosedError("this evaluator is closed")
 
-    def _is_due(self) -> bool:
+    def _note_gone(self) -> None:
         while self.gone:
-            self._workers.discard(self.gone[0])
+            gone = self.gone[0]
+            if isinstance(gone, Group):
+                self._end_group(gone)
+            elif isinstance(gone, Run):
+                for walker in gone.walkers:
+                    if self._abandon(walker):
+                        self._ready.append(walker)  # whoever leads it on ends it
+            elif isinstance(gone, Ticket):
+                self._take_out(gone)
+            else:
+                self._workers.discard(gone)
             self.gone.popleft()
+
+    def _end_group(self, group: Group) -> None:
+        self._groups.discard(group)
+        self._finish(group.rows)
+        self._place(group)
+
+    def _has_walks(self) -> bool:
+        return bool(self._ready) and len(self._groups) < self._parallel
+
+    def _take_walks(self, group: Group) -> None:
+        # As many as take part in each of the calls that may be under way at once.
+        share = -(-len(self._workers) // self._parallel)
+        group.walkers += islice(self._ready, share)  # first, as in `_take`
+        self._groups.add(group)
+        for walker in group.walkers:
+            walker.leader = group
+            self._ready.popleft()
+
+    def _place(self, group: Group) -> None:
+        """Walks that were led on, or should have been, wait: for their leaf, or to be led on."""
+        for walker in group.walkers:
+            if walker.leader is not group:
+                continue  # that was done before
+            walker.end_if_cut_off()
+            if walker.is_over:
+                self._workers.discard(walker)
+            elif walker.ticket is None or walker.ticket.is_over or walker.is_abandoned:
+                self._make_ready(walker)
+            elif self.closed:
+                _fail_closed(walker.ticket.rows)
+                walker.ticket.is_over = True
+                self._make_ready(walker)
+            else:
+                self._place_ticket(walker.ticket)
+            walker.leader = None
+
+    def _make_ready(self, walker: Walker) -> None:
+        if walker not in self._ready:
+            self._ready.append(walker)
+
+    def _place_ticket(self, ticket: Ticket) -> None:
+        (row,) = ticket.rows
+        if ticket.number >= 0 and (row in self._rows or any(row in group.rows for group in self._groups)):
+            return
+        ticket.number = next(self._numbers)
+        self._waiting.add(ticket)
+        self._queued.add(ticket)
+        self._rows.append(row)
+
+    def _abandon(self, walker: Walker) -> bool:
+        """Whether nobody leads it on just now, who would end it."""
+        if walker.is_over or walker.is_abandoned:
+            return False
+        walker.is_abandoned = True
+        if walker.leader is not None:
+            return False
+        if walker.ticket is not None and not walker.ticket.is_over:
+            self._take_out(walker.ticket)
+        with suppress(ValueError):
+            self._ready.remove(walker)
+        return True
+
+    def _is_due(self) -> bool:
         if not self._rows or len(self._groups) >= self._parallel:
             return False
         if len(self._rows) >= self._max_rows:
@@ -370,6 +437,8 @@ class LeafQueue:
         for ticket in over:
             self._counters.failed_rows += sum([row.error is not None for row in ticket.rows])
             self._end(ticket)
+            if ticket.walker is not None:
+                self._make_ready(ticket.walker)
         return over
 
     def _end(self, ticket: Ticket) -> None:
@@ -381,12 +450,13 @@ class LeafQueue:
         self._queued.discard(ticket)
         self._end(ticket)
 
-    def _who_looks(self) -> Ticket | None:
-        """Who is to look whether it is time for a call: whose leaf was the first, of callers that make no call now."""
-        if len(self._groups) >= self._parallel:
+    def _who_looks(self) -> Ticket | Run | None:
+        """Who is to look whether there is something to do: of callers that do nothing now, who has waited longest."""
+        if len(self._groups) >= self._parallel or not (self._rows or self._ready):
             return None  # whoever ends one of the calls has someone look
         busy = {group.caller for group in self._groups}
-        return next((row.ticket for row in self._rows if row.ticket not in busy), None)
+        callers = chain((walker.run for walker in self._ready), (row.ticket.caller for row in self._rows))
+        return next((caller for caller in callers if caller not in busy), None)
 
     # Outside -------------------------------------------------------------------------------------------------------
 
@@ -399,7 +469,7 @@ class LeafQueue:
             looks = self._who_looks()
         self._wake(looks)
 
-    def _wake(self, looks: Ticket | None) -> None:
+    def _wake(self, looks: Ticket | Run | None) -> None:
         if looks is None:
             return
         if self.listener is not None:
@@ -409,7 +479,8 @@ class LeafQueue:
 
     def wake_unlocked(self) -> None:
         """Have all who wait look, and the evaluator's threads: for finalisers, takes no lock."""
-        _wake_all({row.ticket for row in self._rows.copy()})
+        _wake_all({row.ticket.caller for row in self._rows.copy()})
+        _wake_all({walker.run for walker in self._ready.copy()})
         if self.listener is not None:
             self.listener()
 
@@ -419,6 +490,6 @@ def _fail_closed(rows: Sequence[Row]) -> None:
         row.fail(ClosedError("this evaluator was closed while leaves waited for it"))
 
 
-def _wake_all(tickets: Iterable[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.wake()
+def _wake_all(callers: Iterable[Ticket | Run]) -> None:
+    for caller in callers:
+        caller.wake()

@@ -19,6 +19,7 @@ class EvaluatorStats:
         rows_of_calls: calls by the number of leaves that they had.
         wait_seconds: that leaves waited for their call to begin, in all.
         gather_seconds, model_seconds, commit_seconds: in all calls; calls of several threads overlap.
+        walk_seconds: in the code of walks (`Evaluator.run`), between one leaf and the next.
     """
 
     calls: int
@@ -29,6 +30,7 @@ class EvaluatorStats:
     gather_seconds: float
     model_seconds: float
     commit_seconds: float
+    walk_seconds: float
 
     @property
     def rows_per_call(self) -> float:
@@ -38,11 +40,12 @@ class EvaluatorStats:
 
 @dataclass
 class CallTimes:
-    """Seconds of one call."""
+    """Seconds of one call, or of walks that were led on."""
 
     gather: float = 0.0
     model: float = 0.0
     commit: float = 0.0
+    walk: float = 0.0
 
 
 @dataclass
@@ -57,6 +60,7 @@ class EvaluatorCounters:
     gather_seconds: float = 0.0
     model_seconds: float = 0.0
     commit_seconds: float = 0.0
+    walk_seconds: float = 0.0
 
     def add(self, rows: int, times: CallTimes) -> None:
         """Count a call in which the model had so many leaves; none where all had failed before."""
@@ -67,6 +71,7 @@ class EvaluatorCounters:
         self.gather_seconds += times.gather
         self.model_seconds += times.model
         self.commit_seconds += times.commit
+        self.walk_seconds += times.walk
 
     def snapshot(self) -> EvaluatorStats:
         """As they are now."""
@@ -79,4 +84,5 @@ class EvaluatorCounters:
             self.gather_seconds,
             self.model_seconds,
             self.commit_seconds,
+            self.walk_seconds,
         )

@@ -9,8 +9,8 @@ import torch
 
 from concurrent_kv.evaluation import Evaluated, Leaf
 from concurrent_kv.evaluation.call import ModelCall
-from concurrent_kv.evaluation.queue import Ticket
 from concurrent_kv.evaluation.stats import CallTimes
+from concurrent_kv.evaluation.tickets import Ticket
 from concurrent_kv.pool.joint import JointBatch, open_together
 from concurrent_kv.pool.pool import gather_part_of_pool
 from tests.explorer.history import Kind
