@@ -68,6 +68,16 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
         self, searches: Iterable[Walk[Inputs, Output, Result]], *, timeout: float | None = None
     ) -> list[Result]:
         """See `Evaluator.run_many`."""
+        return await self.wait_for_walks(searches, timeout)
+
+    async def wait_for_walks(
+        self,
+        searches: Iterable[Walk[Inputs, Output, Result]],
+        timeout: float | None,
+        *,
+        seat: object | None = None,
+    ) -> list[Result]:
+        """See `run_many`; of a worker, with its seat."""
         await anyio.lowlevel.checkpoint_if_cancelled()
         sync = self.sync
         seconds = sync.timeout if timeout is None else check_seconds("timeout", timeout)
@@ -78,10 +88,12 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
             with suppress(RuntimeError):  # of a loop that has ended
                 call_soon(event.set)
 
-        run = Run(walks_of(searches), wake)
+        run = Run(walks_of(searches), wake, seat=seat)
         group = Group(run)
         try:
             queue.start(run)
+            if self._on_loop:
+                await anyio.lowlevel.checkpoint()  # tasks that go on in the same turn of the loop take part
             while True:
                 event = anyio.Event()  # before it is looked at: who sets it from here on sets this one
                 if run.is_over:
@@ -174,6 +186,16 @@ class AsyncEvaluatorWorker(Worker, Generic[Inputs, Output]):
     async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
         """See `AsyncEvaluator.evaluate_many`."""
         return await self._evaluator.wait(leaves, timeout, worker=self.registered)
+
+    async def run(self, search: Walk[Inputs, Output, Result], *, timeout: float | None = None) -> Result:
+        """See `AsyncEvaluator.run` and `EvaluatorWorker.run`."""
+        return (await self.run_many([search], timeout=timeout))[0]
+
+    async def run_many(
+        self, searches: Iterable[Walk[Inputs, Output, Result]], *, timeout: float | None = None
+    ) -> list[Result]:
+        """See `AsyncEvaluator.run_many` and `EvaluatorWorker.run`."""
+        return await self._evaluator.wait_for_walks(searches, timeout, seat=self.seat)
 
 
 async def _run_in_worker(sync: Evaluator[Inputs, Output], group: Group) -> None:

@@ -3,8 +3,9 @@
 `Evaluator` is for threads, `concurrent_kv.aio.AsyncEvaluator` for tasks; both may share one.
 """
 
+from ..pool.joint import JointBatch
 from .evaluator import Evaluator, EvaluatorWorker
 from .leaves import NO_PARENT, Evaluated, Leaf, Walk
 from .stats import EvaluatorStats
 
-__all__ = ["NO_PARENT", "Evaluated", "Evaluator", "EvaluatorStats", "EvaluatorWorker", "Leaf", "Walk"]
+__all__ = ["NO_PARENT", "Evaluated", "Evaluator", "EvaluatorStats", "EvaluatorWorker", "JointBatch", "Leaf", "Walk"]

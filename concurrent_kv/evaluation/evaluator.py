@@ -164,28 +164,7 @@ class Evaluator(Handle, Generic[Inputs, Output]):
 
         When all have ended, raises what the first of them raised that failed. Otherwise as `run`.
         """
-        seconds = self.timeout if timeout is None else check_seconds("timeout", timeout)
-        self.check_caller()
-        queue, signal = self._queue, Signal()
-        run = Run(walks_of(searches), lambda: signal.set())
-        group = Group(run)
-        try:
-            queue.start(run)
-            while True:
-                signal = Signal()  # before it is looked at: who changes it from here on sets this one
-                if run.is_over:
-                    return run.results()
-                if self.take(group):
-                    self.work(group)
-                    continue
-                due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
-                signal.wait(min(due, self.seconds_left(run, seconds)))
-        finally:
-            try:
-                leave_run(queue, group, run)
-            except BaseException:  # an asynchronous exception has cut it off
-                leave_run(queue, group, run)
-                raise
+        return self.wait_for_walks(searches, timeout)
 
     def stats(self) -> EvaluatorStats:
         """What was counted since it was made."""
@@ -252,6 +231,37 @@ class Evaluator(Handle, Generic[Inputs, Output]):
             raise _too_late(seconds)
         return left
 
+    def wait_for_walks(
+        self,
+        searches: Iterable[Walk[Inputs, Output, Result]],
+        timeout: float | None,
+        *,
+        seat: object | None = None,
+    ) -> list[Result]:
+        """See `run_many`; of a worker, with its seat."""
+        seconds = self.timeout if timeout is None else check_seconds("timeout", timeout)
+        self.check_caller()
+        queue, signal = self._queue, Signal()
+        run = Run(walks_of(searches), lambda: signal.set(), seat=seat)
+        group = Group(run)
+        try:
+            queue.start(run)
+            while True:
+                signal = Signal()  # before it is looked at: who changes it from here on sets this one
+                if run.is_over:
+                    return run.results()
+                if self.take(group):
+                    self.work(group)
+                    continue
+                due = LOOK_SECONDS if queue.listener is not None else queue.seconds_until_due()
+                signal.wait(min(due, self.seconds_left(run, seconds)))
+        finally:
+            try:
+                leave_run(queue, group, run)
+            except BaseException:  # an asynchronous exception has cut it off
+                leave_run(queue, group, run)
+                raise
+
     def wait(self, leaves: Sequence[Leaf[Inputs]], timeout: float | None, *, worker: bool) -> list[Output]:
         """See `evaluate_many`."""
         seconds = self.timeout if timeout is None else check_seconds("timeout", timeout)
@@ -297,6 +307,16 @@ class EvaluatorWorker(Worker, Generic[Inputs, Output]):
     def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
         """See `Evaluator.evaluate_many`."""
         return self._evaluator.wait(leaves, timeout, worker=self.registered)
+
+    def run(self, search: Walk[Inputs, Output, Result], *, timeout: float | None = None) -> Result:
+        """See `Evaluator.run`. Meanwhile calls wait for the search's leaves, and afterwards for the worker again."""
+        return self.run_many([search], timeout=timeout)[0]
+
+    def run_many(
+        self, searches: Iterable[Walk[Inputs, Output, Result]], *, timeout: float | None = None
+    ) -> list[Result]:
+        """See `Evaluator.run_many`, and `run`."""
+        return self._evaluator.wait_for_walks(searches, timeout, seat=self.seat)
 
 
 def _start_threads(call: ModelCall, queue: LeafQueue, number: int) -> None:

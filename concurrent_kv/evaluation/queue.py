@@ -73,6 +73,11 @@ class Worker(Handle):
         """Whether calls wait for it."""
         return self._joined
 
+    @property
+    def seat(self) -> object:
+        """What stands for it in the queue."""
+        return self._seat
+
     def close(self) -> None:
         """Calls wait for it no longer. Nothing happens the second time."""
         if self._joined:
@@ -113,6 +118,7 @@ class LeafQueue:
         self._groups: set[Group] = set()  # of the calls under way, and of walks that are being led on
         self._ready: deque[Walker] = deque()  # to be led on
         self._workers: set[object] = set()  # their seats; of walks, these themselves
+        self._away: set[object] = set()  # seats of workers who wait for walks of theirs, which count in their place
         self._waiting: set[Ticket] = set()  # of workers, that are not over
         self._queued: set[Ticket] = set()  # of them, those that have rows here
         self.gone: deque[object] = deque()  # seats of workers that were dropped; appended to without the lock
@@ -147,6 +153,7 @@ class LeafQueue:
         self._check_process()
         with gate.lock, self._lock:
             self._check_open()
+            self._away.add(run.seat)
             self._workers.update(run.walkers)
             self._ready += run.walkers
         if self.listener is not None:
@@ -221,6 +228,7 @@ class LeafQueue:
         with gate.lock, self._lock:
             ended = [walker for walker in run.walkers if self._abandon(walker)]
             self._workers.difference_update(ended)
+            self._away.discard(run.seat)
             looks = self._who_looks()
         self._wake(looks)
         while ended:
@@ -316,6 +324,7 @@ class LeafQueue:
             if isinstance(gone, Group):
                 self._end_group(gone)
             elif isinstance(gone, Run):
+                self._away.discard(gone.seat)
                 for walker in gone.walkers:
                     if self._abandon(walker):
                         self._ready.append(walker)  # whoever leads it on ends it
@@ -335,7 +344,7 @@ class LeafQueue:
 
     def _take_walks(self, group: Group) -> None:
         # As many as take part in each of the calls that may be under way at once.
-        share = -(-len(self._workers) // self._parallel)
+        share = -(-self._count_workers() // self._parallel)
         group.walkers += islice(self._ready, share)  # first, as in `_take`
         self._groups.add(group)
         for walker in group.walkers:
@@ -386,13 +395,16 @@ class LeafQueue:
             self._ready.remove(walker)
         return True
 
+    def _count_workers(self) -> int:
+        return len(self._workers) - len(self._workers & self._away)
+
     def _is_due(self) -> bool:
         if not self._rows or len(self._groups) >= self._parallel:
             return False
         if len(self._rows) >= self._max_rows:
             return True
         # As many as take part in each of the calls that may be under way at once; or nobody is left who could come.
-        workers = len(self._workers)
+        workers = self._count_workers()
         if len(self._queued) * self._parallel >= workers or len(self._waiting) >= workers:
             return True
         return time.monotonic() >= self._rows[0].ticket.since + self._max_wait

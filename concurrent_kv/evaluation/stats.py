@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 __all__ = ["CallTimes", "EvaluatorCounters", "EvaluatorStats"]
 
@@ -12,6 +12,8 @@ __all__ = ["CallTimes", "EvaluatorCounters", "EvaluatorStats"]
 @dataclass(frozen=True)
 class EvaluatorStats:
     """One moment of an evaluator. Counts and seconds since it was made.
+
+    The difference of two is what came between; the sum is that of two evaluators.
 
     Attributes:
         calls: calls of the model.
@@ -36,6 +38,22 @@ class EvaluatorStats:
     def rows_per_call(self) -> float:
         """Leaves of a call on average; 0 before the first."""
         return self.rows / self.calls if self.calls else 0.0
+
+    def __add__(self, other: EvaluatorStats) -> EvaluatorStats:
+        return self._with(other, 1)
+
+    def __sub__(self, other: EvaluatorStats) -> EvaluatorStats:
+        return self._with(other, -1)
+
+    def _with(self, other: EvaluatorStats, sign: int) -> EvaluatorStats:
+        sizes = {*self.rows_of_calls, *other.rows_of_calls}
+        calls = {size: self.rows_of_calls.get(size, 0) + sign * other.rows_of_calls.get(size, 0) for size in sizes}
+        numbers = {
+            each.name: getattr(self, each.name) + sign * getattr(other, each.name)
+            for each in fields(self)
+            if each.name != "rows_of_calls"
+        }
+        return EvaluatorStats(rows_of_calls={size: calls[size] for size in sorted(calls) if calls[size]}, **numbers)
 
 
 @dataclass

@@ -168,13 +168,21 @@ class Run:
 
     Attributes:
         wake: has the caller look again, as that of a ticket.
+        seat: of the worker that the caller is; of its own where it is none.
         walkers: in the caller's order.
     """
 
-    __slots__ = ("wake", "walkers")
+    __slots__ = ("seat", "wake", "walkers")
 
-    def __init__(self, searches: Sequence[Generator[Leaf[Any], Any, Any]], wake: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        searches: Sequence[Generator[Leaf[Any], Any, Any]],
+        wake: Callable[[], object],
+        *,
+        seat: object | None = None,
+    ) -> None:
         self.wake = wake
+        self.seat = self if seat is None else seat
         self.walkers = [Walker(steps, self) for steps in searches]
 
     @property

@@ -6,18 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from concurrent_kv.books.eviction.registry import POLICIES
-from examples.cartpole.job import COMPARED_STEPS, JobSettings, run_job
+from examples.cartpole.job import JobSettings, run_job, usual_groups
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.report import as_json, closing_table, live_figures
 
+NO_CACHE_STEPS = 25
+SCALING_STEPS, TURNS = 20, 5
 INTERRUPTED = 130  # as a shell reports SIGINT
 DEFAULT = "default: %(default)s"
 
@@ -28,26 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     errors = Console(stderr=True)
     torch.set_num_threads(1)  # the parallelism is that of the searches
+    threads = 0 if options.loops_only else options.threads
+    groups = options.groups or usual_groups(threads)
+    if groups > max(1, threads) or groups > options.envs:
+        errors.print(f"--groups {groups}: there are {threads} threads and {options.envs} environments to share out")
+        return 2
     settings = JobSettings(
         play=PlaySettings(
             envs=options.envs,
-            threads=options.threads,
+            threads=threads,
+            workers_per_tree=options.workers_per_tree,
             simulations=options.simulations,
             episodes=options.episodes,
             seed=options.seed,
-            combine=options.combine,
-            leaf_batch=options.leaf_batch,
+            groups=groups,
+            max_rows=options.max_rows,
             max_steps=options.max_steps,
-            batch_size=options.batch_size,
-            batch_wait=options.batch_wait,
         ),
         backend=options.backend,
         policy=options.policy,
         verify=options.verify,
-        no_cache=options.no_cache,
-        loops_only=options.loops_only,
-        compare_modes=options.compare_modes,
+        steps_without_cache=options.no_cache_steps,
     )
+    if options.scaling:
+        return _scale(settings, options, console)
     try:
         report = run_job(load_model(), settings, live_figures(console) if options.progress else None)
     except BaseException as error:
@@ -62,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for failure in failures:
         errors.print(f"FAILED: {failure}", style="bold red", markup=False, highlight=False)
     return 1 if failures else 0
+
+
+def _scale(settings: JobSettings, options: argparse.Namespace, console: Console) -> int:
+    # Here: what draws the plot is not needed to play.
+    from examples.cartpole.scaling import measure, plot, scaling_table
+
+    watch = live_figures(console) if options.progress else None
+    steps = options.max_steps or SCALING_STEPS
+    result = measure(load_model(), settings, turns=options.turns, steps=steps, watch=watch)
+    console.print(scaling_table(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result.as_json(), indent=2) + "\n", "utf-8")
+    if options.plot is not None:
+        plot([result.as_json()], options.plot)
+    return 0
 
 
 def _is_interrupt(error: BaseException) -> bool:
@@ -101,44 +121,45 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="recompute every gathered row from its path's tokens, and compare"
     )
     parser.add_argument(
-        "--no-cache",
+        "--no-cache-steps",
+        type=_not_negative,
+        default=NO_CACHE_STEPS,
+        metavar="N",
+        help="afterwards, play an episode for each environment, up to so many steps, with every leaf's path replayed "
+        f"from its root instead of looked up, and compare ({DEFAULT})",
+    )
+    parser.add_argument(
+        "--workers-per-tree",
+        type=_positive,
+        default=defaults.workers_per_tree,
+        metavar="N",
+        help=f"that share the simulations of each tree, with virtual loss ({DEFAULT})",
+    )
+    parser.add_argument(
+        "--groups",
+        type=_positive,
+        metavar="N",
+        help="of threads and environments; the leaves of a group share its calls of the model (if left out: 1 with a "
+        "GIL, one for each processor without)",
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=_positive,
+        metavar="N",
+        help="leaves of a call of the model, at most (those of all trees if left out); with 1 the actions do not "
+        "depend on the number of threads",
+    )
+    parser.add_argument(
+        "--loops-only", action="store_true", help="no threads: the environments' event loop leads the searches on"
+    )
+    parser.add_argument(
+        "--scaling",
         action="store_true",
-        help=f"play an episode for each environment, up to {COMPARED_STEPS} steps, again with every leaf's path "
-        "replayed from its root instead of looked up, and compare",
+        help="instead: 1, 2, 4 and 8 threads, together and each by itself, and the loop alone, in turns; one table "
+        f"(of {SCALING_STEPS} steps of each environment, if --max-steps is left out)",
     )
-    parser.add_argument(
-        "--combine",
-        action=argparse.BooleanOptionalAction,
-        default=defaults.combine,
-        help="whether the leaves of all threads are evaluated in one call of the model",
-    )
-    parser.add_argument(
-        "--leaf-batch",
-        type=_positive,
-        metavar="N",
-        help="leaves that a thread evaluates together, at most (all of its trees if left out); with 1 the actions do "
-        "not depend on the number of threads",
-    )
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
-        "--loops-only", action="store_true", help="searches are tasks of the environments' event loop, not threads"
-    )
-    modes.add_argument(
-        "--compare-modes", action="store_true", help="play everything again with searches as tasks, and compare"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=_positive,
-        metavar="N",
-        help="leaves of searches in tasks evaluated together, at most (of all environments if left out)",
-    )
-    parser.add_argument(
-        "--batch-wait",
-        type=_seconds,
-        default=defaults.batch_wait,
-        metavar="SECONDS",
-        help=f"how long a leaf of a search in a task waits for others, at most ({DEFAULT})",
-    )
+    parser.add_argument("--turns", type=_positive, default=TURNS, metavar="N", help=f"of --scaling ({DEFAULT})")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the scaling there, as SVG or PNG")
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="end episodes after so many steps")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
     return parser
@@ -148,13 +169,6 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, is {text}")
     return number
 
 

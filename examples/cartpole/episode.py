@@ -1,15 +1,15 @@
-"""A real episode, and the plain cache that walks along it."""
+"""An episode, what a search asks of the model, and what the model answers, as plain numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from examples.cartpole.model import ModelConfig, RootOutput
-from examples.cartpole.replay_cache import ReplayCache
-from examples.cartpole.shared_model import SharedModel
+from examples.cartpole.model import ModelConfig, RootOutput, StepOutput
+from examples.cartpole.tree import Edge, Evaluation
 
 
 @dataclass(eq=False)
@@ -30,37 +30,31 @@ class Episode:
         return len(self.actions)
 
 
+class Asked(NamedTuple):
+    """A step to be evaluated: a real one of an episode, or one that its search tries."""
+
+    episode: Episode
+    time: int  # steps of the episode before the newest observation that is known
+    edge: Edge | None = None  # from a node of the tree; the step that led to that observation if None
+
+    @property
+    def action(self) -> int:
+        """The step's."""
+        return self.episode.actions[self.time - 1] if self.edge is None else self.edge.action
+
+
 def next_position(config: ModelConfig, steps: int) -> int:
     """Absolute position, in tokens, of the action token that follows `steps` steps."""
     return 1 + steps * config.tokens_per_step
 
 
-class RealPath:
-    """The K and V of one episode's real history, in a plain cache: never reads or writes a pool."""
-
-    cache: ReplayCache
-    output: RootOutput  # at the newest observation followed
-
-    def __init__(self, model: SharedModel) -> None:
-        self._model = model
-        self._episode: Episode | None = None
-        self._time = 0
-
-    def follow(self, episode: Episode, time: int) -> None:
-        """Go on to the episode's observation `time`; from its beginning if it is another episode, or was passed."""
-        if episode is not self._episode or time < self._time:
-            self._episode, self._time = episode, 0
-            self._begin(episode.observations[0])
-        while self._time < time:
-            self._step(episode.actions[self._time], episode.observations[self._time + 1])
-
-    def _begin(self, observation: Tensor) -> None:
-        config = self._model.config
-        self.cache = ReplayCache(config.num_layers, limit=config.window_limit, drop=config.tokens_per_step)
-        self.output = self._model.initial(observation[None], self.cache, torch.tensor([0]))
-
-    def _step(self, action: int, observation: Tensor) -> None:
-        position = torch.tensor([next_position(self._model.config, self._time)])
-        self.output = self._model.observe(torch.tensor([action]), observation[None], self.cache, position)
-        self.cache.end_step()
-        self._time += 1
+def evaluations_of(output: RootOutput | StepOutput) -> list[Evaluation]:
+    """One evaluation for each row."""
+    columns = [output.value[:, None], output.policy_logits.softmax(-1)]
+    if isinstance(output, StepOutput):
+        columns = [output.reward[:, None], output.termination_probability[:, None], *columns]
+    # One tensor, so that a batch is fetched at once however many rows it has.
+    rows = torch.cat(columns, dim=1).tolist()
+    if isinstance(output, StepOutput):
+        return [Evaluation(value, tuple(priors), reward, ends) for reward, ends, value, *priors in rows]
+    return [Evaluation(value, tuple(priors)) for value, *priors in rows]

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+import os
+import sysconfig
+from collections.abc import Callable, Generator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+)
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil
 from typing import Literal
 
 import anyio
 
 from concurrent_kv import IntegrityError, KVCacheManager, StatsSummary
-from concurrent_kv.aio import AsyncKVCacheManager
-from examples.cartpole.cached import CachedEvaluator
-from examples.cartpole.combined import CombinedEvaluator, CombinedRoots
-from examples.cartpole.loop_searches import LoopSearches
+from concurrent_kv.evaluation import Evaluator, EvaluatorStats
+from examples.cartpole.episode import Asked
 from examples.cartpole.model import WorldModel
-from examples.cartpole.nodes import Nodes
-from examples.cartpole.planner import Evaluator, Planner
-from examples.cartpole.play import PlaySettings, Searches, Tally, play
-from examples.cartpole.replayed import ReplayingEvaluator
-from examples.cartpole.roots import CachedRoots
-from examples.cartpole.shared_model import SharedModel
-from examples.cartpole.thread_searches import ThreadSearches
+from examples.cartpole.play import PlaySettings, Tally, play_episodes
+from examples.cartpole.replay import ReplayingEvaluator
+from examples.cartpole.search import Planted, Run, TreeSearch, new_manager
+from examples.cartpole.tree import Evaluation
 from examples.cartpole.verify import Verification, Verifier
+from examples.cartpole.workers import in_threads, on_the_loop
 
 Backend = Literal["asyncio", "trio"]
-
-# Without a cache a search costs as many steps as its paths are long: a part of the job is enough to measure it.
-COMPARED_STEPS = 100  # of an episode
-COMPARED_EPISODES_PER_ENV = 1
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,22 @@ class JobSettings:
     backend: Backend = "asyncio"
     policy: str = "fifo"  # of eviction, of every pool
     verify: bool = False
-    no_cache: bool = False  # play a part again without a cache
-    loops_only: bool = False  # searches are tasks, not threads
-    compare_modes: bool = False  # play everything in threads, then everything in loops only
+    steps_without_cache: int = 0  # of an episode for each environment, played again without a cache
 
 
-# What a person watches while something is played; the manager is None where there is none.
-Watch = Callable[[str, Tally, PlaySettings, KVCacheManager | None], AbstractContextManager[object]]
+@dataclass(frozen=True)
+class Watched:
+    """What is going on, to be looked at from another thread at any time; no manager where there is no cache."""
+
+    title: str
+    settings: PlaySettings
+    tally: Tally
+    manager: KVCacheManager | None = None
+    stats: Callable[[], EvaluatorStats] | None = None
+
+
+Watch = Callable[[Watched], AbstractContextManager[object]]
+"""What a person watches while something is played."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class CachedPlay:
 
     tally: Tally
     stats: StatsSummary
+    calls: EvaluatorStats
     allocated_bytes: int
     integrity: str  # "ok", or what contradicts
     verification: Verification | None
@@ -92,7 +106,7 @@ class CachedPlay:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same searches done in another way, and where they chose otherwise."""
+    """The same searches done without a cache, and where they chose otherwise."""
 
     settings: PlaySettings
     tally: Tally
@@ -106,97 +120,124 @@ class JobReport:
 
     settings: JobSettings
     main: CachedPlay
-    loops_only: CachedPlay | None  # `main` if nothing else was played
     no_cache: Comparison | None
-
-    @property
-    def modes(self) -> Comparison | None:
-        """Searches as tasks beside searches in threads, if both were played."""
-        if self.loops_only is None or self.loops_only is self.main:
-            return None
-        return _compared(self.settings.play, self.loops_only.tally, self.main.tally)
 
     def failures(self) -> list[str]:
         """Why the job failed; empty if it did not."""
-        found = self.main.failures()
-        if self.loops_only is not None and self.loops_only is not self.main:
-            found += [f"loops only: {failure}" for failure in self.loops_only.failures()]
-        return found
+        return self.main.failures()
+
+
+def usual_groups(threads: int) -> int:
+    """How many groups so many threads best form: with a GIL, calls of the model at once only hinder each other."""
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return 1
+    return max(1, min(threads, os.cpu_count() or 1))
 
 
 def run_job(model: WorldModel, settings: JobSettings, watch: Watch | None = None) -> JobReport:
     """Play everything; returns when all is played and checked. Must not be called from within an event loop."""
-    watch = watch or _unwatched
-    shared = SharedModel(model)
-    main = _play_cached("playing", shared, settings, settings.loops_only, watch)
-    loops_only = main if settings.loops_only else None
-    if settings.compare_modes and not settings.loops_only:
-        loops_only = _play_cached("playing in loops only", shared, settings, True, watch)
-    no_cache = _play_without_cache(shared, settings, main.tally, watch) if settings.no_cache else None
-    return JobReport(settings, main, loops_only, no_cache)
+    watch = watch or unwatched
+    main = play_cached(model, settings, watch)
+    no_cache = _play_without_cache(model, settings, main.tally, watch) if settings.steps_without_cache else None
+    return JobReport(settings, main, no_cache)
 
 
-def _play_cached(title: str, model: SharedModel, settings: JobSettings, loops_only: bool, watch: Watch) -> CachedPlay:
+def play_cached(model: WorldModel, settings: JobSettings, watch: Watch, title: str = "playing") -> CachedPlay:
+    """Play all episodes through the cache."""
     play = settings.play
-    config = asdict(model.config) | {
-        "num_simulations": play.simulations,
-        "max_cache_size": play.envs * (play.simulations + 1),
-        "device": "cpu",
-    }
     verifier = Verifier(model) if settings.verify else None
-    nodes = Nodes(model, verifier)
-    with KVCacheManager(config=config, env_num=play.envs, policy=settings.policy) as manager:
-        # Around the same manager: tasks and threads work in the same pools.
-        for_tasks = AsyncKVCacheManager(manager)
-        stack = ExitStack()
-        searches: Searches
-        if loops_only:
-            searches = LoopSearches(nodes, for_tasks, play, discount=model.config.discount)
-        elif play.combine:
-            together = CombinedEvaluator(nodes, manager, envs=play.envs, max_rows=play.leaf_batch)
-            roots = CombinedRoots(nodes, manager, envs=play.envs, max_rows=play.leaf_batch)
-            searches = ThreadSearches(roots, _planner(together, model, play), play)
-            stack.enter_context(together.open())
-        else:
-            planner = _planner(CachedEvaluator(nodes, manager), model, play)
-            searches = ThreadSearches(CachedRoots(nodes, for_tasks), planner, play)
-        with stack:
-            tally = _played(title, searches, play, settings.backend, watch, manager)
-        stats, integrity = manager.get_stats_summary(), _integrity_of(manager)
-        allocated_bytes = manager.allocation().nbytes
-    return CachedPlay(tally, stats, allocated_bytes, integrity, None if verifier is None else verifier.verification)
+    with _manager_for(model, settings) as manager, ExitStack() as stack:
+        groups = [
+            TreeSearch(
+                model,
+                manager,
+                play.envs_of(group),
+                simulations=play.simulations,
+                workers_per_tree=play.workers_per_tree,
+                check=None if verifier is None else verifier.check,
+            )
+            for group in range(play.groups)
+        ]
+        evaluators = []
+        for search in groups:
+            stack.callback(search.close)
+            evaluators.append(search.evaluator(max_rows=play.max_rows or play.envs * play.workers_per_tree))
+
+        def calls() -> EvaluatorStats:
+            return sum([evaluator.stats() for evaluator in evaluators[1:]], evaluators[0].stats())
+
+        async def play_all() -> None:
+            async with AsyncExitStack() as running:
+                decisions = []
+                for group, (search, evaluator) in enumerate(zip(groups, evaluators, strict=True)):
+                    run = await running.enter_async_context(_running(evaluator, play, group))
+                    decisions.append(partial(search.decide, run=run))
+                await play_episodes(lambda episode: decisions[episode.env_id % play.groups](episode), play, tally)
+
+        tally = Tally(play.simulations)
+        with watch(Watched(title, play, tally, manager, calls)):
+            anyio.run(play_all, backend=settings.backend)
+        stack.close()
+        stats, integrity, allocated = manager.get_stats_summary(), _integrity_of(manager), manager.allocation().nbytes
+    return CachedPlay(tally, stats, calls(), allocated, integrity, None if verifier is None else verifier.verification)
 
 
-def _play_without_cache(model: SharedModel, settings: JobSettings, cached: Tally, watch: Watch) -> Comparison:
-    limit = settings.play.max_steps or COMPARED_STEPS
-    shorter = replace(
-        settings.play,
-        episodes=min(settings.play.episodes, settings.play.envs * COMPARED_EPISODES_PER_ENV),
-        max_steps=min(limit, COMPARED_STEPS),
+def _manager_for(model: WorldModel, settings: JobSettings) -> KVCacheManager:
+    play = settings.play
+    return new_manager(
+        model,
+        envs=play.envs,
+        simulations=play.simulations,
+        workers_per_tree=play.workers_per_tree,
+        policy=settings.policy,
     )
-    evaluator = ReplayingEvaluator(model)
-    searches = ThreadSearches(evaluator, _planner(evaluator, model, shorter), shorter)
-    tally = _played("playing without a cache", searches, shorter, settings.backend, watch, None)
-    return _compared(shorter, tally, cached)
 
 
-def _planner(evaluator: Evaluator, model: SharedModel, settings: PlaySettings) -> Planner:
-    discount = model.config.discount
-    return Planner(evaluator, simulations=settings.simulations, discount=discount, leaf_batch=settings.leaf_batch)
+def _running(
+    evaluator: Evaluator[Asked, Evaluation], play: PlaySettings, group: int
+) -> AbstractAsyncContextManager[Run]:
+    """Whoever runs the walks of a group."""
+    threads = play.threads_of(group)
+    if not threads:
+        return on_the_loop(evaluator)
+    walks = len(play.envs_of(group)) * play.workers_per_tree
+    return in_threads([evaluator.worker() for _ in range(threads)], walks_per_thread=ceil(walks / threads))
 
 
-def _played(
-    title: str,
-    searches: Searches,
-    settings: PlaySettings,
-    backend: Backend,
-    watch: Watch,
-    manager: KVCacheManager | None,
-) -> Tally:
-    tally = Tally(settings.simulations)
-    with watch(title, tally, settings, manager):
-        anyio.run(play, searches, settings, tally, backend=backend)
-    return tally
+def _play_without_cache(model: WorldModel, settings: JobSettings, cached: Tally, watch: Watch) -> Comparison:
+    """Play a part: without a cache a search costs as many steps as its paths are long."""
+    play = replace(
+        settings.play,
+        episodes=min(settings.play.episodes, settings.play.envs),
+        max_steps=min(settings.play.max_steps or settings.steps_without_cache, settings.steps_without_cache),
+    )
+    walks = play.envs * play.workers_per_tree
+    tally = Tally(play.simulations)
+    with _manager_for(model, settings) as manager:
+        search = _Uncached(
+            model,
+            manager,
+            range(play.envs),
+            simulations=play.simulations,
+            workers_per_tree=play.workers_per_tree,
+        )
+
+        async def play_all() -> None:
+            async with in_threads([nullcontext(ReplayingEvaluator(model))], walks_per_thread=walks) as run:
+                await play_episodes(partial(search.decide, run=run), play, tally)
+
+        with closing(search), watch(Watched("playing without a cache", play, tally)):
+            anyio.run(play_all, backend=settings.backend)
+    return _compared(play, tally, cached)
+
+
+class _Uncached(TreeSearch):
+    """Of its leaves only what they ask of the model is looked at: its manager has nothing but the first roots."""
+
+    @contextmanager
+    def released(self, planted: Planted) -> Generator[Planted, None, None]:
+        """There is nothing to let go of."""
+        yield planted
 
 
 def _integrity_of(manager: KVCacheManager) -> str:
@@ -225,7 +266,6 @@ def first_difference_of(actions: list[int], longer: list[int]) -> int | None:
     return None
 
 
-def _unwatched(
-    title: str, tally: Tally, settings: PlaySettings, manager: KVCacheManager | None
-) -> AbstractContextManager[object]:
+def unwatched(watched: Watched) -> AbstractContextManager[object]:
+    """Nobody looks."""
     return nullcontext()

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "cartpole.safetensors"
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "cartpole.pt"
 
 
 class PastKeysValues(Protocol):
@@ -228,6 +227,26 @@ class WorldModel(nn.Module):
         value, policy_logits = self._observe(latent, past, positions + 1)
         return StepOutput(latent, reward, termination_logit, value, policy_logits)
 
+    def step(
+        self, action: Tensor, observation: Tensor, is_real: Tensor, past: PastKeysValues, positions: Tensor
+    ) -> StepOutput:
+        """Steps of both kinds together: `observe` where a real observation is known, `recurrent` elsewhere.
+
+        Args:
+            action: int64 `[batch]`.
+            observation: CartPole's own `[batch, 4]`, unscaled; whatever it is, it counts only where it is real.
+            is_real: bool `[batch]`.
+            past: the paths so far, each ending with an observation token; each row gains two tokens.
+            positions: `[batch]`, of the action tokens; the observations come one later.
+        """
+        hidden = self._forward_token(self.action_embedding(action), past, positions)
+        predicted = self.latent_norm(self.latent_head(hidden))
+        latent = torch.where(is_real[:, None], self.encode(observation), predicted)
+        reward = self.reward_head(hidden).squeeze(-1)
+        termination_logit = self.termination_head(hidden).squeeze(-1)
+        value, policy_logits = self._observe(latent, past, positions + 1)
+        return StepOutput(latent, reward, termination_logit, value, policy_logits)
+
     def encode(self, observation: Tensor) -> Tensor:
         """Latents `[..., embed_dim]` of real observations `[..., 4]`."""
         latent: Tensor = self.latent_norm(self.encoder(observation / self.observation_scale))
@@ -256,9 +275,9 @@ class WorldModel(nn.Module):
 
 
 def load_model(path: Path | str = DEFAULT_WEIGHTS) -> WorldModel:
-    """Make the trained model from a safetensors file: float32, on the CPU, in evaluation mode, without gradients."""
+    """Make the trained model from a file of `torch.save`: float32, on the CPU, for evaluation, without gradients."""
     model = WorldModel()
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["weights"])
     return model.eval().requires_grad_(False)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from time import perf_counter
-from typing import Protocol
 
 import anyio
 import gymnasium
@@ -23,20 +20,22 @@ class PlaySettings:
     """What is played, and with how much at once."""
 
     envs: int = 8
-    threads: int = 4
+    threads: int = 4  # that search; 0: the searches are led on by the environments' event loop
+    workers_per_tree: int = 1
     simulations: int = 25  # of each search
     episodes: int = 20  # in all; episode i is seeded with seed + i, whichever environment plays it
     seed: int = 0
-    combine: bool = True  # leaves of all threads in one call of the model
-    leaf_batch: int | None = None  # leaves that a thread evaluates together; of all its trees if None
-    batch_size: int | None = None  # leaves that a loop evaluates together; of all environments if None
-    batch_wait: float = 0.0  # seconds that a loop's leaf waits for others, at most
+    groups: int = 1  # of threads and environments; the leaves of a group share its calls of the model
+    max_rows: int | None = None  # leaves of a call; those of all trees of a group if None
     max_steps: int | None = None  # of an episode; as long as it lasts if None
 
-    @property
-    def trees_per_thread(self) -> int:
-        """Trees that one thread searches together, at most."""
-        return ceil(self.envs / self.threads)
+    def envs_of(self, group: int) -> Sequence[int]:
+        """Its environments."""
+        return range(group, self.envs, self.groups)
+
+    def threads_of(self, group: int) -> int:
+        """How many it has."""
+        return len(range(group, self.threads, self.groups))
 
 
 @dataclass
@@ -71,29 +70,21 @@ class Tally:
         return sum(self.returns.values()) / len(self.returns) if self.returns else None
 
 
-# Chooses the action that follows an episode's newest observation.
 Decide = Callable[[Episode], Awaitable[int]]
+"""Chooses the action that follows an episode's newest observation."""
 
 
-class Searches(Protocol):
-    """What decides, for all environments of one event loop."""
-
-    def running(self) -> AbstractAsyncContextManager[Decide]:
-        """While it is entered, searches run; each environment may ask for one decision at a time."""
-        ...
-
-
-async def play(searches: Searches, settings: PlaySettings, tally: Tally) -> None:
-    """Play all episodes, writing down in `tally` what happens."""
+async def play_episodes(decide: Decide, settings: PlaySettings, tally: Tally) -> None:
+    """Play all episodes, writing down in `tally` what happens. Each environment asks for one decision at a time."""
     tally.started = perf_counter()
     indices = iter(range(settings.episodes))
-    async with searches.running() as decide, anyio.create_task_group() as environments:
+    async with anyio.create_task_group() as environments:
         for env_id in range(settings.envs):
-            environments.start_soon(_play_episodes, env_id, indices, settings, decide, tally)
+            environments.start_soon(_play_in_turn, env_id, indices, settings, decide, tally)
     tally.ended = perf_counter()
 
 
-async def _play_episodes(
+async def _play_in_turn(
     env_id: int,
     indices: Iterator[int],
     settings: PlaySettings,

@@ -1,44 +1,40 @@
-"""What a person sees, and the JSON."""
+"""What a person sees of the job, and its JSON."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from concurrent_kv import KVCacheManager
-from examples.cartpole.job import Comparison, JobReport, Watch
+from concurrent_kv.evaluation import EvaluatorStats
+from examples.cartpole.job import Comparison, JobReport, Watch, Watched
 from examples.cartpole.play import PlaySettings, Tally
 
 REFRESHES_PER_SECOND = 4
 SHOWN_RETURNS = 10  # the newest
 
 
-@dataclass(frozen=True)
 class LiveFigures:
     """What is going on; drawn anew, in a thread of its own, at every refresh."""
 
-    title: str
-    tally: Tally
-    settings: PlaySettings
-    manager: KVCacheManager | None
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
 
     def __rich__(self) -> Table:
-        tally = self.tally
-        table = _two_columns(self.title)
+        watched, tally = self._watched, self._watched.tally
+        table = _two_columns(watched.title)
         # A copy: the event loop's thread adds to it meanwhile.
         returns = list(tally.returns.copy().values())
         newest = " ".join(f"{earned:.0f}" for earned in returns[-SHOWN_RETURNS:])
         table.add_row("returns", newest or "-")
-        table.add_row("episodes", f"{len(returns)} of {self.settings.episodes}")
-        table.add_row("steps", f"{tally.steps:,}")
+        table.add_row("episodes", f"{len(returns)} of {watched.settings.episodes}, {tally.steps:,} steps")
         table.add_row("simulations", f"{tally.simulations:,}, {tally.simulations_per_second:,.0f} a second")
-        if self.manager is not None:
-            stats = self.manager.get_stats_summary()
+        if watched.manager is not None and watched.stats is not None:
+            _add_calls(table, watched.stats(), tally)
+            stats = watched.manager.get_stats_summary()
             recur, total = stats.pools["recur"], stats.total
             table.add_row("hit rate", f"{total.hit_rate:.4f} of {total.request_count:,} rows")
             table.add_row("pool of searches", _fill(recur.entries, recur.max_entries, recur.slots_in_use))
@@ -50,10 +46,8 @@ class LiveFigures:
 def live_figures(console: Console) -> Watch:
     """Show `LiveFigures` on a console while something is played."""
 
-    def watch(
-        title: str, tally: Tally, settings: PlaySettings, manager: KVCacheManager | None
-    ) -> AbstractContextManager[object]:
-        figures = LiveFigures(title, tally, settings, manager)
+    def watch(watched: Watched) -> AbstractContextManager[object]:
+        figures = LiveFigures(watched)
         return Live(figures, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
 
     return watch
@@ -67,17 +61,13 @@ def closing_table(report: JobReport) -> Table:
     table = _two_columns("CartPole-v1, searched through the shared cache")
     table.add_row("mean return", f"{main.mean_return:.1f} (lowest {min(returns):.0f})")
     table.add_row("episodes", f"{len(returns)}, {tally.steps:,} steps, {tally.seconds:.1f} s")
-    threads = "none: the searches are tasks" if report.settings.loops_only else f"{settings.threads}"
-    table.add_row("environments, threads", f"{settings.envs}, {threads} ({report.settings.backend})")
+    table.add_row("environments", f"{settings.envs}, tasks ({report.settings.backend}); {_searching(settings)}")
     table.add_row("simulations", f"{tally.simulations:,}, {settings.simulations} a search")
     verifying = ", verifying" if report.settings.verify else ""
     table.add_row("simulations a second", f"{tally.simulations_per_second:,.0f} with the cache{verifying}")
-    if report.modes is not None:
-        ratio = report.modes.tally.simulations_per_second / tally.simulations_per_second
-        table.add_row("", f"{report.modes.tally.simulations_per_second:,.0f} in loops only, {ratio:.1f} times as many")
-        _add_same_actions(table, report.modes)
     if report.no_cache is not None:
         _add_no_cache(table, report.no_cache, tally)
+    _add_calls(table, main.calls, tally)
     table.add_row("hit rate", f"{total.hit_rate:.4f} of {total.request_count:,} rows asked for")
     table.add_row("evictions during a search", f"{main.evictions_during_search:,}")
     table.add_row("old roots evicted", f"{main.roots_evicted:,}")
@@ -85,11 +75,24 @@ def closing_table(report: JobReport) -> Table:
     if main.verification is not None:
         table.add_row("rows verified", f"{main.verification.rows:,}")
         table.add_row("largest difference", f"{main.verification.max_difference:.2e}")
-    if report.modes is not None and report.loops_only is not None and report.loops_only.verification is not None:
-        verification = report.loops_only.verification
-        table.add_row("", f"{verification.rows:,} rows in loops only: {verification.max_difference:.2e}")
     table.add_row("integrity", main.integrity)
     return table
+
+
+def time_split(calls: EvaluatorStats) -> dict[str, float]:
+    """Seconds of processing by part; where calls overlap, their sum."""
+    return {
+        "tree": calls.walk_seconds,
+        "gather": calls.gather_seconds,
+        "model": calls.model_seconds,
+        "commit": calls.commit_seconds,
+    }
+
+
+def _add_calls(table: Table, calls: EvaluatorStats, tally: Tally) -> None:
+    table.add_row("rows a call", f"{calls.rows_per_call:.1f} in {calls.calls:,} calls of the model")
+    parts = {part: 100 * seconds / tally.seconds for part, seconds in time_split(calls).items()}
+    table.add_row("share of the time", ", ".join(f"{part} {share:.0f}%" for part, share in parts.items()))
 
 
 def _add_no_cache(table: Table, comparison: Comparison, cached: Tally) -> None:
@@ -98,10 +101,6 @@ def _add_no_cache(table: Table, comparison: Comparison, cached: Tally) -> None:
     part = f"first {settings.episodes} episodes, up to {settings.max_steps} steps each"
     table.add_row("", f"{tally.simulations_per_second:,.0f} without a cache ({part})")
     table.add_row("", f"{speedup:.1f} times as many with the cache")
-    _add_same_actions(table, comparison)
-
-
-def _add_same_actions(table: Table, comparison: Comparison) -> None:
     same = f"{comparison.same_actions:,} of {comparison.tally.steps:,}"
     if comparison.first_difference is None:
         table.add_row("the same actions", f"{same}: all")
@@ -112,23 +111,33 @@ def _add_same_actions(table: Table, comparison: Comparison) -> None:
 
 def as_json(report: JobReport) -> dict[str, float | int | str | None]:
     """The figures of the whole job, by name."""
-    main, loops_only, no_cache = report.main, report.loops_only, report.no_cache
+    main, no_cache, settings = report.main, report.no_cache, report.settings.play
     verification = main.verification
     return {
         "mean_return": main.mean_return,
         "episodes": len(main.tally.returns),
         "simulations_per_second": main.tally.simulations_per_second,
-        "loops_only_simulations_per_second": None if loops_only is None else loops_only.tally.simulations_per_second,
         "no_cache_simulations_per_second": None if no_cache is None else no_cache.tally.simulations_per_second,
+        "rows_per_call": main.calls.rows_per_call,
+        "seconds": main.tally.seconds,
+        **{f"{part}_seconds": seconds for part, seconds in time_split(main.calls).items()},
         "hit_rate": main.stats.total.hit_rate,
         "rows_verified": 0 if verification is None else verification.rows,
         # JSON has no infinity.
         "max_difference": None if verification is None else min(verification.max_difference, sys.float_info.max),
-        "threads": 0 if report.settings.loops_only else report.settings.play.threads,
-        "envs": report.settings.play.envs,
+        "threads": settings.threads,
+        "workers_per_tree": settings.workers_per_tree,
+        "envs": settings.envs,
         "evictions_during_search": main.evictions_during_search,
         "integrity": main.integrity,
     }
+
+
+def _searching(settings: PlaySettings) -> str:
+    threads = "searched on their loop" if not settings.threads else f"{settings.threads} threads search"
+    together = "" if settings.groups == 1 else f", in {settings.groups} groups"
+    workers = "" if settings.workers_per_tree == 1 else f", {settings.workers_per_tree} workers a tree"
+    return threads + together + workers
 
 
 def _fill(entries: int, max_entries: int, slots: int) -> str:

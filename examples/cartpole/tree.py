@@ -1,14 +1,27 @@
-"""A tree searched with PUCT, values normalised to the range seen (Schrittwieser et al. 2020, "MuZero")."""
+"""A tree searched with PUCT, values normalised to the range seen (Schrittwieser et al. 2020, "MuZero").
+
+Several workers may search one tree: a step that a worker has chosen, and whose evaluation it waits for, counts as a
+visit that found the worst (virtual loss: Chaslot et al. 2008, "Parallel Monte-Carlo Tree Search"), so that the next
+worker rather chooses another.
+"""
 
 from __future__ import annotations
 
+import threading
 from math import inf, log, sqrt
 from typing import NamedTuple
 
-from examples.cartpole.evaluation import Evaluation
-
 EXPLORATION_INIT = 1.25  # c1
 EXPLORATION_BASE = 19_652  # c2, visits
+
+
+class Evaluation(NamedTuple):
+    """What the model says about a node. A root, which no simulated step led to, has neither reward nor termination."""
+
+    value: float  # expected discounted return from the node on
+    priors: tuple[float, ...]  # of each action
+    reward: float = 0.0  # of the step that led to the node
+    termination: float = 0.0  # probability that this step ended the episode
 
 
 class Node:
@@ -16,6 +29,7 @@ class Node:
 
     __slots__ = (
         "action",
+        "awaited",
         "children",
         "continuation",
         "depth",
@@ -29,12 +43,13 @@ class Node:
     )
 
     def __init__(self, number: int, parent: Node | None, action: int, evaluation: Evaluation, discount: float) -> None:
-        self.number = number  # in order of expansion; 0 is the root
+        self.number = number  # 0 is the root; the children of n follow n * actions
         self.parent = parent
         self.action = action  # that led here from the parent
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.priors = evaluation.priors
         self.children: list[Node | None] = [None] * len(evaluation.priors)
+        self.awaited = [0] * len(evaluation.priors)  # by action: simulations that went this way, and are not back
         self.reward = evaluation.reward
         self.continuation = discount * (1.0 - evaluation.termination)  # what a return after the step counts
         self.visits = 0
@@ -42,12 +57,16 @@ class Node:
         self.q = 0.0  # mean return of the step and what follows it
 
 
-class Leaf(NamedTuple):
+class Edge(NamedTuple):
     """A step from a node that has not been tried yet."""
 
     parent: Node
     action: int
-    number: int  # of the node that it makes
+
+    @property
+    def number(self) -> int:
+        """Of the node that it makes."""
+        return self.parent.number * len(self.parent.children) + self.action + 1
 
 
 def path_to(node: Node) -> list[int]:
@@ -60,32 +79,49 @@ def path_to(node: Node) -> list[int]:
 
 
 class Tree:
-    """A search tree over one root. Alternates `select` and `expand`; deterministic."""
+    """A search tree over one root. Each worker alternates `select` and `expand`; with one, it is deterministic.
 
-    def __init__(self, root: Evaluation, discount: float) -> None:
+    Args:
+        root: the evaluation of its root.
+        simulations: how many there are in all.
+        discount: per step.
+    """
+
+    def __init__(self, root: Evaluation, *, simulations: int, discount: float) -> None:
+        self._left = simulations
         self._discount = discount
-        self._size = 1  # nodes
         self._lowest_q = inf
         self._highest_q = -inf
+        self._lock = threading.Lock()  # whoever leads workers on may do so in several threads
         self.root = Node(0, None, -1, root, discount)
         self._back_up(self.root, root.value)
 
-    def select(self) -> Leaf:
-        """Follow the best scores down to a step that has not been tried."""
-        node = self.root
-        while True:
-            action = self._best_scored(node)
-            child = node.children[action]
-            if child is None:
-                return Leaf(node, action, self._size)
-            node = child
+    def select(self) -> Edge | None:
+        """Follow the best scores down to a step that has not been tried; None when all simulations have begun.
 
-    def expand(self, leaf: Leaf, evaluation: Evaluation) -> None:
-        """Make the leaf a node, and tell the nodes above it what it is worth."""
-        node = Node(leaf.number, leaf.parent, leaf.action, evaluation, self._discount)
-        leaf.parent.children[leaf.action] = node
-        self._size += 1
-        self._back_up(node, evaluation.value)
+        Where all that is left waits for another worker's evaluation, that worker's step is chosen once more.
+        """
+        with self._lock:
+            if not self._left:
+                return None
+            self._left -= 1
+            node = self.root
+            while True:
+                action = self._best_scored(node)
+                node.awaited[action] += 1
+                child = node.children[action]
+                if child is None:
+                    return Edge(node, action)
+                node = child
+
+    def expand(self, edge: Edge, evaluation: Evaluation) -> None:
+        """Make the step's node, and tell the nodes above it what it is worth."""
+        with self._lock:
+            node = edge.parent.children[edge.action]
+            if node is None:
+                node = Node(edge.number, edge.parent, edge.action, evaluation, self._discount)
+                edge.parent.children[edge.action] = node
+            self._back_up(node, evaluation.value)
 
     def best_action(self) -> int:
         """The most visited action of the root; of several the one of highest value, then the first."""
@@ -97,16 +133,20 @@ class Tree:
         return max(range(len(self.root.children)), key=rank)
 
     def _best_scored(self, node: Node) -> int:
-        visits = node.visits
+        awaited = node.awaited
+        visits = node.visits + sum(awaited)
         exploration = sqrt(visits) * (EXPLORATION_INIT + log((visits + EXPLORATION_BASE + 1) / EXPLORATION_BASE))
         best_action, best_score = 0, -inf
         lowest, value_range = self._lowest_q, self._highest_q - self._lowest_q
         for action, child in enumerate(node.children):
-            score = exploration * node.priors[action]
+            score, begun = exploration * node.priors[action], awaited[action]
             if child is not None:
-                score /= 1 + child.visits
-                if value_range > 0:
-                    score += (child.q - lowest) / value_range
+                begun += child.visits
+                score /= 1 + begun
+                if value_range > 0:  # those awaited have found the lowest value of all, which counts 0
+                    score += (child.q - lowest) / value_range * (child.visits / begun)
+            elif begun:
+                score /= 1 + begun
             if score > best_score:
                 best_action, best_score = action, score
         return best_action
@@ -115,10 +155,12 @@ class Tree:
         while True:
             node.visits += 1
             node.value_sum += value
-            if node.parent is None:
+            parent = node.parent
+            if parent is None:
                 return
+            parent.awaited[node.action] -= 1
             node.q = node.reward + node.continuation * node.value_sum / node.visits
             self._lowest_q = min(self._lowest_q, node.q)
             self._highest_q = max(self._highest_q, node.q)
             value = node.reward + node.continuation * value
-            node = node.parent
+            node = parent

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from concurrent_kv import Batch
-from concurrent_kv.pool.joint import JointBatch
-from examples.cartpole.episode import Episode, RealPath, next_position
-from examples.cartpole.replay_cache import ReplayCache
-from examples.cartpole.shared_model import SharedModel
-from examples.cartpole.tree import Leaf, Node, path_to
+from concurrent_kv.evaluation import JointBatch
+from examples.cartpole.episode import Asked, Episode, next_position
+from examples.cartpole.model import WorldModel
+from examples.cartpole.replay import RealPath, ReplayCache
+from examples.cartpole.tree import Node, path_to
 
 # Of the row's largest element. A batch of rows and a row alone are summed in different orders, which float32 rounds to
 # about 1e-6 of it; a token at a wrong place or position is wrong by about all of it.
@@ -40,10 +39,10 @@ class Verifier:
     Each path that was replayed is kept while its tree is searched: a child's replay is its parent's and one step more.
     """
 
-    def __init__(self, model: SharedModel) -> None:
+    def __init__(self, model: WorldModel) -> None:
         self._model = model
-        self._replays: dict[int, _TreeReplays] = {}  # by environment; one thread at a time plans for one
-        self._lock = threading.Lock()
+        self._replays: dict[int, _TreeReplays] = {}  # by environment
+        self._lock = threading.Lock()  # of one tree, several steps may be asked for at once
         self._verification = Verification()
 
     @property
@@ -51,43 +50,31 @@ class Verifier:
         """What was compared so far."""
         return self._verification
 
-    def check_roots(self, batch: Batch | JointBatch, episodes: Sequence[Episode]) -> None:
-        """Compare rows that should be the roots before the episodes' newest steps. Before the model appends."""
-        for row, episode in enumerate(episodes):
-            if batch.hits[row]:
-                time = episode.time - 1
-                replay = self._tree_replays(episode, time).of(None)
-                self._compare(batch, row, replay, f"the root of episode {episode.index} at step {time}")
+    def check(self, batch: JointBatch, asked: Sequence[Asked]) -> None:
+        """Compare rows that should be what the steps asked for lead on from. Before the model appends."""
+        with self._lock:
+            for row, (episode, time, edge) in enumerate(asked):
+                if edge is None:
+                    time, path = time - 1, "the root"
+                else:
+                    path = f"the path {path_to(edge.parent)}"
+                replays = self._replays.setdefault(episode.env_id, _TreeReplays(self._model))
+                replays.follow(episode, time)
+                replay = replays.of(None if edge is None else edge.parent)
+                self._compare(batch, row, replay, f"{path} from step {time} of episode {episode.index}")
 
-    def check_parents(self, batch: Batch | JointBatch, leaves: Sequence[tuple[Episode, Leaf]]) -> None:
-        """Compare rows that should be the parents of `leaves`. Before the model appends."""
-        for row, (episode, leaf) in enumerate(leaves):
-            replay = self._tree_replays(episode, episode.time).of(leaf.parent)
-            path = path_to(leaf.parent)
-            self._compare(batch, row, replay, f"the path {path} from step {episode.time} of episode {episode.index}")
-
-    def _tree_replays(self, episode: Episode, time: int) -> _TreeReplays:
-        replays = self._replays.get(episode.env_id)
-        if replays is None:
-            replays = self._replays[episode.env_id] = _TreeReplays(self._model)
-        replays.follow(episode, time)
-        return replays
-
-    def _compare(self, batch: Batch | JointBatch, row: int, replay: ReplayCache, what: str) -> None:
+    def _compare(self, batch: JointBatch, row: int, replay: ReplayCache, what: str) -> None:
         expected = torch.cat(replay.keys_values())  # [2 * layers, heads, tokens, head_dim]
         found = batch.data[:, row, :, : batch.start]
         difference, bound = difference_of(found, expected), TOLERANCE * float(expected.abs().max())
         wrong = difference > bound
-        with self._lock:
-            before = self._verification
-            first = before.first_mismatch
-            if wrong and first is None:
-                first = (
-                    f"{what}: the gathered K and V differ by {difference:.3g} from its replay, {bound:.3g} is allowed"
-                )
-            self._verification = Verification(
-                before.rows + 1, max(before.max_difference, difference), before.mismatches + wrong, first
-            )
+        before = self._verification
+        first = before.first_mismatch
+        if wrong and first is None:
+            first = f"{what}: the gathered K and V differ by {difference:.3g} from its replay, {bound:.3g} is allowed"
+        self._verification = Verification(
+            before.rows + 1, max(before.max_difference, difference), before.mismatches + wrong, first
+        )
 
 
 def difference_of(found: Tensor, expected: Tensor) -> float:
@@ -102,7 +89,7 @@ def difference_of(found: Tensor, expected: Tensor) -> float:
 class _TreeReplays:
     """The plain caches of one tree: its root's, and those of the nodes that were asked for."""
 
-    def __init__(self, model: SharedModel) -> None:
+    def __init__(self, model: WorldModel) -> None:
         self._model = model
         self._path = RealPath(model)
         self._root: tuple[Episode, int] | None = None

@@ -1,4 +1,4 @@
-"""Train the world model on real CartPole-v1 episodes: `python -m examples.cartpole.train --seed 0 --out FILE`.
+"""Train the world model on real CartPole-v1 episodes: `python -m examples.cartpole.training --seed 0 --out FILE`.
 
 The same command gives the same bytes on the same machine with the same versions; another CPU or another torch may round
 differently, and then learns other weights as good as these.
@@ -7,6 +7,7 @@ differently, and then learns other weights as good as these.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import platform
@@ -15,19 +16,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import gymnasium
-import safetensors
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import save_file
 from torch import Tensor
 
-from examples.cartpole.figures import disturbed_transitions, policy_returns, prediction_errors
 from examples.cartpole.model import DEFAULT_WEIGHTS, ModelConfig, WorldModel
-from examples.cartpole.policy_training import PolicySettings, best_action, train_policy
-from examples.cartpole.transitions import Collector, Disturbed, Transitions
-from examples.cartpole.unroll_training import UnrollSettings, train_unroll
+from examples.cartpole.training.figures import disturbed_transitions, policy_returns, prediction_errors
+from examples.cartpole.training.policy import PolicySettings, best_action, train_policy
+from examples.cartpole.training.transitions import Collector, Disturbed, Transitions
+from examples.cartpole.training.unroll import UnrollSettings, train_unroll
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +74,16 @@ def measure(model: WorldModel) -> dict[str, float]:
 
 
 def save_model(model: WorldModel, path: Path, origin: dict[str, object]) -> None:
-    """Write the weights with how they came about, as JSON under the one metadata key `origin`.
-
-    Under one key because safetensors promises no order among several, and the file would not be the same twice.
-    """
+    """Write the weights, and how they came about as JSON, for `torch.load(path, weights_only=True)`."""
+    written = io.BytesIO()  # of a file, torch would write the name into it
+    torch.save({"origin": json.dumps(origin, sort_keys=True), "weights": model.state_dict()}, written)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path, metadata={"origin": json.dumps(origin, sort_keys=True)})
+    path.write_bytes(written.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure and save."""
-    parser = argparse.ArgumentParser(prog="python -m examples.cartpole.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.cartpole.training", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS)
     options = parser.parse_args(arguments)
@@ -100,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, figure in figures.items():
         logger.info("%s %.4f", name, figure)
     origin = {
-        "command": f"python -m examples.cartpole.train --seed {options.seed}",
+        "command": f"python -m examples.cartpole.training --seed {options.seed}",
         "seed": options.seed,
         "model": asdict(ModelConfig()),
         "settings": asdict(settings),
@@ -109,7 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "gymnasium": gymnasium.__version__,
-            "safetensors": safetensors.__version__,
         },
     }
     save_model(model, options.out, origin)

@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from examples.cartpole.model import RootOutput, WorldModel
-from examples.cartpole.replay_cache import ReplayCache
-from examples.cartpole.transitions import Collector, Transitions
+from examples.cartpole.replay import ReplayCache
+from examples.cartpole.training.transitions import Collector, Transitions
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 from torch import Generator
 
 from examples.cartpole.model import WorldModel
-from examples.cartpole.policy_training import best_action
-from examples.cartpole.transitions import Collector, Disturbed, Transitions
-from examples.cartpole.unroll_training import SegmentSampler, UnrollSettings, make_targets, unroll
+from examples.cartpole.training.policy import best_action
+from examples.cartpole.training.transitions import Collector, Disturbed, Transitions
+from examples.cartpole.training.unroll import SegmentSampler, UnrollSettings, make_targets, unroll
 
 EPISODE_STEPS = 500  # CartPole-v1 runs out of time there
 

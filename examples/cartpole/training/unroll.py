@@ -17,9 +17,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from examples.cartpole.model import RootOutput, StepOutput, WorldModel
-from examples.cartpole.policy_training import look
-from examples.cartpole.replay_cache import ReplayCache
-from examples.cartpole.transitions import Transitions
+from examples.cartpole.replay import ReplayCache
+from examples.cartpole.training.policy import look
+from examples.cartpole.training.transitions import Transitions
 
 
 @dataclass(frozen=True)

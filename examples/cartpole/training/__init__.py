@@ -1,0 +1,1 @@
+"""Trains the world model: `python -m examples.cartpole.training`."""
