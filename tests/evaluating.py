@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from concurrent_kv import KeysValues, KVCacheManager
 from concurrent_kv.aio import evaluator as for_tasks
-from concurrent_kv.evaluation import Evaluated, Evaluator, queue
+from concurrent_kv.evaluation import Evaluated, Evaluator, Leaf, Walk, queue
 from concurrent_kv.evaluation import evaluator as for_threads
 from concurrent_kv.pool.joint import JointBatch
 
@@ -63,6 +64,19 @@ def model(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
     return Evaluated(values, sides=[("side", value) for value in values])
 
 
+def tree_walk(search: Any, env: int, seed: int, steps: int) -> Walk[int, int, int]:
+    """Grows a random tree, compares each answer with what its path says, and returns its seed."""
+    draw = random.Random(seed)
+    totals: dict[Any, int] = {"root": root_sum(env)}
+    for step in range(steps):
+        parent = draw.choice(list(totals)[-4:])
+        key, number = (env, seed, step), draw.randrange(90)
+        value = yield Leaf(search, parent, key, number, env)
+        expected, totals[key] = value_after(totals[parent], number)
+        assert value == expected
+    return seed
+
+
 def look_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """How often whoever waits for an evaluator looks by itself."""
     for module in (queue, for_threads, for_tasks):
@@ -70,11 +84,12 @@ def look_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counted_now(evaluator: Evaluator[Any, Any]) -> tuple[int, ...]:
-    """Rows, calls, workers, waiting workers, and those of them with rows, as an evaluator counts them."""
+    """Rows and walks that can be led on, calls, workers, waiting workers, and those of them with rows, as counted."""
     waits: Any = evaluator.queue
     with waits._lock:
         waits._note_gone()  # which notes the workers that were dropped
-    return tuple(len(each) for each in (waits._rows, waits._groups, waits._workers, waits._waiting, waits._queued))
+        waiting = len(waits._rows) + len(waits._ready)
+        return (waiting, *(len(each) for each in (waits._groups, waits._workers, waits._waiting, waits._queued)))
 
 
 @contextmanager

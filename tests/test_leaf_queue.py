@@ -1,13 +1,16 @@
 """The queue of leaves against a plain model of it: whose turn it is, what is counted, and who is woken, in any order.
 
-Callers are played here: one after the other, each looks, makes a call, gives up, or is cut off at any place.
+Callers are played here: one after the other, each looks, makes a call, leads walks on, gives up, or is cut off at any
+place.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Generator
+from contextlib import suppress
+from inspect import getgeneratorstate
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +18,18 @@ import pytest
 
 from concurrent_kv import ClosedError
 from concurrent_kv.evaluation import queue as module
+from concurrent_kv.evaluation import tickets as tickets_module
 from concurrent_kv.evaluation.queue import Group, LeafQueue, Worker
 from concurrent_kv.evaluation.stats import CallTimes
-from concurrent_kv.evaluation.tickets import Row, Ticket
+from concurrent_kv.evaluation.tickets import Row, Run, Ticket, Walker
+from concurrent_kv.locks.gate import gate
 from tests.interrupting import cut_at
 
 FILES = {module.__file__}
+LEADING = {tickets_module.__file__}
 MAX_WAIT = 5.0
 NEVER = 1e9
-RUNS, STEPS = 40, 120
+RUNS, STEPS = 60, 160
 
 
 class Clock:
@@ -35,16 +41,55 @@ class Clock:
         return self.now
 
 
-class Caller:
-    """Who waits for a ticket, or the evaluator's thread, which has none.
+class Search:
+    """A walk of so many leaves, which hears the output of its own leaf, or a reason why there is none."""
 
-    `told`: it looks before it sleeps again; `until`: when it wakes by itself; `makes`: the call that it makes.
+    def __init__(self, leaves: int, raises: bool) -> None:
+        self.leaves, self.raises = leaves, raises
+        self.steps = self._steps()
+
+    def _steps(self) -> Generator[Any, Any, Search]:
+        try:
+            for _ in range(self.leaves):
+                leaf = SimpleNamespace()
+                try:
+                    assert (yield leaf) == id(leaf)
+                except (ValueError, ClosedError):
+                    continue
+        finally:
+            if self.raises:
+                raise KeyError("at its end, and when it is closed")
+        return self
+
+    @property
+    def is_closed(self) -> bool:
+        return getgeneratorstate(self.steps) == "GEN_CLOSED"
+
+
+class Caller:
+    """Who waits for a ticket or a run, or the evaluator's thread, which has neither.
+
+    `told`: it looks before it sleeps again; `until`: when it wakes by itself; `makes`: what it does for all, a call or
+    the walks that it leads on.
     """
 
     def __init__(self, ticket: Ticket | None, worker: Worker | None) -> None:
         self.ticket, self.worker = ticket, worker
+        self.run: Run | None = None
+        self.searches: dict[Walker, Search] = {}
         self.told, self.until = True, NEVER
         self.makes: Group | None = None
+
+    @property
+    def waits_for(self) -> Ticket | Run | None:
+        return self.run if self.ticket is None else self.ticket
+
+    @property
+    def is_over(self) -> bool:
+        return self.waits_for is not None and self.waits_for.is_over
+
+    def wake(self) -> None:
+        self.told = True
 
 
 class Played:
@@ -52,13 +97,16 @@ class Played:
 
     def __init__(self, max_rows: int, parallel: int, own_thread: bool) -> None:
         self.clock = Clock()
-        self.max_rows, self.parallel = max_rows, parallel
+        self.max_rows, self.parallel, self.own_thread = max_rows, parallel, own_thread
         self.queue = LeafQueue(max_rows=max_rows, max_wait_seconds=MAX_WAIT, parallel_calls=parallel)
         self.workers: list[Worker] = []
-        self.callers: list[Caller] = []  # whose tickets are not over, or not heard of
+        self.callers: list[Caller] = []  # whose tickets and runs are not over, or not heard of
         self.threads: list[Caller] = []
-        self.orphans: list[Group] = []  # calls whose caller has left
+        self.orphans: list[Group] = []  # what callers do that have left
         self.waiting: list[Row] = []
+        self.ready: list[Walker] = []
+        self.going: set[Walker] = set()  # walks that count as workers
+        self.searches: dict[Walker, Search] = {}
         self.settled: set[Row] = set()
         self.rows = self.calls = 0
         self.closed = False
@@ -85,30 +133,48 @@ class Played:
         assert not self.callers
         for worker in self.workers:
             worker.close()
-        assert self.counted() == (0, 0, 0, 0, 0)
+        for thread in self.threads:
+            if thread.makes is not None:
+                self.end_group(thread, [])
+        while True:  # who comes next closes what finalisers have left
+            group = Group()
+            if not self.queue.take(group):
+                break
+            self.finish(group, [])
+        assert all(search.is_closed for search in self.searches.values())
+        assert self.counted() == (0, 0, 0, 0, 0, 0)
 
     def look_or_end(self, caller: Caller) -> None:
         if caller.makes is not None:
-            self.end_call(caller, ["settled"] * 6)
-        self.look(caller)
+            self.end_group(caller, ["settled"] * 6)
+        if caller in self.callers or caller in self.threads:
+            self.look(caller)
 
     def counted(self) -> tuple[int, ...]:
         queue: Any = self.queue
         while queue.gone:
             queue._workers.discard(queue.gone.popleft())
-        return (
-            len(queue._rows),
-            len(queue._groups),
-            len(queue._workers),
-            len(queue._waiting),
-            len(queue._queued),
+        return tuple(
+            len(each)
+            for each in (
+                queue._rows,
+                queue._ready,
+                queue._groups,
+                queue._workers,
+                queue._waiting,
+                queue._queued,
+            )
         )
 
     # What callers do -----------------------------------------------------------------------------------------------
 
+    def may_take(self, caller: Caller) -> bool:
+        """Callers do nothing where the evaluator's threads do it; those end when it is closed."""
+        return caller.waits_for is None or not self.own_thread or (self.closed and caller.run is not None)
+
     def looking(self) -> list[Caller]:
-        """Those who may make a call, and make none just now."""
-        return [caller for caller in (self.threads or self.callers) if caller.makes is None]
+        """Those who may take something, and have nothing just now."""
+        return [caller for caller in [*self.callers, *self.threads] if caller.makes is None and self.may_take(caller)]
 
     def making(self) -> list[Caller]:
         return [caller for caller in [*self.callers, *self.threads] if caller.makes is not None]
@@ -116,17 +182,27 @@ class Played:
     def groups(self) -> list[Group]:
         return [caller.makes for caller in self.making() if caller.makes is not None] + self.orphans
 
+    def waiting_tickets(self) -> set[Ticket]:
+        """Of workers, and of walks, which have theirs in the queue or in a call."""
+        rows = [*self.waiting, *(row for group in self.groups() for row in group.rows)]
+        of_walks = [row.ticket for row in rows if row.ticket.walker is not None]
+        of_workers = [caller.ticket for caller in self.callers if caller.worker is not None and caller.ticket]
+        return {ticket for ticket in [*of_walks, *of_workers] if not ticket.is_over}
+
+    def workers_now(self) -> int:
+        return len([worker for worker in self.workers if worker.registered]) + len(self.going)
+
     def is_due(self) -> bool:
         """By what the model knows: as `LeafQueue` promises it."""
-        if not self.waiting or len(self.groups()) >= self.parallel:
+        if not (self.waiting or self.ready) or len(self.groups()) >= self.parallel:
             return False
-        workers = [caller for caller in self.callers if caller.worker is not None and not caller.ticket.is_over]  # type: ignore[union-attr]
+        if self.ready:
+            return True
         queued = {row.ticket for row in self.waiting if row.ticket.worker}
-        seats = len([worker for worker in self.workers if worker.registered])
         return (
             len(self.waiting) >= self.max_rows
-            or len(queued) * self.parallel >= seats
-            or len(workers) >= seats
+            or len(queued) * self.parallel >= self.workers_now()
+            or len(self.waiting_tickets()) >= self.workers_now()
             or self.clock.now >= self.waiting[0].ticket.since + MAX_WAIT
         )
 
@@ -135,36 +211,107 @@ class Played:
         caller.worker = None  # which may be dropped from now on, and at once
         self.waiting = [row for row in self.waiting if row.ticket is not caller.ticket]
 
+    def part(self, caller: Caller, group: Group, place: int | None = None, *, inside: bool = False) -> None:
+        """A caller leaves what it has taken, and what it waits for; perhaps it is cut off there.
+
+        `inside` a critical section, as a finaliser, it leaves a note, and the queue is looked at next.
+        """
+        queue, run = self.queue, caller.run
+
+        def part() -> None:
+            queue.part(group, caller.ticket)
+            if run is not None:
+                queue.leave_run(run)
+
+        def calmly() -> None:
+            with suppress(KeyError):  # of a walk's
+                part()
+
+        walkers = [walker for walker in group.walkers if walker.leader is group]
+        of_run = [] if run is None else list(run.walkers)
+        self.back(list(group.rows), walkers, stay=inside)
+        idle = [walker for walker in of_run if not walker.is_over and walker.leader in (None, group)]
+        if inside:
+            with gate.lock:
+                part()
+            with gate.lock, queue._lock:
+                queue._note_gone()
+        else:
+            if place is not None and self.cut(calmly, place):
+                self.all_look_by_themselves()
+            try:
+                part()
+            except KeyError:
+                part()
+            assert all(self.searches[walker].is_closed for walker in idle)
+            assert not (run and run.walkers)
+        self.waiting = [row for row in self.waiting if row.ticket.walker not in idle]
+        self.ready = [walker for walker in self.ready if walker not in idle]
+        if inside:
+            self.ready += idle
+        else:
+            self.going.difference_update(idle)
+        caller.makes = None
+        self.leave(caller)
+
     def look(self, caller: Caller) -> None:
         caller.told = False
-        ticket = caller.ticket
-        if ticket is not None and ticket.is_over:
-            rows = list(ticket.rows)
-            assert all(row.settled for row in rows)
-            error = next((row.error for row in rows if row.error is not None), None)
-            if error is None:
-                assert ticket.outputs() == [id(row) for row in rows]
-            else:
-                with pytest.raises(type(error)) as heard:
-                    ticket.outputs()
-                assert heard.value is error
-            self.queue.part(Group(ticket), ticket)
-            self.leave(caller)
+        if caller.is_over:
+            self.hear(caller)
             return
-        if self.threads and ticket is not None:
+        if not self.may_take(caller):
             caller.until = NEVER
             return
-        group, due = Group(ticket), self.is_due()
+        self.note_closed()
+        group, due = Group(caller.waits_for), self.is_due()
         assert self.queue.take(group) is due
         if due:
             self.took(caller, group)
+        elif self.closed and caller in self.threads:
+            self.threads.remove(caller)  # it ends
+            self.queue.close()
         else:
             caller.until = self.clock.now + self.queue.seconds_until_due()
 
+    def hear(self, caller: Caller) -> None:
+        if caller.ticket is not None:
+            rows = list(caller.ticket.rows)
+            assert all(row.settled for row in rows)
+            errors = [row.error for row in rows]
+            results: Callable[[], list[Any]] = caller.ticket.outputs
+            expected: list[Any] = [id(row.leaf) for row in rows]
+        else:
+            assert caller.run is not None
+            walkers = caller.run.walkers
+            errors = [walker.error for walker in walkers]
+            results, expected = caller.run.results, [self.searches[walker] for walker in walkers]
+        error = next((error for error in errors if error is not None), None)
+        if error is None:
+            assert results() == expected
+        else:
+            with pytest.raises(type(error)) as heard:
+                results()
+            assert heard.value is error
+        self.part(caller, Group(caller.waits_for))
+
+    def note_closed(self) -> None:
+        """Where the evaluator was dropped, whoever looks next fails what waits."""
+        if self.closed:
+            self.ready += [row.ticket.walker for row in self.waiting if row.ticket.walker is not None]
+            self.waiting = []
+
     def took(self, caller: Caller, group: Group) -> None:
-        number = min(self.max_rows, len(self.waiting))
-        assert group.rows == self.waiting[:number]
-        del self.waiting[:number]
+        if self.ready:
+            share = max(1, -(-self.workers_now() // self.parallel))
+            assert set(group.walkers) <= set(self.ready)
+            assert len(set(group.walkers)) == len(group.walkers) == min(share, len(self.ready))
+            assert not group.rows
+            self.ready = [walker for walker in self.ready if walker not in group.walkers]
+        else:
+            number = min(self.max_rows, len(self.waiting))
+            assert group.rows == self.waiting[:number]
+            assert not group.walkers
+            del self.waiting[:number]
         caller.makes = group
 
     def settle(self, rows: list[Row], endings: list[str]) -> None:
@@ -173,21 +320,45 @@ class Played:
             if ending == "left":
                 continue
             self.settled.add(row)
-            row.succeed(id(row)) if ending == "settled" else row.fail(ValueError("no"))
+            row.succeed(id(row.leaf)) if ending == "settled" else row.fail(ValueError("no"))
 
-    def back(self, rows: list[Row]) -> None:
-        """What waits again: in the order in which it came."""
+    def lead(self, group: Group, endings: list[str]) -> None:
+        """Lead the walks on, but for those after the first that is left: as many as there were before an exception."""
+        for walker, ending in zip(group.walkers, [*endings, *["settled"] * 99], strict=False):
+            if ending == "left":
+                return
+            walker.lead_on(lambda leaf: None)
+
+    def back(self, rows: list[Row], walkers: list[Walker], *, stay: bool = False) -> None:
+        """What waits again: leaves in the order in which they came, and walks. Asked before the queue is told.
+
+        Walks that have to end are closed, or `stay` to be closed by whoever looks next.
+        """
+        over = [row for row in rows if (row.settled or self.closed) and not row.ticket.is_over]
         again = [row for row in rows if not row.settled and not row.ticket.is_over and not self.closed]
+        self.ready += [row.ticket.walker for row in over if row.ticket.walker is not None]
         self.waiting = sorted([*again, *self.waiting], key=lambda row: (row.ticket.number, row.ticket.rows.index(row)))
+        for walker in walkers:
+            if walker.has_to_end or walker.is_over:
+                self.going.discard(walker)
+                if walker.has_to_end and stay:
+                    self.ready.append(walker)
+            elif walker.ticket is None or walker.ticket.is_over or self.closed:
+                self.ready.append(walker)
+            else:
+                self.waiting += walker.ticket.rows
 
-    def finish(self, group: Group, endings: list[str], times: int = 1) -> None:
-        rows = list(group.rows)
+    def finish(self, group: Group, endings: list[str]) -> None:
+        rows, walkers = list(group.rows), list(group.walkers)
         self.settle(rows, endings)
+        self.lead(group, endings)
         self.rows, self.calls = self.rows + len(rows), self.calls + bool(rows)
+        self.back(rows, walkers)
+        to_end = [walker for walker in walkers if walker.has_to_end]
         self.queue.finish(group, CallTimes(), len(rows))
-        self.back(rows)
+        assert all(walker.is_over and self.searches[walker].is_closed for walker in to_end)
 
-    def end_call(self, caller: Caller, endings: list[str]) -> None:
+    def end_group(self, caller: Caller, endings: list[str]) -> None:
         group, caller.makes = caller.makes, None
         assert group is not None
         self.finish(group, endings)
@@ -198,9 +369,9 @@ class Played:
         for caller in [*self.callers, *self.threads]:
             caller.told = True
 
-    def cut(self, work: Callable[[], object], place: int) -> bool:
+    def cut(self, work: Callable[[], object], place: int, files: Collection[str] = FILES) -> bool:
         """Run something that an exception cuts off there; whether it came so far."""
-        return cut_at(place, work, FILES)
+        return cut_at(place, work, files)
 
     # What may happen -----------------------------------------------------------------------------------------------
 
@@ -232,24 +403,35 @@ class Played:
         idle = [worker for worker in self.workers if worker not in busy and worker.registered]
         worker = idle[pick % len(idle)] if idle and as_worker else None
         caller = Caller(None, worker)
-        leaf: Any = SimpleNamespace()
-        ticket = Ticket([leaf] * rows, lambda: setattr(caller, "told", True), worker=worker is not None)
-        caller.ticket = ticket
-        if place is not None and not self.closed and self.cut(lambda: self.queue.add(ticket), place):
-            self.queue.part(Group(ticket), ticket)
-            caller.worker = None
+        leaves: Any = [SimpleNamespace() for _ in range(rows)]
+        ticket = caller.ticket = Ticket(leaves, caller.wake, worker=worker is not None)
+        self.comes(caller, lambda: self.queue.add(ticket), place)
+        if caller in self.callers:
+            self.waiting += ticket.rows
+
+    def walks_come(self, searches: list[Search], place: int | None) -> None:
+        caller = Caller(None, None)
+        run = caller.run = Run([search.steps for search in searches], caller.wake)
+        self.searches.update(zip(run.walkers, searches, strict=True))
+        walkers = list(run.walkers)
+        self.comes(caller, lambda: self.queue.start(run), place)
+        if caller in self.callers:
+            self.going.update(walkers)
+            self.ready += walkers
+
+    def comes(self, caller: Caller, enter: Callable[[], None], place: int | None) -> None:
+        self.callers.append(caller)
+        if place is not None and not self.closed and self.cut(enter, place):
+            self.part(caller, Group(caller.waits_for))
             return
         try:
             if place is None or self.closed:
-                self.queue.add(ticket)
+                enter()
         except ClosedError:
             assert self.closed
-            self.queue.part(Group(ticket), ticket)
-            caller.worker = None
+            self.part(caller, Group(caller.waits_for))
         else:
             assert not self.closed
-            self.callers.append(caller)
-            self.waiting += ticket.rows
 
     def someone_looks(self, pick: int) -> None:
         looking = [caller for caller in [*self.callers, *self.threads] if caller.makes is None]
@@ -258,15 +440,16 @@ class Played:
 
     def all_who_were_told_look(self) -> None:
         for caller in [caller for caller in self.looking() if caller.told]:
-            self.look(caller)
+            if caller.makes is None and caller in [*self.callers, *self.threads]:
+                self.look(caller)
 
     def someone_is_cut_off_looking(self, pick: int, place: int) -> None:
-        looking = [] if self.threads else [each for each in self.looking() if each.ticket and not each.ticket.is_over]
+        looking = [each for each in self.looking() if each.waits_for is not None and not each.is_over]
         if not looking:
             return
         caller = looking[pick % len(looking)]
-        assert caller.ticket is not None
-        group, due = Group(caller.ticket), self.is_due()
+        self.note_closed()
+        group, due = Group(caller.waits_for), self.is_due()
         caller.told = False
         if not self.cut(lambda: self.queue.take(group), place):
             if due:
@@ -274,59 +457,75 @@ class Played:
             else:
                 caller.until = self.clock.now + self.queue.seconds_until_due()
             return
-        self.queue.part(group, caller.ticket)
-        self.leave(caller)
+        self.ready = [walker for walker in self.ready if walker.leader is not group]
+        self.waiting = [row for row in self.waiting if row not in group.rows]
+        self.part(caller, group)
         if self.closed:
             self.all_look_by_themselves()
 
-    def a_call_ends(self, pick: int, endings: list[str]) -> None:
+    def a_group_ends(self, pick: int, endings: list[str]) -> None:
         if making := self.making():
-            self.end_call(making[pick % len(making)], endings)
+            self.end_group(making[pick % len(making)], endings)
 
-    def the_end_of_a_call_is_cut_off(self, pick: int, endings: list[str], place: int) -> None:
+    def the_end_of_a_group_is_cut_off(self, pick: int, endings: list[str], place: int) -> None:
         making = self.making()
         if not making:
             return
         caller = making[pick % len(making)]
         group, caller.makes = caller.makes, None
         assert group is not None
-        rows = list(group.rows)
+        rows, walkers = list(group.rows), list(group.walkers)
         self.settle(rows, endings)
-        if self.cut(lambda: self.queue.finish(group, CallTimes(), len(rows)), place):
-            self.queue.part(group, caller.ticket)
-            if caller.ticket is not None:
-                self.leave(caller)
-        self.rows, self.calls = self.queue.stats().rows, self.queue.stats().calls
-        self.back(rows)
+        self.lead(group, endings)
+        self.back(rows, walkers)
+        was_cut = self.cut(lambda: self.queue.finish(group, CallTimes(), len(rows)), place)
         caller.told = True
+        if was_cut:
+            self.queue.part(group)
+            if caller.waits_for is not None:
+                self.part(caller, group)
+            self.all_look_by_themselves()
+        self.rows, self.calls = self.queue.stats().rows, self.queue.stats().calls
 
-    def a_caller_leaves_its_call_to_another_thread(self, pick: int) -> None:
-        making = [caller for caller in self.making() if caller.ticket is not None]
+    def a_leader_is_cut_off(self, pick: int, place: int) -> None:
+        making = [caller for caller in self.making() if caller.makes is not None and caller.makes.walkers]
+        if not making:
+            return
+        caller = making[pick % len(making)]
+        group = caller.makes
+        assert group is not None
+        walkers, ended = list(group.walkers), {walker for walker in group.walkers if walker.is_over}
+        if not self.cut(lambda: self.lead(group, []), place, LEADING):
+            self.back([], walkers)
+            self.queue.finish(group, CallTimes())
+            caller.makes, caller.told = None, True
+            return
+        lost = [walker for walker in walkers if walker.has_to_end and not walker.run.is_abandoned]
+        assert len(lost) <= 1, "more is lost than what was led on"
+        assert not ended
+        self.back([], walkers)
+        self.queue.finish(group, CallTimes())
+        assert all(isinstance(walker.error, RuntimeError) and self.searches[walker].is_closed for walker in lost)
+        caller.makes = None
+        if caller.waits_for is not None:
+            self.part(caller, group)
+
+    def a_caller_leaves_its_group_to_another_thread(self, pick: int) -> None:
+        making = [caller for caller in self.making() if caller.waits_for is not None]
         if making:
             caller = making[pick % len(making)]
             assert caller.makes is not None
             self.orphans.append(caller.makes)
-            self.queue.part(Group(caller.ticket), caller.ticket)
-            self.leave(caller)
+            self.part(caller, Group(caller.waits_for))
 
-    def a_call_without_its_caller_ends(self, endings: list[str]) -> None:
+    def a_group_without_its_caller_ends(self, endings: list[str]) -> None:
         if self.orphans:
             self.finish(self.orphans.pop(), endings)
 
-    def someone_gives_up(self, pick: int, place: int | None) -> None:
-        if not self.callers:
-            return
-        caller = self.callers[pick % len(self.callers)]
-        group = caller.makes or Group(caller.ticket)
-        rows = list(group.rows)
-        was_cut = place is not None and self.cut(lambda: self.queue.part(group, caller.ticket), place)
-        if was_cut:
-            self.all_look_by_themselves()
-        if place is None or was_cut:
-            self.queue.part(group, caller.ticket)
-        caller.makes = None
-        self.leave(caller)
-        self.back(rows)
+    def someone_gives_up(self, pick: int, place: int | None, inside: bool) -> None:
+        if self.callers:
+            caller = self.callers[pick % len(self.callers)]
+            self.part(caller, caller.makes or Group(caller.waits_for), place, inside=inside)
 
     def time_goes_on(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -337,13 +536,12 @@ class Played:
         self.closed = True
         if how == "drop":
             self.queue.close_unlocked()
-            self.waiting = []  # as soon as anybody looks
             return
         if place is None or self.cut(self.queue.close, place):
             self.queue.close()
         if place is not None:
             self.all_look_by_themselves()
-        self.waiting = []
+        self.note_closed()
 
     # What always holds ---------------------------------------------------------------------------------------------
 
@@ -352,57 +550,64 @@ class Played:
             return
         queue: Any = self.queue
         assert list(queue._rows) == self.waiting
+        assert set(queue._ready) == set(self.ready)
+        assert len(queue._ready) == len(self.ready)
         assert queue._groups == set(self.groups())
+        assert {each for each in queue._workers if isinstance(each, Walker)} == self.going
         queued = {row.ticket for row in self.waiting}
         assert queue._queued == {ticket for ticket in queued if ticket.worker}
-        assert queue._waiting == {
-            caller.ticket
-            for caller in self.callers
-            if caller.worker is not None and caller.ticket is not None and not caller.ticket.is_over
-        }
+        assert queue._waiting == self.waiting_tickets()
         taken = [row for group in self.groups() for row in group.rows]
         assert len(set(taken)) == len(taken)
         assert not set(taken) & set(self.waiting)
+        led = [walker for group in self.groups() for walker in group.walkers]
+        assert len(set(led)) == len(led)
+        assert not set(led) & set(self.ready)
         stats = self.queue.stats()
         assert (stats.rows, stats.calls) == (self.rows, self.calls)
 
-    def whoever_can_make_a_call_that_is_due_will_look_in_time(self) -> None:
-        if self.closed or len(self.groups()) >= self.parallel:
+    def whoever_can_do_what_is_due_will_look_in_time(self) -> None:
+        if len(self.groups()) >= self.parallel:
             return
-        queued = {row.ticket for row in self.waiting}
-        concerned = [caller for caller in self.looking() if self.threads or caller.ticket in queued]
-        if queued and concerned and not any(caller.told for caller in concerned):
-            assert not self.is_due(), "nobody was told that a call is due"
-            until = min(caller.until for caller in concerned)
+        looking = self.looking()
+        queued = {row.ticket.caller for row in self.waiting}
+        queued |= {walker.run for walker in self.ready if not walker.run.is_abandoned}
+        concerned = [caller for caller in looking if caller.waits_for is None or caller.waits_for in queued]
+        if queued and concerned and not any(caller.told and not caller.is_over for caller in looking):
+            assert not self.is_due(), "nobody was told that something is due"
+            assert not (self.closed and self.waiting), "nobody was told that it is closed"
+            until = min(caller.until for caller in looking if not caller.is_over)
             assert until <= self.waiting[0].ticket.since + MAX_WAIT, "nobody looks when it is time"
 
     def whoever_has_it_all_will_look(self) -> None:
         for caller in self.callers:
-            assert caller.ticket is not None
-            assert caller.told or caller.makes is not None or not caller.ticket.is_over, "nobody was told of its end"
+            assert caller.told or caller.makes is not None or not caller.is_over, "nobody was told of its end"
 
     def play(self, draw: random.Random) -> None:
         """One thing that may happen, and what holds after it."""
         pick, endings = draw.randrange(1000), draw.choices(["settled", "failed", "left"], [2, 1, 1], k=6)
         place = draw.choice([None, draw.randrange(1, 40)])
+        searches = [Search(draw.randrange(4), draw.random() < 0.2) for _ in range(draw.randrange(1, 4))]
         actions: list[tuple[int, Callable[[], None]]] = [
             (2, self.a_worker_joins),
             (1, lambda: self.a_worker_leaves(pick, draw.choice(["close", "drop"]))),
             (1, lambda: self.a_worker_that_waits_is_closed(pick)),
-            (6, lambda: self.leaves_come(draw.randrange(1, 6), pick, draw.random() < 0.6, draw.choice([None, place]))),
+            (4, lambda: self.leaves_come(draw.randrange(1, 6), pick, draw.random() < 0.6, draw.choice([None, place]))),
+            (4, lambda: self.walks_come(searches, draw.choice([None, place]))),
             (4, lambda: self.someone_looks(pick)),
-            (4, self.all_who_were_told_look),
+            (6, self.all_who_were_told_look),
             (1, lambda: self.someone_is_cut_off_looking(pick, place or 1)),
-            (4, lambda: self.a_call_ends(pick, endings)),
-            (2, lambda: self.the_end_of_a_call_is_cut_off(pick, endings, place or 1)),
-            (1, lambda: self.a_caller_leaves_its_call_to_another_thread(pick)),
-            (2, lambda: self.a_call_without_its_caller_ends(endings)),
-            (2, lambda: self.someone_gives_up(pick, place)),
+            (7, lambda: self.a_group_ends(pick, endings)),
+            (2, lambda: self.the_end_of_a_group_is_cut_off(pick, endings, place or 1)),
+            (2, lambda: self.a_leader_is_cut_off(pick, place or 1)),
+            (1, lambda: self.a_caller_leaves_its_group_to_another_thread(pick)),
+            (2, lambda: self.a_group_without_its_caller_ends(endings)),
+            (2, lambda: self.someone_gives_up(pick, place, draw.random() < 0.3)),
             (2, lambda: self.time_goes_on(draw.choice([0.1, 1.0, MAX_WAIT]))),
         ]
         draw.choices([action for _, action in actions], [weight for weight, _ in actions])[0]()
         self.everything_is_counted_once()
-        self.whoever_can_make_a_call_that_is_due_will_look_in_time()
+        self.whoever_can_do_what_is_due_will_look_in_time()
         self.whoever_has_it_all_will_look()
 
 
@@ -416,6 +621,7 @@ def test_in_any_order_each_leaf_is_evaluated_once_and_whoever_should_look_is_tol
         draw = random.Random(seed)
         played = Played(max_rows, parallel, own_thread)
         monkeypatch.setattr(module, "time", played.clock)
+        monkeypatch.setattr(tickets_module, "time", played.clock)
         monkeypatch.setattr(module, "LOOK_SECONDS", NEVER)
         for _ in range(draw.randrange(5, STEPS)):
             played.play(draw)

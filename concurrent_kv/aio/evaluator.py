@@ -207,7 +207,7 @@ async def _run_in_worker(sync: Evaluator[Inputs, Output], group: Group) -> None:
             try:
                 with streams:
                     sync.work(group)
-                    while isinstance(group.caller, Run) and not group.caller.is_over and sync.take(group):
+                    while isinstance(group.caller, Run) and group.caller.is_waited_for and sync.take(group):
                         sync.work(group)  # the run's walks are led to their end here, and those of others with them
             finally:
                 sync.queue.part(group)

@@ -31,16 +31,16 @@ from ..search.search import Search, gather_part_of_search, storage_of
 from .leaves import NO_PARENT, Evaluated, Leaf, Model
 from .queue import Group
 from .stats import CallTimes
-from .tickets import Row
+from .tickets import Row, Walker
 
 __all__ = ["ModelCall"]
 
-# Tokens of the calls, of whichever evaluators, that the current context was entered in.
+# Tokens of the calls and of walks led on, of whichever evaluators, that the current context was entered in.
 calls_here: ContextVar[tuple[object, ...]] = ContextVar("concurrent_kv calls of models", default=())
 
 
 class ModelCall:
-    """How an evaluator's calls are made. Several threads may make one at the same time.
+    """How an evaluator's calls are made, and walks led on. Several threads may do so at the same time.
 
     Args:
         storage: what the leaves' searches and pools are over.
@@ -67,11 +67,11 @@ class ModelCall:
         self._overflow = overflow
         self._row_sizes = row_sizes
         self._fixed: dict[int, list[tuple[Tensor, Ticks]]] = {size: [] for size in row_sizes}  # that no call uses now
-        self._under_way: set[object] = set()  # tokens of the calls
+        self._under_way: set[object] = set()  # tokens of what is done now
 
     @property
     def is_made_here(self) -> bool:
-        """Whether a call that is under way asks: its model, or what that has made in its context."""
+        """Whether a call that is under way asks, or a walk that is led on, or what they have made in their context."""
         return any(token in self._under_way for token in calls_here.get())
 
     def check_leaf(self, leaf: object) -> None:
@@ -89,28 +89,27 @@ class ModelCall:
         hash_of(leaf.child, "leaf.child")
 
     def work(self, group: Group, times: CallTimes) -> int:
-        """Lead the walks of a group on, or call the model for its rows; returns how many the model had."""
-        if not group.walkers:
-            return self.run(group.rows, times)
-        began = perf_counter()
-        for walker in group.walkers:
-            walker.lead_on(self.check_leaf)
-        times.walk = perf_counter() - began
-        return 0
+        """Lead the walks of a group on, or call the model for its rows; returns how many the model had.
 
-    def run(self, rows: Sequence[Row], times: CallTimes) -> int:
-        """Settle every row; what is raised here but not by an `Exception` leaves some as they were.
-
-        Returns how many rows the model had.
+        What is raised here but not by an `Exception` leaves some as they were.
         """
         token, before = object(), calls_here.get()
         try:
             self._under_way.add(token)
             calls_here.set((*before, token))
-            return self._run(rows, times)
+            if group.walkers:
+                self._lead_on(group.walkers, times)
+                return 0
+            return self._run(group.rows, times)
         finally:
             calls_here.set(before)
             self._under_way.discard(token)
+
+    def _lead_on(self, walkers: Sequence[Walker], times: CallTimes) -> None:
+        began = perf_counter()
+        for walker in walkers:
+            walker.lead_on(self.check_leaf)
+        times.walk = perf_counter() - began
 
     def _run(self, rows: Sequence[Row], times: CallTimes) -> int:
         began = perf_counter()

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import GEN_CREATED, getgeneratorstate
+from types import GeneratorType
 from typing import Generic, TypeVar
 
 import torch
@@ -146,10 +148,14 @@ class Evaluator(Handle, Generic[Inputs, Output]):
 
         An error of a leaf is raised where the generator yielded it, which may catch it and go on. Where the caller
         leaves before the end (an error, a timeout, cancellation), the generator is closed, at its next leaf if it runs
-        just then.
+        just then. One that is led on by a thread that an exception interrupts there ends with a `RuntimeError`.
+
+        Of searches of one evaluator no two run at the same moment, unless `parallel_calls` is more than 1: then those
+        of one tree need a lock for it, which none may hold where it yields.
 
         Args:
-            search: the generator; see `Walk`.
+            search: the generator, which has not begun; see `Walk`. It yields what it wants of this evaluator, and does
+                not call it.
             timeout: seconds that one leaf of it waits at most; the evaluator's if left out.
 
         Raises what the generator raises; `WaitTimeoutError`: no call was over in time; `ClosedError`;
@@ -197,8 +203,9 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         gate.check("this evaluator")
         if self._call.is_made_here:
             raise ReentrantCallError(
-                "this evaluator was called by its own model, or by a finaliser that ran there: the call of the model "
-                "would wait for another one of itself; evaluate in advance, or with an evaluator of its own"
+                "this evaluator was called by its own model, or by a search that it leads on, or by a finaliser that "
+                "ran there: the call would wait for itself; evaluate in advance, yield the leaf, or use an evaluator "
+                "of its own"
             )
 
     def check(self, leaves: Iterable[Leaf[Inputs]]) -> list[Leaf[Inputs]]:
@@ -365,7 +372,7 @@ def _call_for_others(call: ModelCall, queue: LeafQueue, group: Group) -> None:
         for row in group.rows:
             if not row.settled:
                 row.fail(RuntimeError(f"the model raised {type(error).__name__}: {error}"))
-        logger.exception("the model ended a call of an evaluator's thread")
+        logger.exception("the model, or a search, ended what an evaluator's thread did")
     finally:
         queue.finish(group, times, rows)
 
@@ -378,6 +385,13 @@ def walks_of(searches: Iterable[Walk[Inputs, Output, Result]]) -> list[Walk[Inpu
             raise InvalidTypeError(
                 f"search must be a generator, which a function with a yield in it returns, got {type(search).__name__}"
             )
+        # One that has begun would be sent None for the leaf that it has yielded.
+        if isinstance(search, GeneratorType) and getgeneratorstate(search) != GEN_CREATED:
+            raise InvalidArgumentError(
+                f"search must be a generator that has not begun, got one in the state {getgeneratorstate(search)}"
+            )
+    if len({id(search) for search in found}) < len(found):
+        raise InvalidArgumentError("searches must be different generators, got one of them twice")
     return found
 
 

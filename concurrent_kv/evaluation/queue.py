@@ -118,7 +118,8 @@ class LeafQueue:
         self._groups: set[Group] = set()  # of the calls under way, and of walks that are being led on
         self._ready: deque[Walker] = deque()  # to be led on
         self._workers: set[object] = set()  # their seats; of walks, these themselves
-        self._away: set[object] = set()  # seats of workers who wait for walks of theirs, which count in their place
+        # Runs of workers by their seat: their walks, until all have ended, count in the workers' place.
+        self._away: dict[object, Run] = {}
         self._waiting: set[Ticket] = set()  # of workers, that are not over
         self._queued: set[Ticket] = set()  # of them, those that have rows here
         self.gone: deque[object] = deque()  # seats of workers that were dropped; appended to without the lock
@@ -153,7 +154,7 @@ class LeafQueue:
         self._check_process()
         with gate.lock, self._lock:
             self._check_open()
-            self._away.add(run.seat)
+            self._away[run.seat] = run
             self._workers.update(run.walkers)
             self._ready += run.walkers
         if self.listener is not None:
@@ -185,8 +186,8 @@ class LeafQueue:
     def finish(self, group: Group, times: CallTimes, rows: int = 0) -> None:
         """What was taken has been done: settled rows are their callers', walks wait for their leaves.
 
-        What was not done waits again. Nothing happens the second time. A caller whose run is not over has to look next:
-        no other is told to.
+        What was not done waits again, and walks whose callers have left are closed. Nothing happens the second time. A
+        caller that waits for its run still has to look next: no other is told to.
 
         Args:
             rows: leaves that the model had.
@@ -196,11 +197,14 @@ class LeafQueue:
             if group in self._groups:
                 self._counters.add(rows, times)
             self._end_group(group)
-            stays = isinstance(group.caller, Run) and not group.caller.is_over
+            stays = isinstance(group.caller, Run) and group.caller.is_waited_for
             looks = None if stays else self._who_looks()
         _wake_all({row.ticket for row in group.rows if row.ticket.is_over and row.ticket.walker is None})
-        _wake_all({walker.run for walker in group.walkers if walker.is_over and walker.run.is_over} - {group.caller})
         self._wake(looks)
+        for walker in group.walkers:
+            if walker.leader is group and not walker.is_over:
+                walker.end_unheard()
+        _wake_all({walker.run for walker in group.walkers if walker.is_over and walker.run.is_over} - {group.caller})
         group.rows.clear()  # last: what is cut off before this is done again
         group.walkers.clear()
 
@@ -217,25 +221,29 @@ class LeafQueue:
             ticket.rows.clear()  # a circle otherwise, which would keep what was handed in until it is collected
 
     def leave_run(self, run: Run) -> None:
-        """Nobody waits for a run any more: its walks end, those that are being led on just now when that is done.
+        """The caller of a run leaves it: its walks are closed, those that are being led on just now by their leaders.
 
-        Raises what a walk raises when it ends.
+        Raises what a walk raises when it is closed, after all have been. The second time only what was left is done.
         """
         self._check_process()
         if gate.is_inside:
             self._part_later(run)
             return
         with gate.lock, self._lock:
-            ended = [walker for walker in run.walkers if self._abandon(walker)]
-            self._workers.difference_update(ended)
-            self._away.discard(run.seat)
+            idle = self._abandon(run)
+            self._workers.difference_update(idle)
+            self._bring_back(run)
             looks = self._who_looks()
         self._wake(looks)
-        while ended:
-            ended.pop().end()
+        _close_all(idle)
+        run.clear()
 
     def _part_later(self, *gone: Group | Ticket | Run | None) -> None:
         self.gone.extend([each for each in gone if each is not None])
+        for each in gone:
+            if isinstance(each, Group):  # what it had waits again as soon as any caller looks
+                _wake_all({row.ticket.caller for row in each.rows})
+                _wake_all({walker.run for walker in each.walkers})
         self.wake_unlocked()
 
     def seconds_until_due(self) -> float:
@@ -270,8 +278,7 @@ class LeafQueue:
             self.closed = True
             self._fail_all(over)
         _wake_all(over)
-        if self.listener is not None:
-            self.listener()
+        self.wake_unlocked()
 
     def close_unlocked(self) -> None:
         """As `close`, for finalisers: takes no lock."""
@@ -323,11 +330,13 @@ class LeafQueue:
             gone = self.gone[0]
             if isinstance(gone, Group):
                 self._end_group(gone)
-            elif isinstance(gone, Run):
-                self._away.discard(gone.seat)
                 for walker in gone.walkers:
-                    if self._abandon(walker):
-                        self._ready.append(walker)  # whoever leads it on ends it
+                    if walker.leader is gone:  # it has to end
+                        self._make_ready(walker)
+            elif isinstance(gone, Run):
+                self._bring_back(gone)
+                for walker in self._abandon(gone):
+                    self._make_ready(walker)  # who takes it closes it
             elif isinstance(gone, Ticket):
                 self._take_out(gone)
             else:
@@ -344,7 +353,7 @@ class LeafQueue:
 
     def _take_walks(self, group: Group) -> None:
         # As many as take part in each of the calls that may be under way at once.
-        share = -(-self._count_workers() // self._parallel)
+        share = max(1, -(-self._count_workers() // self._parallel))
         group.walkers += islice(self._ready, share)  # first, as in `_take`
         self._groups.add(group)
         for walker in group.walkers:
@@ -352,18 +361,27 @@ class LeafQueue:
             self._ready.popleft()
 
     def _place(self, group: Group) -> None:
-        """Walks that were led on, or should have been, wait: for their leaf, or to be led on."""
+        """Walks that were led on, or should have been, wait: for their leaf, or to be led on.
+
+        Those that have to end stay with their leader, which closes them without the lock.
+        """
         for walker in group.walkers:
             if walker.leader is not group:
                 continue  # that was done before
-            walker.end_if_cut_off()
+            if walker.has_to_end:
+                self._workers.discard(walker)
+                continue
             if walker.is_over:
                 self._workers.discard(walker)
-            elif walker.ticket is None or walker.ticket.is_over or walker.is_abandoned:
+                if walker.run.is_over:  # here: its caller may look much later, and others call meanwhile
+                    self._bring_back(walker.run)
+                if walker.run.is_abandoned:
+                    walker.error = None  # which no caller raises: a circle otherwise
+            elif walker.ticket is None or walker.ticket.is_over:
                 self._make_ready(walker)
             elif self.closed:
                 _fail_closed(walker.ticket.rows)
-                walker.ticket.is_over = True
+                self._end_settled(walker.ticket.rows)
                 self._make_ready(walker)
             else:
                 self._place_ticket(walker.ticket)
@@ -382,21 +400,24 @@ class LeafQueue:
         self._queued.add(ticket)
         self._rows.append(row)
 
-    def _abandon(self, walker: Walker) -> bool:
-        """Whether nobody leads it on just now, who would end it."""
-        if walker.is_over or walker.is_abandoned:
-            return False
-        walker.is_abandoned = True
-        if walker.leader is not None:
-            return False
-        if walker.ticket is not None and not walker.ticket.is_over:
-            self._take_out(walker.ticket)
-        with suppress(ValueError):
-            self._ready.remove(walker)
-        return True
+    def _abandon(self, run: Run) -> list[Walker]:
+        """Take out the walks of a run that are not being led on: they are the caller's, to be closed."""
+        run.is_abandoned = True
+        idle = [walker for walker in run.walkers if not walker.is_over and walker.leader is None]
+        for walker in idle:
+            if walker.ticket is not None and not walker.ticket.is_over:
+                self._take_out(walker.ticket)
+            with suppress(ValueError):
+                self._ready.remove(walker)
+        return idle
+
+    def _bring_back(self, run: Run) -> None:
+        """The worker that a run is of counts again, unless it has begun another meanwhile."""
+        if self._away.get(run.seat) is run:
+            del self._away[run.seat]
 
     def _count_workers(self) -> int:
-        return len(self._workers) - len(self._workers & self._away)
+        return len(self._workers) - len(self._workers & self._away.keys())
 
     def _is_due(self) -> bool:
         if not self._rows or len(self._groups) >= self._parallel:
@@ -441,17 +462,22 @@ class LeafQueue:
         self._rows.clear()  # last: what is cut off before this is done again
 
     def _end_settled(self, rows: Sequence[Row]) -> list[Ticket]:
-        over = [
-            ticket
-            for ticket in {row.ticket for row in rows}
-            if not ticket.is_over and all(row.settled for row in ticket.rows)
-        ]
+        tickets = dict.fromkeys([row.ticket for row in rows])  # in order of arrival
+        over = [ticket for ticket in tickets if not ticket.is_over and all(row.settled for row in ticket.rows)]
         for ticket in over:
             self._counters.failed_rows += sum([row.error is not None for row in ticket.rows])
             self._end(ticket)
-            if ticket.walker is not None:
-                self._make_ready(ticket.walker)
+        for ticket in tickets:  # those too that were over: what was cut off after that is done once more
+            if ticket.is_over:
+                self._resume(ticket)
         return over
+
+    def _resume(self, ticket: Ticket) -> None:
+        """The walk that waits for a ticket, if one does, can be led on."""
+        walker = ticket.walker
+        if walker is None or walker.ticket is not ticket or walker.leader is not None or walker.run.is_abandoned:
+            return
+        self._make_ready(walker)
 
     def _end(self, ticket: Ticket) -> None:
         self._waiting.discard(ticket)
@@ -467,7 +493,8 @@ class LeafQueue:
         if len(self._groups) >= self._parallel or not (self._rows or self._ready):
             return None  # whoever ends one of the calls has someone look
         busy = {group.caller for group in self._groups}
-        callers = chain((walker.run for walker in self._ready), (row.ticket.caller for row in self._rows))
+        runs = (walker.run for walker in self._ready if not walker.run.is_abandoned)
+        callers = chain(runs, (row.ticket.caller for row in self._rows))
         return next((caller for caller in callers if caller not in busy), None)
 
     # Outside -------------------------------------------------------------------------------------------------------
@@ -486,7 +513,7 @@ class LeafQueue:
             return
         if self.listener is not None:
             self.listener()
-        else:
+        if self.listener is None or self.closed:  # then the evaluator's threads end, and callers lead their walks on
             looks.wake()
 
     def wake_unlocked(self) -> None:
@@ -495,6 +522,17 @@ class LeafQueue:
         _wake_all({walker.run for walker in self._ready.copy()})
         if self.listener is not None:
             self.listener()
+
+
+def _close_all(walkers: Sequence[Walker]) -> None:
+    """Close each, and raise what the first of them raised then."""
+    for number, walker in enumerate(walkers):
+        try:
+            walker.end()
+        except Exception:
+            for other in walkers[number + 1 :]:
+                other.end_unheard()
+            raise
 
 
 def _fail_closed(rows: Sequence[Row]) -> None:

@@ -6,14 +6,19 @@ which whoever makes the calls leads from leaf to leaf; `Run` is all the walks th
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..flights.error_copies import copy_of
 from .leaves import Leaf
 
 __all__ = ["Row", "Run", "Ticket", "Walker"]
+
+logger = logging.getLogger("concurrent_kv")
 
 
 class Row:
@@ -89,29 +94,39 @@ class Ticket:
 class Walker:
     """A walk on its way: a search written as a generator that yields leaves and is sent their outputs.
 
-    It waits for its leaf (`ticket`), or for a caller that leads it on, or is being led on by one, which alone touches
+    It waits for its leaf (`ticket`), or for a caller to lead it on, or is being led on by one, which alone touches
     the generator then.
 
     Attributes:
         run: with which it began.
-        ticket: what it waits for; none before its first leaf.
-        leader: by whom it is led on just now; written under the queue's lock.
-        is_abandoned: nobody waits for it any more; whoever leads it on next ends it.
+        ticket: what it waits for; none before its first leaf, and while it is led on.
+        waits_since: when it began to wait; infinity while it is led on, and when it is over.
+        leader: the group that it is led on in; written under the queue's lock. None when it is not.
         is_over: it has ended; `result` or `error` say how.
     """
 
-    __slots__ = ("_is_moving", "_steps", "error", "is_abandoned", "is_over", "leader", "result", "run", "ticket")
+    __slots__ = ("_is_moving", "_steps", "error", "is_over", "leader", "result", "run", "ticket", "waits_since")
 
     def __init__(self, steps: Generator[Leaf[Any], Any, Any], run: Run) -> None:
         self._steps = steps
         self._is_moving = False
         self.run = run
         self.ticket: Ticket | None = None
+        self.waits_since = time.monotonic()
         self.leader: object = None
-        self.is_abandoned = False
         self.is_over = False
         self.result: Any = None
         self.error: Exception | None = None
+
+    @property
+    def has_to_end(self) -> bool:
+        """Whether it must not be led on: its caller has left, or an asynchronous exception came while it was led on,
+        and where it stands then is not known. For its leader, and where it has none."""
+        return not self.is_over and (self.run.is_abandoned or self._was_cut_off)
+
+    @property
+    def _was_cut_off(self) -> bool:
+        return self._is_moving and self.ticket is None
 
     def lead_on(self, check: Callable[[Leaf[Any]], object]) -> None:
         """Let it make its next leaf, which then is its `ticket`; or end.
@@ -119,19 +134,22 @@ class Walker:
         Args:
             check: raises what is wrong with a leaf, which the walk hears.
         """
+        if self.has_to_end:
+            self.end_unheard()
+            return
         self._is_moving = True
+        self.waits_since = math.inf
         before, self.ticket = self.ticket, None
         try:
-            if self.is_abandoned:
-                self._steps.close()
-                self.is_over = True
-            else:
-                leaf = self._next_leaf(before, check)
-                self.ticket = Ticket([leaf], self.run.wake, worker=True, walker=self)
+            leaf = self._next_leaf(before, check)
+            ticket = Ticket([leaf], self.run.wake, worker=True, walker=self)
+            self.waits_since = ticket.since
+            self.ticket = ticket  # last: with it the walk can go on, whatever is cut off from here on
         except StopIteration as stop:
             self.result, self.is_over = stop.value, True
         except Exception as error:
-            self._steps.close()  # it has ended where it raised this, but for memory that was short afterwards
+            with suppress(Exception):  # what it raises after its error is heard by no caller, least of all the leader
+                self._steps.close()  # it has ended where it raised this, but for memory that was short afterwards
             self.error, self.is_over = error, True
         self._is_moving = False
 
@@ -142,7 +160,10 @@ class Walker:
             (row,) = before.rows
             before.rows.clear()  # a circle otherwise
             error, row.error = row.error, None
-            leaf = self._steps.send(row.output) if error is None else self._steps.throw(error)
+            try:
+                leaf = self._steps.send(row.output) if error is None else self._steps.throw(error)
+            finally:
+                del error  # the frames that it comes through must not keep it
         while True:
             try:
                 check(leaf)
@@ -151,16 +172,23 @@ class Walker:
             else:
                 return leaf
 
-    def end_if_cut_off(self) -> None:
-        """End it if an asynchronous exception came while it was led on: where it stands, nobody knows."""
-        if self._is_moving:
-            self._is_moving = False
-            self.error, self.is_over = RuntimeError("the thread that led this search on was interrupted there"), True
-
     def end(self) -> None:
-        """Nobody waits for it, and nobody leads it on: let it clean up. Raises what it raises there."""
-        self.is_over = True
+        """Close the generator, which must not be led on just now. Raises what it raises; the second time, nothing."""
+        if self._was_cut_off:
+            self.error = RuntimeError("the thread that led this search on was interrupted there")
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            ticket.rows.clear()  # a circle otherwise
         self._steps.close()
+        self.is_over = True
+
+    def end_unheard(self) -> None:
+        """As `end`, where no caller of its own is there who could hear what it raises."""
+        try:
+            self.end()
+        except Exception:
+            logger.exception("a search raised when it was closed, and its caller has left")
+            self.is_over = True
 
 
 class Run:
@@ -169,10 +197,11 @@ class Run:
     Attributes:
         wake: has the caller look again, as that of a ticket.
         seat: of the worker that the caller is; of its own where it is none.
-        walkers: in the caller's order.
+        walkers: in the caller's order; none once the caller has left and they have ended.
+        is_abandoned: the caller has left; written under the queue's lock.
     """
 
-    __slots__ = ("seat", "wake", "walkers")
+    __slots__ = ("is_abandoned", "seat", "wake", "walkers")
 
     def __init__(
         self,
@@ -184,6 +213,7 @@ class Run:
         self.wake = wake
         self.seat = self if seat is None else seat
         self.walkers = [Walker(steps, self) for steps in searches]
+        self.is_abandoned = False
 
     @property
     def is_over(self) -> bool:
@@ -191,10 +221,14 @@ class Run:
         return all(walker.is_over for walker in self.walkers)
 
     @property
+    def is_waited_for(self) -> bool:
+        """Whether the caller is there still, and looks again before it leaves."""
+        return not (self.is_abandoned or self.is_over)
+
+    @property
     def waits_since(self) -> float:
-        """Since when the leaf has waited that has waited longest; since now, where none waits."""
-        tickets = [walker.ticket for walker in self.walkers]
-        return min([ticket.since for ticket in tickets if ticket is not None], default=time.monotonic())
+        """Since when the walk has waited that has waited longest; infinity where none waits."""
+        return min([walker.waits_since for walker in self.walkers], default=math.inf)
 
     def results(self) -> list[Any]:
         """What the walks returned; the first error is raised."""
@@ -206,3 +240,9 @@ class Run:
                 finally:
                     del error
         return [walker.result for walker in self.walkers]
+
+    def clear(self) -> None:
+        """Let go of the walks, and of errors that were not raised: circles otherwise."""
+        for walker in self.walkers:
+            walker.error = None
+        self.walkers.clear()

@@ -9,6 +9,7 @@ import torch
 
 from concurrent_kv.evaluation import Evaluated, Leaf
 from concurrent_kv.evaluation.call import ModelCall
+from concurrent_kv.evaluation.queue import Group
 from concurrent_kv.evaluation.stats import CallTimes
 from concurrent_kv.evaluation.tickets import Ticket
 from concurrent_kv.pool.joint import JointBatch, open_together
@@ -99,7 +100,9 @@ def evaluated(world: GpuWorld, key: int, child: int, *, on: int, model: ModelCal
     with world.on(on):
         ticket = Ticket([Leaf(world.pool, key, child, new)], lambda: None, worker=False)
         with world.noted(Kind.WRITE, [child], [(*value(key + 1), new)]) as commit:
-            model.run(ticket.rows, CallTimes())
+            group = Group()
+            group.rows += ticket.rows
+            model.work(group, CallTimes())
             ticket.outputs()
             commit.stored = True
 
