@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Generator, Tensor
 
-from examples.cartpole.model import DEFAULT_WEIGHTS, RotaryEmbedding, StepOutput, WorldModel, load_model
+from examples.cartpole.model import DEFAULT_WEIGHTS, RootOutput, RotaryEmbedding, StepOutput, WorldModel, load_model
 from examples.cartpole.replay import ReplayCache, replay_path
 from examples.cartpole.training.__main__ import TrainSettings, save_model, train
 from examples.cartpole.training.figures import disturbed_transitions, policy_returns, prediction_errors
@@ -93,6 +93,31 @@ def test_a_batched_step_equals_the_steps_taken_one_by_one(model: WorldModel) -> 
         alone = replay_path(model, starts[row], [*actions, row % 2]).output
         assert isinstance(alone, StepOutput)
         assert max(differences(model, StepOutput(*(field[row : row + 1] for field in together)), alone)) < ROUNDING
+
+
+def test_a_step_of_both_kinds_equals_a_real_one_and_a_predicted_one(model: WorldModel) -> None:
+    starts, seen = observations(len(PATHS)), observations(2 * len(PATHS))[len(PATHS) :]
+    actions, positions = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([1 + 2 * len(path) for path in PATHS])
+
+    def past() -> PaddedCache:
+        return PaddedCache(
+            [replay_path(model, start, path).cache for start, path in zip(starts, PATHS, strict=True)], 0
+        )
+
+    is_real = torch.tensor([True, False, True, True, False])
+    mixed_past, real_past, predicted_past = past(), past(), past()
+    mixed = model.step(actions, seen, is_real, mixed_past, positions)
+    real = model.observe(actions, seen, real_past, positions)
+    predicted = model.recurrent(actions, predicted_past, positions)
+    for name in RootOutput._fields:
+        assert torch.allclose(getattr(mixed, name)[is_real], getattr(real, name)[is_real], atol=ROUNDING), name
+    for name in StepOutput._fields:
+        assert torch.allclose(getattr(mixed, name)[~is_real], getattr(predicted, name)[~is_real], atol=ROUNDING), name
+    for layer in range(model.config.num_layers):
+        for rows, other in ((is_real, real_past), (~is_real, predicted_past)):
+            assert torch.allclose(mixed_past.keys[layer][rows], other.keys[layer][rows], atol=ROUNDING)
+            assert torch.allclose(mixed_past.values[layer][rows], other.values[layer][rows], atol=ROUNDING)
+    assert not torch.allclose(real.value, predicted.value)
 
 
 def test_left_padding_has_no_influence(model: WorldModel) -> None:

@@ -1,54 +1,55 @@
-"""Promises of the main job: its searches, its checks, what it writes and how it ends."""
+"""Promises of the main job: what it plays, its checks, what it writes and how it ends."""
 
 from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
-import torch
+from rich.console import Console
 
-from concurrent_kv import IntegrityError, KVCacheManager, Search
-from concurrent_kv.aio import AsyncKVCacheManager
+from concurrent_kv import IntegrityError, KVCacheManager
 from concurrent_kv.device.tensors import SlotTensor
+from examples.cartpole import __main__ as program
 from examples.cartpole.__main__ import INTERRUPTED, main
-from examples.cartpole.cached import CachedEvaluator
-from examples.cartpole.episode import Episode
-from examples.cartpole.evaluation import Evaluation
-from examples.cartpole.job import JobReport, JobSettings, first_difference_of, run_job
+from examples.cartpole.job import JobReport, JobSettings, run_job
 from examples.cartpole.model import WorldModel, load_model
-from examples.cartpole.nodes import Nodes
-from examples.cartpole.planner import Planner
-from examples.cartpole.play import PlaySettings
-from examples.cartpole.replayed import ReplayingEvaluator
-from examples.cartpole.roots import CachedRoots, Roots
-from examples.cartpole.running import on_the_loop
-from examples.cartpole.shared_model import SharedModel
-from examples.cartpole.tree import Leaf, Tree
-from examples.cartpole.verify import Verifier, difference_of
+from examples.cartpole.report import live_figures
+from examples.cartpole.scaling import plot
+from examples.cartpole.tree import Tree
+from tests.async_support import join_workers
+from tests.cartpole_support import (
+    ALONE,
+    ROWS_OF_SHORT,
+    SHORT,
+    SHORT_ARGUMENTS,
+    both_backends,
+    one_torch_thread,
+    threads_and_loop,
+)
 
-SHORT = PlaySettings(envs=4, threads=2, simulations=8, episodes=5, max_steps=7)
-ALONE = replace(SHORT, leaf_batch=1)
-SHORT_ARGUMENTS = [
-    *("--envs", "4", "--threads", "2", "--simulations", "8", "--episodes", "5", "--max-steps", "7"),
-    "--no-progress",
-]
-ROWS_OF_SHORT = 5 * (7 * 8 + 6)  # of each episode: the parents of all leaves, and the last roots
 JSON_KEYS = {
     "mean_return",
     "episodes",
     "simulations_per_second",
-    "loops_only_simulations_per_second",
     "no_cache_simulations_per_second",
+    "rows_per_call",
+    "seconds",
+    "tree_seconds",
+    "gather_seconds",
+    "model_seconds",
+    "commit_seconds",
     "hit_rate",
     "rows_verified",
     "max_difference",
     "threads",
+    "workers_per_tree",
     "envs",
     "evictions_during_search",
     "integrity",
@@ -57,10 +58,8 @@ JSON_KEYS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,53 +70,23 @@ def model() -> WorldModel:
 @pytest.fixture(scope="module")
 def alone(model: WorldModel) -> JobReport:
     """`ALONE`, verified and compared with the search without a cache."""
-    return run_job(model, JobSettings(ALONE, verify=True, no_cache=True))
-
-
-def manager_for(model: WorldModel, *, envs: int, simulations: int) -> KVCacheManager:
-    sizes = {"num_simulations": simulations, "max_cache_size": envs * (simulations + 1), "device": "cpu"}
-    return KVCacheManager(config=asdict(model.config) | sizes, env_num=envs)
-
-
-def new_episodes(count: int) -> list[Episode]:
-    tilts = torch.linspace(-0.1, 0.1, count)
-    return [Episode(i, i, [torch.tensor([0.0, 0.0, float(tilts[i]), 0.0])]) for i in range(count)]
-
-
-def evaluated(roots: Roots, episodes: Sequence[Episode]) -> list[Evaluation]:
-    async def evaluate() -> list[Evaluation]:
-        return [await roots.evaluate(episode, on_the_loop) for episode in episodes]
-
-    return anyio.run(evaluate)
-
-
-class Player:
-    """Roots stored through the facade, then a search in the calling thread."""
-
-    def __init__(
-        self, nodes: Nodes, manager: KVCacheManager, *, simulations: int, leaf_batch: int | None = None
-    ) -> None:
-        self.roots = CachedRoots(nodes, AsyncKVCacheManager(manager))
-        evaluator = CachedEvaluator(nodes, manager)
-        self.planner = Planner(evaluator, simulations=simulations, discount=0.99, leaf_batch=leaf_batch)
-
-    def act(self, episodes: Sequence[Episode]) -> list[int]:
-        """One step of all episodes; what is observed depends on the actions only."""
-        actions = self.planner.plan(episodes, evaluated(self.roots, episodes))
-        for episode, action in zip(episodes, actions, strict=True):
-            episode.actions.append(action)
-            episode.observations.append(episode.observations[-1] + 0.01 * (2 * action - 1))
-        return actions
+    return run_job(model, JobSettings(ALONE, verify=True, steps_without_cache=7))
 
 
 # The whole job -------------------------------------------------------------------------------------------------------
 
 
-def test_with_leaves_evaluated_one_at_a_time_1_and_8_threads_choose_the_same_actions(model: WorldModel) -> None:
-    settings = replace(ALONE, envs=8, episodes=9, max_steps=6)
-    one, eight = (run_job(model, JobSettings(replace(settings, threads=threads))) for threads in (1, 8))
-    assert set(one.main.tally.actions) == set(range(9))
-    assert one.main.tally.actions == eight.main.tally.actions
+@both_backends
+@pytest.mark.parametrize("threads", [1, 8, 0])
+def test_with_leaves_evaluated_one_at_a_time_threads_and_tasks_choose_the_same_actions(
+    model: WorldModel, alone: JobReport, threads: int, backend: Any
+) -> None:
+    settings = replace(ALONE, envs=8, threads=threads)
+    report = run_job(model, JobSettings(settings, backend=backend, verify=True))
+    assert set(report.main.tally.actions) == set(range(5))
+    assert report.main.tally.actions == alone.main.tally.actions
+    assert report.main.calls.rows_of_calls == {1: ROWS_OF_SHORT}
+    assert report.failures() == []
 
 
 def test_another_seed_plays_other_episodes(model: WorldModel, alone: JobReport) -> None:
@@ -125,12 +94,6 @@ def test_another_seed_plays_other_episodes(model: WorldModel, alone: JobReport) 
     # Episode i of seed 1 is episode i + 1 of seed 0.
     assert [other.main.tally.actions[i] for i in range(4)] == [alone.main.tally.actions[i] for i in range(1, 5)]
     assert len({tuple(actions) for actions in alone.main.tally.actions.values()}) > 1
-
-
-def test_trio_plays_what_asyncio_plays(model: WorldModel, alone: JobReport) -> None:
-    trio = run_job(model, JobSettings(ALONE, backend="trio"))
-    assert trio.main.tally.actions == alone.main.tally.actions
-    assert not trio.failures()
 
 
 def test_without_a_cache_the_same_actions_are_chosen(alone: JobReport) -> None:
@@ -141,37 +104,81 @@ def test_without_a_cache_the_same_actions_are_chosen(alone: JobReport) -> None:
     assert comparison.tally.simulations_per_second > 0
 
 
-def test_every_row_that_was_gathered_is_verified_and_nothing_is_evicted_from_a_search(alone: JobReport) -> None:
-    assert alone.main.verification is not None
-    assert alone.main.verification.rows == ROWS_OF_SHORT == alone.main.stats.total.request_count
-    assert alone.main.verification.mismatches == 0
-    assert alone.main.evictions_during_search == 0
-    assert alone.main.integrity == "ok"
-    assert alone.failures() == []
+def test_a_search_without_a_cache_gathers_nothing(model: WorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers: list[int] = []
+    gather = SlotTensor.gather_together
+
+    def counted(tensor: SlotTensor, *arguments: Any, **options: Any) -> Any:
+        gathers[-1] += 1
+        return gather(tensor, *arguments, **options)
+
+    monkeypatch.setattr(SlotTensor, "gather_together", counted)
+    for steps in (0, 7):
+        gathers.append(0)
+        report = run_job(model, JobSettings(replace(SHORT, threads=0, workers_per_tree=2), steps_without_cache=steps))
+        assert (report.no_cache is not None) == bool(steps)
+    assert gathers[0] == gathers[1] > 0
 
 
+@threads_and_loop
+@pytest.mark.parametrize("envs", [4, 5])
+def test_every_row_that_was_gathered_is_verified_and_nothing_is_evicted_from_a_search(
+    model: WorldModel, threads: int, envs: int
+) -> None:
+    report = run_job(model, JobSettings(replace(SHORT, envs=envs, threads=threads), verify=True))
+    assert report.main.verification is not None
+    assert report.main.verification.rows == ROWS_OF_SHORT == report.main.stats.total.request_count
+    assert report.main.calls.rows == ROWS_OF_SHORT
+    assert report.main.verification.mismatches == 0
+    assert report.main.evictions_during_search == 0
+    assert report.main.integrity == "ok"
+    assert report.failures() == []
+
+
+@threads_and_loop
 @pytest.mark.parametrize("policy", ["fifo", "lru", "priority", "clock", "s3fifo"])
-def test_every_eviction_policy_plays_on_full_init_pools(model: WorldModel, policy: str) -> None:
-    longer = replace(SHORT, simulations=2, max_steps=30)
+def test_every_eviction_policy_plays_on_full_init_pools(model: WorldModel, policy: str, threads: int) -> None:
+    longer = replace(SHORT, simulations=2, max_steps=25, threads=threads)
     report = run_job(model, JobSettings(longer, policy=policy, verify=True))
     assert report.main.roots_evicted > 0
     assert report.failures() == []
 
 
-def test_leaves_of_all_trees_are_verified_together_too(model: WorldModel) -> None:
-    report = run_job(model, JobSettings(replace(SHORT, envs=5, threads=1), verify=True))
-    assert report.main.verification is not None
-    assert report.main.verification.rows == ROWS_OF_SHORT
-    assert report.failures() == []
+@both_backends
+@threads_and_loop
+def test_the_model_is_called_in_threads_or_on_the_loop_alone(
+    model: WorldModel, backend: Any, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+
+    def noted(name: str) -> None:
+        original = getattr(WorldModel, name)
+
+        def call(*arguments: Any) -> Any:
+            seen.add(threading.get_ident())
+            return original(*arguments)
+
+        monkeypatch.setattr(WorldModel, name, call)
+
+    for name in ("initial", "step", "recurrent"):
+        noted(name)
+    run_job(model, JobSettings(SHORT if threads else replace(SHORT, threads=0), backend=backend))
+    here = {threading.get_ident()}
+    assert (not seen & here and len(seen) <= threads) if threads else seen == here
 
 
-def test_an_error_in_a_search_ends_the_job(model: WorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(planner: Planner, episodes: Sequence[Episode], roots: Sequence[Evaluation]) -> list[int]:
+@both_backends
+@threads_and_loop
+@pytest.mark.parametrize("where", [(WorldModel, "recurrent"), (Tree, "select"), (Tree, "best_action")])
+def test_an_error_in_the_model_or_in_a_search_ends_the_job(
+    model: WorldModel, backend: Any, threads: int, where: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(Planner, "plan", fail)
-    with pytest.raises(Exception, match="TaskGroup") as caught:
-        run_job(model, JobSettings(SHORT))
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(Exception, match=r"TaskGroup|Trio nursery") as caught:
+        run_job(model, JobSettings(replace(SHORT, threads=threads), backend=backend))
     assert "planted" in repr(caught.value)
 
 
@@ -180,7 +187,7 @@ def test_an_error_in_a_search_ends_the_job(model: WorldModel, monkeypatch: pytes
 
 def test_the_json_has_exactly_the_promised_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    assert main([*SHORT_ARGUMENTS, "--json", str(file), "--verify", "--no-cache"]) == 0
+    assert main([*SHORT_ARGUMENTS, "--json", str(file), "--verify", "--no-cache-steps", "3"]) == 0
     figures = json.loads(file.read_text("utf-8"))
     assert set(figures) == JSON_KEYS
     assert figures["episodes"] == 5
@@ -188,22 +195,28 @@ def test_the_json_has_exactly_the_promised_keys(tmp_path: Path, capsys: pytest.C
     assert figures["hit_rate"] == 1.0
     assert figures["rows_verified"] == ROWS_OF_SHORT
     assert 0 <= figures["max_difference"] < 1e-4
-    assert (figures["envs"], figures["threads"]) == (4, 2)
+    assert (figures["envs"], figures["threads"], figures["workers_per_tree"]) == (4, 2, 1)
+    assert 1 <= figures["rows_per_call"] <= 4
     assert figures["evictions_during_search"] == 0
     assert figures["integrity"] == "ok"
     assert min(figures["simulations_per_second"], figures["no_cache_simulations_per_second"]) > 0
-    assert "mean return" in capsys.readouterr().out
+    assert min(figures[name] for name in JSON_KEYS if name.endswith("seconds")) > 0
+    shown = capsys.readouterr().out
+    assert "mean return" in shown
+    assert "12 of 12: all" in shown
 
 
-def test_what_was_not_asked_for_is_null_in_the_json(tmp_path: Path) -> None:
+@both_backends
+def test_what_was_not_asked_for_is_null_in_the_json(tmp_path: Path, backend: str) -> None:
     file = tmp_path / "figures.json"
-    assert main([*SHORT_ARGUMENTS, "--json", str(file)]) == 0
+    arguments = ["--loops-only", "--backend", backend, "--workers-per-tree", "2"]
+    assert main([*SHORT_ARGUMENTS, *arguments, "--json", str(file)]) == 0
     figures = json.loads(file.read_text("utf-8"))
     assert set(figures) == JSON_KEYS
     assert figures["no_cache_simulations_per_second"] is None
-    assert figures["loops_only_simulations_per_second"] is None
     assert figures["max_difference"] is None
     assert figures["rows_verified"] == 0
+    assert (figures["threads"], figures["workers_per_tree"]) == (0, 2)
 
 
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
@@ -222,7 +235,7 @@ def test_one_wrong_slot_is_found_and_ends_with_a_non_zero_exit(
 
     monkeypatch.setattr(SlotTensor, "scatter", corrupt)
     arguments = ["--envs", "1", "--threads", "1", "--episodes", "1", "--max-steps", "3", "--no-progress"]
-    assert main([*arguments, "--verify"]) == 1
+    assert main([*arguments, "--no-cache-steps", "0", "--verify"]) == 1
     assert "gathered rows are wrong; first" in " ".join(capsys.readouterr().err.split())
 
 
@@ -239,170 +252,86 @@ def test_books_that_do_not_balance_end_with_a_non_zero_exit(
     assert "planted contradiction" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@both_backends
+@pytest.mark.parametrize("ways", ["--threads=2", "--loops-only", "--threads=2 --workers-per-tree=2"])
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_ends_cleanly(backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Planner.plan
+def test_ctrl_c_ends_cleanly(
+    backend: str, ways: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recurrent = WorldModel.recurrent
     calls = iter(range(10**9))
 
-    def interrupt(planner: Planner, episodes: Sequence[Episode], roots: Sequence[Evaluation]) -> list[int]:
-        if next(calls) == 3:
+    def interrupt(*arguments: Any) -> Any:
+        if next(calls) == 30:
             signal.raise_signal(signal.SIGINT)
-        return plan(planner, episodes, roots)
+        return recurrent(*arguments)
 
-    monkeypatch.setattr(Planner, "plan", interrupt)
-    assert main([*SHORT_ARGUMENTS, "--episodes", "1000", "--backend", backend]) == INTERRUPTED
+    monkeypatch.setattr(WorldModel, "recurrent", interrupt)
+    arguments = [*SHORT_ARGUMENTS, "--episodes", "1000", *ways.split(), "--backend", backend]
+    assert main(arguments) == INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
+    join_workers()
 
 
-@pytest.mark.parametrize("arguments", ["--envs 0", "--threads -1", "--seed -1", "--backend curio", "--policy none"])
-def test_impossible_options_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("--envs 0", "--threads -1", "--seed -1", "--backend curio", "--policy none", "--groups 0", "--max-rows 0"),
+        *("--workers-per-tree 0", "--no-cache-steps -1", "--turns 0"),
+    ],
+)
+def test_impossible_options_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments.split())
+        main(wrong.split())
     assert caught.value.code == 2
-    assert arguments.split()[0] in capsys.readouterr().err
+    assert wrong.split()[0] in capsys.readouterr().err
 
 
-def test_progress_is_shown_while_playing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([argument for argument in SHORT_ARGUMENTS if argument != "--no-progress"]) == 0
-    assert "simulations a second" in capsys.readouterr().out
-
-
-# Searches over the cache ---------------------------------------------------------------------------------------------
-
-
-def test_a_simulation_is_one_gather_one_call_of_the_model_and_one_commit(
-    model: WorldModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wrong", ["--threads 2 --groups 3", "--loops-only --groups 2", "--envs 1 --groups 2"])
+def test_more_groups_than_can_share_out_what_there_is_are_refused(
+    wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[str] = []
-
-    def count(owner: type, name: str) -> None:
-        original = getattr(owner, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    for owner, name in ((Search, "gather"), (WorldModel, "recurrent"), (Search, "commit")):
-        count(owner, name)
-    with manager_for(model, envs=3, simulations=5) as manager:
-        Player(Nodes(SharedModel(model)), manager, simulations=5).act(new_episodes(3))
-    assert calls == ["gather", "recurrent", "commit"] * 5
+    assert main(wrong.split()) == 2
+    assert "--groups" in capsys.readouterr().err
 
 
-def test_roots_that_were_cleared_are_rebuilt_from_their_history(model: WorldModel) -> None:
-    chosen = []
-    for clearing in (False, True):
-        with manager_for(model, envs=3, simulations=6) as manager:
-            shared = SharedModel(model)
-            verifier = Verifier(shared)
-            player = Player(Nodes(shared, verifier), manager, simulations=6, leaf_batch=1)
-            episodes = new_episodes(3)
-            actions = []
-            for step in range(8):
-                actions.append(player.act(episodes))
-                if clearing and step in (0, 4, 5):
-                    manager.clear_init_caches()
-            chosen.append(actions)
-            assert manager.get_stats_summary().total.miss_count == (9 if clearing else 0)
-            assert verifier.verification.mismatches == 0
-            manager.check_integrity()
-    assert chosen[0] == chosen[1]
+def test_what_is_going_on_is_shown_with_a_cache_and_without(model: WorldModel) -> None:
+    shown = StringIO()
+    watch = live_figures(Console(file=shown, force_terminal=True, width=100))
+    run_job(model, JobSettings(SHORT, steps_without_cache=2), watch)
+    for text in ("playing", "pool of searches", "rows a call", "playing without a cache", "4 of 4"):
+        assert text in shown.getvalue()
 
 
-def test_roots_share_the_slots_of_the_history_they_have_in_common(model: WorldModel) -> None:
-    with manager_for(model, envs=1, simulations=2) as manager:
-        player = Player(Nodes(SharedModel(model)), manager, simulations=2)
-        episodes = new_episodes(1)
-        for _ in range(10):
-            player.act(episodes)
-        stats = manager.get_stats_summary()
-        assert stats.pools["init[0]"].entries == 10
-        assert stats.pools["init[0]"].slots_in_use == 1 + 2 * 9
-        assert stats.pools["recur"].entries == 0
+def test_groups_that_nobody_asked_for_are_no_more_than_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "usual_groups", lambda threads: threads)  # as without a GIL
+    assert main([*SHORT_ARGUMENTS, "--envs", "1", "--episodes", "1"]) == 0
 
 
-def test_replayed_and_cached_leaves_of_trees_together_agree(model: WorldModel) -> None:
-    """Trees of different ages: paths of different lengths, at and before the window's end."""
-    shared = SharedModel(model)
-    nodes = Nodes(shared)
-    replaying = ReplayingEvaluator(shared)
-    with manager_for(model, envs=3, simulations=40) as manager, torch.inference_mode():
-        episodes = new_episodes(3)
-        for count in (1, 2, 3):
-            Player(nodes, manager, simulations=4).act(episodes[:count])
-        roots = evaluated(CachedRoots(nodes, AsyncKVCacheManager(manager)), episodes)
-        with CachedEvaluator(nodes, manager).open_round(episodes) as cached:
-            trees = [Tree(root, 0.99) for root in roots]
-            assert_close(roots, evaluated(replaying, episodes))
-            for _ in range(30):
-                leaves = [(episode, tree.select()) for episode, tree in zip(episodes, trees, strict=True)]
-                evaluations = cached.leaves(leaves)
-                assert_close(evaluations, replaying.leaves(leaves))
-                for tree, (_, leaf), evaluation in zip(trees, leaves, evaluations, strict=True):
-                    tree.expand(leaf, evaluation)
-        manager.check_integrity()
+def test_the_scaling_is_a_table_a_json_and_a_plot_that_is_the_same_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, drawn = tmp_path / "scaling.json", tmp_path / "scaling.svg"
+    arguments = ["--envs", "2", "--simulations", "2", "--max-steps", "2", "--turns", "2", "--no-progress"]
+    assert main(["--scaling", *arguments, "--json", str(file), "--plot", str(drawn)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("1 together", "2 together", "2 apart", "the loop alone", "32 rows", "medians of 2 turns"):
+        assert text in shown
+    result = json.loads(file.read_text("utf-8"))
+    assert [way["name"] for way in result["ways"]] == ["1 together", "2 together", "2 apart", "the loop alone"]
+    assert [way["envs"] for way in result["by_rows"]] == [1, 2, 4, 8, 16, 32]
+    assert [way["envs"] for way in result["own_envs"]] == [2 * way["threads"] for way in result["own_envs"]]
+    assert {len(way["rates"]) for name in ("ways", "by_rows", "own_envs") for way in result[name]} == {2}
+    assert result["planned"]["1"] == pytest.approx(result["own_envs"][0]["rate"])
+    assert 0 <= result["share_in_queue"] <= 1
+    again = tmp_path / "again.svg"
+    plot([result], again)
+    assert again.read_bytes() == drawn.read_bytes()
+    assert b"dc:date" not in drawn.read_bytes()
 
 
-def assert_close(left: Sequence[Evaluation], right: Sequence[Evaluation]) -> None:
-    for one, other in zip(left, right, strict=True):
-        assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-3)
-        assert one.priors == pytest.approx(other.priors, rel=1e-3, abs=1e-5)
-        assert one.reward == pytest.approx(other.reward, abs=1e-4)
-        assert one.termination == pytest.approx(other.termination, rel=1e-3, abs=1e-5)
-
-
-# Parts ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_difference_is_found_in_tokens_in_padding_and_where_tokens_are_missing() -> None:
-    expected = torch.ones(4, 2, 3, 8)
-    padded = torch.cat((torch.zeros(4, 2, 2, 8), expected), dim=2)
-    assert difference_of(padded, expected) == 0.0
-    for column, wrong in ((0, 0.5), (4, 0.5), (4, float("nan")), (0, float("nan"))):
-        row = padded.clone()
-        row[3, 1, column, 7] += wrong
-        assert difference_of(row, expected) == (0.5 if wrong == 0.5 else float("inf"))
-    assert difference_of(padded[:, :, :2], expected) == float("inf")
-
-
-def test_the_first_difference_of_two_games() -> None:
-    assert first_difference_of([0, 1], [0, 1, 1]) is None
-    assert first_difference_of([0, 1, 0], [0, 1, 1]) == 2
-    assert first_difference_of([0, 1], [0]) == 1
-
-
-def grown(values: dict[int, float], *, termination: dict[int, float] | None = None, simulations: int = 20) -> Tree:
-    """A tree whose every node is worth what its last action says."""
-    tree = Tree(Evaluation(1.0, (0.5, 0.5)), discount=0.9)
-    for _ in range(simulations):
-        leaf: Leaf = tree.select()
-        ends = (termination or {}).get(leaf.action, 0.0)
-        tree.expand(leaf, Evaluation(values[leaf.action], (0.5, 0.5), reward=1.0, termination=ends))
-    return tree
-
-
-def test_the_better_action_is_visited_more() -> None:
-    assert grown({0: 1.0, 1: 5.0}).best_action() == 1
-    assert grown({0: 5.0, 1: 1.0}).best_action() == 0
-
-
-def test_a_return_after_a_probable_end_counts_less() -> None:
-    assert grown({0: 5.0, 1: 5.0}, termination={0: 0.9}).best_action() == 1
-    tree = grown({0: 5.0, 1: 5.0}, termination={0: 0.9}, simulations=1)
-    child = tree.root.children[0]
-    assert child is not None
-    assert child.q == pytest.approx(1.0 + 0.1 * 0.9 * 5.0)
-
-
-def test_a_tie_goes_to_the_first_action() -> None:
-    assert grown({0: 1.0, 1: 1.0}, simulations=2).best_action() == 0
-
-
-def test_each_simulation_adds_one_node_and_one_visit_to_each_node_of_its_path() -> None:
-    tree = grown({0: 1.0, 1: 2.0}, simulations=15)
-    assert tree.root.visits == 16
-    assert sum(child.visits for child in tree.root.children if child is not None) == 15
-    assert tree.select().number == 16
+def test_the_scaling_of_one_environment_has_threads_with_more(tmp_path: Path) -> None:
+    arguments = ["--envs", "1", "--simulations", "1", "--max-steps", "1", "--turns", "1", "--no-progress"]
+    file = tmp_path / "scaling.json"
+    assert main(["--scaling", *arguments, "--json", str(file)]) == 0
+    assert [way["envs"] for way in json.loads(file.read_text("utf-8"))["own_envs"]] == [1, 2, 4, 8]

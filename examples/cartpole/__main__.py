@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True)
     torch.set_num_threads(1)  # the parallelism is that of the searches
     threads = 0 if options.loops_only else options.threads
-    groups = options.groups or usual_groups(threads)
+    groups = options.groups or min(usual_groups(threads), options.envs)
     if groups > max(1, threads) or groups > options.envs:
         errors.print(f"--groups {groups}: there are {threads} threads and {options.envs} environments to share out")
         return 2

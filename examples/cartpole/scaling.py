@@ -139,7 +139,7 @@ def measure(model: WorldModel, settings: JobSettings, *, turns: int, steps: int,
             way("the loop alone", envs=envs, threads=0),
         ],
         [way(f"{rows} rows", envs=rows, threads=1) for rows in ROWS],
-        [way(f"{threads} apart", envs=envs * threads, threads=threads, groups=threads) for threads in numbers],
+        [way(f"{threads} apart", envs=envs * threads, threads=threads, groups=threads) for threads in THREADS],
     )
     ways = [*scaling.ways, *scaling.by_rows, *scaling.own_envs]
     play_cached(model, replace(settings, play=replace(ways[0].settings, max_steps=2)), unwatched)  # warms up
