@@ -46,7 +46,7 @@ static PyMethodDef functions[] = {
     FUNCTION(bind),      FUNCTION(new_entries), FUNCTION(describe),
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
     FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),      FUNCTION(are_plain),
-    FUNCTION(displace),  FUNCTION(in_runs),     FUNCTION(items_of),
+    FUNCTION(displace),  FUNCTION(in_runs),     FUNCTION(items_of),    FUNCTION(name_rows),
     {NULL, NULL, 0, NULL},
 };
 

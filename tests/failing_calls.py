@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import pathlib
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 import concurrent_kv
 from concurrent_kv import KVCacheError, KVCacheManager
-from tests.support import WINDOW, append, assert_same, config, stacked, tokens
+from tests.support import WINDOW, append, assert_same, config, stacked
+from tests.support import tokens as new_tokens
 
 ROOT = pathlib.Path(concurrent_kv.__file__).parent
 # Not the locks, which heal by themselves, and what is there for failures alone, and cannot fail.
@@ -24,6 +26,7 @@ FILES = {str(path) for folder in ("books", "flights", "pool", "search", "") for 
 DEEPEST = 60  # frames that an operation needs at most
 
 Operation = Callable[[KVCacheManager], object]
+tokens = functools.cache(new_tokens)  # made once: what may fail is the operation
 
 
 def replace(manager: KVCacheManager) -> None:

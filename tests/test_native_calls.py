@@ -74,6 +74,7 @@ class Arguments:
             "describe": [[self.first, None, self.second], SCOPE],
             "retain": [[self.first, self.second, self.first], self.held],
             "let_go": [[self.first, self.second, self.first]],
+            "name_rows": [[self.first, self.second], [1, 2], [2, 3]],
             "displace": [[self.first, self.second]],
             "items_of": [self.cells],
             "find": [[self.index] * 3, ["third", "empty", "none"], [hash("third"), hash("empty"), hash("none")]],
@@ -227,6 +228,13 @@ CASES: dict[str, list[Case]] = {
         ({0: [made("one"), None]}, TypeError),
         ({0: [made("one"), unfilled()]}, AttributeError),
         ({0: (made("one"),)}, TypeError),
+    ],
+    "name_rows": [
+        ({0: [made("one"), None]}, TypeError),
+        ({0: [made("one"), unfilled()]}, AttributeError),
+        ({0: (made("one"),)}, TypeError),
+        ({1: [1]}, ValueError),
+        ({2: (2, 3)}, TypeError),
     ],
     "displace": [
         ({0: [made("one"), None]}, TypeError),

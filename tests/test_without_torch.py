@@ -380,13 +380,14 @@ def test_searches_reserve_no_more_than_there_is_and_give_all_of_it_back() -> Non
         for _ in range(ROUNDS):
             entries = rng.randint(1, 4)
             try:
-                budget, runs = reserve_budget(pool, entries, entries * 4, Deadline(0.0))  # type: ignore[arg-type]
+                budget = reserve_budget(pool, entries, entries * 4, Deadline(0.0))  # type: ignore[arg-type]
             except CapacityError:
                 continue
             assert pool.account.reserved_entries <= 8
-            assert sum(len(slots) for slots, _ in runs) == entries * 4
+            assert budget.runs is not None
+            assert sum(len(slots) for slots, _ in budget.runs) == entries * 4
             with pool.ledger.mutex:
-                pool.ledger.slots.add(runs)
+                pool.ledger.slots.add(budget.runs)
                 pool.account.reserved_entries -= budget.max_entries
                 pool.account.reserved_slots -= budget.max_slots
 

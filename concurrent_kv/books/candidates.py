@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 
 from .entries import row_of
-from .records import Account, Entry, Place
+from .records import CLAIMED, HELD, PINNED, SHARED, Account, Entry
 from .tables import Tables
 
 __all__ = ["Candidates"]
@@ -25,7 +25,7 @@ class Candidates:
         tables: where the slots of entries are listed.
 
     Attributes:
-        shared: entries in Place.SHARED, by tail slot.
+        shared: entries in place SHARED, by tail slot.
     """
 
     def __init__(self, tables: Tables) -> None:
@@ -47,27 +47,28 @@ class Candidates:
         for entry in coming:
             account.policy.remove(entry)
         for entry in reversed(leaving):
-            if entry.place is Place.HELD and entry not in account.policy:
+            if entry.place is HELD and entry not in account.policy:
                 account.policy.give_back(entry)
 
     def withdraw(self, entry: Entry) -> None:
         """Forget an entry that left the index, wherever it is: with the policy, given out, or parked. Mutex held."""
         entry.scope.account.policy.remove(entry)
-        self._forget(entry)
+        if entry.place is SHARED:
+            self._forget(entry)
 
     def give_back(self, victim: Entry) -> None:
         """Make a claimed victim a candidate again, if it is still in the index. Mutex held."""
         scope = victim.scope
-        if victim.place is Place.CLAIMED and scope.entries[scope.part_of(victim.key_hash)].holds(victim):
+        if victim.place is CLAIMED and scope.entries[scope.part_of(victim.key_hash)].holds(victim):
             scope.account.policy.give_back(victim)
-            victim.place = Place.HELD
+            victim.place = HELD
 
     # Set aside -------------------------------------------------------------------------------------------------------
 
     def set_aside(self, victim: Entry, *, want_slots: bool) -> bool:
         """Park a claimed victim that is pinned, or whose eviction would free none of the wanted slots. Mutex held."""
         if victim.pins:
-            victim.place = Place.PINNED
+            victim.place = PINNED
         elif want_slots and self.shares_tail(victim) and not self._is_last_sharer(victim):
             self._park(victim)
         else:
@@ -106,8 +107,8 @@ class Candidates:
         for entry in entries:
             if entry.pins:
                 continue
-            parked = self.shared.get(entry.tail, ()) if entry.place is Place.SHARED else ()
-            if entry.place is Place.PINNED or (parked and not self._are_named_elsewhere(parked)):
+            parked = self.shared.get(entry.tail, ()) if entry.place is SHARED else ()
+            if entry.place is PINNED or (parked and not self._are_named_elsewhere(parked)):
                 self._unpark(entry)
 
     def return_all(self) -> None:
@@ -128,12 +129,12 @@ class Candidates:
             policy.remove(entry)
         for entry in published:
             if entry in policy:
-                entry.place = Place.HELD
-            elif entry.place is Place.SHARED and self.shares_tail(entry) and not self._is_last_sharer(entry):
+                entry.place = HELD
+            elif entry.place is SHARED and self.shares_tail(entry) and not self._is_last_sharer(entry):
                 self._park(entry)
-            elif entry.place is not Place.PINNED or not entry.pins:
+            elif entry.place is not PINNED or not entry.pins:
                 # It was on its way out, or set aside for a reason that is over: it has had its turn, and is next.
-                entry.place = Place.HELD
+                entry.place = HELD
                 policy.give_back(entry)
 
     def forget_parked(self) -> None:
@@ -143,28 +144,32 @@ class Candidates:
 
     def _park(self, entry: Entry) -> None:
         """Set a claimed victim aside until its last token is its own again. Mutex held."""
-        entry.place = Place.SHARED
-        self.shared.setdefault(entry.tail, {})[entry] = None
-        self._shared_of.setdefault(entry.scope.account, {})[entry] = None
+        tail, account = entry.tail, entry.scope.account
+        try:
+            self.shared.setdefault(tail, {})[entry] = None
+            self._shared_of.setdefault(account, {})[entry] = None
+        except Exception:
+            self._forget(entry)
+            raise
+        entry.place = SHARED
 
     def _unpark(self, entry: Entry) -> None:
         """Give a parked entry back to its policy, as the next candidate. Mutex held."""
-        self._forget(entry)
-        entry.place = Place.HELD
         entry.scope.account.policy.give_back(entry)
+        self._forget(entry)
+        entry.place = HELD
 
     def _forget(self, entry: Entry) -> None:
         """Take an entry off the list of those parked for sharing, if it is there. Mutex held."""
-        if entry.place is Place.SHARED:
-            siblings, of_account = self.shared.get(entry.tail), self._shared_of.get(entry.scope.account)
-            # It is in none, or in one, where `_park` was cut off. No call from here on, so that this is not.
-            if siblings is not None:
-                if entry in siblings:
-                    del siblings[entry]
-                if not siblings:
-                    del self.shared[entry.tail]
-            if of_account is not None and entry in of_account:
-                del of_account[entry]
+        siblings, of_account = self.shared.get(entry.tail), self._shared_of.get(entry.scope.account)
+        # It is in none, or in one, where `_park` was cut off. No call from here on, so that this is not.
+        if siblings is not None:
+            if entry in siblings:
+                del siblings[entry]
+            if not siblings:
+                del self.shared[entry.tail]
+        if of_account is not None and entry in of_account:
+            del of_account[entry]
 
     def _is_last_sharer(self, entry: Entry) -> bool:
         """Whether all others that name the last token of `entry` are parked for it, and none is pinned. Mutex held.

@@ -9,17 +9,28 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..device.streams import Ticks
 from ..native import compiled, native
-from .records import Account, Entry, Generation, Place, Scope
+from .records import HELD, NO_PLACE, Account, Entry, Generation, Place, Scope
 
 if TYPE_CHECKING:
     from ..device.positions import Correction
 
-__all__ = ["Described", "count_hits", "describe", "displace", "let_go", "new_entries", "occupy", "retain", "row_of"]
+__all__ = [
+    "Described",
+    "count_hits",
+    "describe",
+    "displace",
+    "let_go",
+    "name_rows",
+    "new_entries",
+    "occupy",
+    "retain",
+    "row_of",
+]
 
 Described: TypeAlias = "tuple[list[int], list[int], list[Correction], list[Entry]]"  # of `describe`
 
 if native is not None:
-    native.bind(Entry, Place.NONE)
+    native.bind(Entry, NO_PLACE)
 
 
 @compiled
@@ -63,15 +74,22 @@ def describe(entries: list[Entry | None], scope: Scope | None) -> Described:
 
 
 row_of: Callable[[Entry], int] = attrgetter("row")
+_REFS: Callable[[Entry], int] = attrgetter("refs")
 _TICKS: Callable[[Entry], Ticks] = attrgetter("ticks")
 
 
 @compiled
 def retain(entries: list[Entry], held: list[Entry]) -> None:
-    """Take one more reference of each, for who holds `held`. Mutex held."""
-    for entry in entries:
-        entry.refs += 1
-    held += entries
+    """Take one more reference of each, for who holds `held`. All of it, or nothing where it raises. Mutex held."""
+    before = zip(entries, list(map(_REFS, entries)), strict=True)
+    try:
+        for entry in entries:
+            entry.refs += 1
+        held += entries
+    except Exception:
+        for entry, refs in before:  # no call in here, and nothing that needs memory
+            entry.refs = refs
+        raise
 
 
 @compiled
@@ -80,29 +98,32 @@ def let_go(entries: list[Entry]) -> tuple[list[Entry], list[int], list[Ticks]]:
 
     All of it, or nothing where it raises. Mutex held.
     """
-    left = 0
     dead: list[Entry] = []
+    before = zip(entries, list(map(_REFS, entries)), strict=True)
     try:
         for entry in entries:
             entry.refs -= 1
-            left += 1
             if not entry.refs:
                 dead.append(entry)
         return dead, list(map(row_of, dead)), list(filter(None, map(_TICKS, dead)))
     except Exception:
-        for entry in entries:
-            if not left:  # no call in here: there may be no frame for one
-                break
-            entry.refs += 1
-            left -= 1
+        for entry, refs in before:  # no call in here: there may be no frame for one; and nothing that needs memory
+            entry.refs = refs
         raise
+
+
+@compiled
+def name_rows(entries: list[Entry], rows: list[int], tails: list[int]) -> None:
+    """Give new entries what they have got in the tables, and the reference of the index. Mutex held."""
+    for entry, row, tail in zip(entries, rows, tails, strict=True):
+        entry.row, entry.tail, entry.refs = row, tail, 1
 
 
 @compiled
 def displace(entries: list[Entry]) -> None:
     """Note that entries have left the index. Mutex held."""
     for entry in entries:
-        entry.place = Place.NONE
+        entry.place = NO_PLACE
 
 
 @compiled
@@ -122,7 +143,7 @@ def count_hits(hits: list[Entry]) -> None:
     for entry in hits:
         account = entry.scope.account
         numbers[account] = numbers.get(account, 0) + 1
-        if entry.place is Place.HELD and account.policy.observes_hits:
+        if entry.place is HELD and account.policy.observes_hits:
             account.policy.touch(entry)
     for account, number in numbers.items():
         account.counters.hit_count += number

@@ -76,10 +76,28 @@ class Index(Generic[E]):
         place = self._place_of(entry)
         if place is None:
             return False
+        self._drop(place)
+        return True
+
+    def remove_each(self, entries: Iterable[E]) -> list[E]:
+        """Take those of some entries out that are in it; returns them. All of them, or none where it raises."""
+        found = [(place, entry) for entry in entries if (place := self._place_of(entry)) is not None]
+        gone, left, cells = [entry for _, entry in found], iter(found), self.cells
+        # Nothing that needs memory from here on.
+        for place, _ in left:
+            if type(place) is tuple:
+                self._drop(place)
+            else:
+                del cells[place]
+        return gone
+
+    def _drop(self, place: Place) -> None:
         del self.cells[place]
         if type(place) is tuple:
-            self._drop_extra(place)
-        return True
+            try:
+                self._drop_extra(place)
+            except Exception:  # no memory, no frames: it is there, and empty
+                return
 
     def _place_of(self, entry: E) -> Place | None:
         hashed = entry.key_hash
@@ -128,9 +146,9 @@ class Index(Generic[E]):
     def take_all(self) -> tuple[list[E], Cells[E]]:
         """Take every entry away; returns them, and the cells, which may die where no lock is held. Looks at no key."""
         cells = self.cells
-        entries = list(self.values()) if native is None else native.items_of(cells)
+        taken = list(self.values()) if native is None else native.items_of(cells), cells
         self.cells, self.extra = {}, {}
-        return entries, cells
+        return taken
 
     def clear(self) -> None:
         """Take every entry away. Looks at no key."""

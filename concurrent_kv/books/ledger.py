@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..locks.signal import Signal
 from .candidates import Candidates
-from .entries import let_go, retain
+from .entries import let_go, name_rows, retain
 from .records import Entry, Hold
 from .slots import SlotAllocator
 from .tables import Tables, new_tables
@@ -32,6 +33,7 @@ from .tables import Tables, new_tables
 __all__ = ["Ledger", "wake"]
 
 SPARE_TABLES = 4  # of searches that have ended
+SPARE_NOTES = 1000
 
 
 class Ledger:
@@ -77,7 +79,7 @@ class Ledger:
         self._no_tables = None if storage is not None else new_tables(0, window)
         self.borrowed = self.grants = 0
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
-        self.abandoned: deque[Callable[[Deadline], object]] = deque() if storage is None else storage.abandoned
+        self.abandoned: deque[Callable[[Deadline], object]] = _roomy() if storage is None else storage.abandoned
         self._lock_factory, self._event_factory = lock_factory, event_factory
 
     def tables_of_search(self) -> Tables:
@@ -94,7 +96,9 @@ class Ledger:
         """
         assert self._no_tables is not None
         tables, ended.tables = ended.tables, self._no_tables
-        if len(self._spare_tables) < SPARE_TABLES and not self.abandoned:  # which may have work with these
+        if tables is self._no_tables or self.abandoned:  # taken before; or there may be work with these
+            return
+        if len(self._spare_tables) < SPARE_TABLES:
             tables.keep([])
             self._spare_tables.append(tables)
 
@@ -128,9 +132,11 @@ class Ledger:
         All of it, or nothing where it raises.
         """
         rows, tails = self.tables.enter(parents, kept, own, taken, positions)
-        # No call of a function from here on.
-        for entry, row, tail in zip(entries, rows, tails, strict=True):
-            entry.row, entry.tail, entry.refs = row, tail, 1
+        try:
+            name_rows(entries, rows, tails)
+        except Exception:
+            self.leave(rows)
+            raise
 
     def let_go(self, entries: list[Entry]) -> list[Entry]:
         """Drop one reference of each, and free what the dead had; returns those that died. Mutex held.
@@ -144,16 +150,21 @@ class Ledger:
                 for of_one in used:
                     ticks = merge(ticks, of_one)
                 parted = self.candidates.beside(rows) if self.candidates.shared else ()
-                unnamed, others_left = self.tables.leave(rows)
+                freed: list[Any] = [None, False]
+                release, dying = partial(self._release, freed, ticks), iter(dead)
+                freed[0], freed[1] = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
                     entry.refs += 1
                 raise
-            for entry in dead:
+            # Nothing that needs memory from here to the `try`.
+            for entry in dying:
                 entry.row = -1
-            release = partial(self._release, unnamed, ticks, others_left)
             try:
-                release()
+                try:
+                    release()
+                except MemoryError:
+                    release()  # once more: a search that ends next must have them
             except Exception:  # no memory, no frames: they are free a little later
                 self.abandoned.append(partial(self.again, [release]))
             if parted:
@@ -162,9 +173,10 @@ class Ledger:
                 except Exception:  # as above: they come back to their policies a little later
                     self.abandoned.append(partial(self.again, [self.candidates.return_all]))
         part = self.part
-        if part is not None and (dead or not self.parted.isdisjoint(entries)):
+        if part is not None:
             try:
-                dead += part()
+                if dead or not self.parted.isdisjoint(entries):
+                    dead += part()
             except Exception:  # as above
                 self.abandoned.append(partial(self.again, [part]))
         return dead
@@ -176,9 +188,12 @@ class Ledger:
         except Exception:  # no memory, no frames
             self.abandoned.append(partial(self.again, [partial(self.tables.leave, rows)]))
 
-    def _release(self, slots: SlotArray | bytearray, ticks: Ticks, others_left: bool) -> None:
-        """Mutex held."""
-        self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
+    def _release(self, freed: list[Any], ticks: Ticks) -> None:
+        """Free what `Tables.leave` returned; once, however often it is called. Mutex held."""
+        slots, others_left = freed
+        if slots is not None:
+            self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
+            freed[0] = None
         if self.borrowed:
             pay_back = self.pay_back
             try:
@@ -210,17 +225,17 @@ class Ledger:
         """
         storage = self.storage
         assert storage is not None
+        borrowed = self.borrowed + count
         with gate.lock, storage.mutex:
             runs = storage.slots.part(count)
-        if runs is None:
-            return False
-        # First: what is cut off after this is for repair.
-        self.borrowed += count
-        add = partial(self.slots.add, runs)
-        try:
-            add()
-        except Exception:  # no memory, no frames: they are there a little later
-            self.abandoned.append(partial(self.again, [add]))
+            if runs is None:
+                return False
+            # First: what is cut off after this is for repair.
+            self.borrowed = borrowed
+            try:
+                self.slots.add(runs)
+            except Exception:  # no memory, no frames: they are there a little later
+                self.abandoned.append(partial(self.again, [partial(self.slots.add, runs)]))
         return True
 
     def pay_back(self) -> None:
@@ -229,20 +244,22 @@ class Ledger:
         Who waits for room there is woken with the next of `take_waiters`.
         """
         storage, count = self.storage, min(self.borrowed, self.slots.free_count)
-        runs = self.slots.part(count) if count else None
-        if not runs:
+        if not count:
             return
         assert storage is not None
-        # First: what is cut off after this is for repair.
-        self.borrowed -= count
-        add = partial(storage.slots.add, runs)
+        borrowed = self.borrowed - count
         with gate.lock, storage.mutex:
+            runs = self.slots.part(count)
+            if not runs:
+                return
+            # First: what is cut off after this is for repair.
+            self.borrowed = borrowed
             try:
-                add()
+                storage.slots.add(runs)
             except Exception:  # as in `borrow`
-                self.abandoned.append(partial(storage.again, [add]))
-            waiters, storage.waiters = storage.waiters, []
-            self.waiters += waiters
+                self.abandoned.append(partial(storage.again, [partial(storage.slots.add, runs)]))
+            self.waiters += storage.waiters
+            storage.waiters.clear()
 
     def look_idle(self) -> list[Entry]:
         """What a search that has ended still has goes with its last hold and grant; returns the dead. Mutex held."""
@@ -278,6 +295,8 @@ class Ledger:
 
     def extend(self, hold: Hold, entries: list[Entry]) -> None:
         """Register a hold if need be, and take a reference of each of `entries` for it. Mutex held."""
+        hold.ledger = self
+        self.holds.add(hold)
         if hold.pinning:
             # First: what is cut off here is pinned until repair, and no pin of another's is taken away.
             for entry in entries:
@@ -289,7 +308,6 @@ class Ledger:
                 for entry in entries:
                     entry.pins -= 1
             raise
-        self.holds.add(hold)
 
     def drop_from(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Let a hold's reference of each of `entries` go; returns the dead. Mutex held."""
@@ -324,9 +342,10 @@ class Ledger:
 
     def _unhold(self, hold: Hold, entries: list[Entry]) -> list[Entry]:
         """Drop a hold's reference of each; all of them, or none where it raises. Mutex held."""
+        unpinned = iter(entries)
         dead = self.let_go(entries)
         if hold.pinning:
-            for entry in entries:
+            for entry in unpinned:
                 entry.pins -= 1
             try:
                 self.candidates.return_unpinned(entries)
@@ -355,7 +374,7 @@ class Ledger:
                 dead = self.end(hold)
                 waiters = self.take_waiters() if self.waiters else waiters
             except BaseException as error:
-                self.abandoned.append(partial(self.release_abandoned, hold))
+                self.abandoned.append(hold)
                 if not isinstance(error, Exception):
                     raise
         if waiters:
@@ -382,7 +401,7 @@ class Ledger:
         try:
             return self.end(hold)
         except BaseException as error:
-            self.abandoned.append(partial(self.release_abandoned, hold))
+            self.abandoned.append(hold)
             if not isinstance(error, Exception):
                 raise
             return []
@@ -413,6 +432,13 @@ class Ledger:
         """The events of all that wait; the caller sets them outside the mutex. Mutex held."""
         waiters, self.waiters = self.waiters, []
         return waiters
+
+
+def _roomy() -> deque[Callable[[Deadline], object]]:
+    """An empty queue that has memory for some notes: finalisers, and what follows an error, may not get any."""
+    queue: deque[Any] = deque(repeat(None, SPARE_NOTES))
+    queue.clear()  # which keeps it
+    return queue
 
 
 def wake(waiters: Iterable[Any]) -> None:

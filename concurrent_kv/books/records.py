@@ -18,12 +18,13 @@ from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import ref
 
 from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
 from ..errors import CapacityError, ClosedError, SearchEndedError
+from ..locks.deadline import Deadline
 from ..locks.numbers import Numbers
 from ..never_copied import NeverCopied
 from .eviction import EvictionPolicy
@@ -35,8 +36,25 @@ from .turns import Turns
 
 if TYPE_CHECKING:
     from ..device.positions import Correction
+    from .slots import Run
 
-__all__ = ["Account", "Budget", "Entry", "Generation", "Grant", "Hold", "Place", "Scope", "sorted_shards"]
+__all__ = [
+    "CLAIMED",
+    "EXEMPT",
+    "HELD",
+    "NO_PLACE",
+    "PINNED",
+    "SHARED",
+    "Account",
+    "Budget",
+    "Entry",
+    "Generation",
+    "Grant",
+    "Hold",
+    "Place",
+    "Scope",
+    "sorted_shards",
+]
 
 
 class Generation(NamedTuple):
@@ -55,6 +73,15 @@ class Place(IntEnum):
     PINNED = 3
     SHARED = 4
     EXEMPT = 5
+
+
+# Looked up once: a member of an enum is found by a call of Python's in CPython 3.11, which may fail.
+NO_PLACE: Final = Place.NONE
+HELD: Final = Place.HELD
+CLAIMED: Final = Place.CLAIMED
+PINNED: Final = Place.PINNED
+SHARED: Final = Place.SHARED
+EXEMPT: Final = Place.EXEMPT
 
 
 class Entry:
@@ -120,7 +147,7 @@ class Entry:
         self.tail = 0
         self.refs = 0
         self.pins = 0
-        self.place = Place.NONE
+        self.place = NO_PLACE
         self.written = written
         self.ticks = written
 
@@ -325,6 +352,7 @@ class Budget:
         counters: what it adds to the parent's until it ends.
         root_hits: how often it found roots that it had adopted, of each init pool's account.
         ended: why the search is over; nothing can be taken from its budget then.
+        runs: the slots that were set aside with it.
     """
 
     def __init__(self, parent: Account, max_entries: int, max_slots: int) -> None:
@@ -335,13 +363,14 @@ class Budget:
         self.ended: str | None = None
         self.counters = type(parent.counters)()
         self.root_hits: dict[Account, int] = {}
+        self.runs: list[Run] | None = None
 
     def visit(self, roots: list[Entry]) -> None:
         """Note that roots are adopted; the policies of their accounts hear of the hits. The storage's mutex held."""
         for root in roots:
             account = root.scope.account
             account.guests.add(self)
-            if root.place is Place.HELD and account.policy.observes_hits:
+            if root.place is HELD and account.policy.observes_hits:
                 account.policy.touch(root)
 
     def count_roots(self, roots: list[Entry]) -> None:
@@ -363,14 +392,24 @@ class Grant:
     spent: bool = False  # published: an exception after that must not give the slots back
 
 
+class Releases(Protocol):
+    """What releases holds: a ledger."""
+
+    def release_abandoned(self, hold: Hold, deadline: Deadline) -> None:
+        """Release a hold that its owner has dropped."""
+
+
 class Hold:
     """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once.
 
     `users` are operations under way that need the entries to the end: the last of them lets go of what was released.
     `owner` is the handle; where it is dead and the hold is not released, its finaliser was cut off.
+    `ledger` is where it is registered.
+
+    Called, it is released: as it stands, it can be left to the next operation (`Ledger.abandoned`), without memory.
     """
 
-    __slots__ = ("entries", "owner", "pinning", "released", "users", "what")
+    __slots__ = ("entries", "ledger", "owner", "pinning", "released", "users", "what")
 
     def __init__(self, what: str, entries: list[Entry], *, pinning: bool = False) -> None:
         self.what = what
@@ -379,6 +418,12 @@ class Hold:
         self.released = False
         self.users = 0
         self.owner: ref[object] | None = None
+        self.ledger: Releases | None = None
+
+    def __call__(self, deadline: Deadline) -> None:
+        """Release it, if it was ever registered."""
+        if self.ledger is not None:
+            self.ledger.release_abandoned(self, deadline)
 
     @property
     def is_orphan(self) -> bool:

@@ -8,8 +8,8 @@ mutex of its ledger held.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from itertools import islice, pairwise, repeat
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +77,14 @@ def _joined(first: Run, second: Run) -> Run | None:
     return None
 
 
+def _merged(runs: list[Run]) -> Run:
+    """One run of several."""
+    ticks: Ticks = NO_TICKS
+    for _, used in runs:
+        ticks = merge(ticks, used)
+    return np.concatenate([np.empty(0, dtype=np.int64), *(as_array(slots) for slots, _ in runs)]), ticks
+
+
 class SlotAllocator:
     """Which slots are free, of those that it has.
 
@@ -105,61 +113,44 @@ class SlotAllocator:
         """`count` slots, or None with nothing changed."""
         if count > self.free_count:
             return None
-        run = self._take(count)
-        if run is None:
+        first, whole, mine, rest = self._front(count)
+        if first < 0:
             return None
-        slots, ticks = run
-        try:
-            if type(slots) is not range and count:
-                slots = _as_range(slots) or slots
-        except BaseException:
-            self._runs.appendleft((slots, ticks))
-            raise
-        self.free_count -= count
-        return Taken(slots, ticks)
+        slots, ticks = mine[0] if len(mine) == 1 else _merged(mine)
+        if type(slots) is not range and count:
+            slots = _as_range(slots) or slots
+        taken, left, popped = Taken(slots, ticks), self.free_count - count, iter(mine[:whole])
+        # Nothing that needs memory from here on.
+        if whole or rest is None:
+            self._take_off(first, popped, rest)
+        else:
+            self._runs[first] = rest
+        self.free_count = left
+        return taken
 
     def part(self, count: int) -> list[Run] | None:
         """`count` free slots that it has no longer, for another allocator; or None with nothing changed."""
-        runs = self._runs
         if count > self.free_count:
             return None
-        first = next((place for place, run in enumerate(islice(runs, RUNS_LOOKED_AT)) if len(run[0]) >= count), 0)
-        whole, left = 0, count
-        for slots, _ in islice(runs, first, None):
-            if len(slots) > left:
-                break
-            whole += 1
-            left -= len(slots)
-        parted = list(islice(runs, first, first + whole))
-        rest = None
-        if left:
-            if first + whole >= len(runs):  # as in `_take_several`
-                return None
-            slots, ticks = runs[first + whole]
-            parted.append((slots[:left], ticks))
-            rest = slots[left:], ticks
-        # No call of a Python function from here on.
-        if rest is not None:
-            runs[first + whole] = rest
-        for _ in range(whole):
-            del runs[first]
-        self.size -= count
-        self.free_count -= count
-        self._joined = None
+        if not count:
+            return []
+        first, whole, parted, rest = self._front(count)
+        if first < 0:
+            return None
+        size, left, popped = self.size - count, self.free_count - count, iter(parted[:whole])
+        # Nothing that needs memory from here on.
+        self._take_off(first, popped, rest)
+        self.size, self.free_count, self._joined = size, left, None
         return parted
 
     def add(self, runs: Sequence[Run]) -> None:
-        """Have free slots that another allocator has no longer."""
+        """Have free slots that another allocator has no longer; all of them, or none where it raises."""
         count = sum([len(slots) for slots, _ in runs])
-        joined = _joined(self._runs[-1], runs[0]) if self._runs and runs else None
         whole = None if self._joined is None else self._joined + [slots for slots, _ in runs]
-        # No call of a Python function from here on.
-        if joined is not None:
-            self._runs[-1] = joined
-        self._runs += runs if joined is None else runs[1:]
-        self._joined = whole
-        self.size += count
-        self.free_count += count
+        size, left = self.size + count, self.free_count + count
+        self._append(runs)
+        # Nothing that needs memory from here on.
+        self.size, self.free_count, self._joined = size, left, whole
 
     def whole_runs(self) -> list[Slots] | None:
         """All slots that it has as they came; None where that is not known."""
@@ -172,43 +163,62 @@ class SlotAllocator:
             ticks = merge(ticks, used)
         return ticks
 
-    def _take(self, count: int) -> Run | None:
-        """`count` slots off the oldest run of as many among the first few, or else off the front of all runs."""
+    def _front(self, count: int) -> tuple[int, int, list[Run], Run | None]:
+        """Where `count` slots are: the oldest run of as many among the first few, or else the front of all runs.
+
+        Returns the place of the first run, how many go whole, the slots, and what stays of the run after those. The
+        place is below 0 where there are fewer than are counted: a thread was cut off, and what it had is for repair.
+        """
         runs = self._runs
         for place in range(min(len(runs), RUNS_LOOKED_AT)):
             slots, ticks = run = runs[place]
             if len(slots) > count:
-                runs[place] = slots[count:], ticks
-                return slots[:count], ticks
+                return place, 0, [(slots[:count], ticks)], (slots[count:], ticks)
             if len(slots) == count:
-                del runs[place]
-                return run
-        return self._take_several(count)
-
-    def _take_several(self, count: int) -> Run | None:
+                return place, 1, [run], None
+        mine: list[Run] = []
         left = count
-        popped: list[Run] = []
-        while left > 0:
-            if not self._runs:  # fewer than are counted: a thread was cut off in here, and what it had is for repair
-                self._runs.extendleft(reversed(popped))
-                return None
-            run = self._runs.popleft()
-            popped.append(run)
-            left -= len(run[0])
+        for slots, ticks in runs:
+            if len(slots) > left:
+                mine.append((slots[:left], ticks))
+                return 0, len(mine) - 1, mine, (slots[left:], ticks)
+            mine.append((slots, ticks))
+            left -= len(slots)
+            if not left:
+                break
+        return -1 if left else 0, len(mine), mine, None
+
+    def _take_off(self, first: int, popped: Iterator[Run], rest: Run | None) -> None:
+        """Take runs off, from that at the place `first` on, one for each of `popped`; `rest` stays of the next.
+
+        Needs no memory, and so deletes nothing inside of the queue. Where `first` is not 0, at most one is taken.
+        """
+        runs = self._runs
+        for _ in popped:
+            while first:
+                runs[first] = runs[first - 1]
+                first -= 1
+            runs.popleft()
+        if rest is not None:
+            runs[first] = rest
+
+    def _append(self, new: Sequence[Run]) -> None:
+        """Put runs behind the others; all of them, or none where it raises."""
+        if not new:
+            return
+        runs = self._runs
+        last = runs[-1] if runs else None
+        joined = None if last is None else _joined(last, new[0])
+        more = new if joined is None else new[1:]
+        at = -1 - len(more)
         try:
-            taken: list[SlotArray] = [np.empty(0, dtype=np.int64)]
-            ticks: Ticks = NO_TICKS
-            for slots, run_ticks in popped:
-                taken.append(as_array(slots))
-                ticks = merge(ticks, run_ticks)
-            joined = np.concatenate(taken)[:count]
-        except Exception:
-            self._runs.extendleft(reversed(popped))
+            runs += more
+        except BaseException:
+            while runs and runs[-1] is not last:
+                runs.pop()
             raise
-        if left < 0:
-            slots, run_ticks = popped[-1]
-            self._runs.appendleft((slots[left:], run_ticks))
-        return joined, ticks
+        if joined is not None:
+            runs[at] = joined
 
     def release(self, slots: SlotArray, ticks: Ticks, *, others_left: bool) -> None:
         """Free slots that no entry names any more; `ticks` are the uses of the entries that named them last.
@@ -228,16 +238,10 @@ class SlotAllocator:
 
     def _free(self, slots: SlotArray, ticks: Ticks) -> None:
         """All of them, or none where it raises: what may fail comes first."""
-        if not len(slots):
-            return
-        runs = runs_of(slots, ticks)
-        joined = _joined(self._runs[-1], runs[0]) if self._runs else None
-        # No call of a function from here on.
-        if joined is not None:
-            self._runs[-1] = joined
-            del runs[0]
-        self._runs += runs
-        self.free_count += len(slots)
+        if len(slots):
+            left = self.free_count + len(slots)
+            self._append(runs_of(slots, ticks))
+            self.free_count = left
 
     def free_slots(self) -> SlotArray:
         """Every free slot, in the order of release."""

@@ -187,18 +187,27 @@ class _Counts:
 
         All of it, or nothing where it raises: what takes effect comes last, and calls no function of Python's.
         """
+        numbers: npt.NDArray[np.int64] = np.array(pages, dtype=np.int64)
         if not tables.have_several:  # each page is that of one row
-            self.pages[pages] += np.int32(change)
-            np.add.at(self.slots, slots, np.int32(change))
+            before = self.pages[numbers]
+            after = before + np.int32(change)
+            slots, weights = slots, np.full(len(slots), change, dtype=np.int32)
         else:
-            numbers, rows = np.unique(np.array(pages, dtype=np.int64), return_counts=True)
+            numbers, rows = np.unique(numbers, return_counts=True)
             before = self.pages[numbers]
             after = before + (change * rows).astype(np.int32)
-            weights = np.minimum(after, MOST) - np.minimum(before, MOST)
-            several = tables.slots[numbers], np.repeat(weights, tables.width).reshape(-1, tables.width)
-            self.pages[numbers] = after
-            np.add.at(self.slots, *several)
-        self.slots[0] = 0
+            of_each = np.minimum(after, MOST) - np.minimum(before, MOST)
+            slots, weights = tables.slots[numbers].ravel(), np.repeat(of_each, tables.width)
+        try:
+            self.pages.put(numbers, after)
+            np.add.at(self.slots, slots, weights)
+        except Exception:
+            self.pages.put(numbers, before)
+            raise
+        try:
+            self.slots[0] = 0
+        except Exception:  # no memory: once more
+            self.slots[0] = 0
 
     def exclusive(self, tables: _PythonTables, pages: list[int]) -> int:
         """Slots that only `pages` name, one row for each of these."""
@@ -275,23 +284,26 @@ class _PythonTables:
         rows = self._free_rows[len(self._free_rows) - number :]
         # What is written to from here on is free, until the counts say otherwise.
         self.slots[numbers] = tables
-        self._written_at[slots] = positions
+        self._written_at.put(slots, positions)  # numpy's assignment to these crashes where its memory is short
         for row, of_row, start, length in zip(rows, pages, starts, lengths, strict=True):
             self._pages[row], self._start[row], self._length[row] = of_row, start, length
-        several = self.have_several
-        self.have_several += sum([len(of_row) > 1 for of_row in pages])
         every = numbers if short else [page for of_row in pages for page in of_row]
-        # First: what is cut off after this is lost until repair, and no row or page is given out twice.
-        del self._free_rows[len(self._free_rows) - number :]
-        del self._free_pages[len(self._free_pages) - len(numbers) :]
+        made, several = (rows, tails), self.have_several
+        self.have_several += sum([len(of_row) > 1 for of_row in pages])
+        rows_left, pages_left = len(self._free_rows) - number, len(self._free_pages) - len(numbers)
         try:
+            # First: what is cut off after this is lost until repair, and no row or page is given out twice.
+            del self._free_rows[rows_left:]
+            del self._free_pages[pages_left:]
             self._counts.change(self, every, self._counts.slots_in(self, every), 1)
         except Exception:
             self.have_several = several
-            self._free_rows += rows
-            self._free_pages += numbers
+            if len(self._free_rows) == rows_left:
+                self._free_rows += rows
+            if len(self._free_pages) == pages_left:
+                self._free_pages += numbers
             raise
-        return rows, tails
+        return made
 
     def _short_rows(self, parents: list[int], kept: list[int], own: list[int], slots: SlotArray) -> SlotArray:
         """The only page of each new row."""
@@ -377,21 +389,29 @@ class _PythonTables:
         slots = counts.slots_in(self, pages)
         several = sum([len(self._pages[row]) > 1 for row in rows])
         numbers = list({*pages}) if several else pages
+        emptied, several = zip(rows, [[0] for _ in rows], strict=True), self.have_several - several
         counts.change(self, pages, slots, -1)
-        # No call of a Python function from here on, numpy's among them: there may be no frame for one.
-        unnamed = slots[(counts.slots[slots] == 0) & (slots > 0)]
-        if len(rows) > 1 and len(unnamed):
-            unnamed.sort()
-            unnamed = unnamed[np.concatenate([[True], unnamed[1:] != unnamed[:-1]])]
-        others_left = bool(np.logical_or.reduce(counts.slots[slots] > 0))
-        for page in numbers:
-            if not counts.pages[page]:
-                self._free_pages.append(page)
-        for row in rows:
-            self._length[row], self._pages[row] = 0, [0]
-        self.have_several -= several
-        self._free_rows += rows
-        return unnamed, others_left
+        try:
+            unnamed = slots[(counts.slots[slots] == 0) & (slots > 0)]
+            if len(rows) > 1 and len(unnamed):
+                unnamed.sort()
+                unnamed = unnamed[np.concatenate([[True], unnamed[1:] != unnamed[:-1]])]
+            left = unnamed, bool(np.logical_or.reduce(counts.slots[slots] > 0))
+            free = [page for page in numbers if not counts.pages[page]]
+            self._free_rows += rows
+            try:
+                self._free_pages += free
+            except Exception:
+                del self._free_rows[len(self._free_rows) - len(rows) :]
+                raise
+        except Exception:
+            counts.change(self, pages, slots, 1)
+            raise
+        # No call of a function from here on, and nothing that needs memory.
+        for row, none in emptied:
+            self._length[row], self._pages[row] = 0, none
+        self.have_several = several
+        return left
 
     def pages_in(self, rows: Rows) -> list[int]:
         """The pages of rows that are taken, one after the other."""
@@ -480,10 +500,13 @@ class _PythonUses:
         if pages and not self._counts.pages[pages].all():
             raise ValueError("a row was not counted in")
         self._counts.change(self._tables, pages, slots, -1)
-        # As in `leave`.
-        gone = slots[(self._counts.slots[slots] == 0) & (slots > 0)]
-        gone.sort()
-        self.used -= min(len(gone), 1) + int(np.add.reduce(gone[1:] != gone[:-1]))
+        try:
+            gone = slots[(self._counts.slots[slots] == 0) & (slots > 0)]
+            gone.sort()
+            self.used -= min(len(gone), 1) + int(np.add.reduce(gone[1:] != gone[:-1]))
+        except Exception:
+            self._counts.change(self._tables, pages, slots, 1)
+            raise
 
     def _in(self, rows: list[int]) -> tuple[list[int], SlotArray]:
         """The pages of rows, and the slots in them."""

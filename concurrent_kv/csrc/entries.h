@@ -176,29 +176,70 @@ static PyObject *describe(PyObject *module, PyObject *const *arguments, Py_ssize
     return described;
 }
 
-/* The references that an entry has, and `change` more. */
-static int add_reference(PyObject *entry, long change)
+enum { FEW = 32 }; /* entries whose references before a change fit on the stack */
+
+/* Put back what `add_references` has changed of the first `done`, the last first. Needs no memory. */
+static void undo_references(PyObject *entries, PyObject **before, Py_ssize_t done)
 {
-    long refs = PyLong_AsLong(*slot(entry, REFS));
-    if (refs == -1 && PyErr_Occurred())
-        return -1;
-    PyObject *changed = PyLong_FromLong(refs + change);
-    if (changed == NULL)
-        return -1;
-    put(entry, REFS, changed);
-    return refs + change != 0;
+    while (done-- > 0)
+        put(PyList_GET_ITEM(entries, done), REFS, before[done]);
 }
 
-/* retain(entries, held): one more reference of each, which join the list `held`. */
+/* `change` more references of each; those that have none then join `dead`. All of it, or nothing and 0 with an exception.
+ * `before` gets what they had, for `undo_references`, or to be let go of by `keep_references`.
+ */
+static int add_references(PyObject *entries, long change, PyObject **before, PyObject *dead)
+{
+    Py_ssize_t done = 0;
+    for (; done < PyList_GET_SIZE(entries); done++) {
+        PyObject *entry = PyList_GET_ITEM(entries, done);
+        long refs = PyLong_AsLong(*slot(entry, REFS));
+        PyObject *changed = refs == -1 && PyErr_Occurred() ? NULL : PyLong_FromLong(refs + change);
+        if (changed == NULL || (dead != NULL && refs + change == 0 && PyList_Append(dead, entry) < 0)) {
+            Py_XDECREF(changed);
+            undo_references(entries, before, done);
+            return 0;
+        }
+        before[done] = *slot(entry, REFS);
+        *slot(entry, REFS) = changed;
+    }
+    return 1;
+}
+
+static void keep_references(PyObject **before, Py_ssize_t count)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        Py_DECREF(before[i]);
+}
+
+/* Room for what so many entries had before: `few`, or memory that the caller frees; NULL with an exception. */
+static PyObject **room_for(Py_ssize_t count, PyObject **few)
+{
+    PyObject **before = count <= FEW ? few : PyMem_Malloc(count * sizeof(PyObject *));
+    if (before == NULL)
+        PyErr_NoMemory();
+    return before;
+}
+
+/* retain(entries, held): one more reference of each, which join the list `held`. All of it, or nothing where it raises. */
 static PyObject *retain(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     if (!enough(count, 2) || !are_entries(arguments[0], -1, 0) || !is_list(arguments[1], "held", -1))
         return NULL;
     Py_ssize_t entries = PyList_GET_SIZE(arguments[0]), end = PyList_GET_SIZE(arguments[1]);
-    for (Py_ssize_t i = 0; i < entries; i++)
-        if (add_reference(PyList_GET_ITEM(arguments[0], i), 1) < 0)
-            return NULL;
-    return PyList_SetSlice(arguments[1], end, end, arguments[0]) < 0 ? NULL : Py_NewRef(Py_None);
+    PyObject *few[FEW], **before = room_for(entries, few);
+    if (before == NULL)
+        return NULL;
+    int done = add_references(arguments[0], 1, before, NULL);
+    if (done && PyList_SetSlice(arguments[1], end, end, arguments[0]) < 0) {
+        undo_references(arguments[0], before, entries);
+        done = 0;
+    }
+    if (done)
+        keep_references(before, entries);
+    if (before != few)
+        PyMem_Free(before);
+    return done ? Py_NewRef(Py_None) : NULL;
 }
 
 /* Rows and ticks of the dead as two new lists, the second without those of none and the same twice in a row. */
@@ -223,26 +264,41 @@ static PyObject *let_go(PyObject *module, PyObject *const *arguments, Py_ssize_t
 {
     if (!enough(count, 1) || !are_entries(arguments[0], -1, 0))
         return NULL;
-    PyObject *dead = PyList_New(0), *rows = NULL, *ticks = NULL, *result = NULL;
-    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]), dropped = 0;
-    for (int done = dead != NULL; done && dropped < entries; dropped += done) {
-        PyObject *entry = PyList_GET_ITEM(arguments[0], dropped);
-        int alive = add_reference(entry, -1);
-        done = alive >= 0;
-        if (alive == 0 && PyList_Append(dead, entry) < 0) {
-            done = 0;
-            add_reference(entry, 1);
-        }
+    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]);
+    PyObject *few[FEW], **before = room_for(entries, few);
+    PyObject *dead = before == NULL ? NULL : PyList_New(0), *rows = NULL, *ticks = NULL, *result = NULL;
+    if (dead != NULL && add_references(arguments[0], -1, before, dead)) {
+        if ((rows = PyList_New(PyList_GET_SIZE(dead))) != NULL && (ticks = PyList_New(0)) != NULL &&
+            rows_and_ticks(dead, rows, ticks))
+            result = PyTuple_Pack(3, dead, rows, ticks);
+        if (result == NULL)
+            undo_references(arguments[0], before, entries);
+        else
+            keep_references(before, entries);
     }
-    if (dropped == entries && dead != NULL && (rows = PyList_New(PyList_GET_SIZE(dead))) != NULL &&
-        (ticks = PyList_New(0)) != NULL && rows_and_ticks(dead, rows, ticks))
-        result = PyTuple_Pack(3, dead, rows, ticks);
-    while (result == NULL && dropped > 0)
-        add_reference(PyList_GET_ITEM(arguments[0], --dropped), 1);
+    if (before != few)
+        PyMem_Free(before);
     Py_XDECREF(dead);
     Py_XDECREF(rows);
     Py_XDECREF(ticks);
     return result;
+}
+
+/* name_rows(entries, rows, tails): what each has got in the tables, and the index's reference. Needs no memory. */
+static PyObject *name_rows(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!enough(count, 3) || !are_entries(arguments[0], -1, 0))
+        return NULL;
+    Py_ssize_t entries = PyList_GET_SIZE(arguments[0]);
+    if (!is_list(arguments[1], "rows", entries) || !is_list(arguments[2], "tails", entries))
+        return NULL;
+    for (Py_ssize_t i = 0; i < entries; i++) {
+        PyObject *entry = PyList_GET_ITEM(arguments[0], i);
+        put(entry, ROW, Py_NewRef(PyList_GET_ITEM(arguments[1], i)));
+        put(entry, TAIL, Py_NewRef(PyList_GET_ITEM(arguments[2], i)));
+        put(entry, REFS, PyLong_FromLong(1)); /* there for good, like all small numbers */
+    }
+    Py_RETURN_NONE;
 }
 
 /* displace(entries): each at the place of new ones. */
@@ -359,28 +415,38 @@ static PyObject *items_of(PyObject *module, PyObject *const *arguments, Py_ssize
     return items;
 }
 
-/* Take away what is new in each of these dicts, the newest first, and keep the exception that is set. */
-static void take_away(PyObject *added)
+/* Take new cells out of their dicts, by their hashes, the newest first; keep the exception that is set. Needs no memory. */
+static void take_away(PyObject *added, PyObject *hashes)
 {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    for (Py_ssize_t i = PyList_GET_SIZE(added) - 1; i >= 0; i--) {
-        PyObject *taken = PyObject_CallMethod(PyList_GET_ITEM(added, i), "popitem", NULL);
-        if (taken == NULL)
+    for (Py_ssize_t i = PyList_GET_SIZE(hashes) - 1; i >= 0; i--)
+        if (PyDict_DelItem(PyList_GET_ITEM(added, i), PyList_GET_ITEM(hashes, i)) < 0)
             PyErr_Clear();
-        Py_XDECREF(taken);
-    }
     PyErr_Restore(type, value, trace);
 }
 
-/* The place of one key; 0 with an exception set, or without one where another key has its place. */
-static int add_place(PyObject *cells, PyObject *key, PyObject *hash, PyObject *lists[4])
+/* An empty list with room for an item, which `occupy` then needs no memory for. */
+static PyObject *new_cell(void)
 {
-    PyObject *new = PyList_New(0);
+    PyObject *cell = PyList_New(1);
+    if (cell != NULL)
+        Py_SET_SIZE(cell, 0);
+    return cell;
+}
+
+/* The place of one key; 0 with an exception set, or without one where another key has its place. */
+static int add_place(PyObject *cells, PyObject *key, PyObject *hash, PyObject *lists[5])
+{
+    PyObject *new = new_cell();
     PyObject *cell = new == NULL ? NULL : PyDict_SetDefault(cells, hash, new);
     int added = cell != NULL && cell == new;
-    if (added && PyList_Append(lists[3], cells) < 0) {
-        Py_XDECREF(PyObject_CallMethod(cells, "popitem", NULL));
+    if (added && (PyList_Append(lists[3], cells) < 0 || PyList_Append(lists[4], hash) < 0)) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        if (PyDict_DelItem(cells, hash) < 0)
+            PyErr_Clear();
+        PyErr_Restore(type, value, trace);
         cell = NULL;
     }
     if (cell != NULL && !PyList_Check(cell)) {
@@ -414,9 +480,9 @@ static PyObject *places(PyObject *module, PyObject *const *arguments, Py_ssize_t
         !is_list(arguments[1], "keys", PyList_GET_SIZE(arguments[0])) ||
         !is_list(arguments[2], "hashes", PyList_GET_SIZE(arguments[0])))
         return NULL;
-    PyObject *lists[4] = {PyList_New(0), PyList_New(0), PyList_New(0), PyList_New(0)};
+    PyObject *lists[5] = {PyList_New(0), PyList_New(0), PyList_New(0), PyList_New(0), PyList_New(0)};
     PyObject *result = NULL;
-    int done = lists[0] && lists[1] && lists[2] && lists[3];
+    int done = lists[0] && lists[1] && lists[2] && lists[3] && lists[4]; /* the last: hashes of the dicts in the one before */
     Py_ssize_t keys = PyList_GET_SIZE(arguments[0]);
     for (Py_ssize_t i = 0; done && i < keys; i++) {
         if (PyList_GET_SIZE(arguments[0]) != keys || PyList_GET_SIZE(arguments[1]) != keys ||
@@ -438,17 +504,29 @@ static PyObject *places(PyObject *module, PyObject *const *arguments, Py_ssize_t
     }
     if (done)
         result = PyTuple_Pack(4, lists[0], lists[1], lists[2], lists[3]);
-    if (result == NULL && lists[3] != NULL)
-        take_away(lists[3]);
+    if (result == NULL && lists[3] != NULL && lists[4] != NULL)
+        take_away(lists[3], lists[4]);
     if (result == NULL && !PyErr_Occurred())
         result = Py_NewRef(Py_None);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         Py_XDECREF(lists[i]);
     return result;
 }
 
+/* Whether an empty list has, or now gets, room for one item. (Those that `places` makes have; those of Python's have none.) */
+static int has_room(PyObject *cell)
+{
+    if (PyList_GET_SIZE(cell) || ((PyListObject *)cell)->ob_item != NULL)
+        return 1;
+    if (PyList_Append(cell, Py_None) < 0)
+        return 0;
+    Py_SET_SIZE(cell, 0);
+    Py_DECREF(Py_None);
+    return 1;
+}
+
 /* occupy(cells, entries, held, place): each entry into its cell, at `place`; where the cell held one, in its stead and
- * with its key.
+ * with its key. All of it, or nothing where it raises.
  */
 static PyObject *occupy(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -458,8 +536,10 @@ static PyObject *occupy(PyObject *module, PyObject *const *arguments, Py_ssize_t
     if (!are_entries(arguments[1], entries, 0) || !are_entries(arguments[2], entries, 1))
         return NULL;
     for (Py_ssize_t i = 0; i < entries; i++)
-        if (!is_list(PyList_GET_ITEM(arguments[0], i), "a cell", PyList_GET_ITEM(arguments[2], i) != Py_None))
+        if (!is_list(PyList_GET_ITEM(arguments[0], i), "a cell", PyList_GET_ITEM(arguments[2], i) != Py_None) ||
+            !has_room(PyList_GET_ITEM(arguments[0], i)))
             return NULL;
+    /* Nothing fails from here on. */
     for (Py_ssize_t i = 0; i < entries; i++) {
         PyObject *cell = PyList_GET_ITEM(arguments[0], i), *entry = PyList_GET_ITEM(arguments[1], i);
         PyObject *held = PyList_GET_ITEM(arguments[2], i);

@@ -552,8 +552,12 @@ static PyObject *tables_pages_of(Tables *tables, PyObject *number)
     for (int32_t i = 0; result != NULL && i < tables->rows[row].pages; i++) {
         int32_t page = pages_of(tables->rows + row)[i];
         PyObject *slots = PyList_New(tables->width);
-        for (Py_ssize_t j = 0; slots != NULL && j < tables->width; j++)
-            PyList_SET_ITEM(slots, j, PyLong_FromLong(tables->slots[(Py_ssize_t)page * tables->width + j]));
+        for (Py_ssize_t j = 0; slots != NULL && j < tables->width; j++) {
+            PyObject *slot = PyLong_FromLong(tables->slots[(Py_ssize_t)page * tables->width + j]);
+            PyList_SET_ITEM(slots, j, slot);
+            if (slot == NULL)
+                Py_CLEAR(slots);
+        }
         PyObject *pair = slots == NULL ? NULL : Py_BuildValue("(iN)", (int)page, slots);
         if (pair == NULL || PyList_Append(result, pair) < 0)
             Py_CLEAR(result);

@@ -152,10 +152,14 @@ class ModelCall:
                 for row in _alone(rows, error):
                     self._gather([row], found)
                 return
-            if rows[0].leaf.parent is NO_PARENT or (all(part.hits) and max(part.lengths) <= self._longest):
-                found.append((part, rows))
-                return
-            hits, lengths = part.hits, part.lengths
+            try:
+                if rows[0].leaf.parent is NO_PARENT or (all(part.hits) and max(part.lengths) <= self._longest):
+                    found.append((part, rows))
+                    return
+                hits, lengths = part.hits, part.lengths
+            except BaseException:
+                part.close()
+                raise
             part.close()
             going = []
             for row, hit, length in zip(rows, hits, lengths, strict=True):

@@ -19,7 +19,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from weakref import ref
 
 from ..books.records import Generation, Scope
@@ -50,6 +50,14 @@ class FlightState(Enum):
     FAILED = "failed"
     ABANDONED = "abandoned"
     CLOSED = "closed"
+
+
+# Looked up once: a member of an enum is found by a call of Python's in CPython 3.11, which may fail.
+COMPUTING: Final = FlightState.COMPUTING
+DONE: Final = FlightState.DONE
+FAILED: Final = FlightState.FAILED
+ABANDONED: Final = FlightState.ABANDONED
+CLOSED: Final = FlightState.CLOSED
 
 
 class FlightKey:
@@ -94,7 +102,7 @@ class Flight:
 
     def __init__(self, key: FlightKey) -> None:
         self.key = key
-        self.state = FlightState.COMPUTING
+        self.state = COMPUTING
         self.owner: ref[Claim] | None = None  # of the claim; dead while the flight is not over: it was cut off
         # Of the waiters, once it is over: the frames that computed reach the flight, and the error those frames.
         self.ending: Ending | None = Ending()
@@ -111,33 +119,33 @@ class Flight:
             flight = ahead.pop()
             if flight in flights:
                 return True
-            if flight not in seen and flight.state is FlightState.COMPUTING:
+            if flight not in seen and flight.state is COMPUTING:
                 seen.add(flight)
                 ahead += flight.waits_for
         return False
 
     def is_under_way(self) -> bool:
         """Whether it is not over, and its claim alive."""
-        return self.state is FlightState.COMPUTING and self.owner is not None and self.owner() is not None
+        return self.state is COMPUTING and self.owner is not None and self.owner() is not None
 
     def is_orphan(self) -> bool:
         """Whether no task will end it: the loop of the one that computes has ended."""
         loop_ended = self.loop_ended
-        return self.state is FlightState.COMPUTING and loop_ended is not None and loop_ended()
+        return self.state is COMPUTING and loop_ended is not None and loop_ended()
 
     def over_unheard(self) -> bool:
         """Whether it is over after all; an orphan is abandoned. For a caller that waited in vain."""
         if self.is_orphan():
-            self.state = FlightState.ABANDONED  # as by its finaliser: the next caller to join replaces it
+            self.state = ABANDONED  # as by its finaliser: the next caller to join replaces it
             self.wake()
-        return self.state is not FlightState.COMPUTING
+        return self.state is not COMPUTING
 
     def subscribe(self, waker: Waker) -> bool:
         """Have `waker` called when the flight is over; False if it is over already. `waker` must not block."""
         self.wakers.append(waker)
         # After the append: the thread that settles sets the state first and looks at the wakers then, so that one of
         # the two sees the other. (A finaliser settles without the table's lock.)
-        return self.state is FlightState.COMPUTING
+        return self.state is COMPUTING
 
     def unsubscribe(self, waker: Waker) -> None:
         """Forget a waker of a caller that no longer waits."""
@@ -220,7 +228,7 @@ class FlightTable:
             dead = self._forget_dropped()
             others = self._flights.get(place, ())
             if others is there:
-                if flight is None or flight.state is not FlightState.COMPUTING or flight.is_orphan():
+                if flight is None or flight.state is not COMPUTING or flight.is_orphan():
                     self._flights[place] = (*_without(there, flight), new)
                 else:
                     claim.late = flight.settling
@@ -232,9 +240,10 @@ class FlightTable:
         """Take abandoned flights out; they, and their keys, die with what this returns, outside of the lock."""
         dead = []
         while self.dropped:
-            flight = self.dropped.popleft()
+            flight = self.dropped[0]
             dead.append(flight)
             self._take_out(flight)
+            self.dropped.popleft()
         return dead
 
     def _take_out(self, flight: Flight) -> None:
@@ -252,7 +261,7 @@ class FlightTable:
             flights = self._all()
         orphans = [flight for flight in flights if flight.owner is None or flight.owner() is None]
         for flight in orphans:
-            if not self.settle(flight, FlightState.ABANDONED):
+            if not self.settle(flight, ABANDONED):
                 self._forget(flight)
         return len(orphans)
 
@@ -267,7 +276,7 @@ class FlightTable:
     ) -> bool:
         """End a flight and wake its waiters; False if it was over before."""
         with gate.lock, self._lock:
-            if flight.state is not FlightState.COMPUTING:
+            if flight.state is not COMPUTING:
                 return False
             ending = flight.ending
             if ending is not None:
@@ -292,7 +301,7 @@ class FlightTable:
             flights = self._all()
         for flight in flights:
             if flight.key.scope_number == number:
-                self.settle(flight, FlightState.CLOSED)
+                self.settle(flight, CLOSED)
 
     def close(self) -> None:
         """End every flight with `ClosedError`, and every later join."""
@@ -300,7 +309,7 @@ class FlightTable:
             self._closed = True
             flights = self._all()
         for flight in flights:
-            self.settle(flight, FlightState.CLOSED)
+            self.settle(flight, CLOSED)
 
 
 def _without(flights: tuple[Flight, ...], gone: Flight | None) -> tuple[Flight, ...]:
@@ -346,7 +355,7 @@ class Claim(NeverCopied):
     @property
     def over(self) -> bool:
         """Whether the computation has ended, in whatever way."""
-        return self.flight.state is not FlightState.COMPUTING
+        return self.flight.state is not COMPUTING
 
     def fulfil(self, kv: KeysValues, *, timeout: float | None = None) -> bool:
         """Store the result and hand it to every waiter. May block.
@@ -378,7 +387,7 @@ class Claim(NeverCopied):
         result, ready = self._copy(kv)
         # After the copy: a task that has left may write to its tensors again, and what was copied since may be torn.
         Deadline(0.0).check(self._table.name)
-        self._table.settle(self.flight, FlightState.DONE, result=result, ready=ready)
+        self._table.settle(self.flight, DONE, result=result, ready=ready)
 
     def fail(self, error: Exception) -> None:
         """End the computation with an error, of which every waiter hears a copy. Never blocks.
@@ -392,17 +401,19 @@ class Claim(NeverCopied):
             raise InvalidTypeError(f"error must be an Exception, got {error!r}; abandon() ends a claim without one")
         # Not this claim's: the frames that the error came through reach the claim.
         self.ending = None
-        self._table.settle(self.flight, FlightState.FAILED, error=error)
+        self._table.settle(self.flight, FAILED, error=error)
 
     def abandon(self) -> None:
         """Leave the computation to the next caller to ask. Never blocks; fine if it is over, or not the caller's."""
         # Takes no lock: finalisers come here, of claims and of coroutines that computed, at any point of any thread and
         # inside the table's lock too. The wakers are reentrant by contract, and the next to join replaces the flight.
         flight = getattr(self, "flight", None)
-        if flight is not None and self.mine and flight.state is FlightState.COMPUTING:
-            flight.state = FlightState.ABANDONED
-            flight.wake()
-            self._table.dropped.append(flight)
+        if flight is not None and self.mine and flight.state is COMPUTING:
+            flight.state = ABANDONED
+            try:
+                flight.wake()
+            finally:
+                self._table.dropped.append(flight)
 
     def computing(self) -> _Computing:
         """A context in which asking for the claimed key raises instead of waiting for itself."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from weakref import ref
 
 from torch import Tensor
@@ -247,7 +246,7 @@ class Batch(PaddedRows):
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "hold", None)
         if hold is not None and not hold.released:
-            self._ledger.abandon(partial(self._ledger.release_abandoned, hold))
+            self._ledger.abandon(hold)
 
     def __del__(self) -> None:
         hold = getattr(self, "hold", None)

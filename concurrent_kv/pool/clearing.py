@@ -30,13 +30,14 @@ def remove(domain: Domain, scope: Scope, entry: Entry, deadline: Deadline) -> bo
         deadline.check(domain.name)
         if not scope.entries[part].remove(entry):
             return False
-        with gate.lock, ledger.mutex:
-            try:
+        try:
+            with gate.lock, ledger.mutex:
                 domain.counters.removal_count += 1
                 dead = unpublish(domain, [entry])
-            except Exception:
-                ledger.abandoned.append(partial(ledger.again, [partial(unpublish, domain, [entry])]))
-                raise
+        except Exception:
+            ledger.abandoned.append(partial(ledger.again, [partial(unpublish, domain, [entry])]))
+            raise
+        with gate.lock, ledger.mutex:
             waiters = ledger.take_waiters()
     wake(waiters)
     del dead
@@ -62,17 +63,15 @@ def take_out(domain: Domain, index: Index[Entry], going: Sequence[Entry | None],
     # free together.
     ahead = list(reversed(going))
     for begin in range(0, len(ahead), ENTRIES_PER_HOLD):
-        some: list[Entry] = []
+        some = index.remove_each(filter(None, ahead[begin : begin + ENTRIES_PER_HOLD]))
         try:
-            # One after the other: whatever is raised on the way, `some` has those that have left.
-            some += filter(index.remove, filter(None, ahead[begin : begin + ENTRIES_PER_HOLD]))
             with gate.lock, ledger.mutex:
-                counters = domain.counters
-                dead += unpublish(domain, some)
-                counters.removal_count += len(some)
+                domain.counters.removal_count += len(some)
+                died = unpublish(domain, some)
         except Exception:
             ledger.abandoned.append(partial(ledger.again, [partial(unpublish, domain, some)]))
             raise
+        dead += died
     with gate.lock, ledger.mutex:
         return ledger.take_waiters()
 

@@ -32,8 +32,11 @@ class Part(Batch):
 
     def begin(self) -> Part:
         """Keep what it reads; before its search knows of it, which could end it."""
-        with gate.lock, self._ledger.mutex:
-            self._in_use = self._ledger.use(self.hold)
+        ledger = self._ledger
+        # Made here: a finaliser may get no memory.
+        self._end_later = partial(ledger.again, [partial(ledger.end_use, self.hold, release=True)])
+        with gate.lock, ledger.mutex:
+            self._in_use = ledger.use(self.hold)
         return self
 
     @property
@@ -59,9 +62,9 @@ class Part(Batch):
         if not self._in_use:
             super().close()
             return
-        # First: what is cut off after this is lost until repair, and not let go of twice.
-        self._in_use = False
         with gate.lock, self._ledger.mutex:
+            # First: what is cut off after this is lost until repair, and not let go of twice.
+            self._in_use = False
             dead = self._ledger.end_use(self.hold, release=True)
             waiters = self._ledger.take_waiters()
         wake(waiters)
@@ -73,8 +76,7 @@ class Part(Batch):
             super().abandon()
             return
         self._in_use = False
-        ledger = self._ledger
-        ledger.abandon(partial(ledger.again, [partial(ledger.end_use, self.hold, release=True)]))
+        self._ledger.abandon(self._end_later)
 
     def __del__(self) -> None:
         if self._in_use:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from weakref import ref
 
 import torch
@@ -69,7 +68,7 @@ class Pin(Handle):
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
-            self._storage.ledger.abandon(partial(self._storage.ledger.release_abandoned, hold))
+            self._storage.ledger.abandon(hold)
 
     def __del__(self) -> None:
         hold = getattr(self, "_hold", None)

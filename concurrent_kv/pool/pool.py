@@ -169,7 +169,7 @@ class KVPool(PoolCore):
             try:
                 ledger.release(hold)
             except BaseException:
-                ledger.abandoned.append(partial(ledger.release_abandoned, hold))
+                ledger.abandoned.append(hold)
                 raise
 
     def _retain(
@@ -201,7 +201,7 @@ class KVPool(PoolCore):
             try:
                 self.storage.ledger.release(hold)
             except BaseException:
-                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                self.storage.ledger.abandoned.append(hold)
                 raise
             raise
 
@@ -255,7 +255,7 @@ class KVPool(PoolCore):
             try:
                 self.storage.ledger.release(hold)
             except BaseException:
-                self.storage.ledger.abandoned.append(partial(self.storage.ledger.release_abandoned, hold))
+                self.storage.ledger.abandoned.append(hold)
                 raise
             raise
 
@@ -520,6 +520,6 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
         try:
             pool.ledger.release(hold)
         except BaseException:
-            pool.ledger.abandoned.append(partial(pool.ledger.release_abandoned, hold))
+            pool.ledger.abandoned.append(hold)
             raise
         raise

@@ -10,11 +10,22 @@ import numpy as np
 
 from ..books.entries import displace, row_of
 from ..books.ledger import Ledger, wake
-from ..books.records import Account, Budget, Entry, Generation, Grant, Place, Scope, sorted_shards
-from ..books.slots import Run
+from ..books.records import (
+    CLAIMED,
+    HELD,
+    NO_PLACE,
+    PINNED,
+    Account,
+    Budget,
+    Entry,
+    Generation,
+    Grant,
+    Scope,
+    sorted_shards,
+)
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray
-from ..device.streams import Ticks
+from ..device.streams import NO_TICKS, Ticks
 from ..errors import CapacityError, IntegrityError, WaitTimeoutError
 from ..locks.deadline import Deadline, TaskTime, WaitElsewhere
 from ..locks.gate import gate
@@ -33,6 +44,7 @@ __all__ = [
     "unpublish",
 ]
 
+NO_SLOTS = range(0)
 NO_POSITIONS: SlotArray = np.empty(0, dtype=np.int64)
 VICTIMS_PER_HOLD = 64  # candidates looked at in one hold of the mutex
 DRAIN_SECONDS = 0.02  # a thread that waits for room looks so often whether what was dropped can be released by now
@@ -61,11 +73,9 @@ def reserve(
                     raise plan.batch.why_closed()
                 plan.uses_batch = True
             if budget.entries + entries <= budget.max_entries:
-                taken = ledger.slots.allocate(slots)
-                if taken is not None:
-                    budget.entries += entries
-                    ledger.grants += 1
-                    return Grant(entries, slots, *taken)
+                grant = _allocate_from_budget(ledger, budget, entries, slots)
+                if grant is not None:
+                    return grant
         look_up_freed = partial(_freed_by, domain, scope, plan, located, deadline)
         return _take_from_budget(domain, budget, plan, look_up_freed, deadline)
     if plan.batch is not None:
@@ -125,7 +135,7 @@ def _freed_of(domain: Domain, scope: Scope, plan: WritePlan, replaced: list[Entr
 
     Of a search, whose own alone can make up for what it lacks: nor what `plan` makes of them.
     """
-    rows = [entry.row for entry in replaced if entry.refs and entry.place is not Place.NONE]
+    rows = [entry.row for entry in replaced if entry.refs and entry.place is not NO_PLACE]
     if len(rows) != len(replaced):
         return None
     if scope.budget is None:
@@ -163,11 +173,14 @@ def _take(
             with gate.lock, ledger.mutex:
                 pool.check_open()
                 if (not may_evict or account.turns.is_first(turn)) and account.fits(entries, slots):
+                    grant = Grant(entries, slots, NO_SLOTS, NO_TICKS)  # made before anything is taken
+                    pending = account.pending_entries + entries, account.pending_slots + slots
                     taken = ledger.slots.allocate(num_slots)
                     if taken is not None:
-                        account.pending_entries += entries
-                        account.pending_slots += slots
-                        return Grant(entries, slots, *taken)
+                        # Nothing that needs memory from here on.
+                        grant.taken, grant.ticks = taken.slots, taken.ticks
+                        account.pending_entries, account.pending_slots = pending
+                        return grant
                 if may_evict:
                     turn.stalled = not account.can_ever_fit(entries, slots)
                     victim, waiter = _next_for(pool, turn, want_slots=account.fits(entries, 0))
@@ -184,9 +197,10 @@ def _take(
         _keep_turn(pool, turn, deadline)
         raise
     finally:
-        if turn.joined and not _is_kept(turn, deadline):
+        if turn.joined:
             try:
-                _leave(pool, turn)
+                if not _is_kept(turn, deadline):
+                    _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
                 ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
 
@@ -215,11 +229,10 @@ def _take_from_budget(
             if short == (0, 0):
                 borrowed = max(0, slots - ledger.slots.free_count)
                 if not borrowed or ledger.borrow(borrowed):
-                    taken = ledger.slots.allocate(slots)
-                    if taken is not None:
-                        budget.entries += count
-                        ledger.grants += 1
-                        return Grant(count, slots, *taken, borrowed=borrowed)
+                    grant = _allocate_from_budget(ledger, budget, count, slots)
+                    if grant is not None:
+                        grant.borrowed = borrowed
+                        return grant
             lacking = slots - ledger.slots.free_count
         if short != (0, 0) and freed == (0, 0) and not looked:
             looked = True  # another thread took what was left meanwhile
@@ -246,6 +259,19 @@ def _take_from_budget(
                 with gate.lock, ledger.mutex:
                     ledger.forget_waiter(waiter)
         del victim  # as in `_take`
+
+
+def _allocate_from_budget(ledger: Ledger, budget: Budget, entries: int, slots: int) -> Grant | None:
+    """Free slots of a search's, and places in its budget; None, and nothing, if it has no so many slots. Mutex held."""
+    grant = Grant(entries, slots, NO_SLOTS, NO_TICKS)  # made before anything is taken
+    stored, grants = budget.entries + entries, ledger.grants + 1
+    taken = ledger.slots.allocate(slots)
+    if taken is None:
+        return None
+    # Nothing that needs memory from here on.
+    grant.taken, grant.ticks = taken.slots, taken.ticks
+    budget.entries, ledger.grants = stored, grants
+    return grant
 
 
 def _wait_for_both(domain: Domain, waiter: Any, has_changed: Callable[[], bool]) -> None:
@@ -276,20 +302,21 @@ def _extend(domain: Domain, budget: Budget, entries: int, slots: int) -> None:
     with gate.lock, storage.ledger.mutex:
         if not account.fits(entries, slots):
             return
+        reserved = account.reserved_entries + entries, account.reserved_slots + slots
+        most = budget.max_entries + entries, budget.max_slots + slots
+        borrowed = ledger.borrowed - own
         runs = storage.ledger.slots.part(slots - own) if slots > own else []
         if runs is None:
             return
-        # No call of Python's from here to the last, so that no asynchronous exception parts what belongs together.
-        account.reserved_entries += entries
-        account.reserved_slots += slots
-        budget.max_entries += entries
-        budget.max_slots += slots
-        ledger.borrowed -= own
-        add = partial(ledger.slots.add, runs)
+        # No call of Python's from here to the last, so that no asynchronous exception parts what belongs together; and
+        # nothing that needs memory.
+        account.reserved_entries, account.reserved_slots = reserved
+        budget.max_entries, budget.max_slots = most
+        ledger.borrowed = borrowed
         try:
-            add()
+            ledger.slots.add(runs)
         except Exception:  # no memory, no frames: they are there a little later
-            ledger.abandoned.append(partial(ledger.again, [add]))
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.slots.add, runs)]))
 
 
 def check_budget(domain: Domain, budget: Budget, grant: Grant, old: list[Entry]) -> None:
@@ -342,10 +369,10 @@ def make_room(pool: Domain, entries: int, slots: int, deadline: Deadline, since:
         raise
 
 
-def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -> tuple[Budget, list[Run]]:
+def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -> Budget:
     """Set room aside for a search, evicting what no search owns; or an error that says which capacity would do.
 
-    Returns its budget and its slots.
+    Returns its budget, with its slots.
     """
     ledger, account = pool.ledger, pool.account
     kept = None if deadline.task_time is None else _kept_turn(pool, deadline.task_time)
@@ -356,12 +383,12 @@ def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -
                 pool.check_open()
                 if entries > account.max_entries or slots > account.max_slots:
                     break  # no waiting will help
-                is_next = account.turns.is_first(turn) and account.fits(entries, slots)
-                runs = ledger.slots.part(slots) if is_next else None
-                if runs is not None:
-                    account.reserved_entries += entries
-                    account.reserved_slots += slots
-                    return budget, runs
+                if account.turns.is_first(turn) and account.fits(entries, slots):
+                    reserved = account.reserved_entries + entries, account.reserved_slots + slots
+                    budget.runs = ledger.slots.part(slots)
+                    if budget.runs is not None:
+                        account.reserved_entries, account.reserved_slots = reserved
+                        return budget
                 turn.stalled = not account.can_ever_fit(entries, slots)
                 account.turns.join(turn, ledger.stir)  # as it needs room for many: others take none of it from here on
                 if turn.stalled:
@@ -383,9 +410,10 @@ def reserve_budget(pool: Domain, entries: int, slots: int, deadline: Deadline) -
         _keep_turn(pool, turn, deadline)
         raise
     finally:
-        if turn.joined and not _is_kept(turn, deadline):
+        if turn.joined:
             try:
-                _leave(pool, turn)
+                if not _is_kept(turn, deadline):
+                    _leave(pool, turn)
             except Exception:  # no memory, no frames: what was taken is the caller's all the same
                 ledger.abandoned.append(partial(ledger.again, [partial(account.turns.leave, turn)]))
     raise _cannot_reserve(pool, entries, slots)
@@ -539,15 +567,21 @@ def _is_waited_for(waiter: Any, deadline: Deadline) -> bool:
 
 def _next_for(pool: Domain, turn: Turn, *, want_slots: bool) -> tuple[Entry | None, Any]:
     """As `_victim_or_waiter`, for an operation in its turn: it waits while another is before it. Mutex held."""
-    turns = pool.account.turns
+    turns, ledger = pool.account.turns, pool.ledger
     if not turns.is_first(turn):
-        turns.join(turn, pool.ledger.stir)
-        return None, pool.ledger.waiter()
-    victim, waiter = _victim_or_waiter(pool, want_slots=want_slots)
-    turn.evicted += victim is not None
-    if waiter is not None or turn.evicted > EVICTIONS_BEFORE_QUEUE:
-        turns.join(turn, pool.ledger.stir)
-    return victim, waiter
+        turns.join(turn, ledger.stir)
+        return None, ledger.waiter()
+    found = _victim_or_waiter(pool, want_slots=want_slots)
+    victim, waiter = found
+    try:
+        turn.evicted += victim is not None
+        if waiter is not None or turn.evicted > EVICTIONS_BEFORE_QUEUE:
+            turns.join(turn, ledger.stir)
+    except BaseException:
+        if victim is not None:
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
+        raise
+    return found
 
 
 def _leave(pool: Domain, turn: Turn) -> None:
@@ -568,8 +602,8 @@ def _victim_or_waiter(pool: Domain, *, want_slots: bool) -> tuple[Entry | None, 
             if want_slots or not ledger.candidates.return_shared(pool.account, VICTIMS_PER_HOLD):
                 return None, ledger.waiter()
             continue
-        victim.place = Place.CLAIMED
         try:
+            victim.place = CLAIMED
             if not ledger.candidates.set_aside(victim, want_slots=want_slots):
                 return victim, None
         except BaseException:
@@ -668,8 +702,8 @@ def _evict(pool: Domain, victim: Entry, deadline: Deadline) -> None:
         part = scope.part_of(victim.key_hash)
         with gate.lock, pool.locks.write((scope.shards[part],), deadline), ledger.mutex:
             if victim.pins:
-                if victim.place is Place.CLAIMED:  # or it was removed meanwhile, and is no candidate any more
-                    victim.place = Place.PINNED
+                if victim.place is CLAIMED:  # or it was removed meanwhile, and is no candidate any more
+                    victim.place = PINNED
                 return
             if not scope.entries[part].remove(victim):
                 return
@@ -701,42 +735,47 @@ def unpublish(domain: Domain, entries: list[Entry], *, told: bool = False) -> li
     account, budget = domain.account, entries[0].scope.budget
     if budget is None:
         for entry in entries:
-            if not (told and entry.place is Place.HELD):
+            if not (told and entry.place is HELD):
                 ledger.candidates.withdraw(entry)
-            entry.place = Place.NONE
-        account.uses.remove(list(map(row_of, entries)))
-        account.entries -= len(entries)
+            entry.place = NO_PLACE
+        rows, left = list(map(row_of, entries)), account.entries - len(entries)
+        account.uses.remove(rows)
+        account.entries = left
         try:
             return ledger.let_go(entries)
         except Exception:  # no memory, no frames: they die a little later
             ledger.abandoned.append(partial(ledger.again, [partial(ledger.let_go, entries)]))
             return []
     displace(entries)
+    left = budget.entries - len(entries)
     dead = ledger.let_go(entries)
-    budget.entries -= len(entries)
+    budget.entries = left
     return dead
 
 
 def cancel(domain: Domain, scope: Scope, grant: Grant, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
-    ledger = domain.ledger
+    ledger, account, budget = domain.ledger, domain.account, scope.budget
     dead: list[Entry] = []
     with gate.lock, ledger.mutex:
-        if grant.spent:
-            return
-        grant.spent = True
-        try:
-            ledger.give_back(grant.taken, used)
-        except Exception:
-            grant.spent = False
-            raise
-        if scope.budget is None:
-            domain.account.pending_entries -= grant.entries
-            domain.account.pending_slots -= grant.slots
-        else:
-            scope.budget.entries -= grant.entries
-            ledger.grants -= 1
-            dead = ledger.look_idle()
+        if not grant.spent:
+            if budget is None:
+                left = account.pending_entries - grant.entries, account.pending_slots - grant.slots
+            else:
+                left = budget.entries - grant.entries, ledger.grants - 1
+            grant.spent = True
+            try:
+                ledger.give_back(grant.taken, used)
+            except Exception:
+                grant.spent = False
+                raise
+            # Nothing that needs memory from here to the next comment.
+            if budget is None:
+                account.pending_entries, account.pending_slots = left
+            else:
+                budget.entries, ledger.grants = left
+                dead = ledger.look_idle()
+        # Also where it was done before: who did it may have failed before it woke anyone.
         waiters = ledger.take_waiters()
     wake(waiters)
     del dead

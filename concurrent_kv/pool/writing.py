@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from functools import partial
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..books.entries import new_entries, occupy, row_of
 from ..books.index import find_places, take_away
-from ..books.ledger import wake
-from ..books.records import Entry, Generation, Grant, Place, Scope, sorted_shards
+from ..books.ledger import Ledger, wake
+from ..books.records import EXEMPT, HELD, Account, Entry, Generation, Grant, Scope, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -57,13 +57,14 @@ def write(domain: Domain, scope: Scope, generation: Generation, plan: WritePlan,
     storage, ledger = domain.storage, domain.ledger
     clock = storage.clock
     located = scope.locate(plan.hashes)
+    entries: list[Entry] = []
     grant = reserve(domain, scope, generation, plan, located, deadline)
     if grant is None:
         with gate.lock, ledger.mutex:
             domain.counters.stale_write_count += len(plan.keys)
         return False
+    # Nothing that needs memory from here to the `try`.
     used = grant.ticks
-    entries: list[Entry] = []
     try:
         written = NO_TICKS
         if plan.source is not None:
@@ -195,7 +196,7 @@ def _admit(
     """
     ledger, budget = domain.ledger, scope.budget
     counters = (domain.account if budget is None else budget).counters
-    place = Place.HELD if budget is None else Place.EXEMPT
+    place = HELD if budget is None else EXEMPT
     if budget is not None:
         plan.make(ledger, entries, grant.taken)
         if grant.borrowed or budget.entries - len(old) > budget.max_entries:
@@ -208,6 +209,7 @@ def _admit(
         needed = _count(domain, entries, plan, old, grant)
         if needed is not None:
             return needed
+    counted = counters.insert_count + len(entries) - len(old), counters.replace_count + len(old)
     # First: what is cut off after this is lost until repair, and no slots of entries that are found are given back.
     grant.spent = True
     if budget is not None:
@@ -222,8 +224,7 @@ def _admit(
         if budget is not None:
             ledger.grants += 1
         raise
-    counters.insert_count += len(entries) - len(old)
-    counters.replace_count += len(old)
+    counters.insert_count, counters.replace_count = counted
     return 0, 0
 
 
@@ -237,47 +238,57 @@ def _count(
     ledger, account = domain.ledger, domain.account
     uses = account.uses
     old_rows = list(map(row_of, old))
-    leaving = [entry for entry in old if entry.place is Place.HELD]
-    entries_taken, slots_taken = grant.entries, grant.slots
+    leaving = [entry for entry in old if entry.place is HELD]
+    pending = account.pending_entries - grant.entries, account.pending_slots - grant.slots
+    before = account.entries, uses.used
+    undo = (  # in the order of the steps, of which so many are `done`
+        partial(_unmake, ledger, entries),  # the slots stay the grant's
+        partial(_uncount, account, entries),
+        partial(ledger.candidates.exchange_back, account, leaving, entries),
+    )
+    done, needed = 1, (0, 0)
+    error: Exception | None = None
     # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
     grant.entries = grant.slots = 0
-    account.pending_entries -= entries_taken
-    account.pending_slots -= slots_taken
-    before = account.entries, uses.used
+    account.pending_entries, account.pending_slots = pending
     plan.make(ledger, entries, grant.taken)
-    rows = list(map(row_of, entries))
-    undo: list[Callable[[], object]] = [partial(ledger.tables.leave, rows)]  # the slots stay the grant's
-    needed = 0, 0
-    error: Exception | None = None
     try:
-        out, told = (
-            partial(uses.remove, rows),
-            partial(ledger.candidates.exchange_back, domain.account, leaving, entries),
-        )
-        uses.add(rows)
-        undo.append(out)
-        account.entries += len(rows)
+        uses.add(list(map(row_of, entries)))
+        done = 2
+        account.entries += len(entries)
         entries_over, slots_over = account.excess()
         freed = uses.exclusive(old_rows) if entries_over or slots_over else 0
-        needed = max(0, len(rows) - len(old)), max(0, uses.used - before[1] - freed)
+        needed = max(0, len(entries) - len(old)), max(0, uses.used - before[1] - freed)
         if entries_over <= len(old) and slots_over <= freed:
-            undo.append(told)
-            ledger.candidates.exchange(domain.account, leaving, entries)
+            done = 3
+            ledger.candidates.exchange(account, leaving, entries)
             return None
     except Exception as raised:
         error = raised
     account.entries = before[0]
-    while undo:
+    while done:
         try:
-            undo[-1]()
-        except Exception:  # no memory, no frames
-            while undo:
-                ledger.abandoned.append(partial(ledger.again, [undo.pop()]))
+            undo[done - 1]()
+        except Exception as raised:  # no memory, no frames
+            error = error or raised  # and no other attempt, whose rows would be undone later
+            while done:
+                ledger.abandoned.append(partial(ledger.again, [undo[done - 1]]))
+                done -= 1
             break
-        del undo[-1]
+        done -= 1
     if error is None:
         return needed
     try:
         raise error
     finally:
         del error  # it names this frame
+
+
+def _unmake(ledger: Ledger, entries: list[Entry]) -> None:
+    """Take the rows of new entries back. Mutex held."""
+    ledger.tables.leave(list(map(row_of, entries)))
+
+
+def _uncount(account: Account, entries: list[Entry]) -> None:
+    """Count the slots of new entries out. Mutex held."""
+    account.uses.remove(list(map(row_of, entries)))

@@ -15,7 +15,6 @@ from .._checks import check_env_ids, check_keys, check_priorities, hash_of, posi
 from ..books.allocation import default_tokens
 from ..books.ledger import wake
 from ..books.records import Budget, Entry, Hold
-from ..books.slots import Run
 from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -70,6 +69,8 @@ class Search(Handle):
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
         self._checked_envs: Sequence[Hashable] = env_ids  # the last tuple or range of them that was checked
+        # Made here: a finaliser may get no memory.
+        self._end_later = partial(state.end, "the search was dropped without being closed")
         self._state = state
         state.roots_hold.owner = ref(self)
         self._order = order
@@ -164,7 +165,7 @@ class Search(Handle):
                 try:
                     owner.release(held)
                 except BaseException:
-                    owner.abandoned.append(partial(owner.release_abandoned, held))
+                    owner.abandoned.append(held)
             if new_roots:
                 try:
                     disown(state, new_roots, deadline)
@@ -276,8 +277,7 @@ class Search(Handle):
                 waiters = take_out(state, state.own, found, dead)
                 if leaving:
                     with gate.lock, ledger.mutex:
-                        state.roots = roots
-                        dead += state.part_with(leaving)
+                        dead += state.part_with(leaving, roots)
                         waiters += ledger.take_waiters()
         if missing:
             raise KeyNotFoundError(
@@ -312,8 +312,7 @@ class Search(Handle):
             going = state.own_beside(staying)
             waiters = take_out(state, state.own, going, dead)
             with gate.lock, ledger.mutex:
-                state.roots = roots
-                dead += state.part_with(leaving)
+                dead += state.part_with(leaving, roots)
                 waiters += ledger.take_waiters()
         wake(waiters)
         number = len(going)
@@ -361,15 +360,16 @@ class Search(Handle):
         hash_of(new_key, "as_key")
         hold = Hold("commit", [])
         ledger = state.ledger
-        with gate.lock, state.locks.read(state.scope.shards, deadline):
-            state.check_open()
-            entry = state.own.get(key) or state.roots.get((env_id, key))
-            if entry is not None:
-                with gate.lock, ledger.mutex:
-                    ledger.extend(hold, [entry])
-        if entry is None:
-            raise KeyNotFoundError(f"the search has no entry for {shown(key)} to promote")
+        entry: Entry | None = None
         try:
+            with gate.lock, state.locks.read(state.scope.shards, deadline):
+                state.check_open()
+                entry = state.own.get(key) or state.roots.get((env_id, key))
+                if entry is not None:
+                    with gate.lock, ledger.mutex:
+                        ledger.extend(hold, [entry])
+            if entry is None:
+                raise KeyNotFoundError(f"the search has no entry for {shown(key)} to promote")
             as_stored = entry.side if side is SAME_SIDE else side
             plan = plan_promotion(state, entry, new_key, as_stored, priority)
             return write(init_pool, target, generation, plan, deadline)
@@ -378,7 +378,7 @@ class Search(Handle):
             try:
                 ledger.release(hold)
             except BaseException:
-                ledger.abandoned.append(partial(ledger.release_abandoned, hold))
+                ledger.abandoned.append(hold)
                 raise
 
     # Life ----------------------------------------------------------------------------------------------------------
@@ -417,8 +417,7 @@ class Search(Handle):
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         state = getattr(self, "_state", None)
         if state is not None and not state.finished:
-            ledger = state.storage.ledger
-            ledger.abandon(partial(state.end, "the search was dropped without being closed"))
+            state.storage.ledger.abandon(self._end_later)
 
     def __del__(self) -> None:
         state = getattr(self, "_state", None)
@@ -442,13 +441,13 @@ def gather_part_of_search(search: Search, keys: Sequence[Hashable] | None, env_i
         order, env_ids = search._order == "own_first", search._check_envs(env_ids)
         return search._gather(check_keys(keys), env_ids, order, None, None, deadline, open_part)
     hold, scope = Hold("batch", []), state.scope
-    with gate.lock, state.ledger.mutex:
-        state.check_open()
-        state.ledger.extend(hold, [])
     try:
+        with gate.lock, state.ledger.mutex:
+            state.check_open()
+            state.ledger.extend(hold, [])
         return open_part(state, scope, scope.generation, hold, [None] * len(env_ids))
     except BaseException:
-        state.ledger.abandoned.append(partial(state.ledger.release_abandoned, hold))
+        state.ledger.abandoned.append(hold)
         raise
 
 
@@ -487,21 +486,22 @@ def open_search(
     check_overflow(overflow, pool.layout)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
     tokens = positive_int("tokens", tokens) if tokens is not None else default_tokens(entries, pool.layout.max_tokens)
-    budget, runs = reserve_budget(pool, entries, tokens, deadline)
+    budget = reserve_budget(pool, entries, tokens, deadline)
     try:
-        return _opened(pool, init_pools, ids, number, budget, runs, order, overflow)
+        return _opened(pool, init_pools, ids, number, budget, order, overflow)
     except BaseException:
-        pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(_give_back, pool, budget, runs)]))
+        pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(_give_back, pool, budget)]))
         raise
 
 
-def _give_back(pool: KVPool, budget: Budget, runs: list[Run]) -> None:
+def _give_back(pool: KVPool, budget: Budget) -> None:
     """Return what was reserved for a search that did not open; nothing happens the second time. Mutex held."""
+    account = pool.account
     if budget.max_slots:
-        pool.ledger.slots.add(runs)
-        # No call from here on, so that no asynchronous exception parts what belongs together.
-        pool.account.reserved_entries -= budget.max_entries
-        pool.account.reserved_slots -= budget.max_slots
+        reserved = account.reserved_entries - budget.max_entries, account.reserved_slots - budget.max_slots
+        pool.ledger.slots.add(budget.runs or [])
+        # No call from here on, so that no asynchronous exception parts what belongs together; nothing needs memory.
+        account.reserved_entries, account.reserved_slots = reserved
         budget.max_entries = budget.max_slots = 0
 
 
@@ -511,18 +511,17 @@ def _opened(
     ids: tuple[Hashable, ...],
     number: int,
     budget: Budget,
-    runs: list[Run],
     order: LookupOrder,
     overflow: Overflow | None,
 ) -> Search:
-    state = SearchState(pool, init_pools, number, budget, runs)
+    state = SearchState(pool, init_pools, number, budget, budget.runs or [])
     # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
     search = Search(state, ids, order, overflow)
     ledger = pool.ledger
     with gate.lock, ledger.mutex:
         closed = pool.account.closed or pool.storage.closed
         if closed:
-            _give_back(pool, budget, runs)
+            _give_back(pool, budget)
         else:
             ledger.holds.add(state.roots_hold)
             pool.searches.add(state)

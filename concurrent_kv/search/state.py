@@ -12,14 +12,15 @@ is its stand-in, which stays until no other entry of the search names its slots;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..books.entries import new_entries, row_of
+from ..books.entries import name_rows, new_entries, row_of
 from ..books.index import Index
 from ..books.integrity import (
     IntegrityReport,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # as in pool/room.py
 __all__ = ["RootKey", "SearchState"]
 
 _SEEN = attrgetter("key", "length", "side", "priority", "key_hash", "correction")
+NO_ENTRIES: frozenset[Entry] = frozenset()
 NO_SLOTS: SlotArray = np.empty(0, dtype=np.int64)
 
 RootKey = tuple[Hashable, Hashable]  # (env_id, key)
@@ -169,16 +171,18 @@ class SearchState(Domain):
             # From here on no batch is opened, no child published and no root adopted.
             if self.scope.ended is None:
                 self.scope.ended = reason
+            going = [*self.own.values()]
+            with gate.lock, ledger.mutex:
+                self.gone += going  # first: what is in it twice does no harm
             taken, cells = self.own.take_all()
             with gate.lock, ledger.mutex:
-                self.gone += taken
                 self.counters.removal_count += len(taken)
                 roots, self.roots = self.roots, {}
                 dead = self._end_holds()
                 waiters = ledger.take_waiters()
         wake(waiters)
         self.buffers.leave()
-        del roots, dead, taken, cells
+        del roots, dead, taken, going, cells
 
     def _end_holds(self) -> list[Entry]:
         """Let go of what open batches read, and of everything if nothing else is in use. Mutex held.
@@ -204,28 +208,39 @@ class SearchState(Domain):
         storage, account, budget = self.storage.ledger, self.account, self.budget
         ticks = self._all_ticks()
         runs = self._all_runs(ticks) if budget.max_slots else []
+        gone, origins, none, nowhere = (
+            [*self.gone, *self.origins],
+            dict[Entry, Entry](),
+            list[Entry](),
+            SlotAllocator(0),
+        )
         with gate.lock, storage.mutex:
             if budget.max_slots:
+                reserved = account.reserved_entries - budget.max_entries, account.reserved_slots - budget.max_slots
                 storage.slots.add(runs)
-                # No call from here to the next comment, so that no asynchronous exception parts what belongs together.
-                account.reserved_entries -= budget.max_entries
-                account.reserved_slots -= budget.max_slots
+                # No call from here to the next comment, so that no asynchronous exception parts what belongs together,
+                # and nothing that needs memory.
+                account.reserved_entries, account.reserved_slots = reserved
                 budget.max_entries = budget.max_slots = 0
             # Each of these once, however often they are done.
             self._fold_counters()
             self._pool.searches.discard(self)
             if ticks is not NO_TICKS:
                 storage.stamp_reads(self.origins.values(), ticks)
-            dead = storage.end(self.roots_hold)
-            self.ledger.waiters += storage.take_waiters()
+            gone += storage.end(self.roots_hold)
+            self.ledger.waiters += storage.waiters
+            storage.waiters.clear()
+        # Nothing that needs memory from here to the next comment.
         self.ledger.when_idle = None
-        self.ledger.slots = SlotAllocator(0)
+        self.ledger.slots, self.ledger.borrowed = nowhere, 0
         self.finished = True
-        storage.take_tables(self.ledger)
         # Nothing of it may keep keys and side data alive.
-        gone, self.gone, self.origins = [*self.gone, *self.origins], [], {}
-        self.stand_ins.entries, self.ledger.parted, self.ledger.part = [], frozenset(), None
-        return dead + gone
+        self.gone, self.origins, self.stand_ins.entries = none, origins, none
+        self.ledger.parted, self.ledger.part = NO_ENTRIES, None
+        # A later search would take them over, and need not.
+        with suppress(MemoryError):
+            storage.take_tables(self.ledger)
+        return gone
 
     def _all_runs(self, ticks: Ticks) -> list[Run]:
         """Every slot that it has, with these ticks. Mutex held."""
@@ -287,24 +302,24 @@ class SearchState(Domain):
         held = [standing[entry] for entry in found if entry in standing]
         every = [standing.get(entry, entry) for entry in found]
         ledger = self.ledger
+        origins_of = self.origins | dict(zip(made, origins, strict=True))
+        stand_ins, before = [*self.stand_ins.entries, *made], found[:]
         rows, tails = copied_rows(
             ledger.tables, self.storage.ledger.tables, list(map(row_of, origins)), [entry.length for entry in made]
         )
         try:
-            for entry, row, tail in zip(made, rows, tails, strict=True):
-                entry.row, entry.tail, entry.refs = row, tail, 1
+            name_rows(made, rows, tails)
+            if not self.stand_ins.released:
+                ledger.holds.add(self.stand_ins)
+            found[:] = every  # as long as it was
             ledger.extend(hold, held)  # of which who releases the hold lets go, also where this fails
             self._hold_roots(origins)
         except Exception:
+            found[:] = before
             ledger.leave(rows)
             raise
-        # No call of a Python function from here on.
-        self.stand_ins.entries += made
-        if not self.stand_ins.released:
-            ledger.holds.add(self.stand_ins)
-        self.origins.update(zip(made, origins, strict=True))
-        self.roots = roots
-        found[:] = every
+        # No call from here on, and nothing that needs memory.
+        self.stand_ins.entries, self.origins, self.roots = stand_ins, origins_of, roots
         return made
 
     def _hold_roots(self, origins: list[Entry]) -> None:
@@ -319,8 +334,9 @@ class SearchState(Domain):
         if self.scope.ended is not None:
             return []
         leaving = {entry for entry in stand_ins if entry.refs == 1}
-        self.roots = {root: entry for root, entry in self.roots.items() if entry not in leaving}
-        return self.part_with(list(leaving))
+        return self.part_with(
+            list(leaving), {root: entry for root, entry in self.roots.items() if entry not in leaving}
+        )
 
     def root_under(self, entry: Entry) -> tuple[Entry | None, int]:
         """The root with the most of its newest tokens at the beginning of an entry, and how many. Mutex held."""
@@ -353,15 +369,22 @@ class SearchState(Domain):
         roots, leaving = self.parted_roots(known - wanted)
         return roots, leaving, list(wanted - known)
 
-    def part_with(self, stand_ins: Sequence[Entry]) -> list[Entry]:
+    def part_with(self, stand_ins: Sequence[Entry], roots: dict[RootKey, Entry]) -> list[Entry]:
         """Let go of the roots of stand-ins as soon as no other entry of the search names their slots. Mutex held.
+
+        `roots` are those that stay.
 
         Returns what may die; what stays is looked at again whenever an entry dies, or one of them is let go of.
         """
-        ledger = self.ledger
-        ledger.parted = ledger.parted.union(stand_ins)
-        ledger.part = self._part
-        return self._part()
+        ledger, part = self.ledger, self._part
+        parted = ledger.parted.union(stand_ins)
+        # No call from here to the next line, and nothing that needs memory.
+        self.roots, ledger.parted, ledger.part = roots, parted, part
+        try:
+            return part()
+        except Exception:  # no memory, no frames: a little later
+            ledger.abandoned.append(partial(ledger.again, [part]))
+            return []
 
     def _part(self) -> list[Entry]:
         """Mutex held."""
@@ -373,20 +396,24 @@ class SearchState(Domain):
         staying = [entry for entry in self.stand_ins.entries if entry not in leaving]
         parted, part = ledger.parted.difference(going), ledger.part
         ticks = self._all_ticks()
+        let_go, parting = partial(self._let_go_of_roots, origins, ticks), iter(going)
+        once: list[Callable[[], object] | None] = [let_go]
         ledger.tables.leave(list(map(row_of, going)))  # no slot of theirs is the search's
-        # No call of a Python function from here to the next comment.
+        # No call of a Python function from here to the next comment, and nothing that needs memory.
         self.stand_ins.entries, ledger.parted, ledger.part = staying, parted, part if parted else None
-        for entry in going:
+        for entry in parting:
             entry.row, entry.refs = -1, 0
             del self.origins[entry]
         # What fails from here on is done a little later.
-        let_go = partial(self._let_go_of_roots, origins, ticks)
-        with gate.lock, storage.mutex:
-            try:
-                going += let_go()
-            except Exception:
-                storage.abandoned.append(partial(storage.again, [let_go]))
-            ledger.waiters += storage.take_waiters()
+        try:
+            with gate.lock, storage.mutex:
+                died = let_go()
+                once[0] = None
+                ledger.waiters += storage.waiters
+                storage.waiters.clear()
+            going += died
+        except Exception:
+            storage.abandoned.append(partial(storage.again, once))
         return going
 
     def _let_go_of_roots(self, origins: list[Entry], ticks: Ticks) -> list[Entry]:

@@ -39,10 +39,15 @@ class Clock(EvictionPolicy[E]):
 
     def pop_victim(self) -> E | None:
         while self._ring:
-            entry, credit = self._ring.popitem(last=False)
-            if credit == 0:
-                return entry
-            self._ring[entry] = credit - 1
+            entry = next(iter(self._ring))
+            try:
+                _, credit = self._ring.popitem(last=False)
+                if credit == 0:
+                    return entry
+                self._ring[entry] = credit - 1
+            except MemoryError:  # for the pair, say: it is taken out nevertheless
+                self.give_back(entry)
+                raise
         return None
 
     def give_back(self, entry: E) -> None:

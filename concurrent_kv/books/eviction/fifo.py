@@ -37,9 +37,12 @@ class FIFO(EvictionPolicy[E]):
         self._renew(entry)
 
     def _renew(self, entry: E) -> None:
-        self._forget(entry)
-        self._number += 1
-        self._queue[entry] = self._number
+        number = self._number + 1
+        self._queue[entry] = number  # first: it needs memory
+        self._queue.move_to_end(entry)
+        self._number = number
+        self._out.pop(entry, None)
+        self._numbered.pop(self._back.pop(entry, 0), None)
 
     def touch(self, entry: E) -> None:
         pass
@@ -54,16 +57,19 @@ class FIFO(EvictionPolicy[E]):
 
     def pop_victim(self) -> E | None:
         while self._oldest:
-            number = heappop(self._oldest)
+            number = self._oldest[0]
             if number in self._numbered:
-                entry = self._numbered.pop(number)
-                del self._back[entry]
-                self._out[entry] = number
+                entry = self._numbered[number]
+                self._out[entry] = number  # first: it needs memory
+                heappop(self._oldest)
+                del self._numbered[number], self._back[entry]
                 return entry
+            heappop(self._oldest)
         if not self._queue:
             return None
-        entry, number = self._queue.popitem(last=False)
-        self._out[entry] = number
+        entry = next(iter(self._queue))  # no `popitem`, which loses the entry where there is no memory for a pair
+        self._out[entry] = self._queue[entry]
+        del self._queue[entry]
         return entry
 
     def give_back(self, entry: E) -> None:
@@ -72,9 +78,9 @@ class FIFO(EvictionPolicy[E]):
             self._forget(entry)
             self._first -= 1
             number = self._first
+        heappush(self._oldest, number)  # first: one that is not numbered is passed over
         self._back[entry] = number
         self._numbered[number] = entry
-        heappush(self._oldest, number)
 
     def clear(self) -> None:
         self._queue.clear()

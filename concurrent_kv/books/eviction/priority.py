@@ -37,19 +37,22 @@ class Priority(EvictionPolicy[E]):
         pass
 
     def remove(self, entry: E) -> None:
-        priority = self._priorities.pop(entry, None)
-        if priority is not None:
-            del self._buckets[priority][entry]
-            self._compact()
+        if entry in self._priorities:
+            self._compact()  # first: it needs memory
+            self._drop(entry)
+
+    def _drop(self, entry: E) -> None:
+        del self._buckets[self._priorities[entry]][entry]
+        del self._priorities[entry]
 
     def pop_victim(self) -> E | None:
         if not self._priorities:
             return None
         while not (bucket := self._buckets[self._heap[0]]):
             del self._buckets[heappop(self._heap)]
-        entry, _ = bucket.popitem(last=False)
-        del self._priorities[entry]
-        self._compact()
+        entry = next(iter(bucket))  # no `popitem`, which loses the entry where there is no memory for a pair
+        self._compact()  # first: it needs memory
+        self._drop(entry)
         return entry
 
     def give_back(self, entry: E) -> None:
@@ -65,19 +68,29 @@ class Priority(EvictionPolicy[E]):
         priority = entry.priority
         if priority not in self._buckets:
             self._buckets[priority] = OrderedDict()
-            heappush(self._heap, priority)
-        self._priorities[entry] = priority
-        self._buckets[priority][entry] = None
-        return self._buckets[priority]
+            try:
+                heappush(self._heap, priority)
+            except MemoryError:
+                del self._buckets[priority]
+                raise
+        bucket = self._buckets[priority]
+        bucket[entry] = None
+        try:
+            self._priorities[entry] = priority
+        except MemoryError:
+            del bucket[entry]
+            raise
+        return bucket
 
     def _compact(self) -> None:
         # Empty buckets leave with a victim that comes after them. Where none does (priorities that only fall, entries
         # that are only removed) they would pile up for ever. Waiting until they outnumber the entries makes the cost
         # constant, amortised.
         if len(self._heap) > 2 * len(self._priorities) + COMPACTION_SLACK:
-            self._buckets = {priority: bucket for priority, bucket in self._buckets.items() if bucket}
-            self._heap = list(self._buckets)
-            heapify(self._heap)
+            buckets = {priority: bucket for priority, bucket in self._buckets.items() if bucket}
+            heap = list(buckets)
+            heapify(heap)
+            self._buckets, self._heap = buckets, heap
 
     def __contains__(self, entry: object) -> bool:
         return entry in self._priorities

@@ -60,15 +60,20 @@ class S3FIFO(EvictionPolicy[E]):
 
     def pop_victim(self) -> E | None:
         while queue := self._source():
-            entry, hits = queue.popitem(last=False)
-            if queue is self._main and hits > 0:
-                self._main[entry] = hits - 1
-            elif queue is self._small and hits > 1:
-                self._main[entry] = 0
-            else:
-                if queue is self._small:
-                    self._remember(entry.fingerprint)
-                return entry
+            entry = next(iter(queue))
+            try:
+                _, hits = queue.popitem(last=False)
+                if queue is self._main and hits > 0:
+                    self._main[entry] = hits - 1
+                elif queue is self._small and hits > 1:
+                    self._main[entry] = 0
+                else:
+                    if queue is self._small:
+                        self._remember(entry.fingerprint)
+                    return entry
+            except MemoryError:  # for the pair, say: it is taken out nevertheless
+                self.give_back(entry)
+                raise
         return None
 
     def give_back(self, entry: E) -> None:

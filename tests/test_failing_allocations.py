@@ -1,0 +1,40 @@
+"""Where an allocation fails inside C, nothing is lost, and no repair is needed.
+
+A spread of them is tried; `CONCURRENT_KV_ALL_ALLOCATIONS=1` in the environment tries each, in minutes, and so does
+`python -m tests.failing_allocations`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.failing_allocations import CAN_FAIL
+from tests.support import LOOPS
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = "80"  # of each operation
+WHOLE = os.environ.get("CONCURRENT_KV_ALL_ALLOCATIONS") == "1"
+MOST_SECONDS = 3600.0 if WHOLE else 600.0
+
+
+@pytest.mark.skipif(not CAN_FAIL, reason="this interpreter has no _testcapi, which fails them")
+@pytest.mark.timeout(MOST_SECONDS)
+@pytest.mark.parametrize("loops", LOOPS)
+def test_an_allocation_that_fails_inside_c_loses_nothing(loops: str) -> None:
+    """In a process of its own: CPython, numpy and torch may end it where they do not expect the failure."""
+    sample = [] if WHOLE else ["--sample", SAMPLE]
+    environment = {**os.environ, "CONCURRENT_KV_NATIVE": "1" if loops == "compiled" else "0", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.failing_allocations", *sample],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=MOST_SECONDS,
+    )
+    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-4000:]
