@@ -103,14 +103,20 @@ stress-full: $(VENV)/stress.stamp
 	@$(BIN)/python -m stress --profile all --faults all --seconds 260 \
 	    --summary stress/results/full.json $(ARGS)
 
-# Any free-threaded interpreter: make test-freethreaded PYTHON=python3.14t. What needs no torch is tested without it; with
-# WHOLE=1 torch is installed too (there has to be a wheel for that interpreter) and all tests run that it can import.
+# Any free-threaded interpreter, 3.13t or later: make test-freethreaded PYTHON=python3.14t. What needs no torch is tested
+# without it; with WHOLE=1 torch is installed too and all tests run that it can import. Torch takes a gigabyte:
+# FREETHREADED=DIRECTORY keeps the environment elsewhere, for several checkouts.
 FREETHREADED := .venv-freethreaded
 WHOLE ?=
-.PHONY: test-freethreaded
-test-freethreaded: $(FREETHREADED)/$(if $(WHOLE),whole,parts).stamp
+.PHONY: test-freethreaded freethreaded
+test-freethreaded: freethreaded
 	@PYTHON_GIL=0 $(FREETHREADED)/bin/python -m pytest \
-	    $(if $(WHOLE),--continue-on-collection-errors,--noconftest tests/test_without_torch.py) $(ARGS)
+	    $(if $(WHOLE),,--noconftest tests/test_without_torch.py) $(ARGS)
+
+# The environment, and the compiled module of this checkout for it.
+freethreaded: $(FREETHREADED)/$(if $(WHOLE),whole,parts).stamp
+	@$(call forget_module,$(FREETHREADED)/bin/python)
+	@$(FREETHREADED)/bin/python setup.py -q build_ext --inplace
 
 $(FREETHREADED)/bin/python:
 	@$(PYTHON) -c 'import sys, sysconfig; sys.exit(not sysconfig.get_config_var("Py_GIL_DISABLED") and "not a free-threaded build: make test-freethreaded PYTHON=python3.14t")'
@@ -118,10 +124,11 @@ $(FREETHREADED)/bin/python:
 
 $(FREETHREADED)/parts.stamp: requirements/freethreaded.txt constraints.txt | $(FREETHREADED)/bin/python
 	@echo "installing what the tests without torch need"
-	@$(FREETHREADED)/bin/python -m pip install -qq -c constraints.txt -r requirements/freethreaded.txt
+	@$(FREETHREADED)/bin/python -m pip install -qq --no-warn-conflicts -c constraints.txt -r requirements/freethreaded.txt
 	@touch $@
 
-$(FREETHREADED)/whole.stamp: $(FREETHREADED)/parts.stamp
+$(FREETHREADED)/whole.stamp: $(wildcard requirements/freethreaded-*.txt) requirements/torch_without_cuda.py $(FREETHREADED)/parts.stamp
 	@echo "installing torch and what all tests need"
-	@$(FREETHREADED)/bin/python -m pip install -qq torch hypothesis trio rich psutil
+	@$(FREETHREADED)/bin/python requirements/torch_without_cuda.py -r requirements/freethreaded-torch.txt
+	@$(FREETHREADED)/bin/python -m pip install -qq --no-warn-conflicts --only-binary :all: -r requirements/freethreaded-whole.txt
 	@touch $@

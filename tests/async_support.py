@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import anyio
@@ -20,7 +20,7 @@ from tests.support import LAYOUT, searches_of
 from tests.threading_support import JOIN_SECONDS, Background
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
-if sys.platform != "win32":
+if find_spec("uvloop"):  # not on Windows, and not on every free-threaded CPython
     LOOPS["uvloop"] = ("asyncio", {"use_uvloop": True})
 
 # For a module of async tests: each of them on every kind of loop.

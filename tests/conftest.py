@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pytest
 
 from concurrent_kv import KVCacheManager, KVLayout, KVPool
+from tests import no_wheels  # noqa: F401  (before what imports them)
 from tests.support import HANG_SECONDS, LAYOUT, LOOPS, config, loops_of
 
 

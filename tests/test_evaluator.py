@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context, copy_context
 from functools import partial
@@ -302,6 +303,31 @@ def test_a_worker_that_is_dropped_is_waited_for_no_longer(manager: KVCacheManage
     with manager.search([0]) as search:
         threads.start(lambda: one.evaluate(leaf(search, "root", 1, 1)))
         wait_until(lambda: evaluator.queue.waiting_rows == 1)
+        del other
+        gc.collect()
+        assert threads.join() == [value_after(root_sum(0), 1)[0]]
+
+
+class Changing(deque[Any]):
+    """Rows that a thread with the lock changes at the first look without it, as may be where there is no GIL."""
+
+    def __iter__(self) -> Iterator[Any]:
+        self.looks = getattr(self, "looks", 0) + 1
+        if self.looks == 1:
+            raise RuntimeError("deque mutated during iteration")
+        return super().__iter__()
+
+
+def test_a_worker_that_is_dropped_while_rows_come_and_go_wakes_who_waits(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
+    one, other = evaluator.worker(), evaluator.worker()
+    threads = Threads()
+    waits: Any = evaluator.queue
+    with manager.search([0]) as search:
+        threads.start(lambda: one.evaluate(leaf(search, "root", 1, 1)))
+        wait_until(lambda: evaluator.queue.waiting_rows == 1)
+        with waits._lock:
+            waits._rows = Changing(waits._rows)
         del other
         gc.collect()
         assert threads.join() == [value_after(root_sum(0), 1)[0]]

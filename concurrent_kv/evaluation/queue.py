@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain, count, islice
+from typing import TypeVar
 
 from ..errors import ClosedError
 from ..locks.gate import gate
@@ -25,6 +26,8 @@ from .stats import CallTimes, EvaluatorCounters, EvaluatorStats
 from .tickets import Row, Run, Ticket, Walker
 
 __all__ = ["Group", "LeafQueue", "Worker"]
+
+T = TypeVar("T")
 
 # So often whoever waits looks by itself: it may have been left to one who looks no more, such as a task whose loop has
 # stopped, and whoever should have woken it may have been cut off just before.
@@ -518,8 +521,8 @@ class LeafQueue:
 
     def wake_unlocked(self) -> None:
         """Have all who wait look, and the evaluator's threads: for finalisers, takes no lock."""
-        _wake_all({row.ticket.caller for row in self._rows.copy()})
-        _wake_all({walker.run for walker in self._ready.copy()})
+        _wake_all({row.ticket.caller for row in _all_of(self._rows)})
+        _wake_all({walker.run for walker in _all_of(self._ready)})
         if self.listener is not None:
             self.listener()
 
@@ -538,6 +541,15 @@ def _close_all(walkers: Sequence[Walker]) -> None:
 def _fail_closed(rows: Sequence[Row]) -> None:
     for row in rows:
         row.fail(ClosedError("this evaluator was closed while leaves waited for it"))
+
+
+def _all_of(changing: deque[T]) -> list[T]:
+    """What is in a queue, without its lock."""
+    while True:
+        try:
+            return [*changing]
+        except RuntimeError:  # without the GIL, a thread that has the lock changes it meanwhile
+            continue
 
 
 def _wake_all(callers: Iterable[Ticket | Run]) -> None:
