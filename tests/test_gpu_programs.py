@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from concurrent_kv.evaluation import Evaluator
+from tests.compiling import NEW as NEW_TOKENS
+from tests.compiling import FixedShapes, new_transformer, play, turns_of
+from tests.compiling import new_manager as new_manager_of_transformers
+from tests.gpu.captured import Captured
 from tests.gpu.machine import LAYOUT, Machine, tokens
 from tests.gpu.programs import PROGRAMS
 from tests.gpu.random_programs import run_random_program
@@ -52,3 +57,17 @@ def test_slots_that_nobody_wrote_to_keep_their_bytes() -> None:
     assert torch.equal(source.packed.cpu(), tokens((1, 2, 3)))
     assert LAYOUT.max_tokens * 3 == len(own) + len(others)
     pool.close()
+
+
+def test_model_captured_over_the_memory_of_each_size_says_and_stores_what_the_eager_one_does() -> None:
+    """The work itself stands for the graph here: it reads and writes the memory that it was made over."""
+    turns, model = turns_of(2, [1, 2, 3, 4, 2, 3, 1, 4, 4, 3, 2, 1]), Captured(new_transformer())
+    plain, fixed = new_manager_of_transformers(), new_manager_of_transformers()
+    eager = Evaluator(plain, FixedShapes(new_transformer()), max_rows=4, room=NEW_TOKENS)
+    captured = Evaluator(fixed, model, max_rows=4, row_sizes=(2, 4), room=NEW_TOKENS, own_thread=True)
+    torch.testing.assert_close(play(captured, fixed, turns), play(eager, plain, turns))
+    assert len(model.graphs) == 2
+    captured.close()
+    for manager in (plain, fixed):
+        manager.check_integrity()
+        manager.close()
