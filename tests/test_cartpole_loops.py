@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from concurrent_kv import KVPool, Search
@@ -18,6 +21,7 @@ from examples.cartpole.replay import ReplayingEvaluator
 from examples.cartpole.search import TreeSearch
 from examples.cartpole.tree import Evaluation, Node, Tree
 from examples.cartpole.verify import Verifier
+from examples.cartpole.workers import in_threads
 from tests.cartpole_support import (
     ROWS_OF_SHORT,
     SHORT,
@@ -27,6 +31,7 @@ from tests.cartpole_support import (
     one_torch_thread,
     threads_and_loop,
 )
+from tests.support import HANG_SECONDS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,6 +195,39 @@ def test_workers_of_a_tree_have_their_leaves_evaluated_together(model: WorldMode
     settings = replace(SHORT, envs=1, episodes=1, max_steps=1, threads=0, workers_per_tree=4)
     report = run_job(model, JobSettings(settings))
     assert report.main.calls.rows_of_calls == {4: 2}
+
+
+def test_a_tree_stays_while_threads_search_it_whose_task_was_cancelled(
+    model: WorldModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(model, envs=1, simulations=25, workers=2)
+    entered, go_on = threading.Event(), threading.Event()
+    recurrent, calls = WorldModel.recurrent, iter(range(10**9))
+
+    def held(*arguments: Any) -> Any:
+        if next(calls) == 6:  # some nodes are there
+            entered.set()
+            assert go_on.wait(HANG_SECONDS)
+        return recurrent(*arguments)
+
+    async def cancel() -> None:
+        # The thread's walks end after this, without an error, which would be raised here.
+        async with in_threads([player.evaluator.worker()], walks_per_thread=2) as run:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(player.search.decide, player.episodes[0], run)
+                await anyio.to_thread.run_sync(entered.wait, HANG_SECONDS)
+                before = player.search._search.keys()
+                tasks.cancel_scope.cancel()
+            after = player.search._search.keys()
+            go_on.set()
+            assert before == after != []
+
+    monkeypatch.setattr(WorldModel, "recurrent", held)
+    anyio.run(cancel)
+    assert player.evaluator.stats().rows == 25
+    assert player.evaluator.stats().failed_rows == 0
+    player.search.close()
+    player.end()
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -221,6 +221,25 @@ def test_threads_that_search_at_once_get_what_their_own_paths_say(
     evaluator.close()
 
 
+def test_stats_are_added_and_subtracted_field_by_field(manager: KVCacheManager) -> None:
+    one, other = Evaluator(manager, model, max_rows=2), Evaluator(manager, model)
+    with manager.search([0]) as search:
+        one.evaluate_many([leaf(search, "root", number, number) for number in range(3)])
+        before = one.stats()
+        with pytest.raises(KeyNotFoundError):
+            one.evaluate_many([leaf(search, parent, 4, 4) for parent in ("root", "nowhere")])
+        other.evaluate_many([leaf(search, "root", number, number) for number in range(3)])
+    both, between = one.stats() + other.stats(), one.stats() - before
+    assert (before.rows_of_calls, other.stats().rows_of_calls) == ({1: 1, 2: 1}, {3: 1})
+    assert (both.calls, both.rows, both.failed_rows, both.rows_of_calls) == (4, 7, 1, {1: 2, 2: 1, 3: 1})
+    assert (between.calls, between.rows, between.failed_rows, between.rows_of_calls) == (1, 1, 1, {1: 1})
+    assert (both.rows_per_call, between.rows_per_call) == (7 / 4, 1.0)
+    for name in ("wait", "gather", "model", "commit", "walk"):
+        first, second, third = (getattr(stats, f"{name}_seconds") for stats in (before, one.stats(), other.stats()))
+        assert getattr(both, f"{name}_seconds") == second + third
+        assert getattr(between, f"{name}_seconds") == second - first
+
+
 def test_workers_of_one_tree_share_a_search(manager: KVCacheManager) -> None:
     evaluator = Evaluator(manager, model, max_wait_seconds=0.05)
     threads = Threads()

@@ -138,12 +138,11 @@ class TreeSearch:
 
     @contextmanager
     def released(self, planted: Planted) -> Generator[Planted, None, None]:
-        """Let go of a tree when this is left: room for those to come, and the init pool can evict its root."""
-        try:
-            yield planted
-        finally:
-            if planted.keys:  # the search knows the root since it gathered it
-                self._search.release([*planted.keys, (planted.episode.index, planted.episode.time, 0)])
+        """Let go of a tree when its search has ended: room for those to come, and the init pool can evict its root."""
+        yield planted
+        # Not after an error: threads may still search the tree then. `close` lets go of it.
+        if planted.keys:  # the search knows the root since it gathered it
+            self._search.release([*planted.keys, (planted.episode.index, planted.episode.time, 0)])
 
     # The model's call ------------------------------------------------------------------------------------------------
 
