@@ -16,7 +16,7 @@ EXPLORATION_BASE = 19_652  # c2, visits
 
 
 class Evaluation(NamedTuple):
-    """What the model says about a node. Of a root, reward and termination are of no use: no simulated step led there."""
+    """What the model says about a node. Of a root, reward and termination mean nothing: no simulated step led there."""
 
     value: float  # expected discounted return from the node on
     priors: tuple[float, ...]  # of each action
