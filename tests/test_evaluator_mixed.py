@@ -1,8 +1,8 @@
 """Threads and tasks of two loops at one evaluator, with everything that may go wrong, for a while: nothing is mixed up.
 
 Each searcher grows a chain and compares what it hears with what its path says; it is cancelled, waits too little,
-drops workers, ends its search in the middle, and hears errors of the model's, of missing parents and of keys. However
-the threads take their turns, all end in time, and nothing stays in use.
+drops workers, ends its search in the middle, and hears errors of the model's, of missing parents and of keys. Some are
+walks, which any thread may lead on. However the threads take their turns, all end in time, and nothing stays in use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from concurrent_kv import ClosedError, KeyNotFoundError, KVCacheManager, SearchEndedError, WaitTimeoutError
 from concurrent_kv.aio import AsyncEvaluator
-from concurrent_kv.evaluation import Evaluated, Evaluator
+from concurrent_kv.evaluation import Evaluated, Evaluator, Walk
 from concurrent_kv.pool.joint import JointBatch
 from tests.async_support import join_workers, run_on
 from tests.evaluating import ENVS, NEW, counted_now, model, new_manager, root_sum, value_after
@@ -124,10 +124,64 @@ async def in_a_task(evaluator: AsyncEvaluator[int, int], chain: Chain) -> None:
     chain.end()
 
 
+def as_walk(chain: Chain, answered: list[int]) -> Walk[int, int, Chain]:
+    """Yields each leaf of a chain, which its caller has opened: here it must not wait for room."""
+    try:
+        for _ in range(STEPS // 4):
+            leaves, expected = chain.next()
+            try:
+                answers: list[int] = []
+                while len(answers) < len(leaves):
+                    answers.append((yield leaves[len(answers)]))
+                chain.heard(leaves, expected, answers)
+            except Exception as error:
+                chain.failed(leaves, error)
+    finally:
+        answered.append(chain.answers)
+    return chain
+
+
+def ends_walks(error: BaseException) -> None:
+    """An error that whoever runs walks may hear: what ended a call or a leader, or that it waited too little."""
+    if isinstance(error, RuntimeError):
+        assert "interrupted" in str(error)
+    else:
+        assert isinstance(error, (WaitTimeoutError, Exits)), error
+
+
+def runs_walks(evaluator: Evaluator[int, int], manager: KVCacheManager, seed: int, answered: list[int]) -> None:
+    draw = random.Random(seed)
+    for _ in range(20):
+        chains = [Chain(manager, draw.randrange(1000)) for _ in range(draw.randrange(1, 4))]
+        walks = [as_walk(chain, answered) for chain in chains]
+        try:
+            assert evaluator.run_many(walks, timeout=draw.choice([None, None, 0.0, 0.001])) == chains
+        except (Exception, Exits) as error:
+            ends_walks(error)
+        for chain in chains:  # while a walk is led on still, perhaps
+            chain.end()
+
+
+async def awaits_walks(
+    evaluator: AsyncEvaluator[int, int], manager: KVCacheManager, seed: int, answered: list[int]
+) -> None:
+    draw = random.Random(seed)
+    for _ in range(20):
+        chains = [Chain(manager, draw.randrange(1000)) for _ in range(draw.randrange(1, 4))]
+        walks = [as_walk(chain, answered) for chain in chains]
+        with anyio.move_on_after(draw.choice([HANG_SECONDS, HANG_SECONDS, 0.0, 0.001])):
+            try:
+                assert await evaluator.run_many(walks) == chains
+            except (Exception, Exits) as error:
+                ends_walks(error)
+        for chain in chains:
+            chain.end()
+
+
 @pytest.mark.parametrize("own_thread", [False, True])
 @pytest.mark.parametrize("row_sizes", [(), (2, 8)])
 def test_whatever_goes_wrong_each_hears_its_own_and_nothing_is_left(own_thread: bool, row_sizes: Sequence[int]) -> None:
-    manager = new_manager(recur_slots=200_000)
+    manager = new_manager(recur_slots=400_000)
     evaluator = Evaluator(
         manager,
         faulty,
@@ -139,7 +193,7 @@ def test_whatever_goes_wrong_each_hears_its_own_and_nothing_is_left(own_thread: 
         room=NEW,
     )
     chains = [Chain(manager, seed) for seed in range(10)]
-    threads = Threads()
+    threads, of_walks = Threads(), list[int]()
 
     def loop(kind: str, on_loop: bool, of_loop: list[Chain]) -> Callable[[], None]:
         facade = AsyncEvaluator(evaluator, on_loop=on_loop)
@@ -148,18 +202,22 @@ def test_whatever_goes_wrong_each_hears_its_own_and_nothing_is_left(own_thread: 
             async with anyio.create_task_group() as tasks:
                 for chain in of_loop:
                     tasks.start_soon(in_a_task, facade, chain)
+                tasks.start_soon(awaits_walks, facade, manager, 100 + on_loop, of_walks)
 
         return lambda: run_on(kind, main)
 
     for chain in chains[:4]:
         threads.start(lambda chain=chain: in_a_thread(evaluator, chain))  # type: ignore[misc]
+    for seed in (200, 201):
+        threads.start(lambda seed=seed: runs_walks(evaluator, manager, seed, of_walks))  # type: ignore[misc]
     threads.start(loop("asyncio", False, chains[4:7]))
     threads.start(loop("trio", True, chains[7:]))
-    assert threads.join() == [None] * 6
+    assert threads.join() == [None] * 8
     join_workers()  # calls of tasks that were cancelled end in them
     gc.collect()
     assert counted_now(evaluator) == (0, 0, 0, 0, 0)
     assert sum(chain.answers for chain in chains) > STEPS
+    assert sum(of_walks) > 0
     # It goes on as before.
     with manager.search([0]) as search:
         assert evaluator.evaluate(leaf(search, "root", 1, 1)) == value_after(root_sum(0), 1)[0]

@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Generator
 from contextlib import suppress
+from functools import partial
 from inspect import getgeneratorstate
 from types import SimpleNamespace
 from typing import Any
@@ -249,8 +250,7 @@ class Played:
         self.ready = [walker for walker in self.ready if walker not in idle]
         if inside:
             self.ready += idle
-        else:
-            self.going.difference_update(idle)
+        self.going.difference_update(idle)
         caller.makes = None
         self.leave(caller)
 
@@ -343,7 +343,7 @@ class Played:
                 self.going.discard(walker)
                 if walker.has_to_end and stay:
                     self.ready.append(walker)
-            elif walker.ticket is None or walker.ticket.is_over or self.closed:
+            elif walker.ticket is None or walker.ticket.is_over:
                 self.ready.append(walker)
             else:
                 self.waiting += walker.ticket.rows
@@ -630,6 +630,131 @@ def test_in_any_order_each_leaf_is_evaluated_once_and_whoever_should_look_is_tol
         for _ in range(10):
             played.play(draw)
         played.end_all()
+
+
+class Alone:
+    """A queue of two parallel calls, one walk of so many leaves, and a caller of it that is played by the test."""
+
+    def __init__(self, leaves: int) -> None:
+        self.queue = LeafQueue(max_rows=1, max_wait_seconds=MAX_WAIT, parallel_calls=2)
+        self.search, self.woken = Search(leaves, False), 0
+        self.run = Run([self.search.steps], self.wake)
+        (self.walker,) = self.run.walkers
+        self.evaluated: list[Row] = []
+        self.queue.start(self.run)
+
+    def wake(self) -> None:
+        self.woken += 1
+
+    def take(self, group: Group) -> bool:
+        """Take something and do it, but for giving it back."""
+        if not self.queue.take(group):
+            return False
+        for row in group.rows:
+            assert row not in self.evaluated, "it was evaluated twice"
+            self.evaluated.append(row)
+            row.succeed(id(row.leaf))
+        for walker in group.walkers:
+            walker.lead_on(lambda leaf: None)
+        return True
+
+    def does(self, group: Group) -> None:
+        """What a caller does that finds something to do."""
+        if self.take(group):
+            self.queue.finish(group, CallTimes(), len(group.rows))
+
+    def goes_on(self, times: int) -> None:
+        for _ in range(times):
+            self.does(Group())
+
+
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("between", range(5))
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_is_done_once_more_after_others_went_on_counts_once(before: int, between: int, leaves: bool) -> None:
+    place, was_cut = 0, True
+    while was_cut:
+        place += 1
+        alone, group = Alone(3), Group()
+        alone.goes_on(before)
+        was_cut = cut_at(place, partial(alone.does, group), FILES)
+        alone.goes_on(between)  # before whoever was cut off gives up what it had
+        if leaves:
+            alone.queue.leave_run(alone.run)
+        alone.queue.part(group)
+        alone.goes_on(20)
+        if not leaves:
+            assert alone.run.results() == [alone.search]
+            assert len(alone.evaluated) == 3
+        alone.queue.leave_run(alone.run)
+        assert alone.search.is_closed
+        queue: Any = alone.queue
+        assert not any((queue._rows, queue._ready, queue._groups, queue._workers, queue._waiting, queue._queued))
+    assert place > 20
+
+
+def test_a_walk_whose_call_ends_while_its_caller_closes_another_is_led_on_by_no_other() -> None:
+    queue = LeafQueue(max_rows=2, max_wait_seconds=MAX_WAIT, parallel_calls=1)
+    leading, calling = Group(), Group()
+
+    def ends_the_call() -> Generator[Any, Any, None]:
+        try:
+            yield SimpleNamespace()
+        finally:
+            for row in calling.rows:
+                row.succeed(1)
+            queue.finish(calling, CallTimes(), 2)
+
+    other = Search(2, False)
+    run = Run([ends_the_call(), other.steps], lambda: None)
+    queue.start(run)
+    assert queue.take(leading)
+    for walker in leading.walkers:
+        walker.lead_on(lambda leaf: None)
+    queue.finish(leading, CallTimes())
+    assert queue.take(calling)
+    queue.leave_run(run)
+    assert other.is_closed
+    assert not queue.take(leading)
+
+
+def test_a_walk_that_nobody_waits_for_is_closed_by_whoever_looks_next_where_no_worker_is_left() -> None:
+    alone, group, other = Alone(3), Group(), Group()
+    assert alone.take(group)  # by another caller
+    alone.queue.leave_run(alone.run)
+    assert not alone.search.is_closed  # which leads it on still
+    with gate.lock:
+        alone.queue.part(group)
+    assert not alone.search.is_closed
+    assert alone.take(other)
+    assert alone.search.is_closed
+    alone.queue.finish(other, CallTimes())
+    assert not alone.take(other)
+
+
+def test_what_a_finaliser_gives_up_is_told_to_those_whose_it_is() -> None:
+    queue = LeafQueue(max_rows=2, max_wait_seconds=MAX_WAIT, parallel_calls=1)
+    leaf: Any = SimpleNamespace()
+    woken: list[str] = []
+    ours, others = (Ticket([leaf], partial(woken.append, name), worker=False) for name in ("ours", "others"))
+    queue.add(ours)
+    queue.add(others)
+    group = Group(ours)
+    assert queue.take(group)
+    woken.clear()
+    with gate.lock:
+        queue.part(group, ours)
+    assert "others" in woken
+    assert queue.take(Group(others))
+
+
+def test_a_thread_of_the_evaluators_that_ends_leaves_walks_to_their_callers() -> None:
+    queue = LeafQueue(max_rows=1, max_wait_seconds=MAX_WAIT, parallel_calls=1)
+    queue.listener = lambda: None  # it has looked, and heard nothing since
+    woken: list[int] = []
+    queue.start(Run([Search(1, False).steps], lambda: woken.append(1)))
+    queue.close()  # as it does last
+    assert woken == [1]
 
 
 def test_a_cut_is_made_in_the_queue() -> None:

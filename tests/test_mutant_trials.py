@@ -152,6 +152,20 @@ def test_what_was_measured_is_kept_while_the_sources_stay(root: Path, measured: 
     assert again.reach == measured.reach
 
 
+def test_only_files_that_are_wanted_are_measured_and_the_others_later(tmp_path: Path, root: Path) -> None:
+    own = tmp_path / "project"
+    shutil.copytree(root, own, ignore=shutil.ignore_patterns(".mutants"))
+    (own / "tests/test_other.py").write_text(TESTS, "utf-8")
+    said: list[str] = []
+    first = covering(own, said.append, "_door")
+    assert {test.partition("::")[0] for test in first.seconds} == {"tests/test_door.py"}
+    both = covering(own, said.append)
+    assert {test.partition("::")[0] for test in both.seconds} == {"tests/test_door.py", "tests/test_other.py"}
+    assert ["1 files" in each for each in said] == [True, True]
+    covering(own, said.append)
+    assert len(said) == 2
+
+
 ENTER = b'''"""A door."""
 from __future__ import annotations
 

@@ -608,14 +608,30 @@ def test_a_walk_that_ends_while_its_caller_leaves_is_over_for_all(manager: KVCac
     with manager.search([0]) as search:
         played = LedByAnother(manager, evaluator, search)
 
+        class FailedError(ValueError):
+            """Of which there may be weak references."""
+
+        alive: list[weakref.ref[Any]] = []
+
         def ends() -> Walk[int, int, Any]:
             played.in_walk.set()
             assert played.go_on.wait(HANG_SECONDS)
-            raise ValueError("which no caller hears")
+            error = FailedError("which no caller hears")
+            alive.append(weakref.ref(error))
+            try:
+                raise error
+            finally:
+                del error
             yield leaf(search, "root", 1)
 
-        played.play(gated, ends)
-        assert played.leader.join() == [answers([1, 2])]
+        gc.collect()
+        gc.disable()
+        try:
+            played.play(gated, ends)
+            assert played.leader.join() == [answers([1, 2])]
+            assert alive[0]() is None
+        finally:
+            gc.enable()
     assert counted_now(evaluator) == NOTHING
 
 
@@ -709,10 +725,12 @@ def test_a_walk_that_cannot_be_closed_after_its_error_is_heard_by_its_own_caller
     with manager.search([0]) as search:
         leader.start(lambda: evaluator.run(chain(search, "leader", [1, 2])))
         assert gated.entered.wait(HANG_SECONDS)
-        other.start(lambda: evaluator.run(Rude(search).raises("rude")))
+        walk = Rude(search).raises("rude")
+        other.start(lambda: evaluator.run(walk))
         wait_until(lambda: counted_now(evaluator)[2] == 2)
         gated.go_on.set()
         assert isinstance(other.join()[0], MemoryError)
+        assert is_closed(walk)
         assert leader.join() == [answers([1, 2])]
     assert counted_now(evaluator) == NOTHING
 

@@ -60,7 +60,9 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         overflow: what happens to rows of pools that outgrow the window. A search has its own.
         row_sizes: sizes of batches, ascending, the last at least `max_rows`. A batch is then padded to the next of them
             with empty rows after its leaves', and has the whole window's columns, the last `room` of which are free, in
-            the same memory each time: for models that were compiled for, or captured with, fixed shapes.
+            the same memory each time: for models that were compiled for, or captured with, fixed shapes. With
+            `parallel_calls`, each size has at most so many memories, and no two calls have one at once. What a model
+            keeps of a batch after its call is overwritten by the next.
         own_thread: whether threads of its own make the calls, as many as `parallel_calls`; on a GPU, each in a stream
             of its own.
         timeout: seconds that a caller waits at most.
@@ -143,8 +145,9 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         May block. Whoever makes the calls also leads all searches that run at the same time from leaf to leaf, in its
         own thread: for one call of the model no thread has to wake another, which with a GIL takes longer than what a
         search does between its leaves. So the generator runs in any thread, and while it does others wait for it: it
-        should not block, nor rely on what a thread has of its own (`torch.inference_mode`, context variables). Calls
-        wait for its next leaf as for a worker's.
+        should not block (nor open a search of the cache's, which may wait for room that one of the others has), nor
+        rely on what a thread has of its own (`torch.inference_mode`, context variables). Calls wait for its next leaf
+        as for a worker's.
 
         An error of a leaf is raised where the generator yielded it, which may catch it and go on. Where the caller
         leaves before the end (an error, a timeout, cancellation), the generator is closed, at its next leaf if it runs

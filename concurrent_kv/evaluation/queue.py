@@ -1,12 +1,12 @@
 """`LeafQueue`: leaves that wait for a call of the model, whose they are, and when it is time for the next call.
 
 A call begins when as many leaves wait as fit one, or all workers wait, or the first leaf has waited long enough; and
-not more calls at once than the evaluator allows. Who finds that it is time takes the leaves and makes the call: a
-caller, in its own thread or task, or the evaluator's thread. Walks whose leaf has been evaluated are work of the same
-kind: who takes them leads each to its next leaf, all before the next call. Nothing here waits.
+not more calls at once than the evaluator allows. The caller that finds that it is time takes the leaves and makes the
+call, in its own thread or task; or a thread of the evaluator's does. Walks whose leaf has been evaluated are work of
+the same kind: the caller that takes them leads each to its next leaf, all before the next call. Nothing here waits.
 
-Who takes part is kept in sets, not in numbers: what an asynchronous exception has cut off is done once more, and counts
-nothing twice.
+Tickets, workers and walks are kept in sets, not counted: what an asynchronous exception has cut off is done once more,
+and counts nothing twice. In between other callers may have gone on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from itertools import chain, count, islice
 from typing import TypeVar
 
@@ -29,8 +28,8 @@ __all__ = ["Group", "LeafQueue", "Worker"]
 
 T = TypeVar("T")
 
-# So often whoever waits looks by itself: it may have been left to one who looks no more, such as a task whose loop has
-# stopped, and whoever should have woken it may have been cut off just before.
+# Callers that wait look by themselves this often: the next call may have been left to a caller that looks no more, such
+# as a task whose loop has stopped, or the thread that should have woken them may have been cut off just before.
 LOOK_SECONDS = 1.0
 
 
@@ -38,7 +37,7 @@ class Group:
     """What one caller, or thread of the evaluator's, has taken to do: the rows of a call, or walks to be led on.
 
     Attributes:
-        caller: what whoever does it waits for itself; None for the evaluator's thread.
+        caller: what the caller that does it waits for itself; None for the evaluator's thread.
     """
 
     __slots__ = ("_claims", "caller", "rows", "walkers")
@@ -119,7 +118,7 @@ class LeafQueue:
         self._rows: deque[Row] = deque()  # in order of arrival, those of a ticket together
         self._numbers = count()
         self._groups: set[Group] = set()  # of the calls under way, and of walks that are being led on
-        self._ready: deque[Walker] = deque()  # to be led on
+        self._ready: dict[Walker, None] = {}  # to be led on, in this order; a set otherwise
         self._workers: set[object] = set()  # their seats; of walks, these themselves
         # Runs of workers by their seat: their walks, until all have ended, count in the workers' place.
         self._away: dict[object, Run] = {}
@@ -159,7 +158,7 @@ class LeafQueue:
             self._check_open()
             self._away[run.seat] = run
             self._workers.update(run.walkers)
-            self._ready += run.walkers
+            self._ready.update(dict.fromkeys(run.walkers))
         if self.listener is not None:
             self.listener()
 
@@ -212,7 +211,10 @@ class LeafQueue:
         group.walkers.clear()
 
     def part(self, group: Group | None, ticket: Ticket | None = None) -> None:
-        """Nobody does what a group has taken any more, nor waits for a ticket. Nothing happens the second time."""
+        """A caller gives up what its group has taken, which waits again, and leaves its ticket.
+
+        Nothing happens the second time.
+        """
         if gate.is_inside:  # a task's frames, say, that the garbage collector ends
             self._part_later(group, ticket)
             return
@@ -234,7 +236,6 @@ class LeafQueue:
             return
         with gate.lock, self._lock:
             idle = self._abandon(run)
-            self._workers.difference_update(idle)
             self._bring_back(run)
             looks = self._who_looks()
         self._wake(looks)
@@ -335,11 +336,11 @@ class LeafQueue:
                 self._end_group(gone)
                 for walker in gone.walkers:
                     if walker.leader is gone:  # it has to end
-                        self._make_ready(walker)
+                        self._ready[walker] = None
             elif isinstance(gone, Run):
                 self._bring_back(gone)
                 for walker in self._abandon(gone):
-                    self._make_ready(walker)  # who takes it closes it
+                    self._ready[walker] = None  # the caller that takes it closes it
             elif isinstance(gone, Ticket):
                 self._take_out(gone)
             else:
@@ -361,7 +362,7 @@ class LeafQueue:
         self._groups.add(group)
         for walker in group.walkers:
             walker.leader = group
-            self._ready.popleft()
+            self._ready.pop(walker, None)
 
     def _place(self, group: Group) -> None:
         """Walks that were led on, or should have been, wait: for their leaf, or to be led on.
@@ -372,7 +373,7 @@ class LeafQueue:
             if walker.leader is not group:
                 continue  # that was done before
             if walker.has_to_end:
-                self._workers.discard(walker)
+                self._drop(walker)
                 continue
             if walker.is_over:
                 self._workers.discard(walker)
@@ -381,18 +382,10 @@ class LeafQueue:
                 if walker.run.is_abandoned:
                     walker.error = None  # which no caller raises: a circle otherwise
             elif walker.ticket is None or walker.ticket.is_over:
-                self._make_ready(walker)
-            elif self.closed:
-                _fail_closed(walker.ticket.rows)
-                self._end_settled(walker.ticket.rows)
-                self._make_ready(walker)
-            else:
+                self._ready[walker] = None
+            else:  # where the evaluator is closed, too: the caller that looks next fails it
                 self._place_ticket(walker.ticket)
             walker.leader = None
-
-    def _make_ready(self, walker: Walker) -> None:
-        if walker not in self._ready:
-            self._ready.append(walker)
 
     def _place_ticket(self, ticket: Ticket) -> None:
         (row,) = ticket.rows
@@ -408,10 +401,7 @@ class LeafQueue:
         run.is_abandoned = True
         idle = [walker for walker in run.walkers if not walker.is_over and walker.leader is None]
         for walker in idle:
-            if walker.ticket is not None and not walker.ticket.is_over:
-                self._take_out(walker.ticket)
-            with suppress(ValueError):
-                self._ready.remove(walker)
+            self._drop(walker)
         return idle
 
     def _bring_back(self, run: Run) -> None:
@@ -421,6 +411,13 @@ class LeafQueue:
 
     def _count_workers(self) -> int:
         return len(self._workers) - len(self._workers & self._away.keys())
+
+    def _drop(self, walker: Walker) -> None:
+        """It counts no more, and waits for nothing: it is to be closed."""
+        self._workers.discard(walker)
+        if walker.ticket is not None:
+            self._take_out(walker.ticket)
+        self._ready.pop(walker, None)
 
     def _is_due(self) -> bool:
         if not self._rows or len(self._groups) >= self._parallel:
@@ -480,7 +477,7 @@ class LeafQueue:
         walker = ticket.walker
         if walker is None or walker.ticket is not ticket or walker.leader is not None or walker.run.is_abandoned:
             return
-        self._make_ready(walker)
+        self._ready[walker] = None
 
     def _end(self, ticket: Ticket) -> None:
         self._waiting.discard(ticket)
@@ -543,8 +540,8 @@ def _fail_closed(rows: Sequence[Row]) -> None:
         row.fail(ClosedError("this evaluator was closed while leaves waited for it"))
 
 
-def _all_of(changing: deque[T]) -> list[T]:
-    """What is in a queue, without its lock."""
+def _all_of(changing: Iterable[T]) -> list[T]:
+    """What is in a collection of the queue, without its lock."""
     while True:
         try:
             return [*changing]

@@ -122,11 +122,7 @@ class Walker:
     def has_to_end(self) -> bool:
         """Whether it must not be led on: its caller has left, or an asynchronous exception came while it was led on,
         and where it stands then is not known. For its leader, and where it has none."""
-        return not self.is_over and (self.run.is_abandoned or self._was_cut_off)
-
-    @property
-    def _was_cut_off(self) -> bool:
-        return self._is_moving and self.ticket is None
+        return not self.is_over and (self.run.is_abandoned or self._is_moving)
 
     def lead_on(self, check: Callable[[Leaf[Any]], object]) -> None:
         """Let it make its next leaf, which then is its `ticket`; or end.
@@ -144,7 +140,7 @@ class Walker:
             leaf = self._next_leaf(before, check)
             ticket = Ticket([leaf], self.run.wake, worker=True, walker=self)
             self.waits_since = ticket.since
-            self.ticket = ticket  # last: with it the walk can go on, whatever is cut off from here on
+            self.ticket = ticket
         except StopIteration as stop:
             self.result, self.is_over = stop.value, True
         except Exception as error:
@@ -174,7 +170,7 @@ class Walker:
 
     def end(self) -> None:
         """Close the generator, which must not be led on just now. Raises what it raises; the second time, nothing."""
-        if self._was_cut_off:
+        if self._is_moving:
             self.error = RuntimeError("the thread that led this search on was interrupted there")
         ticket, self.ticket = self.ticket, None
         if ticket is not None:
@@ -234,15 +230,11 @@ class Run:
         """What the walks returned; the first error is raised."""
         for walker in self.walkers:
             if walker.error is not None:
-                error, walker.error = walker.error, None  # as of a ticket
-                try:
-                    raise error
-                finally:
-                    del error
+                raise walker.error
         return [walker.result for walker in self.walkers]
 
     def clear(self) -> None:
-        """Let go of the walks, and of errors that were not raised: circles otherwise."""
+        """Let go of the walks, and of their errors: circles otherwise."""
         for walker in self.walkers:
             walker.error = None
         self.walkers.clear()

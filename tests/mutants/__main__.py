@@ -26,7 +26,7 @@ from tests.mutants.results import Entry, accepted, record, recorded
 from tests.mutants.trial import KILLED, NOTICED, SURVIVED, Verdict, stop_all, tried
 
 ROOT = Path(__file__).resolve().parents[2]
-CHOSEN_FROM = ("books", "flights", "pool", "search")
+CHOSEN_FROM = ("aio", "books", "evaluation", "flights", "pool", "search")
 WHOLE_SECONDS = 600.0  # for the tests of a choice among the recorded, where nothing is taken out
 Tests = Callable[[Place], tuple[Sequence[str], dict[str, float]]]
 
@@ -38,6 +38,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--places", metavar="PATTERN", help="all whose name has this regular expression in it")
     parser.add_argument("--kind", action="append", help="only guards of this kind; may be given more than once")
     parser.add_argument("--folder", action="append", choices=FOLDERS, help=f"{', '.join(CHOSEN_FROM)}")
+    parser.add_argument(
+        "--tests", metavar="PATTERN", default="", help="measure only files of tests that have this in them"
+    )
     parser.add_argument("--workers", type=int, default=1, help="mutants at a time, each in a copy of its own (1)")
     parser.add_argument("--seconds", type=float, default=240.0, help="for the tests of one mutant (240)")
     parser.add_argument("--list", action="store_true", help="name the places and run nothing")
@@ -150,7 +153,7 @@ def main(given: Sequence[str] | None = None) -> int:
 def tests_for(options: argparse.Namespace, checkout: Checkout, entries: Sequence[Entry]) -> Tests:
     """What gives the tests to run for a place, and the seconds that they usually take."""
     if not options.recorded:
-        measured = covering(ROOT, say)
+        measured = covering(ROOT, say, options.tests)
         return lambda place: (measured.tests_of(place), measured.seconds)
     by = {entry.place: entry.by for entry in entries}
     whole = tried(checkout.folder, [*dict.fromkeys(by.values())], {}, WHOLE_SECONDS)

@@ -18,8 +18,8 @@ def chosen(places: Iterable[Place], number: int, seed: str) -> list[Place]:
     strata: defaultdict[tuple[str, str], list[Place]] = defaultdict(list)
     for place in sorted(places, key=drawn, reverse=True):
         strata[place.file.split("/")[0], place.kind].append(place)
-    # The root of its size: a stratum of two is heard, and one of a hundred does not fill the choice.
-    weights = {stratum: len(members) ** 0.5 for stratum, members in strata.items()}
+    # The root of its size: the smallest stratum is heard, and one of a hundred does not fill the choice.
+    weights = {stratum: max(2, len(members)) ** 0.5 for stratum, members in strata.items()}
     taken = dict.fromkeys(strata, 0)
     choice: list[Place] = []
     while len(choice) < number and (left := [stratum for stratum in sorted(strata) if strata[stratum]]):
