@@ -650,13 +650,16 @@ class Alone:
         """Take something and do it, but for giving it back."""
         if not self.queue.take(group):
             return False
+        self.works(group)
+        return True
+
+    def works(self, group: Group) -> None:
         for row in group.rows:
             assert row not in self.evaluated, "it was evaluated twice"
             self.evaluated.append(row)
             row.succeed(id(row.leaf))
         for walker in group.walkers:
             walker.lead_on(lambda leaf: None)
-        return True
 
     def does(self, group: Group) -> None:
         """What a caller does that finds something to do."""
@@ -670,8 +673,8 @@ class Alone:
 
 @pytest.mark.parametrize("before", range(4))
 @pytest.mark.parametrize("between", range(5))
-@pytest.mark.parametrize("leaves", [False, True])
-def test_what_is_done_once_more_after_others_went_on_counts_once(before: int, between: int, leaves: bool) -> None:
+@pytest.mark.parametrize("then", ["", "its caller leaves", "another has taken it"])
+def test_what_is_done_once_more_after_others_went_on_counts_once(before: int, between: int, then: str) -> None:
     place, was_cut = 0, True
     while was_cut:
         place += 1
@@ -679,11 +682,18 @@ def test_what_is_done_once_more_after_others_went_on_counts_once(before: int, be
         alone.goes_on(before)
         was_cut = cut_at(place, partial(alone.does, group), FILES)
         alone.goes_on(between)  # before whoever was cut off gives up what it had
-        if leaves:
+        if then == "its caller leaves":
             alone.queue.leave_run(alone.run)
+        held = Group()
+        if then == "another has taken it":
+            alone.queue.take(held)
         alone.queue.part(group)
         alone.goes_on(20)
-        if not leaves:
+        if held.rows or held.walkers:
+            alone.works(held)
+            alone.queue.finish(held, CallTimes(), len(held.rows))
+            alone.goes_on(20)
+        if then != "its caller leaves":
             assert alone.run.results() == [alone.search]
             assert len(alone.evaluated) == 3
         alone.queue.leave_run(alone.run)

@@ -829,6 +829,25 @@ def test_a_caller_that_is_cut_off_anywhere_closes_its_walks_and_takes_nothing_fr
     manager.repair()  # what a commit had, and was cut off
 
 
+def test_a_caller_that_is_cut_off_anywhere_as_it_leaves_closes_its_walks(manager: KVCacheManager) -> None:
+    evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
+    number, was_cut, left = 0, True, 0
+    with manager.search([0]) as search, evaluator.worker():  # whose leaf the walks wait for
+        while was_cut:
+            number += 1
+            walks = [chain(search, name, [1]) for name in "ab"]
+
+            def run(walks: Any = walks) -> None:
+                with pytest.raises(WaitTimeoutError):
+                    evaluator.run_many(walks, timeout=0.0)
+
+            was_cut = cut_at(number, run, FILES, jumps=True)
+            left += all(is_closed(walk) for walk in walks)
+            assert all(is_closed(walk) or inspect.getgeneratorstate(walk) == inspect.GEN_CREATED for walk in walks)
+            assert counted_now(evaluator) == (0, 0, 1, 0, 0)
+    assert left > 30
+
+
 # The evaluator is closed ---------------------------------------------------------------------------------------------
 
 
@@ -937,6 +956,25 @@ def test_callers_lead_their_walks_on_where_the_threads_of_a_closed_evaluator_hav
         assert threads.join() == ["held", "late"]
         own.join(HANG_SECONDS)
         assert not own.is_alive()
+    assert counted_now(evaluator) == NOTHING
+
+
+def test_where_a_thread_of_the_evaluators_ends_walks_hear_so_at_their_leaves(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+
+    def ends(*arguments: Any) -> None:
+        raise MemoryError("where it is not expected")
+
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    monkeypatch.setattr(evaluator_module, "_call_for_others", ends)
+    evaluator = Evaluator(manager, model, own_thread=True)
+    with manager.search([0]) as search:
+        for call in (evaluator.run, lambda walk: evaluator.run_many([walk, chain(search, "b", [1])])):
+            with pytest.raises(ClosedError):
+                call(chain(search, "a", [1]))
+    wait_until(lambda: bool(ended))
     assert counted_now(evaluator) == NOTHING
 
 

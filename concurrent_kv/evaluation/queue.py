@@ -204,7 +204,7 @@ class LeafQueue:
         _wake_all({row.ticket for row in group.rows if row.ticket.is_over and row.ticket.walker is None})
         self._wake(looks)
         for walker in group.walkers:
-            if walker.leader is group and not walker.is_over:
+            if walker.leader is group:  # it has to end
                 walker.end_unheard()
         _wake_all({walker.run for walker in group.walkers if walker.is_over and walker.run.is_over} - {group.caller})
         group.rows.clear()  # last: what is cut off before this is done again
@@ -256,10 +256,8 @@ class LeafQueue:
         Never long: see `LOOK_SECONDS`.
         """
         with gate.lock, self._lock:
-            if len(self._groups) >= self._parallel or not (self._rows or self._ready):
+            if len(self._groups) >= self._parallel or not self._rows:
                 return LOOK_SECONDS
-            if self._ready:
-                return 0.0
             left = self._rows[0].ticket.since + self._max_wait - time.monotonic()
             return min(max(0.0, left), LOOK_SECONDS)
 
@@ -442,6 +440,9 @@ class LeafQueue:
 
     def _finish(self, rows: list[Row]) -> None:
         back = [row for row in rows if not row.settled and not row.ticket.is_over]
+        if back:  # but for those that another took before this one, cut off as it took them, gave them up
+            taken = {row for group in self._groups for row in group.rows}
+            back = [row for row in back if row not in taken]
         if self.closed:
             _fail_closed(back)
         elif back:
