@@ -6,10 +6,11 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-LIGHTZERO := .venv-lightzero
+LIGHTZERO_VENV := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
+LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench gpu help mutants play test lint lightzero clean
+.PHONY: bench gpu help mutants play test lint lightzero lightzero-main clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -29,6 +30,7 @@ help:
 	@echo 'make bench  the library beside what would be written instead  (ARGS="--quick", ARGS="--record NAME", ARGS="--help")'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
+	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make clean  remove the environments and what tools left'
 
 play: $(VENV)/play.stamp
@@ -58,13 +60,24 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/mypy
 
 # The working tree is what is tested, with its compiled module; its requirements are among LightZero's.
-lightzero: $(LIGHTZERO)/module.stamp
-	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m pytest $(LIGHTZERO_TESTS) $(ARGS)
-	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m tests.compare_old_new_cache
-	@PYTHONPATH=. $(LIGHTZERO)/bin/python -m benchmarks.benchmark_kv_cache --quick
+lightzero: $(LIGHTZERO_VENV)/module.stamp
+	@LIGHTZERO= PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest $(LIGHTZERO_TESTS) $(ARGS)
+	@PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.compare_old_new_cache
+	@PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m benchmarks.benchmark_kv_cache --quick
+
+# LIGHTZERO: a checkout of LightZero's main branch, which is on no package index. Nothing in it is changed.
+LIGHTZERO ?=
+ifeq ($(strip $(LIGHTZERO)),)
+lightzero-main:
+	@echo 'skipped: no checkout of LightZero to test with. Say where one is: make lightzero-main LIGHTZERO=path/to/checkout'
+else
+lightzero-main: $(LIGHTZERO_VENV)/main.stamp
+	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.lightzero_checkout
+	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest -rs $(LIGHTZERO_MAIN_TESTS) $(ARGS)
+endif
 
 clean:
-	rm -rf $(VENV) $(LIGHTZERO) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:
@@ -79,18 +92,23 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(BUILD) | $(BIN)/python
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[$*]"
 	@touch $@
 
-$(LIGHTZERO)/bin/python:
-	@$(PYTHON) -m venv $(LIGHTZERO)
+$(LIGHTZERO_VENV)/bin/python:
+	@$(PYTHON) -m venv $(LIGHTZERO_VENV)
 
-$(LIGHTZERO)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt | $(LIGHTZERO)/bin/python
+$(LIGHTZERO_VENV)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt | $(LIGHTZERO_VENV)/bin/python
 	@echo "installing LightZero 0.2.0 and what it needs"
-	@$(LIGHTZERO)/bin/python -m pip install -qq -r requirements/lightzero.txt
-	@$(LIGHTZERO)/bin/python -m pip install -qq --no-deps -r requirements/lightzero-nodeps.txt
+	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq -r requirements/lightzero.txt
+	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq --no-deps -r requirements/lightzero-nodeps.txt
 	@touch $@
 
-$(LIGHTZERO)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO)/stamp
-	@$(call forget_module,$(LIGHTZERO)/bin/python)
-	@$(LIGHTZERO)/bin/python -m pip install -qq --no-deps -e .
+$(LIGHTZERO_VENV)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO_VENV)/stamp
+	@$(call forget_module,$(LIGHTZERO_VENV)/bin/python)
+	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq --no-deps -e .
+	@touch $@
+
+$(LIGHTZERO_VENV)/main.stamp: requirements/lightzero-main.txt $(LIGHTZERO_VENV)/module.stamp
+	@echo "installing what LightZero's main branch needs beside 0.2.0"
+	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq -r requirements/lightzero-main.txt -c requirements/lightzero.txt
 	@touch $@
 
 .PHONY: stress stress-full

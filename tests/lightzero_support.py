@@ -57,6 +57,13 @@ def quietly() -> Iterator[None]:
         yield
 
 
+def is_main() -> bool:
+    """Whether the LightZero that is imported is a checkout of its main branch, rather than 0.2.0."""
+    from lzero.model.unizero_world_models.world_model import WorldModel
+
+    return hasattr(WorldModel, "_variable_context_lengths")
+
+
 def make_world_model(
     shape: Shape, *, seed: int = 0, zero_heads: bool = False, device: str | None = None, **changes: Any
 ) -> Any:
@@ -96,7 +103,9 @@ def make_world_model(
             **changes,
         )
         torch.manual_seed(seed)
-        made = SampledUniZeroModel if shape.continuous else UniZeroModel  # only the one takes continuous actions
+        # Only the one takes continuous actions, and on the main branch vectors too.
+        is_sampled = shape.continuous or (is_main() and isinstance(shape.observation, int))
+        made = SampledUniZeroModel if is_sampled else UniZeroModel
         # With images that one makes a perceptual loss, which only training asks, and which needs torchvision.
         loss = SimpleNamespace(LPIPS=torch.nn.Identity)
         with mock.patch.dict(sys.modules, {"lzero.model.unizero_world_models.lpips": loss}):

@@ -371,7 +371,7 @@ def test_an_allocation_stays_after_a_close_and_is_pickled_and_copied(make_manage
 
 
 def test_facades_hand_the_sizes_on() -> None:
-    sizes: dict[str, Any] = {"init_tokens": 11, "wm_tokens": 12, "headroom_tokens": 13}
+    sizes: dict[str, Any] = {"init_entries": 16, "init_tokens": 11, "wm_tokens": 12, "headroom_tokens": 13}
     said = KVCacheManager.allocation_for(config(max_cache_size=10), 2, **sizes)
     facade = AsyncKVCacheManager(config=config(max_cache_size=10), env_num=2, **sizes)
     lightzero = LightZeroKVCacheManager(config(), 2, **sizes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +70,7 @@ def valid(kv: Any) -> Tensor:
 @pytest.fixture
 def manager() -> Iterator[LightZeroKVCacheManager]:
     """Two environments, four simulations, roots of three steps."""
-    made = LightZeroKVCacheManager(config(game_segment_length=3), env_num=2)
+    made = LightZeroKVCacheManager(config(max_cache_size=3), env_num=2)
     yield made
     made.manager.check_integrity()
     made.manager.close()
@@ -174,29 +176,88 @@ def test_assigned_lists_are_the_ones_that_clear_all_empties(manager: LightZeroKV
     assert kept == []
 
 
-def test_roots_are_kept_for_a_segment_and_the_oldest_go_first(manager: LightZeroKVCacheManager) -> None:
+@pytest.mark.parametrize(
+    ("settings", "entries"),
+    [
+        ({"num_simulations": 4, "max_cache_size": 5000}, 256),
+        ({"num_simulations": 200, "max_cache_size": 5000}, 400),
+        ({"num_simulations": 4, "max_cache_size": 10}, 10),
+        ({"max_cache_size": None, "num_simulations": None}, 256),
+    ],
+)
+def test_init_pools_hold_two_roots_a_simulation_and_256_but_no_more_than_the_settings_most(
+    settings: dict[str, Any], entries: int
+) -> None:
+    known = {name: value for name, value in {**config(), **settings}.items() if value is not None}
+    made = LightZeroKVCacheManager(known, env_num=2)
+    simulations = known.get("num_simulations", 50)
+    assert [pool.pool_size for pool in made.init_pools] == [entries] * 2
+    assert made.recur_pool.pool_size == 2 * (simulations + 1)
+    assert made.wm_pool.pool_size == 2
+    made.manager.close()
+
+
+def test_the_oldest_roots_go_first(manager: LightZeroKVCacheManager) -> None:
     for key in range(5):
         manager.set_init_cache(0, key, released())
     assert set(manager.init_pools[0]._key_to_index) == {2, 3, 4}
     assert manager.init_pools[0].pool_size == 3
 
 
-def test_statistics_are_numbers(manager: LightZeroKVCacheManager) -> None:
+def test_a_root_that_is_set_again_is_the_newest(manager: LightZeroKVCacheManager) -> None:
+    for key in (0, 1, 2, 0, 3):
+        manager.set_init_cache(0, key, released())
+    assert set(manager.init_pools[0]._key_to_index) == {2, 0, 3}
+
+
+def test_setting_an_entry_returns_the_number_that_its_pool_has_for_it(manager: LightZeroKVCacheManager) -> None:
+    for key in (1, 2, 1):
+        assert manager.set_init_cache(0, key, released()) == manager.init_pools[0]._key_to_index[key]
+        assert manager.set_recur_cache(key, released()) == manager.recur_pool._key_to_index[key]
+        assert manager.set_wm_cache(key, released()) == manager.wm_pool._key_to_index[key]
+
+
+def test_an_entry_that_was_cleared_while_it_was_set_has_no_number(
+    manager: LightZeroKVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager.wm_pool.pool, "put", lambda key, kv: False)
+    assert manager.set_wm_cache(1, released()) == -1
+
+
+def test_every_pool_that_is_asked_counts_and_tells_so_in_words(manager: LightZeroKVCacheManager) -> None:
     manager.set_recur_cache(1, released())
-    manager.get_recur_cache(1)
-    manager.get_init_cache(1, 1)
-    summary = manager.get_stats_summary()
-    assert summary["stats_enabled"] is True
-    assert summary["recur_pool"]["hit_count"] == 1
-    assert summary["init_pools"]["env_1"]["miss_count"] == 1
-    assert summary["wm_pool"]["request_count"] == 0
+    manager.hierarchical_get(1, 1)
+    manager.get_recur_cache(2)
+    stats, of_init = manager.recur_pool.stats, manager.init_pools[1].stats
+    assert stats is not None
+    assert of_init is not None
+    assert (stats.hits, stats.misses, stats.evictions, stats.total_queries) == (1, 1, 0, 2)
+    assert (stats.hit_rate, stats.miss_rate) == (0.5, 0.5)
+    untouched = "CacheStats(hits=0, misses=0, evictions=0, hit_rate=0.00%)"
+    assert manager.get_stats_summary() == {
+        "stats_enabled": True,
+        "init_pools": {"env_0": untouched, "env_1": "CacheStats(hits=0, misses=1, evictions=0, hit_rate=0.00%)"},
+        "recur_pool": "CacheStats(hits=1, misses=1, evictions=0, hit_rate=50.00%)",
+        "wm_pool": untouched,
+    }
+    stats.reset()
+    assert str(stats) == untouched
+    assert of_init.misses == 1
     manager.reset_stats()
-    assert manager.get_stats_summary()["recur_pool"]["hit_count"] == 0
+    assert of_init.misses == 0
+
+
+def test_what_gave_way_counts_as_evicted(manager: LightZeroKVCacheManager) -> None:
+    for key in range(5):
+        manager.set_init_cache(0, key, released())
+    assert manager.init_pools[0].stats is not None
+    assert manager.init_pools[0].stats.evictions == 2
 
 
 def test_statistics_can_be_off() -> None:
     made = LightZeroKVCacheManager(config(), 1, False)
     assert made.get_stats_summary() == {"stats_enabled": False}
+    assert [pool.stats for pool in (*made.init_pools, made.recur_pool, made.wm_pool)] == [None] * 3
     made.manager.close()
 
 
@@ -226,8 +287,14 @@ def test_a_configuration_object_without_the_optional_settings_will_do() -> None:
 
 @pytest.mark.parametrize("env_id", [-1, 2, "0", None])
 def test_an_environment_that_is_not_there_is_an_error(manager: LightZeroKVCacheManager, env_id: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="env_id"):
-        manager.get_init_cache(env_id, 1)
+    kv = released()
+    for asked in (
+        manager.get_init_cache,
+        manager.hierarchical_get,
+        lambda env, key: manager.set_init_cache(env, key, kv),
+    ):
+        with pytest.raises(InvalidArgumentError, match="env_id"):
+            asked(env_id, 1)
 
 
 @pytest.mark.parametrize("kv", [None, torch.ones(2), SimpleNamespace(_keys_values=())])
@@ -243,6 +310,52 @@ def test_an_empty_container_or_layers_of_different_sizes_are_errors(manager: Lig
     kv._keys_values[1]._v_cache._size = 2
     with pytest.raises(InvalidArgumentError, match="one size in every layer"):
         manager.set_recur_cache(1, kv)
+
+
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda manager: pickle.loads(pickle.dumps(manager))],
+    ids=["deep", "shallow", "pickled"],
+)
+def test_a_copy_is_an_empty_manager_of_its_own_with_the_same_settings(copied: Callable[[Any], Any]) -> None:
+    original = LightZeroKVCacheManager(config(), 2, False, 7, 5, init_entries=3, wm_entries=4, name="mine")
+    original.set_init_cache(0, 1, released())
+    original.keys_values_wm_list = [1]
+    made = copied(original)
+    for name in ("env_num", "enable_stats", "clear_recur_log_freq", "clear_all_log_freq"):
+        assert getattr(made, name) == getattr(original, name)
+    assert made.manager.allocation() == original.manager.allocation()
+    assert made.manager.name == "mine"
+    assert [len(pool) for pool in (*made.init_pools, made.recur_pool, made.wm_pool)] == [0, 0, 0, 0]
+    assert made.keys_values_wm_list == []
+    made.set_init_cache(0, 2, released())
+    made.clear_init_caches()
+    assert torch.equal(valid(original.get_init_cache(0, 1)), valid(released()))
+    made.manager.close()
+    assert len(original.init_pools[0]) == 1
+    original.manager.check_integrity()
+    original.manager.close()
+
+
+def test_a_model_that_holds_a_manager_and_its_lists_can_be_deep_copied() -> None:
+    model: Any = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(**config())
+    model.kv_cache_manager = LightZeroKVCacheManager(model.config, 2)
+    model.kv_cache_manager.keys_values_wm_list = [container()]
+    model.keys_values_wm_list = model.kv_cache_manager.keys_values_wm_list
+    made = copy.deepcopy(model)
+    assert made.kv_cache_manager is not model.kv_cache_manager
+    assert made.kv_cache_manager.config is made.config
+    assert made.kv_cache_manager.set_recur_cache(1, released())
+    assert len(model.kv_cache_manager.recur_pool) == 0
+    kept, before = made.keys_values_wm_list[0], model.keys_values_wm_list[0]
+    assert kept[0]._k_cache._cache.data_ptr() == kept.packed.data_ptr() != before.packed.data_ptr()
+    for manager in (made.kv_cache_manager, model.kv_cache_manager):
+        manager.manager.check_integrity()
+        manager.manager.close()
 
 
 # The container -------------------------------------------------------------------------------------------------------
@@ -279,6 +392,17 @@ def test_too_many_tokens_are_an_error_that_changes_nothing() -> None:
         kv[0].update(*[torch.rand(2, HEADS, 2, HEAD_DIM)] * 2)
     assert kv.size == 7
     assert torch.equal(kv.packed, before)
+
+
+def test_register_tokens_are_forgotten_from_the_end() -> None:
+    kv = container(5)
+    kept = kv[1].get()[1][:, :, :3].clone()
+    kv.remove_register_tokens(0)
+    assert kv.size == 5
+    kv.remove_register_tokens(2)
+    assert torch.equal(kv[1].get()[1], kept)
+    kv.remove_register_tokens(9)
+    assert kv.size == 0
 
 
 def test_reset_forgets_tokens_and_prune_rows() -> None:

@@ -10,6 +10,7 @@ from ...errors import InvalidArgumentError, InvalidTypeError
 from ...manager import KVCacheManager
 from .attachment import Attachment
 from .divergence import Divergence
+from .kinds import Kind, kind_of
 from .manager import LightZeroKVCacheManager
 from .model import ATTACHMENT, attached_class, attachment_of
 from .settings import Answer, Mode, check_manager, env_ids_of, mode_of
@@ -48,16 +49,20 @@ def attach(
         arguments: for a manager of its own, as in `KVCacheManager`.
 
     Raises:
-        InvalidTypeError: no such model. InvalidArgumentError: a setting that cannot work, by name. The model then is as
-            it was, attached or not.
+        InvalidTypeError: no such model; says what it lacks. InvalidArgumentError: a setting that cannot work, by name.
+            The model then is as it was, attached or not.
     """
-    if not all(hasattr(world_model, name) for name in ("retrieve_or_generate_kvcache", "trim_and_pad_kv_cache")):
-        inner = ": pass its .world_model" if hasattr(world_model, "world_model") else ""
-        raise InvalidTypeError(f"world_model must be LightZero's WorldModel, got {type(world_model).__name__}{inner}")
+    before = attachment_of(world_model)
+    kind = kind_of(world_model) if before is None else Kind.RELEASED
     mode = mode_of(world_model.config, mode)
     if mode == "off":
         detach(world_model)
         return None
+    if kind.is_main:
+        raise InvalidArgumentError(
+            f"mode must be 'off' for a world model of {kind.value}, which is not covered yet, got {mode!r}: give it "
+            "LightZeroKVCacheManager for its own manager instead"
+        )
     if answer not in ("off", "on"):
         raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
     if on_divergence is not None and not callable(on_divergence):
@@ -71,7 +76,6 @@ def attach(
         beside = [*(["searches"] if searches is not None else []), *arguments]
         if beside:
             raise InvalidArgumentError(f"{', '.join(beside)} cannot be given beside manager, which has its own")
-        before = attachment_of(world_model)
         if before is not None and before.owns(manager) and before.users() == [world_model]:
             raise InvalidArgumentError("manager was made for the world model's attachment, and is closed with it")
     ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)

@@ -147,6 +147,11 @@ class LightZeroKeysValues:
         """Forget every token."""
         self.set_size(0)
 
+    def remove_register_tokens(self, register_token_num: int) -> None:
+        """Forget the newest tokens."""
+        if register_token_num > 0:
+            self.set_size(max(0, self.size - register_token_num))
+
     def prune(self, mask: Any) -> None:
         """Keep the rows for which `mask`, a boolean array, is True."""
         for layer in self._keys_values:

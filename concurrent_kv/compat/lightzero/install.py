@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 from .attach import attach
+from .kinds import check_class
 from .settings import mode_of
 
 __all__ = ["install", "uninstall"]
@@ -21,9 +22,13 @@ def install(**arguments: Any) -> None:
 
     Args:
         arguments: what `attach` gets beside the model, for every model.
+
+    Raises:
+        InvalidTypeError: the LightZero that is installed is neither 0.2.0 nor its main branch; says what is missing.
     """
     from lzero.model.unizero_world_models.world_model import WorldModel
 
+    check_class(WorldModel)
     uninstall()
     original = WorldModel.__init__
 

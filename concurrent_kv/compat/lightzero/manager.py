@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable
+from functools import partial
 from typing import Any
 
 from ..._checks import positive_int
@@ -12,13 +13,64 @@ from ...manager import KVCacheManager
 from ...pool.pool import KVPool
 from .containers import LightZeroKeysValues, from_lightzero, to_lightzero
 from .settings import setting
-from .views import KeyIndex, entries_of
+from .views import KeyIndex, entries_of, number_of
 
-__all__ = ["LightZeroKVCacheManager", "LightZeroPool"]
+__all__ = ["LightZeroKVCacheManager", "LightZeroPool", "LightZeroStats"]
 
 logger = logging.getLogger("concurrent_kv")
 
-DEFAULT_SIMULATIONS = 50  # what LightZero assumes where its configuration does not say
+# What LightZero assumes where its configuration does not say, and how it sizes its pools.
+DEFAULT_SIMULATIONS, DEFAULT_MOST, LEAST_ROOTS = 50, 5000, 256
+
+
+class LightZeroStats:
+    """The counts of one pool, under the main branch's names: always those of now."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+
+    @property
+    def hits(self) -> int:
+        """Entries asked for and found."""
+        return self._pool.stats().hit_count
+
+    @property
+    def misses(self) -> int:
+        """Entries asked for and not found."""
+        return self._pool.stats().miss_count
+
+    @property
+    def evictions(self) -> int:
+        """Entries that gave way to others."""
+        return self._pool.stats().eviction_count
+
+    @property
+    def total_queries(self) -> int:
+        """Entries asked for."""
+        return self._pool.stats().request_count
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits by queries; 0.0 where nothing was asked for."""
+        stats = self._pool.stats()
+        return stats.hit_count / stats.request_count if stats.request_count else 0.0
+
+    @property
+    def miss_rate(self) -> float:
+        """What is left of 1.0 by `hit_rate`; 1.0 where nothing was asked for."""
+        return 1.0 - self.hit_rate
+
+    def reset(self) -> None:
+        """Start every count of this pool from zero."""
+        self._pool.reset_stats()
+
+    def __repr__(self) -> str:
+        stats = self._pool.stats()
+        rate = stats.hit_count / stats.request_count if stats.request_count else 0.0
+        return (
+            f"CacheStats(hits={stats.hit_count}, misses={stats.miss_count}, evictions={stats.eviction_count}, "
+            f"hit_rate={rate:.2%})"
+        )
 
 
 class LightZeroPool:
@@ -26,19 +78,30 @@ class LightZeroPool:
 
     Attributes:
         pool: the `KVPool` under it.
+        name: what the main branch calls it.
+        enable_stats: whether it counts.
+        stats: its counts; None where it does not count.
     """
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, name: str, enable_stats: bool = True) -> None:
         self.pool = pool
+        self.name = name
+        self.enable_stats = enable_stats
+        self.stats = LightZeroStats(pool) if enable_stats else None
 
     def get(self, cache_key: Hashable) -> LightZeroKeysValues | None:
         """A private copy of the entry of `cache_key`, or None. May block."""
         found = self.pool.get(cache_key)
         return None if found is None else to_lightzero(found, self.pool.layout)
 
-    def set(self, cache_key: Hashable, kv_cache: Any) -> bool:
-        """Store a copy of LightZero's container, one row of some tokens; False if cleared meanwhile. May block."""
-        return self.pool.put(cache_key, from_lightzero(kv_cache))
+    def set(self, cache_key: Hashable, kv_cache: Any) -> int:
+        """Store a copy of LightZero's container, one row of some tokens. May block.
+
+        Returns what `_key_to_index` has for it from now on; -1 where it was cleared or evicted meanwhile.
+        """
+        self.pool.put(cache_key, from_lightzero(kv_cache))
+        index = number_of(self.pool, cache_key)
+        return -1 if index is None else index
 
     def clear(self) -> None:
         """Remove every entry. May block."""
@@ -58,7 +121,8 @@ class LightZeroPool:
         return len(self.pool)
 
     def __repr__(self) -> str:
-        return f"<LightZeroPool {self.pool.name!r}: {len(self)} of {self.pool_size} entries>"
+        counts = "" if self.stats is None else f", {self.stats}"
+        return f"<LightZeroPool {self.name!r}: {len(self)} of {self.pool_size} entries{counts}>"
 
 
 class LightZeroKVCacheManager:
@@ -66,9 +130,12 @@ class LightZeroKVCacheManager:
 
     `from concurrent_kv.compat.lightzero import LightZeroKVCacheManager as KVCacheManager`
 
+    A copy, deep, shallow or pickled, is a manager of its own with the same settings, and empty: what is stored belongs
+    to the weights that computed it, and LightZero copies a model in order to give the copy others.
+
     Args:
         config: the world model's configuration: `num_layers`, `num_heads`, `embed_dim`, `context_length`, `device`;
-            `game_segment_length` (entries of each init pool) and `num_simulations` where it has them.
+            `num_simulations` and `max_cache_size`, by which the pools are sized, where it has them.
         env_num: environments.
         enable_stats: count hits, misses and the rest.
         clear_recur_log_freq: log the statistics at every N-th `clear_recur_cache()`; never if 0.
@@ -92,6 +159,7 @@ class LightZeroKVCacheManager:
         **settings: Any,
     ) -> None:
         self.config = config
+        self._settings = dict(settings)
         self.env_num = env_num = positive_int("env_num", env_num)
         self.enable_stats = enable_stats
         self.clear_recur_log_freq = positive_int("clear_recur_log_freq", clear_recur_log_freq, minimum=0)
@@ -100,28 +168,39 @@ class LightZeroKVCacheManager:
         simulations = setting(config, "num_simulations", DEFAULT_SIMULATIONS)
         names = ("num_layers", "num_heads", "embed_dim", "context_length", "device", "dtype")
         known = {name: value for name in names if (value := setting(config, name)) is not None}
-        # LightZero sizes its pools by environments and simulations, whatever `env_num` and `max_cache_size` say.
+        # LightZero sizes this pool by environments and simulations alone. One more for each environment than it has, as
+        # an attached model's search reserves.
         known |= {"num_simulations": simulations, "max_cache_size": env_num * (simulations + 1)}
-        entries = setting(config, "game_segment_length")
-        if entries is not None:
-            settings.setdefault("init_entries", int(entries))
+        # A search may store a root for each of its simulations; the setting is a guard against too many.
+        most = positive_int("config.max_cache_size", setting(config, "max_cache_size", DEFAULT_MOST))
+        settings.setdefault("init_entries", min(most, max(LEAST_ROOTS, 2 * simulations)))
         self.manager = KVCacheManager(known, env_num, enable_stats, **settings)
-        self.init_pools = [LightZeroPool(pool) for pool in self.manager.init_pools]
-        self.recur_pool = LightZeroPool(self.manager.recur_pool)
-        self.wm_pool = LightZeroPool(self.manager.wm_pool)
+        self.init_pools = [
+            LightZeroPool(pool, f"init_env{env_id}", enable_stats)
+            for env_id, pool in enumerate(self.manager.init_pools)
+        ]
+        self.recur_pool = LightZeroPool(self.manager.recur_pool, "recurrent", enable_stats)
+        self.wm_pool = LightZeroPool(self.manager.wm_pool, "world_model", enable_stats)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        frequencies = (self.clear_recur_log_freq, self.clear_all_log_freq)
+        return partial(type(self), **self._settings), (self.config, self.env_num, self.enable_stats, *frequencies)
 
     # Entries ---------------------------------------------------------------------------------------------------------
 
-    def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> bool:
+    def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> int:
         """Store a root of an environment; see `LightZeroPool.set`."""
-        return self.manager.set_init_cache(env_id, cache_key, from_lightzero(kv_cache))
+        return self._init_pool(env_id).set(cache_key, kv_cache)
 
     def get_init_cache(self, env_id: int, cache_key: Hashable) -> LightZeroKeysValues | None:
         """A private copy of a root of an environment, or None. May block."""
-        found = self.manager.get_init_cache(env_id, cache_key)
-        return None if found is None else to_lightzero(found, self.manager.layout)
+        return self._init_pool(env_id).get(cache_key)
 
-    def set_recur_cache(self, cache_key: Hashable, kv_cache: Any) -> bool:
+    def _init_pool(self, env_id: int) -> LightZeroPool:
+        self.manager._init_pool(env_id)  # says what it must be
+        return self.init_pools[env_id]
+
+    def set_recur_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
         """Store an entry of the recurrent pool; see `LightZeroPool.set`."""
         return self.recur_pool.set(cache_key, kv_cache)
 
@@ -129,7 +208,7 @@ class LightZeroKVCacheManager:
         """A private copy of an entry of the recurrent pool, or None. May block."""
         return self.recur_pool.get(cache_key)
 
-    def set_wm_cache(self, cache_key: Hashable, kv_cache: Any) -> bool:
+    def set_wm_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
         """Store an entry of the world-model pool; see `LightZeroPool.set`."""
         return self.wm_pool.set(cache_key, kv_cache)
 
@@ -138,9 +217,12 @@ class LightZeroKVCacheManager:
         return self.wm_pool.get(cache_key)
 
     def hierarchical_get(self, env_id: int, cache_key: Hashable) -> LightZeroKeysValues | None:
-        """A private copy from the environment's init pool, else from the recurrent pool, or None. May block."""
-        found = self.manager.hierarchical_get(env_id, cache_key)
-        return None if found is None else to_lightzero(found, self.manager.layout)
+        """A private copy from the environment's init pool, else from the recurrent pool, or None. May block.
+
+        Each pool that is asked counts, as on the main branch.
+        """
+        found = self.get_init_cache(env_id, cache_key)
+        return self.get_recur_cache(cache_key) if found is None else found
 
     # Clears ----------------------------------------------------------------------------------------------------------
 
@@ -176,15 +258,17 @@ class LightZeroKVCacheManager:
     # Statistics ------------------------------------------------------------------------------------------------------
 
     def get_stats_summary(self) -> dict[str, Any]:
-        """Numbers by pool: `stats_enabled`, and where it is True `init_pools`, `recur_pool` and `wm_pool`."""
+        """The counts of every pool in words: `stats_enabled`, and where it is True `init_pools` and the other two.
+
+        In numbers: `stats` of each pool, and `manager.get_stats_summary()`.
+        """
         if not self.enable_stats:
             return {"stats_enabled": False}
-        pools = {name: stats.as_dict() for name, stats in self.manager.get_stats_summary().pools.items()}
         return {
             "stats_enabled": True,
-            "init_pools": {f"env_{env_id}": pools[f"init[{env_id}]"] for env_id in range(self.env_num)},
-            "recur_pool": pools["recur"],
-            "wm_pool": pools["wm"],
+            "init_pools": {f"env_{env_id}": str(pool.stats) for env_id, pool in enumerate(self.init_pools)},
+            "recur_pool": str(self.recur_pool.stats),
+            "wm_pool": str(self.wm_pool.stats),
         }
 
     def reset_stats(self) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from ...books.index import Index
 from ...books.records import Entry, Scope
 from ...locks.gate import gate
+from ...pool.pool import KVPool
 from ...pool.storage import Domain
 from .attachment import Attachment
 
-__all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
+__all__ = ["KeyIndex", "entries_of", "init_views", "number_of", "recur_view"]
 
 Entries = list[tuple[Hashable, int]]  # keys, each with a number that no other entry has at the time
 
@@ -52,6 +53,11 @@ def entries_of(domain: Domain, scope: Scope) -> Entries:
         with gate.lock, domain.locks.read((shard,), deadline):
             found += _rows_in(scope.entries[part])
     return found
+
+
+def number_of(pool: KVPool, key: Hashable) -> int | None:
+    """The number that `entries_of` gives a key's entry, None where it is not stored. May block."""
+    return pool._read(key, None, pool._enter(None), lambda entry: entry.row)
 
 
 def _rows_in(part: Index[Entry]) -> Entries:
