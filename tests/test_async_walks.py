@@ -443,14 +443,24 @@ def test_walks_of_a_loop_that_has_stopped_are_led_on_by_others(
     assert counted_now(sync) == NOTHING
 
 
+class RowsOf:
+    """How many leaves wait, asked without a place where the asking could be cut off."""
+
+    def __init__(self, sync: Evaluator[int, int]) -> None:
+        self._queue: Any = sync.queue
+
+    def __len__(self) -> int:
+        return len(self._queue._rows)
+
+
 @ON_LOOP
-@pytest.mark.parametrize("ends", ["hears", "leaves"])
+@pytest.mark.parametrize("ends", ["hears", "leaves", "waits"])
 def test_a_task_that_is_cut_off_anywhere_closes_its_walks_and_leaves_nothing_waiting(
     manager: KVCacheManager, on_loop: bool, ends: str
 ) -> None:
     sync = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
     evaluator = AsyncEvaluator(sync, on_loop=on_loop)
-    number, was_cut = 0, True
+    number, was_cut, rows = 0, True, RowsOf(sync)
     with cheap_collections():
         while was_cut:
             number += 1
@@ -458,9 +468,17 @@ def test_a_task_that_is_cut_off_anywhere_closes_its_walks_and_leaves_nothing_wai
                 walks = [chain(search, "a", [1]), chain(search, "b", [1, 2])]
 
                 async def main(walks: Any = walks) -> None:
+                    async def frees(seat: Any) -> None:
+                        with seat:
+                            await until(lambda: len(rows) == 2)
+
                     if ends == "leaves":
                         with evaluator.worker(), pytest.raises(WaitTimeoutError):
                             await evaluator.run_many(walks, timeout=0.0)
+                    elif ends == "waits":  # and goes to a worker once more
+                        task = asyncio.ensure_future(frees(evaluator.worker()))  # in no group, which would wrap the cut
+                        await evaluator.run_many(walks)
+                        await task
                     else:
                         await evaluator.run_many(walks)
 

@@ -239,6 +239,7 @@ def test_the_calls_of_an_evaluator_raise_work_or_leave_a_note(manager: KVCacheMa
             made.worker,
             lambda: made.evaluate(leaf),
             lambda: made.evaluate_many([leaf]),
+            lambda: made.run(each for each in [leaf]),
             lambda: others.evaluate(leaf),
         )
         for call in raising:
