@@ -16,9 +16,11 @@
 #include "csrc/arguments.h"
 #include "csrc/copies.h"
 #include "csrc/entries.h"
+#include "csrc/gate.h"
 #include "csrc/hashes.h"
 #include "csrc/keys.h"
 #include "csrc/locks.h"
+#include "csrc/sharing.h"
 #include "csrc/tables.h"
 
 /* advise_huge_pages(address, bytes): fewer pages to look up, where the system has larger ones and agrees. */
@@ -47,6 +49,7 @@ static PyMethodDef functions[] = {
     FUNCTION(retain),    FUNCTION(let_go),      FUNCTION(find),
     FUNCTION(places),    FUNCTION(occupy),      FUNCTION(append),      FUNCTION(are_plain),
     FUNCTION(displace),  FUNCTION(in_runs),     FUNCTION(items_of),    FUNCTION(name_rows),
+    FUNCTION(keep_for_ever), FUNCTION(lookup),
     {NULL, NULL, 0, NULL},
 };
 
@@ -62,7 +65,8 @@ static int add_types(PyObject *module)
     if (intern_names() < 0)
         return -1;
     return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) &&
-                   add_type(module, &shard_locks_type, &shard_locks_spec) && add_type(module, &held_type, &held_spec)
+                   add_type(module, &shard_locks_type, &shard_locks_spec) && add_type(module, &held_type, &held_spec) &&
+                   add_type(module, &gate_type, &gate_spec)
                ? 0
                : -1;
 }

@@ -9,10 +9,11 @@ environment, when the package is imported, chooses that.
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["address_of", "compiled", "in_python", "native"]
+__all__ = ["address_of", "compiled", "in_python", "lookup", "native"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 in_python: dict[str, Callable[..., Any]] = {}  # what `compiled` has replaced, or would have
@@ -39,6 +40,10 @@ def address_of(tensor: Any) -> int:
 
 
 native = _load()
+_free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+# `dict.get`; without the GIL one that does not wait for other threads that read. For dicts that several threads look at
+# often, by keys that are no text and no small numbers.
+lookup: Callable[[Any, Any], Any] = native.lookup if _free_threaded and native is not None else dict.get
 
 
 def compiled(function: F) -> F:

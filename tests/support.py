@@ -48,6 +48,7 @@ NATIVE_USERS = (
     "books.tables",
     "device.appends",
     "device.tensors",
+    "locks.gate",
     "locks.shards",
     "model.hashing",
 )

@@ -33,8 +33,9 @@ from concurrent_kv import (
 from concurrent_kv.aio import OffloadStats
 from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.eviction import FIFO
-from concurrent_kv.locks.gate import gate
+from concurrent_kv.locks.gate import _CompiledGate, _LockOfThread, gate
 from concurrent_kv.locks.signal import Signal
+from tests.native_support import needs_native
 from tests.support import LAYOUT, append, assert_same, config, tokens
 from tests.threading_support import JOIN_SECONDS, Background, run_threads
 
@@ -301,17 +302,18 @@ def test_a_claim_is_neither_fulfilled_nor_failed_inside(pool: KVPool, inside: Ca
 def test_a_finaliser_that_runs_while_a_threads_gate_is_made_gets_that_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     plain = threading.RLock
+    in_python = _LockOfThread()
 
     def make() -> Any:
         if not made:  # as if the collector ran in here
             made.append(None)
-            made.append(gate.lock)
+            made.append(in_python.lock)
         return plain()
 
     def first_use() -> bool:
         monkeypatch.setattr("concurrent_kv.locks.gate.threading.RLock", make)
         try:
-            return gate.lock is made[1]
+            return in_python.lock is made[1]
         finally:
             monkeypatch.undo()
 
@@ -324,6 +326,21 @@ def test_another_pool_than_the_one_whose_lock_is_held_raises_too(pool: KVPool) -
     error = from_inside(inside_the_mutex, pool, lambda: other.get("key"))
     assert isinstance(error, ReentrantCallError)
     other.close()
+
+
+@pytest.mark.parametrize("kind", [_LockOfThread, pytest.param(_CompiledGate, marks=needs_native)])
+def test_a_gate_is_entered_by_each_thread_for_itself_and_as_often_as_it_is_left(kind: Callable[[], Any]) -> None:
+    entered = kind()
+    with entered.lock, entered.lock:
+        assert entered.is_inside
+        assert not Background(lambda: entered.is_inside).result()
+        with entered.lock:
+            pass
+        assert entered.is_inside
+    assert not entered.is_inside
+    with pytest.raises(RuntimeError):
+        entered.lock.__exit__(None, None, None)
+    assert not entered.is_inside
 
 
 def test_another_thread_is_not_inside(pool: KVPool) -> None:

@@ -49,7 +49,7 @@ HARMLESS = {
     "Pin": {"abandon"},
     "Claim": {"abandon", "computing", "over"},
     "Evaluator": {"closed", "queue", "seconds_left"},
-    "EvaluatorWorker": {"registered"},
+    "EvaluatorWorker": {"registered", "seat"},
 }  # fmt: skip
 
 

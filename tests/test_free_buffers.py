@@ -112,7 +112,7 @@ def test_what_comes_back_while_the_memory_is_freed_is_not_kept(slots: SlotTensor
             slots.free()
             super().append(item)
 
-    slots.buffers.by_size[size_of(6)] = slots.buffers._by_shape[2, 3] = late = Late(known)
+    slots.buffers.by_size[size_of(6)] = slots.buffers._by_shape[2][3] = late = Late(known)
     slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     assert not late
 
@@ -133,9 +133,10 @@ def test_shapes_that_are_looked_up_are_bounded(slots: SlotTensor) -> None:
             buffer, _ = buffers.take(1, columns)
             assert buffer.shape[3] == columns
             buffers.give_back(buffer, NO_TICKS)
-            assert len(buffers._by_shape) <= MAX_SHAPES
+            assert sum(map(len, buffers._by_shape.values())) <= MAX_SHAPES
     assert len(buffers.by_size) == MAX_SIZES
-    assert all(any(free is known for known in buffers.by_size.values()) for free in buffers._by_shape.values())
+    of_shapes = [free for of_batch in buffers._by_shape.values() for free in of_batch.values()]
+    assert all(any(free is known for known in buffers.by_size.values()) for free in of_shapes)
 
 
 def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:

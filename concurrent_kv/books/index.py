@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import attrgetter
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from ..native import native
+from ..native import lookup, native
 
 __all__ = ["Cells", "Index", "Indexed", "find_in", "find_places", "take_away"]
 
@@ -53,14 +53,14 @@ class Index(Generic[E]):
         return None if cell is None else cell[0]
 
     def _cell_of(self, key: Hashable, hashed: int) -> list[E] | None:
-        cell = self.cells.get(hashed)
+        cell: list[E] | None = lookup(self.cells, hashed)
         if cell:
             known = cell[0].index_key
             if known is key or known == key:
                 return cell
         if self.extra:
             for place in self.extra.get(hashed, ()):
-                cell = self.cells.get(place)
+                cell = lookup(self.cells, place)
                 if cell:
                     known = cell[0].index_key
                     if known is key or known == key:
@@ -101,12 +101,12 @@ class Index(Generic[E]):
 
     def _place_of(self, entry: E) -> Place | None:
         hashed = entry.key_hash
-        cell = self.cells.get(hashed)
+        cell: list[E] | None = lookup(self.cells, hashed)
         if cell and cell[0] is entry:
             return hashed
         if self.extra:
             for place in self.extra.get(hashed, ()):
-                cell = self.cells.get(place)
+                cell = lookup(self.cells, place)
                 if cell and cell[0] is entry:
                     return place
         return None

@@ -44,18 +44,21 @@ class FreeBuffers:
     def __init__(self, layout: KVLayout, others: FreeBuffers | None = None) -> None:
         self._layout = layout
         self._others = others
-        # By size, see `size_of`, and once more by the batch and columns that have been asked for. Each list is popped
-        # from and appended to without the lock, which is for the dicts.
+        # By size, see `size_of`, and once more by the batch and the columns that have been asked for, which are small
+        # ints: without the GIL, CPython locks a dict where a key is another thread's object. Each list is popped from
+        # and appended to without the lock, which is for the dicts.
         self.by_size: dict[int, list[FreeBuffer]] = {}
-        self._by_shape: dict[tuple[int, int], list[FreeBuffer]] = {}
+        self._by_shape: dict[int, dict[int, list[FreeBuffer]]] = {}
+        self._shapes = 0
         self._lock = threading.Lock()
         self._closed = False
 
     def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
         """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
-        free = self._by_shape.get((batch, columns))
-        if free is None and self.by_size:
-            free = self._free_of(batch, columns)
+        try:
+            free = self._by_shape[batch][columns]
+        except KeyError:
+            free = self._free_of(batch, columns) if self.by_size else []
         if free:
             # Rather one that this thread gave back: another's lies in the other core's caches.
             here, place = get_ident(), -1
@@ -77,8 +80,9 @@ class FreeBuffers:
         # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
         _, batch, _, columns, _ = buffer.shape
         returned = FreeBuffer(buffer.detach(), batch, columns, ticks, get_ident())
-        free = self._by_shape.get((batch, columns))
-        if free is None:
+        try:
+            free = self._by_shape[batch][columns]
+        except KeyError:
             free = self._free_of(batch, columns)
         free.append(returned)
         if len(free) > KEPT:  # each thread that makes it one too many takes one off
@@ -91,12 +95,13 @@ class FreeBuffers:
         """The free buffers for a shape, which is remembered from now on."""
         size = size_of(batch * columns)
         with gate.lock, self._lock:
-            if len(self._by_shape) >= MAX_SHAPES:
-                self._by_shape = {}
+            if self._shapes >= MAX_SHAPES:
+                self._by_shape, self._shapes = {}, 0
             if size not in self.by_size and len(self.by_size) >= MAX_SIZES:
-                self._by_shape = {}
+                self._by_shape, self._shapes = {}, 0
                 del self.by_size[next(iter(self.by_size))]
-            return self._by_shape.setdefault((batch, columns), self.by_size.setdefault(size, []))
+            self._shapes += 1  # or one too many, where another thread was faster
+            return self._by_shape.setdefault(batch, {}).setdefault(columns, self.by_size.setdefault(size, []))
 
     def leave(self) -> None:
         """Give what there is to the others: a search has ended."""
@@ -111,7 +116,7 @@ class FreeBuffers:
         """Keep nothing any more."""
         self._closed = True
         with gate.lock, self._lock:
-            known, self.by_size, self._by_shape = self.by_size, {}, {}
+            known, self.by_size, self._by_shape, self._shapes = self.by_size, {}, {}, 0
         for free in known.values():
             free.clear()
 

@@ -11,8 +11,8 @@ has to be noticed. Every critical section of the package enters the gate first:
 and every public call looks at it before its first lock. Inside, a call does without a lock (`len`, `stats`, `repr`), is
 noted for the next operation (`discard`, closing a handle), or raises `ReentrantCallError` (`gate.check`).
 
-The gate is one reentrant lock for each thread, which no other thread ever takes: it costs no contention, and it is left
-like any lock in a `with`, whatever an asynchronous exception cuts off.
+No thread ever waits at the gate, as each has its own: a depth in compiled code, or one reentrant lock for each thread.
+It is left like any lock in a `with`, whatever an asynchronous exception cuts off.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ReentrantCallError
+from ..native import native
 
 __all__ = ["gate"]
 
 
-class _Gate(threading.local):
+class _Gate:
     """The calling thread's mark.
 
     Attributes:
@@ -36,14 +37,6 @@ class _Gate(threading.local):
 
     lock: Any
     holds: Callable[[], bool]
-
-    def __getattr__(self, name: str) -> Any:
-        # Made here and not in an `__init__`: a finaliser that the collector runs there would find the gate half made.
-        if name == "lock":
-            return self.__dict__.setdefault("lock", threading.RLock())
-        if name == "holds":
-            return self.__dict__.setdefault("holds", self.lock._is_owned)
-        raise AttributeError(name)
 
     @property
     def is_inside(self) -> bool:
@@ -61,4 +54,26 @@ class _Gate(threading.local):
             )
 
 
-gate = _Gate()
+class _CompiledGate(_Gate):
+    """One object for all threads, which knows of each how deep it is inside."""
+
+    def __init__(self) -> None:
+        self.lock = native.Gate()
+        self.holds = self.lock.holds
+        for shared in (self, self.lock, self.holds):
+            native.keep_for_ever(shared)
+
+
+class _LockOfThread(_Gate, threading.local):
+    """A lock for each thread."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Made here and not in an `__init__`: a finaliser that the collector runs there would find the gate half made.
+        if name == "lock":
+            return self.__dict__.setdefault("lock", threading.RLock())
+        if name == "holds":
+            return self.__dict__.setdefault("holds", self.lock._is_owned)
+        raise AttributeError(name)
+
+
+gate: _Gate = _LockOfThread() if native is None else _CompiledGate()

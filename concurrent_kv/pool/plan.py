@@ -25,6 +25,7 @@ from ..device.tensors import Block, Indices
 from ..errors import WindowOverflowError
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
+from ..native import lookup
 from .batch import Batch
 from .storage import KVStorage
 
@@ -82,9 +83,9 @@ class _Remembered:
 
     def get(self, key: tuple[Any, ...]) -> Shape | None:
         """The shape that was made of `key`, if it is remembered."""
-        found = self.young.get(key)
+        found: Shape | None = lookup(self.young, key)
         if found is None:
-            found = self._old.get(key)
+            found = lookup(self._old, key)
             if found is not None:
                 self.add(key, found)
         return found
@@ -128,7 +129,7 @@ def shape_of(
         WindowOverflowError: a row grew too long.
     """
     key = (rows, gathered, hits, new, start, overflow.limit, overflow.count, overflow.corrects)
-    shape = remembered.young.get(key) or remembered.get(key)
+    shape: Shape | None = lookup(remembered.young, key) or remembered.get(key)
     if shape is None:
         shape = _shape_of(rows, np.array(gathered, dtype=np.int64), np.array(hits), new, start, overflow)
         remembered.add(key, shape)
