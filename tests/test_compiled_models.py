@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import compiled_model as benchmark
 from concurrent_kv import KVCacheManager
 from concurrent_kv.evaluation import Evaluated, Evaluator, Leaf
 from concurrent_kv.pool.joint import JointBatch
@@ -187,3 +190,16 @@ def test_calls_made_at_once_have_memories_of_their_own_and_later_ones_have_one_o
     evaluator.close()
     assert len(model.of_size[2]) == 9
     assert len(set(model.of_size[2])) == 2
+
+
+def test_the_benchmark_measures_every_contestant_at_both_sizes(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert benchmark.main(["--quick", "--backend", "eager", "--json", str(tmp_path / "figures.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "figures.json").read_text("utf-8"))["rows"]
+    assert set(found) == {str(rows) for rows in benchmark.ROWS}
+    for figures in found.values():
+        assert len(figures) == 3
+        assert {each["calls"] for each in figures.values()} == {benchmark.QUICK_ROUNDS * benchmark.SIMULATIONS}

@@ -13,6 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from tests.compiling import why_no_inductor
 from tests.support import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,8 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     "code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS), *blocks_in("python", page=PARALLEL)]
 )
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
+    if "torch.compile(" in code and (reason := why_no_inductor()):
+        pytest.skip(reason)
     script = tmp_path / "readme_block.py"
     script.write_text(code, "utf-8")
     result = subprocess.run(
