@@ -6,12 +6,15 @@ environment, in a cache of its own or in a manager with the interface of the mai
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from concurrent_kv import hash_state
 
 __all__ = ["StubManager", "StubWorldModel", "stub_config"]
 
@@ -75,12 +78,9 @@ class KeysValues:
     def size(self) -> int:
         return self._keys_values[0]._k_cache._size
 
-    def caches(self) -> list[Cache]:
-        return [layer._k_cache for layer in self._keys_values] + [layer._v_cache for layer in self._keys_values]
-
     def clone(self) -> KeysValues:
         made = KeysValues(self._keys_values[0]._k_cache._cache.shape[0], self._config)
-        for mine, other in zip(made.caches(), self.caches(), strict=True):
+        for mine, other in zip(caches_of(made), caches_of(self), strict=True):
             mine._cache.copy_(other._cache)
             mine._size = other._size
         return made
@@ -88,9 +88,14 @@ class KeysValues:
     def row(self, row: int, length: int) -> KeysValues:
         """The last `length` tokens of one row, left-aligned."""
         made = KeysValues(1, self._config)
-        for mine, other in zip(made.caches(), self.caches(), strict=True):
+        for mine, other in zip(caches_of(made), caches_of(self), strict=True):
             mine.update(other._cache[row : row + 1, :, other._size - length : other._size])
         return made
+
+
+def caches_of(kv: Any) -> list[Any]:
+    """Of a container of the stub's, or of the manager's that it uses."""
+    return [layer._k_cache for layer in kv._keys_values] + [layer._v_cache for layer in kv._keys_values]
 
 
 class Attention(nn.Module):
@@ -199,7 +204,8 @@ class StubManager:
         return {"stats_enabled": False}
 
 
-class Output(NamedTuple):
+@dataclass
+class Output:
     output_sequence: Any
     logits_observations: Any
     logits_rewards: Any
@@ -326,7 +332,7 @@ class StubWorldModel(nn.Module):
         else:
             self.past_kv_cache_recurrent_infer.clear()
         self.past_token_context_recurrent_infer.clear()
-        return output[0], current, output.logits_rewards, output.logits_policy, output.logits_value
+        return output.output_sequence, current, output.logits_rewards, output.logits_policy, output.logits_value
 
     @torch.no_grad()
     def wm_forward_for_initial_infererence(
@@ -352,7 +358,7 @@ class StubWorldModel(nn.Module):
                     [env_ids[row] for row in group],
                 )
                 for number, row in enumerate(group):
-                    merged[row] = [None if part is None else part[number] for part in output]
+                    merged[row] = [None if part is None else part[number] for part in vars(output).values()]
             self.current_infer_env_ids = env_ids
             parts = zip(*[merged[row] for row in range(rows)], strict=True)
             return Output(*[None if part[0] is None else torch.stack(part) for part in parts])
@@ -388,7 +394,7 @@ class StubWorldModel(nn.Module):
         return output
 
     def _root(self, env_id: int, state: Tensor) -> tuple[Any, Any] | None:
-        key = state.numpy().tobytes()
+        key = hash_state(state.numpy())
         tokens = self.past_token_context_init_infer_envs[env_id].get(key)
         if self.use_new_cache_manager:
             kv = self.kv_cache_manager.get_init_cache(env_id=env_id, cache_key=key)
@@ -397,7 +403,7 @@ class StubWorldModel(nn.Module):
         return None if index is None else (self.shared_pool_init_infer[env_id][index], tokens)
 
     def _node(self, env_id: int, state: Tensor) -> tuple[Any, Any] | None:
-        key = state.numpy().tobytes()
+        key = hash_state(state.numpy())
         root = self._root(env_id, state)
         if root is not None:
             return root
@@ -454,7 +460,17 @@ class StubWorldModel(nn.Module):
         acted, observed = outputs
         self.latent_state = acted.logits_observations
         self.update_cache_context(self.latent_state, is_init_infer=False, simulation_index=simulation_index)
-        return observed[0], self.latent_state, acted.logits_rewards, observed.logits_policy, observed.logits_value
+        return (
+            observed.output_sequence,
+            self.latent_state,
+            acted.logits_rewards,
+            observed.logits_policy,
+            observed.logits_value,
+        )
+
+    @staticmethod
+    def _reanalysis_root_start_position(start_pos: Any, root_index: int, root_count: int) -> int:
+        return int(np.asarray(start_pos).reshape(-1)[root_index])
 
     def retrieve_or_generate_kvcache(
         self, latent_state: Any, ready_env_num: int, simulation_index: int = 0, start_pos: Any = 0
@@ -480,7 +496,7 @@ class StubWorldModel(nn.Module):
         self.kv_padding_max_tokens = max(self.kv_padding_max_tokens, *padding)
         batch = self.transformer.generate_empty_keys_values(len(lengths), self.context_length)
         for row, kv in enumerate(self.keys_values_wm_list):
-            for mine, other in zip(batch.caches(), kv.caches(), strict=True):
+            for mine, other in zip(caches_of(batch), caches_of(kv), strict=True):
                 mine._cache[row, :, longest - other._size : longest] = other.get()[0]
                 mine._size = longest
         self.keys_values_wm = batch
@@ -517,7 +533,7 @@ class StubWorldModel(nn.Module):
             tokens = None
             if self.rebuild_kv_window_from_tokens:
                 tokens = resets.retained_contexts.get(row, self.keys_values_wm_token_context_list[row])
-            self._store(env_ids[row] if is_init_infer else None, latent_state[row].numpy().tobytes(), kv, tokens)
+            self._store(env_ids[row] if is_init_infer else None, hash_state(latent_state[row].numpy()), kv, tokens)
 
     def _store(self, env_id: int | None, key: Any, kv: Any, tokens: Any) -> None:
         """A root of an environment, or where that is None a node."""

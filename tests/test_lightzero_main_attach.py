@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from concurrent_kv import InvalidArgumentError, InvalidTypeError
-from concurrent_kv.compat.lightzero import attach, attachment_of, install, uninstall
+from concurrent_kv.compat.lightzero import attach, attachment_of, detach, install, uninstall
 from concurrent_kv.compat.lightzero.kinds import Kind, check_class, kind_of
+from tests.lightzero_checkout import CHECKOUT
 from tests.lightzero_main_stub import StubWorldModel, stub_config
-from tests.lightzero_main_support import SOURCES, make_main_model
+from tests.lightzero_main_support import NEEDS_CHECKOUT, SOURCES, make_main_model
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -94,6 +95,16 @@ def test_a_model_of_several_tasks_is_refused_as_such() -> None:
         attach(OfSeveralTasks(stub_config()), "on")
 
 
+@pytest.mark.skipif(CHECKOUT is None, reason=NEEDS_CHECKOUT)
+def test_the_main_branchs_model_of_several_tasks_is_refused_and_that_of_ppo_is_not() -> None:
+    from lzero.model.unizero_world_models.ppo_world_model import PPOWorldModel
+    from lzero.model.unizero_world_models.world_model_multitask import WorldModelMT
+
+    with pytest.raises(InvalidTypeError, match="WorldModel of one task, got WorldModelMT"):
+        check_class(WorldModelMT)
+    assert check_class(PPOWorldModel)
+
+
 def test_something_else_is_refused_by_what_it_lacks() -> None:
     with pytest.raises(InvalidTypeError, match=r"got Linear, which has no retrieve_or_generate_kvcache\(\), trim_and"):
         attach(torch.nn.Linear(1, 1), "off")
@@ -122,13 +133,32 @@ def test_install_refuses_a_lightzero_that_it_does_not_know_by_what_it_lacks(inst
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("mode", ["validate", "on"])
-def test_a_mode_that_the_main_branch_does_not_have_yet_is_refused_and_leaves_the_model_as_it_was(
-    source: str, mode: Any
-) -> None:
+def test_off_leaves_the_model_as_it_was(source: str) -> None:
     model = make_main_model(source)
     released = type(model)
-    with pytest.raises(InvalidArgumentError, match=r"mode must be 'off'.*main branch.*LightZeroKVCacheManager"):
-        attach(model, mode)
     assert attach(model, "off") is None
     assert type(model) is released
+
+
+def test_register_tokens_are_refused() -> None:
+    model: Any = StubWorldModel(stub_config())
+    model.transformer.use_register_token = True
+    with pytest.raises(InvalidArgumentError, match="without register tokens"):
+        attach(model, "on")
+
+
+def test_a_model_that_is_made_after_install_is_attached_as_its_configuration_says(installed: Any) -> None:
+    class Fresh(StubWorldModel):
+        pass
+
+    installed.WorldModel = Fresh
+    install()
+    assert attachment_of(Fresh(stub_config())) is None
+    made = Fresh(stub_config(use_new_cache_manager=True))
+    kv = attachment_of(made)
+    assert kv is not None
+    assert kv.kind is Kind.MAIN_MANAGED
+    uninstall()
+    assert attachment_of(Fresh(stub_config(use_new_cache_manager=True))) is None
+    kv.manager.check_integrity()
+    detach(made)

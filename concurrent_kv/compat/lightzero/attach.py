@@ -8,11 +8,13 @@ from typing import Any
 from ..._checks import positive_int
 from ...errors import InvalidArgumentError, InvalidTypeError
 from ...manager import KVCacheManager
+from .attached import replaced_class
 from .attachment import Attachment
 from .divergence import Divergence
 from .kinds import Kind, kind_of
+from .main_model import make_class_of_main
 from .manager import LightZeroKVCacheManager
-from .model import ATTACHMENT, attached_class, attachment_of
+from .model import ATTACHMENT, attachment_of, make_class
 from .settings import Answer, Mode, check_manager, env_ids_of, mode_of
 from .sharing import check_sharing, clear_unshared_roots
 
@@ -53,16 +55,13 @@ def attach(
             The model then is as it was, attached or not.
     """
     before = attachment_of(world_model)
-    kind = kind_of(world_model) if before is None else Kind.RELEASED
+    kind = kind_of(world_model) if before is None else before.kind
     mode = mode_of(world_model.config, mode)
     if mode == "off":
         detach(world_model)
         return None
     if kind.is_main:
-        raise InvalidArgumentError(
-            f"mode must be 'off' for a world model of {kind.value}, which is not covered yet, got {mode!r}: give it "
-            "LightZeroKVCacheManager for its own manager instead"
-        )
+        check_main(world_model)
     if answer not in ("off", "on"):
         raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
     if on_divergence is not None and not callable(on_divergence):
@@ -83,6 +82,7 @@ def attach(
         check_sharing(manager, ids, world_model)
     attachment = Attachment(
         world_model,
+        kind,
         mode,
         manager=manager,
         env_ids=ids,
@@ -92,12 +92,33 @@ def attach(
         arguments=arguments,
     )
     detach(world_model)
-    forget_released(world_model)
+    forget_released(world_model, kind)
     attachment.share(world_model)
     clear_unshared_roots(attachment.manager, attachment.env_ids, world_model)
     vars(world_model)[ATTACHMENT] = attachment
-    world_model.__class__ = attached_class(type(world_model))
+    world_model.__class__ = attached_class(type(world_model), kind)
     return attachment
+
+
+_classes: dict[tuple[type[Any], bool], type[Any]] = {}
+
+
+def attached_class(released: type[Any], kind: Kind) -> type[Any]:
+    """The class of a world model of class `released` while it is attached; always the same for the same class."""
+    made = _classes.get((released, kind.is_main))
+    if made is None:
+        made = make_class(released)
+        made = _classes.setdefault((released, kind.is_main), make_class_of_main(made) if kind.is_main else made)
+    return made
+
+
+def check_main(world_model: Any) -> None:
+    """Refuse what an attachment does not know of the main branch."""
+    if getattr(world_model.transformer, "use_register_token", False):
+        raise InvalidArgumentError(
+            "world_model must have a transformer without register tokens, which are not covered: "
+            "task_embed_option other than 'register_task_embed'"
+        )
 
 
 def detach(world_model: Any) -> None:
@@ -105,14 +126,17 @@ def detach(world_model: Any) -> None:
     attachment = attachment_of(world_model)
     if attachment is None:
         return
-    world_model.__class__ = type(world_model).__mro__[1]
+    world_model.__class__ = replaced_class(type(world_model))
     del vars(world_model)[ATTACHMENT]
-    forget_released(world_model)
+    forget_released(world_model, attachment.kind)
     attachment.leave(world_model)
 
 
-def forget_released(world_model: Any) -> None:
+def forget_released(world_model: Any, kind: Kind) -> None:
     """Empty a world model's own cache: what it stored before is older than what happens in between."""
+    if kind.is_main:
+        world_model.clear_caches()
+        return
     for roots in world_model.past_kv_cache_init_infer_envs:
         roots.clear()
     world_model.past_kv_cache_recurrent_infer.clear()

@@ -7,13 +7,18 @@ from typing import Any, Protocol
 from ...device.layout import KVLayout
 from ...manager import KVCacheManager
 from ...model.overflow import Overflow
+from .kinds import Kind
 from .session import SearchSession
 
-__all__ = ["Attached"]
+__all__ = ["Attached", "replaced_class"]
 
 
 class Attached(Protocol):
     """A world model's cache, in the role of the calling thread; see `Attachment`."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the world model is."""
 
     @property
     def env_ids(self) -> tuple[int, ...]:
@@ -46,3 +51,8 @@ class Attached(Protocol):
 
     def users(self) -> list[Any]:
         """The world models that are attached by this."""
+
+
+def replaced_class(attached: type[Any]) -> type[Any]:
+    """The class of a world model before it was attached, by its class now."""
+    return next(each for each in attached.__mro__ if "_is_attached" not in vars(each))

@@ -16,8 +16,9 @@ from ...locks.gate import gate
 from ...manager import KVCacheManager
 from ...model.overflow import Overflow
 from .divergence import Divergence, ValidationReport
+from .kinds import Kind
 from .session import SearchSession
-from .settings import Answer, Mode, layout_of, manager_config, overflow_of, shares_parents
+from .settings import Answer, Mode, layout_of, manager_config, overflow_of, rebuilds, shares_parents
 from .sharing import SHARERS, clear_pools
 from .validation import Validation
 
@@ -46,6 +47,7 @@ class Attachment:
     """A world model's place in a manager, or in one for each of its roles.
 
     Attributes:
+        kind: what the world model is.
         mode: "validate" or "on".
         layout: the shapes of its K/V.
         env_ids: the manager's environment of each row of the model's batches.
@@ -55,6 +57,7 @@ class Attachment:
     def __init__(
         self,
         world_model: Any,
+        kind: Kind,
         mode: Mode,
         *,
         manager: KVCacheManager | None,
@@ -64,6 +67,7 @@ class Attachment:
         on_divergence: Callable[[Divergence], None] | None,
         arguments: dict[str, Any],
     ) -> None:
+        self.kind = kind
         self.mode = mode
         self.layout: KVLayout = layout_of(world_model)
         window = self.layout.max_tokens
@@ -145,7 +149,8 @@ class Attachment:
 
     def overflow(self, world_model: Any) -> Overflow:
         """What becomes of a full window. Follows the model's position differences when they are computed anew."""
-        source = None if world_model.config.rotary_emb else world_model.pos_emb_diff_k
+        is_corrected = not (world_model.config.rotary_emb or rebuilds(world_model))
+        source = world_model.pos_emb_diff_k if is_corrected else None
         known = self._overflow
         if known is None or known[0] is not source:
             known = self._overflow = (source, overflow_of(world_model, self.layout))

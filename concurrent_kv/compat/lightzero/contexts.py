@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,20 @@ __all__ = [
     "node_contexts",
     "replace_contexts",
     "root_contexts",
+    "run_on",
     "start_positions_of_reanalysis",
     "store_roots",
+    "within_window",
 ]
 
 
-def node_contexts(world_model: Any, kv: Attached, latent_state: Any, rows: int, start_pos: Any) -> list[int]:
+def node_contexts(
+    world_model: Any, kv: Attached, latent_state: Any, rows: int, position_of: Callable[[int], int]
+) -> list[int]:
     """Make the parents' contexts the model's `keys_values_wm`; returns each row's length.
 
-    A parent that is neither a node of this search nor a root of its environment gets a context of its own state alone.
+    A parent that is neither a node of this search nor a root of its environment gets a context of its own state alone,
+    at the position that `position_of` says for its row.
     """
     session = kv.session
     states = latent_state if len(latent_state) == rows else latent_state[:rows]
@@ -41,10 +46,11 @@ def node_contexts(world_model: Any, kv: Attached, latent_state: Any, rows: int, 
     if missing:
         for row, hit in enumerate(batch.hits):
             if not hit:
-                batch.fill(row, _alone(world_model, kv, torch.from_numpy(states[row]), int(start_pos[row])))
-        kv.note_misses(missing, rows)
+                batch.fill(row, _alone(world_model, kv, torch.from_numpy(states[row]), position_of(row)))
+        if not session.reanalyze_phase:  # where roots are not stored
+            kv.note_misses(missing, rows)
     kv.count(world_model, hit_count=rows - missing, total_query_count=rows)
-    _run_on(session, rows, batch.start)
+    run_on(session, rows, batch.start)
     return list(batch.lengths)
 
 
@@ -58,7 +64,7 @@ def root_contexts(world_model: Any, kv: Attached, last_obs_embeddings: Tensor, r
             if not hit:
                 batch.fill(row, _alone(world_model, kv, last_obs_embeddings[row], int(start_pos[row])))
     kv.count(world_model, root_hit_cnt=hits, root_total_query_cnt=rows)
-    _run_on(session, rows, batch.start)
+    run_on(session, rows, batch.start)
     return list(batch.lengths)
 
 
@@ -90,7 +96,7 @@ def _alone(world_model: Any, kv: Attached, latent_state: Tensor, start_pos: int)
     return KeysValues.from_packed(contexts.packed[:, :, :, : contexts.size])
 
 
-def _run_on(session: SearchSession, rows: int, size: int) -> None:
+def run_on(session: SearchSession, rows: int, size: int) -> None:
     """Give the model this thread's buffer, of which the first `size` columns were gathered."""
     contexts = session.buffer(rows)
     contexts.set_size(size)
@@ -150,18 +156,18 @@ def store_roots(world_model: Any, kv: Attached, latent_state: Tensor) -> None:
     contexts: LightZeroKeysValues = session.keys_values_wm
     session.close_batch()
     with torch.no_grad():
-        rows = _within_window(contexts.packed, contexts.size, kv.overflow(world_model))
+        rows = within_window(contexts.packed, contexts.size, kv.overflow(world_model))
     keys = session.keys_of(latent_state)
     for row, key in enumerate(keys):
         session.manager.set_init_cache(key[0], key, KeysValues.from_packed(rows[:, row : row + 1]))
     session.adopt_roots(keys)
 
 
-def _within_window(packed: Tensor, size: int, overflow: Overflow) -> Tensor:
+def within_window(packed: Tensor, size: int, overflow: Overflow) -> Tensor:
     """The tokens of every row that stay, corrected where positions are absolute."""
-    assert isinstance(overflow, DropOldest | DropAndCorrect | DropLazily)
     if size < overflow.limit:
         return packed[:, :, :, :size]
+    assert isinstance(overflow, DropOldest | DropAndCorrect | DropLazily)
     kept = packed[:, :, :, overflow.count : size]
     if isinstance(overflow, DropOldest):
         return kept

@@ -22,7 +22,7 @@ from .contexts import (
 )
 from .views import init_views, recur_view
 
-__all__ = ["ATTACHMENT", "attached_class", "attachment_of"]
+__all__ = ["ATTACHMENT", "attachment_of", "check_rows", "make_class", "of_the_search"]
 
 ATTACHMENT = "_concurrent_kv"  # the attribute of an attached model
 
@@ -61,7 +61,7 @@ def attachment_of(world_model: Any) -> Attachment | None:
     return found if isinstance(found, Attachment) else None
 
 
-def _of_the_search(name: str) -> property:
+def of_the_search(name: str) -> property:
     """An attribute of the model that each thread has for itself; the released value waits in the model's dict."""
 
     def get(self: Any) -> Any:
@@ -88,18 +88,13 @@ def _of_the_rings(name: str) -> property:
     return property(get, put)
 
 
-_classes: dict[type[Any], type[Any]] = {}
+def make_class(released: type[Any]) -> type[Any]:
+    """A class for world models of class `released` while they are attached."""
 
-
-def attached_class(released: type[Any]) -> type[Any]:
-    """The class of a world model of class `released` while it is attached; always the same for the same class."""
-    made = _classes.get(released)
-    return _classes.setdefault(released, _make_class(released)) if made is None else made
-
-
-def _make_class(released: type[Any]) -> type[Any]:
     class Attached(released):  # type: ignore[misc]
         """See `concurrent_kv.compat.lightzero.attach`."""
+
+        _is_attached = True
 
         def __copy__(self) -> Attached:
             """A shallow copy: weights, attachment and searches are the same until it is attached or detached."""
@@ -130,8 +125,8 @@ def _make_class(released: type[Any]) -> type[Any]:
             if self.reanalyze_phase:
                 positions = start_positions_of_reanalysis(start_pos, ready_env_num)
                 return generate_contexts(self, kv, latent_state, ready_env_num, positions)
-            _check_rows(kv, ready_env_num)
-            return node_contexts(self, kv, latent_state, ready_env_num, start_pos)
+            check_rows(kv, ready_env_num)
+            return node_contexts(self, kv, latent_state, ready_env_num, lambda row: int(start_pos[row]))
 
         def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> list[int]:
             """Nothing is left to do: contexts are gathered into the model's layout. Validation compares them here."""
@@ -167,7 +162,7 @@ def _make_class(released: type[Any]) -> type[Any]:
             if current_obs_embeddings is None:
                 return super().wm_forward_for_initial_infererence(last_obs_embeddings, batch_action, None, start_pos)
             kv: Attachment = self.__dict__[ATTACHMENT]
-            _check_rows(kv, max(current_obs_embeddings.shape[0], last_obs_embeddings.shape[0]))
+            check_rows(kv, max(current_obs_embeddings.shape[0], last_obs_embeddings.shape[0]))
             arguments = (last_obs_embeddings, batch_action, current_obs_embeddings, start_pos)
             if kv.validation is not None:
                 return kv.validation.root(self, kv, partial(_roots, self, kv), arguments)
@@ -223,7 +218,7 @@ def _make_class(released: type[Any]) -> type[Any]:
                 view.clear()
 
     for name in OF_A_SEARCH:
-        setattr(Attached, name, _of_the_search(name))
+        setattr(Attached, name, of_the_search(name))
     for name in OF_THE_RINGS:
         setattr(Attached, name, _of_the_rings(name))
     Attached.__name__ = Attached.__qualname__ = released.__name__
@@ -261,7 +256,8 @@ def _roots(
     return outputs
 
 
-def _check_rows(kv: Attachment, rows: int) -> None:
+def check_rows(kv: Attachment, rows: int) -> None:
+    """Raise unless a batch of so many rows has an environment for each."""
     if rows > len(kv.env_ids):
         raise InvalidArgumentError(
             f"the world model's env_num must be at least the {rows} environments of this batch, and env_ids as many, "

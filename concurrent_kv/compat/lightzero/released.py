@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...model.hashing import hash_states
 
-__all__ = ["ReleasedCache"]
+__all__ = ["ReleasedCache", "packed_row"]
 
 
 class ReleasedCache:
@@ -78,14 +78,14 @@ class ReleasedCache:
         slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
         if slot is None or self.root_in[row, slot] != key:
             return None
-        return _packed(self.model.shared_pool_init_infer[row][slot])
+        return packed_row(self.model.shared_pool_init_infer[row][slot])
 
     def stored_node(self, row: int, key: str) -> Tensor | None:
         """The node of `key`, if it is that of this row: `[2 * layers, heads, tokens, head_dim]`."""
         slot = self.model.past_kv_cache_recurrent_infer.get(key)
         if slot is None or self.node_in[slot] != (row, key):
             return None
-        return _packed(self.model.shared_pool_recur_infer[slot])
+        return packed_row(self.model.shared_pool_recur_infer[slot])
 
     def put_nodes(self, keys: list[str], nodes: list[Tensor]) -> None:
         """Store these nodes, as the end of a step would."""
@@ -147,7 +147,7 @@ class ReleasedCache:
         )
 
 
-def _packed(kv: Any) -> Tensor:
+def packed_row(kv: Any) -> Tensor:
     """One row of LightZero's container, `[2 * layers, heads, tokens, head_dim]`; a copy."""
     layers = kv._keys_values
     caches = [layer._k_cache for layer in layers] + [layer._v_cache for layer in layers]

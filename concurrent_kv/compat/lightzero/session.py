@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import InvalidArgumentError
 from ...manager import KVCacheManager
 from ...model.hashing import State, hash_states
 from ...pool.batch import Batch
@@ -27,6 +28,7 @@ class SearchSession(threading.local):
         search: this thread's search of the manager, opened when it is first needed.
         batch: the parents of the step under way, until its children are committed.
         keys: what they were looked up by.
+        is_split: whether one batch of roots is under way in several parts.
         Others are named as in `WorldModel`.
     """
 
@@ -44,13 +46,43 @@ class SearchSession(threading.local):
         self.keys_values_wm_list: list[Any] = []
         self.keys_values_wm_size_list: list[int] = []
         self.keys_values_wm_size_list_current: list[int] = []
+        self.keys_values_wm_token_context_list: list[Any] = []
         self.reanalyze_phase = False
+        self.is_split = False
+        self._ready: Sequence[int] | None = None
+        self._envs = env_ids
         self._roots: Sequence[NodeKey] = ()
         self._buffers: dict[int, LightZeroKeysValues] = {}
 
-    def keys_of(self, latent_states: State) -> list[NodeKey]:
+    @property
+    def current_infer_env_ids(self) -> Sequence[int] | None:
+        """The model's own environment of each row of a batch, where that was said; else rows are environments."""
+        return self._ready
+
+    @current_infer_env_ids.setter
+    def current_infer_env_ids(self, ready: Sequence[int] | None) -> None:
+        # Rows that it says nothing about are environments, as LightZero has it.
+        self._envs = self.env_ids if ready is None else (*self.envs_of(ready), *self.env_ids[len(ready) :])
+        self._ready = ready
+
+    def env_of(self, row: int) -> int:
+        """The manager's environment of a row of the batch under way."""
+        return self._envs[row % len(self._envs)]
+
+    def envs_of(self, ready: Sequence[int]) -> tuple[int, ...]:
+        """The manager's environments of some of the model's own.
+
+        Raises:
+            InvalidArgumentError: the model has no such environment.
+        """
+        known = range(len(self.env_ids))
+        if not all(env_id in known for env_id in ready):
+            raise InvalidArgumentError(f"ready_env_id must be among the model's 0 to {known[-1]}, got {list(ready)}")
+        return tuple([self.env_ids[env_id] for env_id in ready])
+
+    def keys_of(self, latent_states: State, env_ids: Sequence[int] | None = None) -> list[NodeKey]:
         """A key for each row of `[rows, ...]`. Nodes of different environments never share one."""
-        return list(zip(self.env_ids, hash_states(latent_states), strict=False))
+        return list(zip(self._envs if env_ids is None else env_ids, hash_states(latent_states), strict=False))
 
     def gather(self, keys: Sequence[NodeKey]) -> Batch:
         """The contexts of `keys`, one for each of the first environments, in this thread's buffer of that size."""
@@ -58,7 +90,7 @@ class SearchSession(threading.local):
             self.close_batch()
         self.keys = keys
         search = self._open() if self.search is None else self.search
-        self.batch = search.gather(keys, self.env_ids[: len(keys)], out=self.buffer(len(keys)).packed)
+        self.batch = search.gather(keys, self._envs[: len(keys)], out=self.buffer(len(keys)).packed)
         return self.batch
 
     def _open(self) -> Search:
@@ -70,8 +102,8 @@ class SearchSession(threading.local):
 
     def adopt_roots(self, keys: Sequence[NodeKey]) -> None:
         """Keep these roots for this thread's search, whatever others clear or store from here on."""
-        self._open().gather(keys, self.env_ids[: len(keys)]).close()
-        self._roots = keys
+        self._open().gather(keys, [env_id for env_id, _ in keys]).close()
+        self._roots = (*self._roots, *keys)
 
     def buffer(self, rows: int) -> LightZeroKeysValues:
         """This thread's buffer for batches of `rows` rows: always the same memory, as captured graphs need it."""
@@ -101,6 +133,7 @@ class SearchSession(threading.local):
 
     def close(self) -> None:
         """End this thread's search, and give its reservation back."""
+        self._roots = ()
         self.close_batch()
         if self.search is not None:
             self.search.close()

@@ -12,7 +12,7 @@ from ...device.layout import KVLayout
 from ...device.positions import PositionSteps
 from ...errors import InvalidArgumentError, InvalidTypeError
 from ...manager import KVCacheManager
-from ...model.overflow import DropAndCorrect, DropLazily, DropOldest
+from ...model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow, RaiseOnOverflow
 from ...native import native
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "manager_config",
     "mode_of",
     "overflow_of",
+    "rebuilds",
     "setting",
     "shares_parents",
 ]
@@ -101,21 +102,35 @@ def manager_config(world_model: Any, searches: int) -> dict[str, Any]:
 def shares_parents(world_model: Any, layout: KVLayout) -> bool:
     """Whether nodes share what they keep of their parents when the window is full.
 
-    With rotary positions nothing changes. With absolute ones it is corrected: by compiled code whenever it is read,
+    Where the main branch computes a full window anew from its tokens, none of it is shared. With rotary positions
+    nothing changes. With absolute ones it is corrected: by compiled code whenever it is read,
     which takes less than to store it anew; for long windows, on a GPU or without that code, once for each node.
     """
+    if rebuilds(world_model):
+        return not world_model.rebuild_kv_window_from_tokens
     if world_model.config.rotary_emb:
         return True
     compiled = native is not None and layout.device.type == "cpu" and layout.dtype is torch.float32
     return compiled and layout.max_tokens <= LONGEST_CORRECTED_ON_READING
 
 
-def overflow_of(world_model: Any, layout: KVLayout) -> DropOldest | DropAndCorrect | DropLazily:
+def rebuilds(world_model: Any) -> bool:
+    """Whether a full window is computed anew: settings of the main branch's."""
+    return bool(
+        getattr(world_model, "exact_kv_window_reset", False)
+        or getattr(world_model, "rebuild_kv_window_from_tokens", False)
+    )
+
+
+def overflow_of(world_model: Any, layout: KVLayout) -> Overflow:
     """What `update_cache_context` does with a full window: two tokens go when one column is left.
 
-    With absolute positions the difference is the model's own, `pos_emb_diff_k` and `pos_emb_diff_v`.
+    With absolute positions the difference is the model's own, `pos_emb_diff_k` and `pos_emb_diff_v`. A window that the
+    model computes anew never overflows: it is stored as another.
     """
     limit = layout.max_tokens - 1
+    if rebuilds(world_model):
+        return RaiseOnOverflow(limit)
     if world_model.config.rotary_emb:
         return DropOldest(limit, DROPPED)
     moved = (DROPPED, limit)

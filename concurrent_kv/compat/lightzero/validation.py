@@ -12,14 +12,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...model.hashing import hash_states
 from ...model.kv import KeysValues
-from .attached import Attached
+from .attached import Attached, replaced_class
 from .contexts import replace_contexts
 from .divergence import Divergence, ValidationReport, first_difference
+from .main_released import ReleasedCacheOfMain
 from .released import ReleasedCache
 from .settings import Answer
 
@@ -28,6 +30,12 @@ __all__ = ["Validation"]
 logger = logging.getLogger("concurrent_kv")
 
 COUNTS = ("hit_count", "total_query_count", "root_hit_cnt", "root_total_query_cnt")
+COUNTS_OF_MAIN = (
+    *("kv_padding_total_batches", "kv_padding_unequal_batches", "kv_padding_total_samples"),
+    *("kv_padding_padded_samples", "kv_padding_token_count", "kv_padding_max_tokens"),
+    *("exact_kv_reset_batches", "exact_kv_reset_samples"),
+    *("reanalysis_root_seed_count", "reanalysis_root_seed_hit_count"),
+)
 
 
 class Validation:
@@ -86,9 +94,17 @@ class Validation:
             self._compare_roots(cache, kv, arguments[2])
             return self._their_outputs if self.answer == "off" else outputs
 
+    def seed(self, world_model: Any, kv: Attached, arguments: tuple[Any, ...]) -> None:
+        """One `seed_reanalysis_root_caches` of the main branch, in its own cache: ours has seeded its own."""
+        with self._turn:
+            cache = self._begin(world_model, kv, "root", np.asarray(arguments[0]))
+            self._run_released = lambda: cache.model.seed_reanalysis_root_caches(*arguments)
+            self._run_uncounted()
+
     def _begin(self, world_model: Any, kv: Attached, where: str, states: Any) -> ReleasedCache:
         if self._released is None:
-            self._released = ReleasedCache(world_model, type(world_model).__mro__[1], self._compare_contexts)
+            made = ReleasedCacheOfMain if kv.kind.is_main else ReleasedCache
+            self._released = made(world_model, replaced_class(type(world_model)), self._compare_contexts)
         self._model, self._where, self._their_outputs = world_model, where, None
         self._keys = hash_states(states)
         self._kv = kv
@@ -96,6 +112,7 @@ class Validation:
         # Each thread has its own of these; the released code finds them in the model.
         self._released.model.latent_state = None
         self._released.model.reanalyze_phase = kv.session.reanalyze_phase
+        self._released.model.current_infer_env_ids = kv.session.current_infer_env_ids
         self.report.calls += 1
         return self._released
 
@@ -112,7 +129,7 @@ class Validation:
 
     def _run_uncounted(self) -> Any:
         attributes = vars(self._model)
-        counts = {name: attributes[name] for name in COUNTS}
+        counts = {name: attributes[name] for name in (*COUNTS, *COUNTS_OF_MAIN) if name in attributes}
         try:
             return self._run_released()
         finally:
@@ -134,7 +151,7 @@ class Validation:
         self, row: int, what: str, found: tuple[int, int, float] | None = None, defect: str | None = None
     ) -> None:
         layer, token, difference = found or (None, None, None)
-        env_id, call = self._kv.env_ids[row % len(self._kv.env_ids)], self.report.calls - 1
+        env_id, call = self._kv.session.env_of(row), self.report.calls - 1
         divergence = Divergence(call, self._where, what, self._keys[row], env_id, layer, token, difference, defect)
         if defect is None:
             if self.report.first_unexplained is None:
@@ -166,17 +183,25 @@ class Validation:
             self._note(row, "context" if length == our_length else "length", found, self._why(cache, row))
         if self.answer == "on":
             cache.put_contexts(ours.clone(), list(our_lengths))
+            cache.model.keys_values_wm_token_context_list = list(session.keys_values_wm_token_context_list)
         else:
             replace_contexts(kv, different, as_root=self._where == "root")
+            if kv.kind.is_main:
+                session.keys_values_wm_token_context_list = list(cache.model.keys_values_wm_token_context_list)
 
     def _why(self, cache: ReleasedCache, row: int) -> str | None:
         session, key = self._kv.session, self._keys[row]
-        if session.reanalyze_phase:
+        if session.reanalyze_phase and not self._kv.kind.is_main:
             return None  # nothing is retrieved
         if self._where == "root":
             return cache.why_root(row, key)
-        is_own = session.search is not None and (self._kv.env_ids[row], key) in session.search
-        return cache.why_node(row, key, is_own_node=is_own)
+        is_own = session.search is not None and (session.env_of(row), key) in session.search
+        defect = cache.why_node(row, key, is_own_node=is_own)
+        if defect is None and is_own and isinstance(cache, ReleasedCacheOfMain) and cache.forgot(row, key):
+            # Where 0.2.0 raises, the main branch computes the state alone.
+            mine = self._cleared_by in (None, (threading.get_ident(), cache.role))
+            return None if mine else "cleared by another"
+        return defect
 
     def _compare_outputs(self, kv: Attached, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> None:
         self.report.outputs += 1
@@ -195,7 +220,7 @@ class Validation:
     def _compare_roots(self, cache: ReleasedCache, kv: Attached, latent_state: Tensor) -> None:
         self._keys = hash_states(latent_state)
         for row, key in enumerate(self._keys):
-            env_id = kv.env_ids[row]
+            env_id = kv.session.env_of(row)
             found = kv.manager.init_pools[env_id].peek((env_id, key))
             ours = None if found is None else torch.cat([found.keys, found.values])[:, 0]
             self._compare_entry(row, cache.stored_root(row, key), ours)
@@ -213,7 +238,7 @@ class Validation:
         session = kv.session
         keys = session.keys_of(latent_state)
         assert session.search is not None
-        with session.search.gather(keys, kv.env_ids[: len(keys)]) as batch:
+        with session.search.gather(keys, [env_id for env_id, _ in keys]) as batch:
             return [_last(batch.data[:, :, :, : batch.start], row, batch.lengths[row]) for row in range(len(keys))]
 
     def _copy_nodes(self, cache: ReleasedCache, kv: Attached, latent_state: Tensor) -> None:

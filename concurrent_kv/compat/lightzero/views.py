@@ -79,18 +79,23 @@ def recur_view(kv: Attachment) -> KeyIndex:
 
 
 def init_views(kv: Attachment) -> list[KeyIndex]:
-    """The roots of each of the model's environments, by hash. Made anew at every look: cheap, and of its role."""
+    """The roots of each of the model's environments, by LightZero's hash, on its main branch a number.
+
+    Made anew at every look: cheap, and of its role."""
+
+    is_number = kv.kind.is_main
 
     def view(row: int, env_id: int) -> KeyIndex:
         pool = kv.manager.init_pools[env_id]
 
         def entries() -> Entries:
-            return [(_hash_in(key), number) for key, number in entries_of(pool, pool.default_scope)]
+            return [(_hash_in(key, is_number), number) for key, number in entries_of(pool, pool.default_scope)]
 
         return KeyIndex(entries, lambda: kv.clear_roots(row))
 
     return [view(row, env_id) for row, env_id in enumerate(kv.env_ids)]
 
 
-def _hash_in(key: Hashable) -> Hashable:
-    return key[1] if isinstance(key, tuple) else key
+def _hash_in(key: Hashable, is_number: bool) -> Hashable:
+    hashed = key[1] if isinstance(key, tuple) else key
+    return int(hashed, 16) if is_number and isinstance(hashed, str) else hashed
