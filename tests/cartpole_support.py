@@ -73,7 +73,7 @@ class Player:
             actions[episode.index] = await self.search.decide(episode, run)
 
         async def decide_all() -> None:
-            workers = [nullcontext(self.evaluator) for _ in range(self.threads)]
+            workers = [lambda: nullcontext(self.evaluator)] * self.threads
             running = in_threads(workers, walks_per_thread=2) if workers else on_the_loop(self.evaluator)
             async with running as run, anyio.create_task_group() as tasks:
                 for episode in episodes:

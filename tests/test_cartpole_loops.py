@@ -212,7 +212,7 @@ def test_a_tree_stays_while_threads_search_it_whose_task_was_cancelled(
 
     async def cancel() -> None:
         # The thread's walks end after this, without an error, which would be raised here.
-        async with in_threads([player.evaluator.worker()], walks_per_thread=2) as run:
+        async with in_threads([player.evaluator.worker], walks_per_thread=2) as run:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(player.search.decide, player.episodes[0], run)
                 await anyio.to_thread.run_sync(entered.wait, HANG_SECONDS)

@@ -201,7 +201,7 @@ def _running(
     if not threads:
         return on_the_loop(evaluator)
     walks = len(play.envs_of(group)) * play.workers_per_tree
-    return in_threads([evaluator.worker() for _ in range(threads)], walks_per_thread=ceil(walks / threads))
+    return in_threads([evaluator.worker] * threads, walks_per_thread=ceil(walks / threads))
 
 
 def _play_without_cache(model: WorldModel, settings: JobSettings, cached: Tally, watch: Watch) -> Comparison:
@@ -223,7 +223,7 @@ def _play_without_cache(model: WorldModel, settings: JobSettings, cached: Tally,
         )
 
         async def play_all() -> None:
-            async with in_threads([nullcontext(ReplayingEvaluator(model))], walks_per_thread=walks) as run:
+            async with in_threads([lambda: nullcontext(ReplayingEvaluator(model))], walks_per_thread=walks) as run:
                 await play_episodes(partial(search.decide, run=run), play, tally)
 
         with closing(search), watch(Watched("playing without a cache", play, tally)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import anyio
@@ -17,6 +18,8 @@ from examples.cartpole.search import Run
 from examples.cartpole.tree import Evaluation
 
 AnyWalk = Walk[Asked, Evaluation, Any]
+
+IDLE_SECONDS = 0.01  # after which a thread without walks is waited for no longer; environments take a step in less
 
 
 @asynccontextmanager
@@ -35,24 +38,27 @@ class RunsWalks(Protocol):
 
 @asynccontextmanager
 async def in_threads(
-    workers: Sequence[AbstractContextManager[RunsWalks]], *, walks_per_thread: int
+    workers: Sequence[Callable[[], AbstractContextManager[RunsWalks]]], *, walks_per_thread: int
 ) -> AsyncGenerator[Run, None]:
     """A thread for each worker runs the walks; the leaves of those that are one evaluator's are evaluated together.
 
     Args:
-        workers: one for each thread.
+        workers: for each thread, what makes it a worker, for as long as it has walks: then others wait for it.
         walks_per_thread: that a thread runs together, at most.
     """
     queue = _Queue()
     limiter = anyio.CapacityLimiter(len(workers))
 
-    async def serve(worker: AbstractContextManager[RunsWalks]) -> None:
-        with worker as runs:
-            while group := await queue.take(walks_per_thread):
-                results = await anyio.to_thread.run_sync(runs.run_many, [each.walk for each in group], limiter=limiter)
-                for each, result in zip(group, results, strict=True):
-                    each.result = result
-                    each.done.set()
+    async def serve(new_worker: Callable[[], AbstractContextManager[RunsWalks]]) -> None:
+        while group := await queue.take(walks_per_thread):
+            with new_worker() as worker:
+                while group:
+                    walks = [each.walk for each in group]
+                    results = await anyio.to_thread.run_sync(worker.run_many, walks, limiter=limiter)
+                    for each, result in zip(group, results, strict=True):
+                        each.result = result
+                        each.done.set()
+                    group = await queue.take(walks_per_thread, within=IDLE_SECONDS)
 
     async with anyio.create_task_group() as threads:
         for worker in workers:
@@ -84,17 +90,16 @@ class _Queue:
         await waiting.done.wait()
         return waiting.result
 
-    async def take(self, most: int) -> list[_Waiting]:
-        """The next walks that a thread is to run together; none when there are no more."""
+    async def take(self, most: int, within: float = inf) -> list[_Waiting]:
+        """The next walks that a thread is to run together; none when there are no more, or none came within seconds."""
         group: list[_Waiting] = []
-        async with self._taking:  # one after the other, or each would take a share of those who come together
-            try:
+        with anyio.move_on_after(within) as waiting, suppress(anyio.EndOfStream, anyio.WouldBlock):
+            async with self._taking:  # one after the other, or each would take a share of those who come together
                 group.append(await self._waiting.receive())
+                waiting.deadline = inf  # what has been received must not be lost
                 await anyio.lowlevel.checkpoint()  # environments that move on together are here then
                 while len(group) < most:
                     group.append(self._waiting.receive_nowait())
-            except (anyio.EndOfStream, anyio.WouldBlock):
-                pass
         return group
 
     def __enter__(self) -> _Queue:
