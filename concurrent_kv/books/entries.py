@@ -137,14 +137,13 @@ def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | No
     any(map(setitem, cells, repeat(slice(None)), zip(entries)))
 
 
-def count_hits(hits: list[Entry], numbers: dict[Account, int]) -> None:
-    """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held.
-
-    `numbers` of them are of each account.
-    """
+def count_hits(hits: list[Entry]) -> None:
+    """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
+    numbers: dict[Account, int] = {}
+    for entry in hits:
+        account = entry.scope.account
+        numbers[account] = numbers.get(account, 0) + 1
+        if entry.place is HELD and account.policy.observes_hits:
+            account.policy.touch(entry)
     for account, number in numbers.items():
         account.counters.hit_count += number
-        if account.policy.observes_hits:
-            for entry in hits:
-                if entry.place is HELD and entry.scope.account is account:
-                    account.policy.touch(entry)

@@ -243,7 +243,7 @@ class LeafQueue:
         run.clear()
 
     def _part_later(self, *gone: Group | Ticket | Run | None) -> None:
-        self.gone.extend([each for each in gone if each is not None])
+        self.gone += [each for each in gone if each is not None]
         for each in gone:
             if isinstance(each, Group):  # what it had waits again as soon as any caller looks
                 _wake_all({row.ticket.caller for row in each.rows})

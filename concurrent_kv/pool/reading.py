@@ -11,7 +11,7 @@ from torch import Tensor
 from ..books.entries import Described, count_hits, describe
 from ..books.index import find_in
 from ..books.ledger import Ledger
-from ..books.records import Account, Entry, Generation, Hold, Scope, sorted_shards
+from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
 from ..books.tables import Tables, in_columns
 from ..device.buffers import new_buffer
 from ..device.modes import plain_torch_state
@@ -60,13 +60,10 @@ def retain(
             _check_open(storage, located)  # under the shard: what a close has swept from here, no operation removed
         hits = list(filter(None, found))
         if hits or not quiet:
-            numbers: dict[Account, int] = {}  # counted here, as all threads share the mutex
-            for entry in () if quiet else hits:
-                account = entry.scope.account
-                numbers[account] = numbers.get(account, 0) + 1
             with gate.lock, ledger.mutex:
                 ledger.extend(hold, hits)
-                count_hits(hits, numbers)
+                if not quiet:
+                    count_hits(hits)
     return found
 
 
