@@ -39,6 +39,7 @@ HANG_SECONDS = 60.0
 MOST = 1 << 17  # allocations of an operation, never as many
 COUNTED = list(range(MOST))  # made before: a loop over it allocates nothing
 SPARE_TUPLES = 300
+CROWD = 600  # entries
 # What CPython, numpy and torch say of a failed allocation, here and there, instead of `MemoryError`.
 OTHER_WORDS = ("can't allocate lock", "setting an array element", "failed to unpack the object", "increment_version")
 TORCH = str(pathlib.Path(torch.__file__).parent)
@@ -76,10 +77,10 @@ def run_failing(operation: Operation, manager: KVCacheManager, number: int, in_a
     return None
 
 
-def allocations_of(operation: Operation) -> int:
+def allocations_of(operation: Operation, **arguments: Any) -> int:
     """How many allocations one run makes: so many fewer are left of all that succeed."""
-    manager, left, make, counted = make_manager(), 0, object, COUNTED
-    prepare(manager)
+    manager, left, make, counted = make_manager(**arguments), 0, object, COUNTED
+    prepare_trial(manager)
     begin()
     _testcapi.set_nomemory(MOST // 2, 0)
     try:
@@ -97,6 +98,14 @@ def allocations_of(operation: Operation) -> int:
 def make_manager(**arguments: Any) -> KVCacheManager:
     """As in `failing_calls`, or of other arguments."""
     return KVCacheManager(config(), 1, **{"wm_entries": 3, "shards": 2, "wait_timeout": 0.5, **arguments})
+
+
+def prepare_trial(manager: KVCacheManager) -> None:
+    """As `prepare`; and a pool for that many gets entries in numbers for which CPython has no object ready."""
+    if manager.wm_pool.account.max_entries == CROWD:
+        kv = KeysValues.from_packed(torch.zeros(4, CROWD - 2, 2, 1, 3))
+        manager.wm_pool.put_many([("crowd", number) for number in range(CROWD - 2)], kv)
+    prepare(manager, clear=False)
 
 
 # Operations beside those of `failing_calls` --------------------------------------------------------------------------
@@ -123,9 +132,10 @@ def scopes(manager: KVCacheManager) -> None:
 
 def evict(manager: KVCacheManager) -> None:
     pool = manager.wm_pool
+    pool.get("key")
+    pool.get("other")
     for number in range(4):
         pool.put(("new", number), tokens(7, WINDOW))
-    pool.get(("new", 3))
 
 
 def collide(manager: KVCacheManager) -> None:
@@ -141,6 +151,13 @@ def hold_often(manager: KVCacheManager) -> None:
     """References in numbers for which CPython has no object ready."""
     with manager.wm_pool.gather(["key"] * 150), manager.wm_pool.gather(["key"] * 150):
         pass
+
+
+def pin_often(manager: KVCacheManager) -> None:
+    """More handles than the books have room for at first."""
+    pins = [manager.wm_pool.pin("key") for _ in range(12)]
+    for pin in pins:
+        pin.close()
 
 
 def claim_fails(manager: KVCacheManager) -> None:
@@ -192,9 +209,11 @@ def evaluate(manager: KVCacheManager) -> None:
 
 OPERATIONS: tuple[Operation, ...] = (
     *failing_calls.OPERATIONS,
-    *(peek, discard, scopes, evict, collide, hold_often, claim_fails, abandon, grow, replaced_root, evaluate),
+    *(peek, discard, scopes, evict, collide, hold_often, pin_often, claim_fails, abandon, grow, replaced_root),
+    evaluate,
 )
-DROPS: tuple[Operation, ...] = (failing_calls.drop, failing_calls.dropped_search)
+CROWDED: tuple[Operation, ...] = (failing_calls.replace, failing_calls.commit, failing_calls.pin_and_pop, evict)
+DROPS: tuple[Operation, ...] = (failing_calls.drop, failing_calls.dropped_search, pin_often)
 COMMITS: tuple[Operation, ...] = (failing_calls.commit, evaluate, grow)
 
 
@@ -216,6 +235,7 @@ VALUES: dict[object, list[KeysValues]] = {
 def check_values(manager: KVCacheManager, operation: Operation) -> None:
     """Each entry is what some write has stored, and what was written together is there together, or was not stored."""
     pool = manager.wm_pool
+    assert all(cell for part in pool.default_scope.entries for cell in part.cells.values()), "a place is left"
     found = {key: pool.peek(key) for key in pool}
     for key in VALUES.keys() & found.keys() if operation not in COMMITS else ():
         kv = found[key]
@@ -258,7 +278,7 @@ def close_leaked(manager: KVCacheManager) -> None:
 def trial(operation: Operation, number: int, in_a_row: int = 1, **arguments: Any) -> str | None:
     """What is wrong after the `number`-th allocation of an operation failed; None if nothing is."""
     manager = make_manager(**arguments)
-    prepare(manager)
+    prepare_trial(manager)
     try:
         error = run_failing(operation, manager, number, in_a_row)
         if error is not None and not is_of_memory(error):
@@ -278,7 +298,7 @@ def trial(operation: Operation, number: int, in_a_row: int = 1, **arguments: Any
 def look(name: str, operation: Operation, sample: int, in_a_row: int, **arguments: Any) -> bool:
     """Try `sample` allocations of an operation, spread over all; prints what is lost. Whether nothing is."""
     for _ in range(3):  # the first fills caches
-        most = allocations_of(operation)
+        most = allocations_of(operation, **arguments)
     step = max(1, most // sample)
     found: dict[str, list[int]] = {}
     print(f"{name}: {most} allocations", end="", flush=True)
@@ -300,7 +320,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=MOST, help="allocations of each; all if left out")
     parser.add_argument("--in-a-row", type=int, default=1, help="allocations that fail one after the other")
     options = parser.parse_args()
-    if _testcapi is None:
+    if not CAN_FAIL:
         parser.exit(3, "this interpreter has no _testcapi\n")
     faulthandler.enable()
     gc.collect()
@@ -310,6 +330,9 @@ def main() -> None:
     for policy in POLICIES if evict in chosen else ():
         name = f"evict, {policy if isinstance(policy, str) else policy.__name__}"
         whole.append(look(name, evict, options.sample, options.in_a_row, policy=policy))
+    for operation in (each for each in CROWDED if each in chosen):
+        name = f"{operation.__name__}, crowded"
+        whole.append(look(name, operation, options.sample, options.in_a_row, wm_entries=CROWD))
     sys.exit(not all(whole))
 
 

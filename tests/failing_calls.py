@@ -196,9 +196,10 @@ def run_with_frames(frames: int, operation: Operation, manager: KVCacheManager) 
     return True
 
 
-def prepare(manager: KVCacheManager) -> None:
+def prepare(manager: KVCacheManager, *, clear: bool = True) -> None:
     """What every operation finds."""
-    manager.clear_all()
+    if clear:
+        manager.clear_all()
     manager.wm_pool.put("key", tokens(1, WINDOW))
     manager.wm_pool.put("other", tokens(2, 4))
     manager.set_init_cache(0, "root", tokens(1, 3))

@@ -352,6 +352,18 @@ def test_a_worker_that_is_dropped_while_rows_come_and_go_wakes_who_waits(manager
         assert threads.join() == [value_after(root_sum(0), 1)[0]]
 
 
+def test_a_finaliser_does_not_look_without_end_at_rows_that_come_and_go() -> None:
+    looks: list[int] = []
+
+    class Restless(deque[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            looks.append(1)
+            raise RuntimeError("deque mutated during iteration")
+
+    assert queue_module._all_of(Restless()) == []
+    assert len(looks) == queue_module.LOOKS_WITHOUT_LOCK
+
+
 def test_a_worker_whose_thread_dies_is_waited_for_no_longer(manager: KVCacheManager) -> None:
     evaluator = Evaluator(manager, model, max_wait_seconds=HANG_SECONDS)
     threads = Threads()

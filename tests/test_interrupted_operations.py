@@ -16,6 +16,7 @@ import concurrent_kv
 from concurrent_kv import CapacityError, IntegrityError, KeysValues, KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.records import Place
 from concurrent_kv.flights.table import FlightState
+from concurrent_kv.search.state import SearchState
 from tests.interrupting import Cut, cut_at
 from tests.support import (
     LOOPS,
@@ -363,18 +364,18 @@ def test_what_is_dropped_is_not_forgotten_when_its_release_is_cut_off(
     make_manager: Callable[..., KVCacheManager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = make_manager(1)
-    search = manager.search([0])
-    state = search._state
 
     with monkeypatch.context() as patch:
-        end, cuts = type(state).end, iter([Cut()])
+        end, cuts = SearchState.end, iter([Cut()])
 
         def cut_once(*arguments: Any) -> None:
             for error in cuts:
                 raise error
             end(*arguments)
 
-        patch.setattr(type(state), "end", cut_once)
+        patch.setattr(SearchState, "end", cut_once)  # before it opens, which makes what its finaliser leaves
+        search = manager.search([0])
+        state = search._state
         del search
         with pytest.raises(Cut):
             manager.get_wm_cache("key")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -169,3 +172,28 @@ def test_slots_that_an_operation_was_cut_off_with_are_no_room_until_repair() -> 
         assert not slots.problems(kept)
         assert slots.allocate(10) is not None
     assert number > 10
+
+
+class Breaking(list[Any]):
+    """Runs of which only the first two can be had."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        raise MemoryError
+
+
+def test_runs_that_cannot_all_be_added_are_not_added_at_all() -> None:
+    allocator = SlotAllocator(8)
+    before = list(allocator._runs)
+    with pytest.raises(MemoryError):
+        allocator._append(Breaking([(range(20, 22), {}), (range(30, 32), {})]))
+    assert list(allocator._runs) == before
+
+
+def test_a_run_that_is_taken_whole_leaves_the_others_in_their_order() -> None:
+    allocator = SlotAllocator(0)
+    allocator.add([(range(1, 2), {}), (range(3, 5), {}), (range(6, 9), {}), (range(10, 14), {})])
+    taken = allocator.allocate(3)
+    assert taken is not None
+    assert list(taken.slots) == [6, 7, 8]
+    assert allocator.free_slots().tolist() == [1, 3, 4, 10, 11, 12, 13]

@@ -236,16 +236,25 @@ def find_places(
             if cell is None:
                 place = index.new_place(hashed)
                 cell = index.cells[place] = []
-                added.append(index.cells)
+                try:
+                    added.append(index.cells)  # after: what is cut off in between leaves a place, and takes no other's
+                except MemoryError:
+                    del index.cells[place]
+                    raise
             places.append(cell)
+        held = [cell[0] if cell else None for cell in places]
+        return places, held, [entry for entry in held if entry is not None], added
     except BaseException:
         take_away(added)
         raise
-    held = [cell[0] if cell else None for cell in places]
-    return places, held, [entry for entry in held if entry is not None], added
 
 
 def take_away(added: list[Cells[E]]) -> None:
     """Undo `find_places`: take new places away, the newest first, without a look at any key."""
-    for cells in reversed(added):
-        cells.popitem()
+    left = len(added)
+    while left:
+        left -= 1
+        try:
+            added[left].popitem()
+        except MemoryError:  # for the pair; once more
+            added[left].popitem()

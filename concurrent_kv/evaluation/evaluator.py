@@ -27,7 +27,7 @@ from .queue import LOOK_SECONDS, Group, LeafQueue, Worker
 from .stats import CallTimes, EvaluatorStats
 from .tickets import Run, Ticket
 
-__all__ = ["Evaluator", "EvaluatorWorker", "leave_run", "walks_of"]
+__all__ = ["Evaluator", "EvaluatorWorker", "walks_of"]
 
 logger = logging.getLogger("concurrent_kv")
 
@@ -267,9 +267,9 @@ class Evaluator(Handle, Generic[Inputs, Output]):
                 signal.wait(min(due, self.seconds_left(run, seconds)))
         finally:
             try:
-                leave_run(queue, group, run)
+                _leave_run(queue, group, run)
             except BaseException:  # an asynchronous exception has cut it off
-                leave_run(queue, group, run)
+                _leave_run(queue, group, run)
                 raise
 
     def wait(self, leaves: Sequence[Leaf[Inputs]], timeout: float | None, *, worker: bool) -> list[Output]:
@@ -398,7 +398,7 @@ def walks_of(searches: Iterable[Walk[Inputs, Output, Result]]) -> list[Walk[Inpu
     return found
 
 
-def leave_run(queue: LeafQueue, group: Group, run: Run) -> None:
+def _leave_run(queue: LeafQueue, group: Group, run: Run) -> None:
     """A caller leaves: what it has taken goes on, what it has begun ends."""
     queue.part(group)
     queue.leave_run(run)

@@ -32,6 +32,9 @@ T = TypeVar("T")
 # as a task whose loop has stopped, or the thread that should have woken them may have been cut off just before.
 LOOK_SECONDS = 1.0
 
+# So often a finaliser looks at what threads with the lock may be changing: it must not wait for them without end.
+LOOKS_WITHOUT_LOCK = 1000
+
 
 class Group:
     """What one caller, or thread of the evaluator's, has taken to do: the rows of a call, or walks to be led on.
@@ -543,11 +546,12 @@ def _fail_closed(rows: Sequence[Row]) -> None:
 
 def _all_of(changing: Iterable[T]) -> list[T]:
     """What is in a collection of the queue, without its lock."""
-    while True:
+    for _ in range(LOOKS_WITHOUT_LOCK):
         try:
             return [*changing]
         except RuntimeError:  # without the GIL, a thread that has the lock changes it meanwhile
             continue
+    return []  # those in it look by themselves, a little later
 
 
 def _wake_all(callers: Iterable[Ticket | Run]) -> None:

@@ -197,9 +197,11 @@ def _admit(
     ledger, budget = domain.ledger, scope.budget
     counters = (domain.account if budget is None else budget).counters
     place = HELD if budget is None else EXEMPT
+    counted = counters.insert_count + len(entries) - len(old), counters.replace_count + len(old)
     if budget is not None:
+        is_beyond = grant.borrowed or budget.entries - len(old) > budget.max_entries
         plan.make(ledger, entries, grant.taken)
-        if grant.borrowed or budget.entries - len(old) > budget.max_entries:
+        if is_beyond:
             try:
                 check_budget(domain, budget, grant, old)
             except BaseException:
@@ -209,7 +211,6 @@ def _admit(
         needed = _count(domain, entries, plan, old, grant)
         if needed is not None:
             return needed
-    counted = counters.insert_count + len(entries) - len(old), counters.replace_count + len(old)
     # First: what is cut off after this is lost until repair, and no slots of entries that are found are given back.
     grant.spent = True
     if budget is not None:
