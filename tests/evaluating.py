@@ -23,7 +23,7 @@ ENVS = 4
 MODULUS = 97
 
 
-def new_manager(*, simulations: int = 60, **options: Any) -> KVCacheManager:
+def new_manager(*, simulations: int = 60, entries: int = 1000, **options: Any) -> KVCacheManager:
     """A manager whose init pools have a root of 3 tokens each, of value `env + 1`, under the key "root"."""
     config = {
         "num_layers": LAYERS,
@@ -31,7 +31,7 @@ def new_manager(*, simulations: int = 60, **options: Any) -> KVCacheManager:
         "embed_dim": HEADS * HEAD_DIM,
         "context_length": WINDOW,
         "num_simulations": simulations,
-        "max_cache_size": 1000,
+        "max_cache_size": entries,
         "device": "cpu",
     }
     manager = KVCacheManager(config, ENVS, **options)

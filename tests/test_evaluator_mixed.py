@@ -23,9 +23,10 @@ from concurrent_kv.pool.joint import JointBatch
 from tests.async_support import join_workers, run_on
 from tests.evaluating import ENVS, NEW, counted_now, model, new_manager, root_sum, value_after
 from tests.support import HANG_SECONDS
-from tests.test_evaluator import Threads, leaf
+from tests.test_evaluator import Threads, leaf, wait_until
 
 STEPS = 60
+SEARCHES = 10 + 4 * 3  # that may be open at once: one of each chain, and three of each of those who run walks
 RAISES, EXITS = 1000, 2000  # inputs that the model raises at
 
 
@@ -181,7 +182,7 @@ async def awaits_walks(
 @pytest.mark.parametrize("own_thread", [False, True])
 @pytest.mark.parametrize("row_sizes", [(), (2, 8)])
 def test_whatever_goes_wrong_each_hears_its_own_and_nothing_is_left(own_thread: bool, row_sizes: Sequence[int]) -> None:
-    manager = new_manager(recur_slots=400_000)
+    manager = new_manager(entries=SEARCHES * STEPS, recur_slots=400_000)
     evaluator = Evaluator(
         manager,
         faulty,
@@ -215,6 +216,8 @@ def test_whatever_goes_wrong_each_hears_its_own_and_nothing_is_left(own_thread: 
     assert threads.join() == [None] * 8
     join_workers()  # calls of tasks that were cancelled end in them
     gc.collect()
+    # An evaluator's thread may still close walks whose caller has left.
+    wait_until(lambda: counted_now(evaluator)[1] == 0)
     assert counted_now(evaluator) == (0, 0, 0, 0, 0)
     assert sum(chain.answers for chain in chains) > STEPS
     assert sum(of_walks) > 0
