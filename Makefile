@@ -1,5 +1,6 @@
 # make play, make test, make lint: each makes the environment it needs in .venv; what is there already is kept.
-# make lightzero makes one of its own in .venv-lightzero: LightZero's packages do not go with ours.
+# make lightzero makes one of its own in .venv-lightzero: LightZero's packages do not go with ours. make transformers
+# too, in .venv-transformers, so that the others stay small.
 # Options go through ARGS: make play ARGS="--verify", make test ARGS="-k scopes".
 
 PYTHON ?= python3
@@ -8,9 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 LIGHTZERO_VENV := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
+TRANSFORMERS_VENV := .venv-transformers
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench gpu help mutants play test lint lightzero lightzero-main clean
+.PHONY: bench gpu help mutants play test lint lightzero lightzero-main transformers clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -31,6 +33,7 @@ help:
 	@echo 'make lint   ruff and mypy'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
+	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make clean  remove the environments and what tools left'
 
 play: $(VENV)/play.stamp
@@ -76,8 +79,12 @@ lightzero-main: $(LIGHTZERO_VENV)/main.stamp
 	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest -rs $(LIGHTZERO_MAIN_TESTS) $(ARGS)
 endif
 
+# Nothing is downloaded but packages: the models are tiny, and random.
+transformers: $(TRANSFORMERS_VENV)/stamp
+	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(LIGHTZERO_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:
@@ -109,6 +116,15 @@ $(LIGHTZERO_VENV)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO_VENV)/stamp
 $(LIGHTZERO_VENV)/main.stamp: requirements/lightzero-main.txt $(LIGHTZERO_VENV)/module.stamp
 	@echo "installing what LightZero's main branch needs beside 0.2.0"
 	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq -r requirements/lightzero-main.txt -c requirements/lightzero.txt
+	@touch $@
+
+$(TRANSFORMERS_VENV)/bin/python:
+	@$(PYTHON) -m venv $(TRANSFORMERS_VENV)
+
+$(TRANSFORMERS_VENV)/stamp: pyproject.toml requirements/transformers.txt $(BUILD) | $(TRANSFORMERS_VENV)/bin/python
+	@echo "installing transformers and what its tests need"
+	@$(call forget_module,$(TRANSFORMERS_VENV)/bin/python)
+	@$(TRANSFORMERS_VENV)/bin/python -m pip install -qq -c requirements/transformers.txt -e ".[transformers]" -r requirements/transformers.txt
 	@touch $@
 
 .PHONY: stress stress-full

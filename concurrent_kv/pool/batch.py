@@ -8,13 +8,13 @@ from weakref import ref
 
 from torch import Tensor
 
-from .._checks import numbers_or_none, positive_int
+from .._checks import numbers_or_none, positive_int, sequence_of
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
-from ..device.modes import plain_torch_state
+from ..device.modes import plain_torch_state, writing_to
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
-from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError
+from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError, shown
 from ..locks.gate import gate
 from ..model.kv import KeysValues, check_fits
 from ..never_copied import is_owned_elsewhere
@@ -122,6 +122,49 @@ class Batch(PaddedRows):
         self.data[:, :, :, :columns] = 0
         self._start = start + columns
         self._ends = [self._start] * self._layers
+
+    # Beams ---------------------------------------------------------------------------------------------------------
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Have each row go on from what row `rows[row]` is: its parent and what was appended to it.
+
+        For beam search: rows that are named twice split, those that are not named end. Of rows with the same parent
+        only the new tokens are copied.
+
+        Args:
+            rows: one for each row, 0 to `batch_size - 1`.
+
+        Raises:
+            InvalidArgumentError: other numbers, or rows of it were committed.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
+        """
+        self.check_open()
+        checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]
+        if len(checked) != self.batch_size or max(checked) >= self.batch_size:
+            raise InvalidArgumentError(
+                f"rows must be {self.batch_size} numbers from 0 to {self.batch_size - 1}, got {shown(rows)}"
+            )
+        if True in self._committed:
+            raise InvalidArgumentError("rows must not be reordered once some of them were committed")
+        if checked == [*range(self.batch_size)]:
+            return
+        entries, side = self.entries, self.side
+        shared = all(entry is not None and entry is entries[row] for entry, row in zip(entries, checked, strict=True))
+        first, last = self._start if shared else 0, max(self._ends)
+        self.use_here()
+        # Nothing of it can be committed until bytes and books agree again: an asynchronous exception may come between.
+        committed, self._committed = self._committed, [True] * self.batch_size
+        if last > first:
+            with writing_to(self.data):
+                of_batch = self.data[:, self.first_row : self.first_row + self.batch_size, :, first:last]
+                of_batch.copy_(of_batch[:, checked])
+        self.entries = [entries[row] for row in checked]
+        self.table_rows = [self.table_rows[row] for row in checked]
+        self.corrections = [self.corrections[row] for row in checked]
+        self._gathered = [self._gathered[row] for row in checked]
+        self._side = tuple([side[row] for row in checked])
+        self._hits = self._padding = None
+        self._committed = committed
 
     # For commits ---------------------------------------------------------------------------------------------------
 

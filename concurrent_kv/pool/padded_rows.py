@@ -255,6 +255,25 @@ class PaddedRows(Handle):
         are_equal = ends.count(ends[0]) == len(ends)
         self._ends = [ends[0] + tokens] * len(ends) if are_equal else [end + tokens for end in ends]
 
+    def crop(self, tokens: int) -> None:
+        """Take back the newest `tokens` columns of every layer; the next tokens go in their place.
+
+        Raises:
+            InvalidArgumentError: fewer were appended to some layer.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
+        """
+        self.check_open()
+        tokens = positive_int("tokens", tokens, minimum=0)
+        if tokens > self.end - self._start:
+            raise InvalidArgumentError(
+                f"tokens must be at most the {self.end - self._start} that were appended to every layer, got {tokens}"
+            )
+        self._ends = [end - tokens for end in self._ends]
+
+    def layer_end(self, layer: int) -> int:
+        """The column after the newest token of one layer: within a model's step some layers are ahead of others."""
+        return self._ends[self._layer_number(layer)]
+
     def _check_room(self, end: int, tokens: int) -> int:
         columns, window = self.data.shape[3], self._storage.layout.max_tokens
         if end + tokens <= columns:

@@ -210,6 +210,11 @@ class Search(Handle):
         """Number of entries that it keeps alive: its own and its adopted roots. Never blocks."""
         return len(self._state.own) + len(self._state.roots)
 
+    @property
+    def tokens_in_use(self) -> int:
+        """Slots that its own entries take, those that they share counted once; its roots' are not. Never blocks."""
+        return self._state.slots_in_use
+
     # Writing -------------------------------------------------------------------------------------------------------
 
     def commit(

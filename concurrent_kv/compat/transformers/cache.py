@@ -1,0 +1,350 @@
+"""`BatchCache`: a batch of gathered rows as the cache of a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
+
+from ..._checks import positive_int
+from ...device.modes import writing_to
+from ...device.moving import upload
+from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError, shown
+from ...pool.batch import Batch
+from ...pool.padded_rows import PaddedRows
+from ...pool.pool import KVPool
+from ...search.search import Search
+from .layouts import CacheLayout, LayerKind, Place, UnsupportedModelError
+from .states import TextState, of_layers, to_layers
+
+__all__ = ["BatchCache"]
+
+
+class BatchCache(Cache):  # type: ignore[misc]
+    """What a model of transformers takes as `cache=`: what it caches goes to a batch, and comes from there.
+
+    For forwards that users write, and for `generate()`: greedy, sampling, beams, assisted and prompt lookup. Afterwards
+    `commit` stores the rows, as that of a pool or a search does. One call of the model at a time may use it.
+
+    `generate()` leaves a text without keys and values of its last token, which the model was not given yet: a row goes
+    on with that token.
+
+    Args:
+        batch: of a gather from pools of `fits.layout`, or what an evaluator hands to its model.
+        fits: the model's `CacheLayout`; not needed where all of its layers keep keys and values of one shape.
+
+    Raises:
+        InvalidArgumentError: the batch is of another layout; or some rows have states and some have none.
+    """
+
+    def __init__(self, batch: PaddedRows, fits: CacheLayout | None = None) -> None:
+        if not isinstance(batch, PaddedRows):
+            raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(batch).__name__}")
+        self.batch = batch
+        self._has_gaps = False  # rows were given different numbers of tokens: only a commit puts them in order
+        if fits is None:
+            layers = [_BatchLayer(self, number) for number in range(batch.keys.shape[0])]
+        else:
+            planes, _, heads, _, width = batch.data.shape
+            layout = fits.layout
+            if (planes, heads, width) != (2 * layout.num_layers, layout.num_heads, layout.head_dim):
+                raise InvalidArgumentError(f"batch must be of pools of {layout}, got buffers {tuple(batch.data.shape)}")
+            layers = [_layer(self, fits, number) for number in range(len(fits.kinds))]
+        super().__init__(layers=layers)
+        self._records = [layer for layer in layers if isinstance(layer, _RecordLayer)]
+        self._stateful = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+        self._keeps_tokens = any(isinstance(layer, _TokenLayer) for layer in layers)
+        if self._stateful:
+            to_layers(batch.side, self._stateful)
+
+    # What goes in --------------------------------------------------------------------------------------------------
+
+    def model_inputs(
+        self, input_ids: Tensor | Sequence[Sequence[int]], *, expand: int = 1, pad_token_id: int = 0
+    ) -> dict[str, Any]:
+        """What a forward of the model, or `generate()`, takes to go on from the batch's rows.
+
+        `model(**cache.model_inputs(ids))`, `model.generate(**cache.model_inputs(ids), max_new_tokens=16)`.
+
+        Args:
+            input_ids: the new tokens of each row, `[rows, tokens]`, or a sequence for each. Where some have fewer, they
+                are padded at the end: commit with `lengths=` before more is appended.
+            expand: of how many rows of the batch, one after the other, each is given once: `generate()` multiplies its
+                inputs by `num_beams` or `num_return_sequences`, but not the cache. Gather each parent as often.
+            pad_token_id: a token that pads.
+
+        Returns `input_ids` `[rows, tokens]`, `attention_mask` `[rows, columns and tokens]` (1 where a row has a token),
+        `position_ids` `[rows, tokens]`, `cache` and `use_cache`.
+
+        Raises:
+            InvalidArgumentError: no token for a row, or not as many rows as the batch has.
+            UnsupportedModelError: rows of different numbers of tokens, for a model whose texts have states.
+            ClosedError: the batch is closed.
+        """
+        batch = self.batch
+        batch.check_open()
+        if self._has_gaps:
+            raise InvalidArgumentError(
+                "input_ids cannot follow rows of different numbers of new tokens: commit them, and gather again"
+            )
+        expand = positive_int("expand", expand)
+        of_rows = input_ids.tolist() if isinstance(input_ids, Tensor) else [[*row] for row in input_ids]
+        lengths = [len(row) for row in of_rows]
+        if len(of_rows) * expand != batch.batch_size or 0 in lengths:
+            raise InvalidArgumentError(
+                f"input_ids must have at least one token for each of {batch.batch_size // expand} rows "
+                f"(the batch's {batch.batch_size} by expand={expand}), got {shown(lengths)} tokens"
+            )
+        new, end, device = max(lengths), batch.end, batch.data.device
+        if min(lengths) < new:
+            if self._stateful:
+                raise UnsupportedModelError(
+                    f"input_ids must have as many tokens in every row: a state goes on with each, got {lengths}"
+                )
+            self._has_gaps = True
+        ids = torch.tensor([row + [pad_token_id] * (new - len(row)) for row in of_rows], dtype=torch.long)
+        padding = batch.padding[::expand, None]
+        length = upload(np.array(lengths, dtype=np.int64), device)[:, None]
+        # Where there are states alone, nothing of the tokens before is there to be masked.
+        columns = torch.arange(end + new if self._keeps_tokens else new, device=device)
+        is_there = (columns >= padding) & (columns < end + length) if self._keeps_tokens else columns < length
+        return {
+            "input_ids": ids.to(device),
+            "attention_mask": is_there.long(),
+            # Past a row's end the last one's once more: models with a table of positions look them all up.
+            "position_ids": end - padding + torch.minimum(torch.arange(new, device=device), length - 1),
+            "cache": self,
+            "use_cache": True,
+        }
+
+    # What is stored ------------------------------------------------------------------------------------------------
+
+    @property
+    def side(self) -> tuple[object, ...]:
+        """The side data that each row was committed with."""
+        return tuple([side.side if isinstance(side, TextState) else side for side in self.batch.side])
+
+    def sides(self, sides: Sequence[object] | None = None) -> list[object] | None:
+        """Side data to commit with: `sides`, and where texts have states, those as the model has left them.
+
+        What is committed by other means than `commit` (an evaluator's `Evaluated`, say) takes them from here.
+        """
+        if not self._stateful:
+            return None if sides is None else list(sides)
+        of_rows = [None] * self.batch.batch_size if sides is None else sides
+        return of_layers(of_rows, self._stateful)
+
+    def commit(
+        self,
+        store: Search | KVPool,
+        keys: Sequence[Hashable],
+        *,
+        lengths: Sequence[int] | None = None,
+        sides: Sequence[object] | None = None,
+        new_tokens: int | None = None,
+    ) -> None:
+        """Store every row under its key; see `Search.commit` and `KVPool.commit`. May block.
+
+        Args:
+            store: what the batch was gathered from.
+            keys: one for each row.
+            lengths: of the tokens that the model was given since the gather, how many each row has; all if left out.
+            sides: side data, one item for each row.
+            new_tokens: how many tokens the model was given, for models that keep states alone.
+
+        Raises:
+            UnsupportedModelError: some of the tokens only, for a model whose texts have states.
+            InvalidArgumentError, CapacityError, ClosedError, WaitTimeoutError: as `store.commit`.
+        """
+        batch = self.batch
+        if not isinstance(batch, Batch):
+            raise InvalidTypeError(f"batch must be a Batch to be committed here, got {type(batch).__name__}")
+        if not self._keeps_tokens:
+            batch.advance(positive_int("new_tokens", new_tokens))
+        new = batch.end - batch.start
+        if lengths is None:
+            lengths = [new] * batch.batch_size
+        elif self._stateful and any(length != new for length in lengths):
+            raise UnsupportedModelError(
+                f"lengths must be the {new} tokens that the model was given, as a state belongs to all of them, got "
+                f"{shown(lengths)}"
+            )
+        store.commit(keys, batch, lengths=lengths, sides=self.sides(sides))
+
+    # What transformers asks for --------------------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Have each row go on from row `beam_idx[row]`; see `Batch.reorder`."""
+        if not isinstance(self.batch, Batch):
+            raise InvalidArgumentError("beams need a batch of their own: gather it, and do not hand it to an evaluator")
+        self.batch.reorder(beam_idx.tolist())
+        for layer in self._stateful:
+            LinearAttentionLayer.reorder_cache(layer, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, `-tokens_to_remove` of them; see `Batch.crop`.
+
+        Raises:
+            UnsupportedModelError: the model's texts have states, which cannot go back.
+        """
+        if self._stateful and tokens_to_remove:
+            raise UnsupportedModelError("a state cannot be cropped: it goes on with every token")
+        self.batch.crop(-tokens_to_remove)
+        for layer in self._records:
+            layer.end = layer.index_end = self.batch.end
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return not self._stateful
+
+    def reset(self) -> NoReturn:
+        """Refused: what was gathered stays."""
+        raise InvalidArgumentError("the rows of a batch cannot be reset: gather once more")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Refused: a batch has the rows that it was gathered with."""
+        raise InvalidArgumentError(f"the rows of a batch cannot be repeated: gather each key {repeats} times")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        """Refused: a batch has the rows that it was gathered with."""
+        raise InvalidArgumentError("the rows of a batch cannot be left out: gather the keys that are wanted")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.batch.batch_size
+
+    def advanced(self) -> None:
+        """A layer was given tokens: once all were, the batch has them."""
+        end = min([layer.end for layer in self._records])
+        if end > self.batch.end:
+            self.batch.advance(end - self.batch.end)
+
+    def __repr__(self) -> str:
+        return f"BatchCache({self.batch!r})"
+
+
+def _layer(cache: BatchCache, fits: CacheLayout, number: int) -> Any:
+    kind, layer = fits.kinds[number], fits.layers[number]
+    if layer is not None:
+        return _BatchLayer(cache, layer)
+    if not kind.states:
+        return _RecordLayer(cache, fits.places[number]) if kind.parts else DummyLayer()
+    if not kind.parts:
+        return _StateLayer(kind)
+    return _MixedLayer(cache, kind, fits.places[number])
+
+
+class _TokenLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer with all tokens of every row. Models with a sliding window mask those outside of it."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+    _cache: BatchCache
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Nothing: the batch is there."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self._cache.batch.end + self._cache.batch.room
+
+
+class _BatchLayer(_TokenLayer):
+    """One of the batch's own layers."""
+
+    def __init__(self, cache: BatchCache, number: int) -> None:
+        super().__init__()
+        self._cache, self._number = cache, number
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return self._cache.batch.append(self._number, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._cache.batch.layer_end(self._number)
+
+
+class _RecordLayer(_TokenLayer):
+    """A layer whose parts stand in the records of tokens."""
+
+    def __init__(self, cache: BatchCache, places: tuple[Place, ...]) -> None:
+        super().__init__()
+        self._cache, self._places = cache, places
+        self.end = self.index_end = cache.batch.end
+        self.is_initialized = self.is_indexer_initialized = True
+        self.indexer_position_ids = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        end = self.end + key_states.shape[2]
+        found = (
+            self._write(self._places[0], key_states, end),
+            self._write(self._places[1], value_states, end),
+        )
+        self.end = end
+        self._cache.advanced()
+        return found
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """New keys `[batch, tokens, width]` of an indexer; they may come before or after the layer's own."""
+        new = indexer_key_states.unsqueeze(1)
+        self.index_end += new.shape[2]
+        return self._write(self._places[2], new, self.index_end).squeeze(1)
+
+    def get_seq_length(self) -> int:
+        return self.end
+
+    def _write(self, place: Place, new: Tensor, end: int) -> Tensor:
+        """Put `[batch, heads, tokens, width]` before column `end`; returns all of it, a view."""
+        batch = self._cache.batch
+        batch.check_open()
+        data = batch.data
+        rows, heads, tokens, width = new.shape
+        if (rows, heads, width) != (data.shape[1], place.heads, place.width) or new.dtype != data.dtype:
+            raise InvalidArgumentError(
+                f"keys and values must have the shape [batch={data.shape[1]}, heads={place.heads}, tokens, "
+                f"width={place.width}] and be {data.dtype}, got {tuple(new.shape)} and {new.dtype}"
+            )
+        if end > data.shape[3]:
+            raise WindowOverflowError(
+                f"{tokens} new tokens do not fit: {end - tokens} of the batch's {data.shape[3]} columns are taken; "
+                "gather with more room=, up to the window"
+            )
+        batch.use_here(new)
+        of_token = data[place.plane, :, 0, :end, place.first : place.first + heads * width]
+        found: Tensor = of_token.view(*of_token.shape[:2], heads, width).transpose(1, 2)
+        with writing_to(data):
+            found[:, :, end - tokens :].copy_(new)
+        return found
+
+
+class _StateLayer(LinearAttentionLayer):  # type: ignore[misc]
+    """A layer that keeps states of the text, and nothing of its tokens."""
+
+    def __init__(self, kind: LayerKind) -> None:
+        super().__init__(number_of_states=kind.states)
+
+
+class _MixedLayer(LinearAttentionLayer, _RecordLayer):  # type: ignore[misc]
+    """A layer that keeps both."""
+
+    is_compileable = False
+
+    def __init__(self, cache: BatchCache, kind: LayerKind, places: tuple[Place, ...]) -> None:
+        _RecordLayer.__init__(self, cache, places)
+        LinearAttentionLayer.__init__(self, number_of_states=kind.states)
+
+    def get_max_length(self) -> int:
+        return _RecordLayer.get_max_length(self)

@@ -1,0 +1,536 @@
+"""`TextTrees`: trees of text over one model, each node a continuation of its parent; for threads and for tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..._checks import positive_int
+from ...aio.evaluator import AsyncEvaluator
+from ...errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
+from ...evaluation.evaluator import Evaluator
+from ...evaluation.leaves import NO_PARENT, Evaluated, Leaf
+from ...locks.numbers import Numbers
+from ...manager import KVCacheManager
+from ...model.config import ManagerConfig
+from ...pool.handle import Handle
+from ...pool.joint import JointBatch
+from ...search.search import Search
+from .cache import BatchCache
+from .layouts import CacheLayout
+from .states import TextState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...evaluation.stats import EvaluatorStats
+
+__all__ = ["TextNode", "TextTree", "TextTrees"]
+
+
+class Last(NamedTuple):
+    """What the model is given of a node: the token that it has not seen.
+
+    Attributes:
+        token: that one.
+        path: side data of a text of this token alone, which has no entry; None for others.
+    """
+
+    token: int
+    path: Any = None
+
+
+class Continuation(NamedTuple):
+    """What the model made of a node.
+
+    Attributes:
+        ids: tokens that it added.
+        logprob: the sum of their log-probabilities; nan where that was not asked for.
+        has_ended: whether the last one ends the text.
+    """
+
+    ids: tuple[int, ...]
+    logprob: float
+    has_ended: bool
+
+
+class TextNode:
+    """A text in a tree: its parent's, and some tokens more.
+
+    Attributes:
+        tree: the tree that it is of.
+        parent: None for the root.
+        ids: its own tokens.
+        depth: nodes above it.
+        logprob: the sum of the log-probabilities of its own tokens, as the model gave them; 0 for given ones.
+        has_ended: whether its last token ends the text; it cannot be expanded then.
+        children: nodes that continue it, in no order.
+        score, data: the caller's.
+    """
+
+    __slots__ = ("children", "data", "depth", "has_ended", "ids", "key", "logprob", "parent", "score", "tree")
+
+    def __init__(
+        self, tree: TextTree, parent: TextNode | None, key: Hashable, ids: Sequence[int], logprob: float = 0.0
+    ) -> None:
+        self.tree = tree
+        self.parent = parent
+        self.key = key
+        self.ids = tuple(ids)
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.logprob = logprob
+        self.has_ended = False
+        self.children: list[TextNode] = []
+        self.score = 0.0
+        self.data: Any = None
+
+    @property
+    def path(self) -> list[TextNode]:
+        """The nodes from the root to this one."""
+        node: TextNode | None = self
+        path = []
+        while node is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
+
+    @property
+    def all_ids(self) -> list[int]:
+        """The tokens of the whole text, the root's included."""
+        return [token for node in self.path for token in node.ids]
+
+    @property
+    def total_logprob(self) -> float:
+        """The sum of the log-probabilities of all tokens below the root."""
+        return sum(node.logprob for node in self.path)
+
+    @property
+    def text(self) -> str:
+        """Its own tokens as text; needs a tokenizer."""
+        return self.tree.trees.decoded(self.ids)
+
+    @property
+    def all_text(self) -> str:
+        """The whole text; needs a tokenizer."""
+        return self.tree.trees.decoded(self.all_ids)
+
+    def __iter__(self) -> Iterator[TextNode]:
+        """This node and all below it, parents first."""
+        waiting = [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += node.children
+
+    def __repr__(self) -> str:
+        return f"<TextNode {self.key}: {len(self.ids)} tokens at depth {self.depth}, score {self.score:g}>"
+
+
+class TextTrees(Handle):
+    """Trees of text over one causal language model. What texts have in common is computed and stored once.
+
+    Nodes that threads and tasks expand at the same time, of whichever trees, share one `generate()`: see `Evaluator`.
+
+    Args:
+        model: in evaluation mode.
+        max_tokens: the most tokens of a text, the prompt's included.
+        nodes: of a tree, at most.
+        tokens: of a tree, counted once where texts share them; if left out, `nodes` full texts where they have at most
+            1,024 tokens, and 1,024 for each node where they may have more.
+        trees: that can be open at once.
+        promoted: texts that `TextTree.promote` keeps for later trees.
+        tokenizer: where prompts and nodes are to be text.
+        generation: how a node is continued, as for `model.generate()`: a `GenerationConfig`, or arguments
+            (`max_new_tokens`, `do_sample`, `temperature`, ...). One beam.
+        logprobs: whether nodes get their `logprob`; for the time of a call that costs `max_new_tokens` rows of logits.
+        max_rows: nodes that are continued in one call of `generate()`.
+        max_wait_seconds: that an expansion waits for others, where a call is not made at once.
+        prefill_tokens: of a prompt, given to the model at once.
+        forward: called instead of `model.generate()`, with the `BatchCache` and its `model_inputs`; returns the ids
+            `[rows, 1 + new tokens]`, the given ones first, and log-probabilities of the new ones `[rows, new tokens]`,
+            or None.
+        own_thread: whether a thread of its own makes the calls.
+        timeout: seconds that an expansion takes at most.
+
+    Raises:
+        UnsupportedModelError: the model caches what no layout holds.
+        InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
+    """
+
+    instead_of_copy = "share the one object between threads and tasks"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_tokens: int,
+        nodes: int,
+        tokens: int | None = None,
+        trees: int = 1,
+        promoted: int = 4,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        generation: GenerationConfig | Mapping[str, Any] | None = None,
+        logprobs: bool = True,
+        max_rows: int = 8,
+        max_wait_seconds: float = 0.002,
+        prefill_tokens: int = 1024,
+        forward: Callable[[BatchCache, dict[str, Any]], tuple[Tensor, Tensor | None]] | None = None,
+        own_thread: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise InvalidTypeError(f"model must be a PreTrainedModel, got {type(model).__name__}")
+        if model.training:
+            raise InvalidArgumentError("model must be in evaluation mode: model.eval()")
+        self.model, self.tokenizer = model, tokenizer
+        self.fits = CacheLayout.of(model, max_tokens=max_tokens)
+        self.generation = _generation(model, generation)
+        if self.generation.num_beams not in (None, 1) or self.generation.num_return_sequences not in (None, 1):
+            raise InvalidArgumentError("generation must have one beam and one sequence: expand(samples=) says how many")
+        self.generation.return_dict_in_generate, self.generation.output_logits = True, logprobs
+        self.new_tokens = positive_int("generation.max_new_tokens", self.generation.max_new_tokens)
+        self._nodes = positive_int("nodes", nodes)
+        self._tokens = None if tokens is None else positive_int("tokens", tokens)
+        self._logprobs = logprobs
+        self._prefill_tokens = positive_int("prefill_tokens", prefill_tokens)
+        self._forward = forward or self._generate
+        trees = positive_int("trees", trees)
+        promoted = positive_int("promoted", promoted)
+        ends = self.generation.eos_token_id
+        self._ends = frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+        self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
+        # One for each tree: a search over "environments" that stand for the trees that are open at once.
+        config = ManagerConfig(self.fits.layout, 1, self._nodes, trees * (self._nodes + 1))
+        recur = None if self._tokens is None else trees * max(self._tokens, max_tokens)
+        if recur is None and trees > 1:
+            recur = trees * KVCacheManager.allocation_for(config, 1).slots["recur"]
+        self.manager = KVCacheManager(config, 1, init_entries=promoted, recur_slots=recur, wm_entries=1)
+        self.evaluator: Evaluator[Last, Continuation] = Evaluator(
+            self.manager,
+            self._continue,
+            max_rows=max_rows,
+            max_wait_seconds=max_wait_seconds,
+            room=self.new_tokens,
+            own_thread=own_thread,
+            timeout=timeout,
+        )
+        self.for_tasks: AsyncEvaluator[Last, Continuation] = AsyncEvaluator(self.evaluator)
+        self._numbers = Numbers()
+
+    # Trees -----------------------------------------------------------------------------------------------------------
+
+    def tree(self, prompt: str | Sequence[int] | Tensor) -> TextTree:
+        """A tree whose root is a prompt, which the model is given now. May block.
+
+        Raises:
+            InvalidArgumentError: the prompt has no token, or no room for a continuation.
+            CapacityError: as many trees are open as there is room for.
+        """
+        ids = self.encoded(prompt)
+        tree = TextTree(self, ids)
+        try:
+            tree.give_root()
+        except BaseException:
+            tree.close()
+            raise
+        return tree
+
+    def promoted_tree(self, name: Hashable) -> TextTree:
+        """A tree whose root is a text that was promoted under `name`: nothing is computed. May block.
+
+        Raises:
+            KeyNotFoundError: there is none, or others have displaced it, or the weights have changed.
+        """
+        side = self.manager.init_pools[0].side(name)
+        if side is None:
+            raise KeyNotFoundError(f"no text was promoted under {shown(name)}, or it is not there any more")
+        return TextTree(self, _ids_of(side.side if isinstance(side, TextState) else side), key=name)
+
+    def weights_changed(self) -> None:
+        """The model's weights are others now: what was computed with the old ones is not used any more.
+
+        Open trees end with `SearchEndedError`, promoted texts are gone. Never blocks for long.
+        """
+        self.manager.bump_version()
+
+    def stats(self) -> EvaluatorStats:
+        """What the calls of the model cost; see `EvaluatorStats`."""
+        return self.evaluator.stats()
+
+    def close(self) -> None:
+        """End all trees and free the memory."""
+        self.evaluator.close()
+        self.manager.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self.manager.storage.closed
+
+    # Texts -----------------------------------------------------------------------------------------------------------
+
+    def encoded(self, text: str | Sequence[int] | Tensor) -> tuple[int, ...]:
+        """The tokens of a text; of tokens themselves, these."""
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise InvalidArgumentError("tokenizer must be given where texts are strings")
+            return tuple(self.tokenizer(text)["input_ids"])
+        if isinstance(text, Tensor):
+            text = text.flatten().tolist()
+        return tuple([positive_int("prompt", token, minimum=0) for token in text])
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """Tokens as text."""
+        if self.tokenizer is None:
+            raise InvalidArgumentError("tokenizer must be given for nodes to have text")
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    # The model -------------------------------------------------------------------------------------------------------
+
+    def _continue(self, joint: JointBatch, last: Sequence[Last]) -> Evaluated[Continuation]:
+        """Continue the texts of a batch's rows, of which the model was given all but the last token."""
+        cache = BatchCache(joint, self.fits)
+        with torch.inference_mode():
+            sequences, logprobs = self._forward(cache, cache.model_inputs([[each.token] for each in last]))
+        continued, lengths = list[Continuation](), list[int]()
+        of_rows = None if logprobs is None else logprobs.double().cumsum(1).tolist()
+        for row, (_, *ids) in enumerate(sequences.tolist()):
+            number = next((place for place, token in enumerate(ids, 1) if token in self._ends), len(ids))
+            total = float("nan") if of_rows is None else of_rows[row][number - 1]
+            continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends))
+            lengths.append(number)
+        if self.fits.has_states:  # of all that the model was given; no text goes on after its end
+            lengths = [joint.end - joint.start] * len(lengths)
+        paths = [path if each.path is None else each.path for path, each in zip(cache.side, last, strict=True)]
+        sides = [(path, made.ids) for path, made in zip(paths, continued, strict=True)]
+        return Evaluated(continued, sides=cache.sides(sides), lengths=lengths)
+
+    def _generate(self, cache: BatchCache, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        del inputs["use_cache"]  # or transformers warns that some options are beside the configuration
+        made: Any = self.model.generate(**inputs, generation_config=self.generation)
+        if not self._logprobs:
+            return made.sequences, None
+        chosen = made.sequences[:, 1:]
+        of_steps = [
+            logits.float().log_softmax(-1).gather(1, chosen[:, step, None]) for step, logits in enumerate(made.logits)
+        ]
+        return made.sequences, torch.cat(of_steps, 1)
+
+    def prefilled(self, cache: BatchCache, ids: Sequence[int]) -> None:
+        """Give the model the tokens of one row."""
+        kept = {"logits_to_keep": 1} if self._keeps_logits else {}
+        with torch.inference_mode():
+            for first in range(0, len(ids), self._prefill_tokens):
+                part = ids[first : first + self._prefill_tokens]
+                self.model(**cache.model_inputs([part]), **kept)
+
+    def opened(self) -> Search:
+        """A search for a tree."""
+        return self.manager.search([0], entries=self._nodes, tokens=self._tokens)
+
+    def next_key(self) -> int:
+        """A key that no node has."""
+        return next(self._numbers)
+
+
+class TextTree(Handle):
+    """A tree of continuations of one prompt; made by `TextTrees.tree`. Threads and tasks may use it at the same time.
+
+    Attributes:
+        trees: what it is of.
+        root: the prompt's node, or since `keep` the one that was kept.
+    """
+
+    instead_of_copy = "share the one object between threads and tasks"
+
+    def __init__(self, trees: TextTrees, ids: Sequence[int], key: Hashable = None) -> None:
+        if not ids:
+            raise InvalidArgumentError("prompt must have at least one token, got none")
+        most = trees.fits.layout.max_tokens - trees.new_tokens
+        if len(ids) > most:
+            raise InvalidArgumentError(
+                f"prompt must have at most {most} tokens, or no continuation of {trees.new_tokens} fits into the "
+                f"{trees.fits.layout.max_tokens} of a text, got {len(ids)}"
+            )
+        self.trees = trees
+        self._search = trees.opened()
+        if key is None:  # of a single token the model is given none before the first expansion
+            key = trees.next_key() if len(ids) > 1 else NO_PARENT
+        self.root = TextNode(self, None, key, ids)
+
+    # Growing -----------------------------------------------------------------------------------------------------
+
+    def expand(
+        self, nodes: TextNode | Sequence[TextNode], samples: int = 1, *, timeout: float | None = None
+    ) -> list[TextNode]:
+        """Continue nodes, each `samples` times; returns the new nodes, those of the first node first. Blocks.
+
+        Raises:
+            InvalidArgumentError: a node of another tree, or one whose text has ended.
+            KeyNotFoundError: a node that was released.
+            CapacityError, WindowOverflowError: no room is left in the tree, or in a text; none of the nodes was made.
+            SearchEndedError: the tree was closed, or the weights have changed.
+            WaitTimeoutError: the calls took longer than `timeout` seconds.
+        """
+        leaves, parents = self._leaves(nodes, samples)
+        made = self.trees.evaluator.evaluate_many(leaves, timeout=timeout)
+        return self._grown(leaves, parents, made)
+
+    async def aexpand(
+        self, nodes: TextNode | Sequence[TextNode], samples: int = 1, *, timeout: float | None = None
+    ) -> list[TextNode]:
+        """As `expand`, for a task of any event loop: the loop goes on meanwhile."""
+        leaves, parents = self._leaves(nodes, samples)
+        made = await self.trees.for_tasks.evaluate_many(leaves, timeout=timeout)
+        return self._grown(leaves, parents, made)
+
+    def add(self, parent: TextNode, text: str | Sequence[int] | Tensor) -> TextNode:
+        """Continue a node with a given text (an observation, a hint, the user's answer). Blocks.
+
+        Raises:
+            InvalidArgumentError: no token. Otherwise as `expand`.
+        """
+        ids = self.trees.encoded(text)
+        if not ids:
+            raise InvalidArgumentError("text must have at least one token, got none")
+        node = TextNode(self, parent, self.trees.next_key(), ids)
+        self._give(parent, node)
+        parent.children.append(node)
+        return node
+
+    def give_root(self) -> None:
+        """Give the model the prompt, but for its last token."""
+        if self.root.key is not NO_PARENT:
+            self._give(None, self.root)
+
+    def _give(self, parent: TextNode | None, node: TextNode) -> None:
+        """Give the model the tokens of a node that it has not seen, but for the last one."""
+        ids = node.ids[:-1] if parent is None else (parent.ids[-1], *node.ids[:-1])
+        with self._search.gather([node.key if parent is None else parent.key], [0], room=len(ids)) as batch:
+            path = None
+            if parent is not None and parent.key is NO_PARENT:
+                path = (None, parent.ids)
+            elif parent is not None and not batch.hits[0]:
+                raise KeyNotFoundError(f"{parent!r} was released")
+            cache = BatchCache(batch, self.trees.fits)
+            self.trees.prefilled(cache, ids)
+            side = ((cache.side[0] if path is None else path), node.ids)
+            cache.commit(self._search, [node.key], sides=[side], new_tokens=len(ids))
+
+    def _leaves(self, nodes: TextNode | Sequence[TextNode], samples: int) -> tuple[list[Leaf[Last]], list[TextNode]]:
+        of_nodes = [nodes] if isinstance(nodes, TextNode) else [*nodes]
+        samples = positive_int("samples", samples)
+        for node in of_nodes:
+            if node.tree is not self:
+                raise InvalidArgumentError(f"nodes must be of this tree, got {node!r} of another")
+            if node.has_ended:
+                raise InvalidArgumentError(f"nodes must be texts that have not ended, got {node!r}")
+        parents = [node for node in of_nodes for _ in range(samples)]
+        keys = [self.trees.next_key() for _ in parents]
+        return [
+            Leaf(self._search, node.key, key, self._last(node), 0) for node, key in zip(parents, keys, strict=True)
+        ], parents
+
+    def _last(self, node: TextNode) -> Last:
+        return Last(node.ids[-1], (None, node.ids) if node.key is NO_PARENT else None)
+
+    def _grown(
+        self, leaves: Sequence[Leaf[Last]], parents: Sequence[TextNode], made: Sequence[Continuation]
+    ) -> list[TextNode]:
+        grown = []
+        for leaf, parent, continued in zip(leaves, parents, made, strict=True):
+            node = TextNode(self, parent, leaf.child, continued.ids, continued.logprob)
+            node.has_ended = continued.has_ended
+            parent.children.append(node)
+            grown.append(node)
+        return grown
+
+    # Pruning -----------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[TextNode]:
+        """All nodes, parents first."""
+        return [*self.root]
+
+    @property
+    def leaves(self) -> list[TextNode]:
+        """Nodes without children whose text has not ended."""
+        return [node for node in self.root if not node.children and not node.has_ended]
+
+    @property
+    def tokens_stored(self) -> int:
+        """Slots that its texts take, those that they share counted once."""
+        return self._search.tokens_in_use
+
+    def release(self, nodes: TextNode | Iterable[TextNode]) -> None:
+        """Let go of nodes and all below them: their room can be used again. May block.
+
+        Raises:
+            InvalidArgumentError: the root, or a node of another tree.
+        """
+        going = [nodes] if isinstance(nodes, TextNode) else [*nodes]
+        for node in going:
+            if node.parent is None or node.tree is not self:
+                raise InvalidArgumentError(f"nodes must be of this tree and below its root, got {node!r}")
+        below = {each.key: each for node in going for each in node}
+        self._search.release(below)
+        for node in going:
+            if node.parent is not None and node in node.parent.children:
+                node.parent.children.remove(node)
+
+    def keep(self, node: TextNode) -> None:
+        """Make a node the root: let go of all that is not below it. Its text stays whole. May block."""
+        if node.tree is not self:
+            raise InvalidArgumentError(f"node must be of this tree, got {node!r} of another")
+        self._search.keep([each.key for each in node])
+        self.root = node
+
+    def promote(self, node: TextNode, name: Hashable) -> None:
+        """Keep a node's text when the tree is closed: `TextTrees.promoted_tree(name)` goes on from it. May block.
+
+        Raises:
+            KeyNotFoundError: the node was released.
+        """
+        if node.key is NO_PARENT:
+            raise InvalidArgumentError(f"node must have more than one token to be promoted, got {node!r}")
+        self._search.promote(node.key, 0, as_key=name)
+
+    def close(self) -> None:
+        """Let go of all its texts. May block; nothing happens the second time."""
+        self._search.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or ended from outside."""
+        return self._search.closed
+
+    def __repr__(self) -> str:
+        return f"<TextTree of {sum(1 for _ in self.root)} nodes, {self.tokens_stored} tokens stored>"
+
+
+def _generation(model: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None) -> GenerationConfig:
+    if isinstance(given, GenerationConfig):
+        made = GenerationConfig.from_dict(given.to_dict())
+    else:
+        base: Any = getattr(model, "generation_config", None) or GenerationConfig()
+        made = GenerationConfig.from_dict({**base.to_dict(), **(given or {})})
+    if made.max_new_tokens is None:
+        made.max_new_tokens = 32
+    if made.pad_token_id is None:
+        ends = made.eos_token_id
+        made.pad_token_id = 0 if ends is None else ends if isinstance(ends, int) else ends[0]
+    return made
+
+
+def _ids_of(path: Any) -> list[int]:
+    """The tokens of a text from an entry's side data."""
+    parts = []
+    while path is not None:
+        path, ids = path
+        parts.append(ids)
+    return [token for ids in reversed(parts) for token in ids]

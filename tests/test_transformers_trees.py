@@ -1,0 +1,304 @@
+"""Trees of text: what each node is, what is stored, and what threads and tasks may do with them at once."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers: make transformers")
+
+from transformers import GenerationConfig
+
+from concurrent_kv import (
+    CapacityError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KeyNotFoundError,
+    SearchEndedError,
+)
+from concurrent_kv.compat.transformers import TextNode, TextTree, TextTrees
+from tests.support import HANG_SECONDS
+from tests.text_support import VOCABULARY, language_model, words
+
+NEW = 5
+SAMPLING = {"max_new_tokens": NEW, "do_sample": True}
+PROMPT = words(random.Random(9), 6)
+END = 5  # ends a text, where one may end
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., TextTrees]]:
+    made: list[TextTrees] = []
+
+    def trees(family: str = "llama", **options: Any) -> TextTrees:
+        sizes = {"max_tokens": 64, "nodes": 60, "generation": SAMPLING}
+        made.append(TextTrees(language_model(family), **{**sizes, **options}))
+        return made[-1]
+
+    torch.manual_seed(2)
+    yield trees
+    for each in made:
+        assert each.manager.check_integrity().handles == 0
+        each.close()
+
+
+def assert_is_what_the_model_says(node: TextNode) -> None:
+    """Its log-probability is that of a run from scratch: its keys and values were those of its own text."""
+    ids, own = node.all_ids, len(node.ids)
+    with torch.no_grad():
+        logits = node.tree.trees.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    of_tokens = [float(logits[at - 1, ids[at]]) for at in range(len(ids) - own, len(ids))]
+    assert math.isclose(node.logprob, sum(of_tokens), abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma4_text", "deepseek_v3", "falcon_h1", "mamba"])
+def test_every_node_goes_on_from_its_own_text(make: Callable[..., TextTrees], family: str) -> None:
+    trees, draw = make(family, generation={**SAMPLING, "eos_token_id": END}), random.Random(1)
+    with trees.tree(PROMPT) as tree:
+        for _ in range(5):
+            grown = tree.expand(draw.sample(tree.leaves, min(3, len(tree.leaves))), samples=2)
+            assert all(1 <= len(node.ids) <= NEW and node.depth == len(node.path) - 1 for node in grown)
+            for node in grown:
+                assert_is_what_the_model_says(node)
+                assert node.has_ended == (node.ids[-1] == END)
+        given = tree.add(tree.leaves[0], words(draw, 1 if family == "mamba" else 4))
+        for node in tree.expand(given, samples=2):
+            assert_is_what_the_model_says(node)
+
+
+def test_what_texts_share_is_stored_once(make: Callable[..., TextTrees]) -> None:
+    with make().tree(PROMPT) as tree:
+        for _ in range(3):
+            tree.expand(tree.leaves, samples=2)
+        assert len(tree.nodes) == 1 + 2 + 4 + 8
+        # Of each text all but the last token: a node's are its parent's last one, and its own but for the last.
+        assert tree.tokens_stored == len(PROMPT) - 1 + (2 + 4 + 8) * NEW
+        assert sum(len(node.all_ids) for node in tree.nodes) > 2 * tree.tokens_stored
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_a_text_of_one_token_is_given_to_the_model_once(make: Callable[..., TextTrees], family: str) -> None:
+    trees = make(family)
+    with trees.tree([3]) as tree:
+        assert tree.tokens_stored == 0
+        grown = tree.expand(tree.root, 2)
+        added = tree.add(tree.root, [4, 7])
+        for node in [*grown, *tree.expand(added, 2)]:
+            assert_is_what_the_model_says(node)
+        tree.promote(added, "kept")
+        with pytest.raises(InvalidArgumentError, match="more than one token to be promoted"):
+            tree.promote(tree.root, "root")
+    with trees.promoted_tree("kept") as tree:
+        assert tree.root.all_ids == [3, 4, 7]
+        for node in tree.expand(tree.root, 2):
+            assert_is_what_the_model_says(node)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_a_promoted_text_outlives_its_tree_and_the_model_is_given_nothing_for_it(
+    make: Callable[..., TextTrees], family: str
+) -> None:
+    trees = make(family)
+    with trees.tree(PROMPT) as tree:
+        node = tree.expand(tree.expand(tree.root)[0])[0]
+        tree.promote(node, ("best", 1))
+        ids = node.all_ids
+    calls = trees.stats().calls
+    with trees.promoted_tree(("best", 1)) as tree:
+        assert (tree.root.all_ids, tree.tokens_stored, trees.stats().calls) == (ids, 0, calls)
+        for node in tree.expand(tree.root, 2):
+            assert_is_what_the_model_says(node)
+    trees.weights_changed()
+    with pytest.raises(KeyNotFoundError, match="promoted under"):
+        trees.promoted_tree(("best", 1))
+
+
+def test_what_is_released_gives_its_room_back_and_the_rest_stays(make: Callable[..., TextTrees]) -> None:
+    with make().tree(PROMPT) as tree:
+        first, second = tree.expand(tree.root, 2)
+        below = tree.expand(first, 2)
+        stored = tree.tokens_stored
+        tree.release(first)
+        assert tree.tokens_stored == stored - 3 * NEW
+        assert tree.nodes == [tree.root, second]
+        with pytest.raises(KeyNotFoundError):
+            tree.expand(below[0])
+        with pytest.raises(KeyNotFoundError, match="was released"):
+            tree.add(below[0], [1])
+        with pytest.raises(InvalidArgumentError, match="below its root"):
+            tree.release(tree.root)
+        third = tree.expand(second)[0]
+        tree.keep(second)
+        assert (tree.root, tree.nodes) == (second, [second, third])
+        for node in tree.expand(second, 2):
+            assert_is_what_the_model_says(node)
+
+
+def test_a_tree_that_is_full_says_so_and_goes_on(make: Callable[..., TextTrees]) -> None:
+    with make(nodes=6).tree(PROMPT) as tree:
+        grown = tree.expand(tree.root, 5)  # and the root
+        with pytest.raises(CapacityError):
+            tree.expand(tree.root, 2)
+        assert len(tree.nodes) == 6
+        tree.release(grown[:2])
+        assert len(tree.expand(tree.root, 2)) == 2
+
+
+def test_nodes_that_cannot_be_expanded_are_named(make: Callable[..., TextTrees]) -> None:
+    trees = make(trees=2, generation={**SAMPLING, "eos_token_id": [*range(VOCABULARY)]})
+    with trees.tree(PROMPT) as tree, trees.tree(PROMPT) as other:
+        (ended,) = tree.expand(tree.root)
+        assert (len(ended.ids), ended.has_ended, tree.leaves) == (1, True, [])
+        with pytest.raises(InvalidArgumentError, match="have not ended"):
+            tree.expand(ended)
+        with pytest.raises(InvalidArgumentError, match="of this tree"):
+            other.expand(tree.root)
+        with pytest.raises(InvalidArgumentError, match="of this tree"):
+            other.keep(tree.root)
+        with pytest.raises(InvalidArgumentError, match="samples"):
+            tree.expand(tree.root, 0)
+        with pytest.raises(InvalidArgumentError, match="at least one token"):
+            tree.add(tree.root, [])
+    for prompt in ([], words(random.Random(1), 60)):
+        with pytest.raises(InvalidArgumentError, match="prompt must have at"):
+            trees.tree(prompt)
+    with pytest.raises(InvalidArgumentError, match="tokenizer must be given"):
+        trees.tree("text")
+    tree = trees.tree(PROMPT)
+    trees.weights_changed()
+    with pytest.raises(SearchEndedError):
+        tree.expand(tree.root)
+    tree.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"generation": {"num_beams": 2}}, InvalidArgumentError, "one beam"),
+        ({"nodes": 0}, InvalidArgumentError, "nodes"),
+        ({"max_tokens": 3}, InvalidArgumentError, "room"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    sizes = {"max_tokens": 64, "nodes": 60, "generation": SAMPLING}
+    with pytest.raises(error, match=message):
+        TextTrees(language_model("llama"), **{**sizes, **options})
+    with pytest.raises(InvalidTypeError, match="model must be a PreTrainedModel"):
+        TextTrees(object(), max_tokens=8, nodes=8)
+    with pytest.raises(InvalidArgumentError, match="evaluation mode"):
+        TextTrees(language_model("llama").train(), max_tokens=8, nodes=8)
+
+
+def test_a_generation_config_is_taken_as_it_is_and_left_so(make: Callable[..., TextTrees]) -> None:
+    given = GenerationConfig(max_new_tokens=3, do_sample=False)
+    before = given.to_dict()
+    trees = make(generation=given, logprobs=False)
+    with trees.tree(PROMPT) as tree:
+        one, other = tree.expand(tree.root, 2)
+        assert (len(one.ids), one.ids, math.isnan(one.logprob)) == (3, other.ids, True)
+    assert given.to_dict() == before
+
+
+def test_a_forward_of_ones_own_takes_the_place_of_generate(make: Callable[..., TextTrees]) -> None:
+    def most_likely(cache: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = trees.model(**inputs).logits[:, -1].log_softmax(-1)
+        found = logits.max(-1)
+        return torch.cat([inputs["input_ids"], found.indices[:, None]], 1), found.values[:, None]
+
+    trees = make(generation={"max_new_tokens": 1}, forward=most_likely)
+    with trees.tree(PROMPT) as tree:
+        node = tree.expand(tree.expand(tree.root)[0])[0]
+        assert_is_what_the_model_says(node)
+
+
+# Together ------------------------------------------------------------------------------------------------------------
+
+
+def grow_at_random(tree: TextTree, seed: int, steps: int) -> list[TextNode]:
+    draw, grown = random.Random(seed), [tree.root]
+    for _ in range(steps):
+        grown += tree.expand(draw.choice(grown[-3:]), samples=draw.randrange(1, 3))
+    return grown[1:]
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+@pytest.mark.parametrize("kinds", [("threads",), ("asyncio", "trio"), ("threads", "asyncio")])
+def test_threads_and_tasks_grow_trees_at_once(
+    make: Callable[..., TextTrees], kinds: tuple[str, ...], own_thread: bool
+) -> None:
+    trees = make(trees=3, nodes=80, own_thread=own_thread)
+    grown: list[TextNode] = []
+    errors: list[BaseException] = []
+
+    def noting_errors(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        return run
+
+    async def tasks(of: list[TextTree]) -> None:
+        async def grow(tree: TextTree, seed: int) -> None:
+            draw, own = random.Random(seed), [tree.root]
+            for _ in range(6):
+                own += await tree.aexpand(draw.choice(own[-3:]), samples=draw.randrange(1, 3))
+            grown.extend(own[1:])
+
+        with anyio.fail_after(HANG_SECONDS):
+            async with anyio.create_task_group() as group:
+                for number, tree in enumerate(of * 2):
+                    group.start_soon(grow, tree, number)
+
+    with trees.tree(PROMPT) as one, trees.tree(PROMPT[:3]) as two, trees.tree([1]) as three:
+        all_trees, works = [one, two, three], list[Callable[[], object]]()
+        for kind in kinds:
+            if kind == "threads":
+                works += [
+                    lambda tree=tree, seed=seed: grown.extend(grow_at_random(tree, seed, 6))  # type: ignore[misc]
+                    for seed, tree in enumerate(all_trees)
+                ]
+            else:
+                works.append(lambda kind=kind: anyio.run(tasks, all_trees, backend=kind))  # type: ignore[misc]
+        threads = [threading.Thread(target=noting_errors(work), daemon=True) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG_SECONDS)
+            assert not thread.is_alive()
+        assert errors == []
+        assert len({id(node) for node in grown}) == len(grown) == sum(len(tree.nodes) - 1 for tree in all_trees)
+        for node in grown:
+            assert_is_what_the_model_says(node)
+
+
+def test_a_task_that_is_cancelled_leaves_the_tree_usable(make: Callable[..., TextTrees]) -> None:
+    trees = make()
+    began, go_on = threading.Event(), threading.Event()
+    whole = trees.model.generate
+
+    def slow(*args: Any, **options: Any) -> Any:
+        began.set()
+        assert go_on.wait(HANG_SECONDS)
+        return whole(*args, **options)
+
+    async def main(tree: TextTree) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(tree.aexpand, tree.root)
+            await anyio.to_thread.run_sync(began.wait, HANG_SECONDS)
+            group.cancel_scope.cancel()
+            go_on.set()
+
+    trees.model.generate = slow
+    with trees.tree(PROMPT) as tree:
+        anyio.run(main, tree)
+        for node in tree.expand(tree.root, 2):
+            assert_is_what_the_model_says(node)
