@@ -142,7 +142,8 @@ def test_inputs_that_cannot_work_are_named() -> None:
     cache.model_inputs([[1], [1, 2], [1]])
     with pytest.raises(InvalidArgumentError, match="cannot follow rows of different numbers"):
         cache.model_inputs([[1]] * 3)
-    for refused in (cache.reset, lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
+    first = torch.tensor([0])
+    for refused in (cache.reset, lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(first)):
         with pytest.raises(InvalidArgumentError, match="rows of a batch cannot be"):
             refused()
     cache.batch.close()
