@@ -84,7 +84,11 @@ def test_without_the_mask_it_would_say_something_else(family: str) -> None:
 def test_texts_that_outgrow_the_window_are_refused_and_the_pool_is_as_it_was(family: str) -> None:
     forest, draw = Forest(language_model(family), max_tokens=12), random.Random(4)
     with forest.pool.gather(["a"]) as batch:
-        inputs = BatchCache(batch, forest.fits).model_inputs([words(draw, 13)])
+        cache = BatchCache(batch, forest.fits)
+        with pytest.raises(WindowOverflowError, match="room for 12: gather with room=13"):
+            cache.model_inputs([words(draw, 13)])
+        inputs = cache.model_inputs([words(draw, 12)]) | {"input_ids": torch.ones(1, 13, dtype=torch.long)}
+        del inputs["attention_mask"], inputs["position_ids"]  # whatever a user does
         with pytest.raises(WindowOverflowError, match="13 new tokens do not fit"), torch.no_grad():
             forest.model(**inputs)
     assert len(forest.pool) == 0

@@ -45,6 +45,8 @@ class BatchCache(Cache):  # type: ignore[misc]
         if not isinstance(batch, PaddedRows):
             raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(batch).__name__}")
         self.batch = batch
+        self._made_of: Tensor | None = None  # the padding that what follows was made of
+        self._made: tuple[Tensor, Tensor] = (batch.data, batch.data)
         self._has_gaps = False  # rows were given different numbers of tokens: only a commit puts them in order
         if fits is None:
             layers = [_BatchLayer(self, number) for number in range(batch.keys.shape[0])]
@@ -92,34 +94,59 @@ class BatchCache(Cache):  # type: ignore[misc]
                 "input_ids cannot follow rows of different numbers of new tokens: commit them, and gather again"
             )
         expand = positive_int("expand", expand)
-        of_rows = input_ids.tolist() if isinstance(input_ids, Tensor) else [[*row] for row in input_ids]
-        lengths = [len(row) for row in of_rows]
-        if len(of_rows) * expand != batch.batch_size or 0 in lengths:
+        if isinstance(input_ids, Tensor):
+            lengths = [input_ids.shape[1] if input_ids.dim() == 2 else 0] * len(input_ids)
+        else:
+            lengths = [len(row) for row in input_ids]
+        if len(lengths) * expand != batch.batch_size or 0 in lengths:
             raise InvalidArgumentError(
                 f"input_ids must have at least one token for each of {batch.batch_size // expand} rows "
                 f"(the batch's {batch.batch_size} by expand={expand}), got {shown(lengths)} tokens"
             )
-        new, end, device = max(lengths), batch.end, batch.data.device
+        new, start, device = max(lengths), batch.end if self._keeps_tokens else 0, batch.data.device
+        self._check_room(new)
+        is_there, positions = self._columns()
+        is_there, positions = is_there[::expand, : start + new], positions[::expand, batch.end : batch.end + new]
         if min(lengths) < new:
             if self._stateful:
                 raise UnsupportedModelError(
                     f"input_ids must have as many tokens in every row: a state goes on with each, got {lengths}"
                 )
             self._has_gaps = True
-        ids = torch.tensor([row + [pad_token_id] * (new - len(row)) for row in of_rows], dtype=torch.long)
-        padding = batch.padding[::expand, None]
-        length = upload(np.array(lengths, dtype=np.int64), device)[:, None]
-        # Where there are states alone, nothing of the tokens before is there to be masked.
-        columns = torch.arange(end + new if self._keeps_tokens else new, device=device)
-        is_there = (columns >= padding) & (columns < end + length) if self._keeps_tokens else columns < length
-        return {
-            "input_ids": ids.to(device),
-            "attention_mask": is_there.long(),
+            length = upload(np.array(lengths, dtype=np.int64), device)[:, None]
+            is_there = is_there * (torch.arange(start + new, device=device) < start + length)
             # Past a row's end the last one's once more: models with a table of positions look them all up.
-            "position_ids": end - padding + torch.minimum(torch.arange(new, device=device), length - 1),
+            positions = torch.minimum(positions, positions[:, :1] + length - 1)
+        if not isinstance(input_ids, Tensor):
+            padded = [[*row, *[pad_token_id] * (new - length)] for row, length in zip(input_ids, lengths, strict=True)]
+            input_ids = torch.tensor(padded, dtype=torch.long)
+        return {
+            "input_ids": input_ids.to(device),
+            "attention_mask": is_there,
+            "position_ids": positions,
             "cache": self,
             "use_cache": True,
         }
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Of the buffer's columns, int64 `[rows, columns]`: whether each row has them, and its positions there.
+
+        Where there are states alone, nothing of the tokens before is there to be masked.
+        """
+        padding = self.batch.padding
+        if self._made_of is not padding:
+            columns = torch.arange(self.batch.data.shape[3], device=padding.device)
+            of_rows = columns - padding[:, None]
+            is_there = of_rows >= 0 if self._keeps_tokens else torch.ones_like(of_rows)
+            self._made_of, self._made = padding, (is_there.long(), of_rows.clamp(min=0))
+        return self._made
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.batch.room:
+            raise WindowOverflowError(
+                f"input_ids has {tokens} tokens for a row, and the batch has room for {self.batch.room}: gather with "
+                f"room={tokens + self.batch.end - self.batch.start}, if the window of the pool allows it"
+            )
 
     # What is stored ------------------------------------------------------------------------------------------------
 

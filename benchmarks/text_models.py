@@ -1,0 +1,80 @@
+"""How the causal models of transformers fit into pools by their default configurations: `docs/transformers.md`.
+
+    python -m benchmarks.text_models [--json FILE]
+
+Takes minutes; small models that look at their numbers are built in memory, up to 3 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from concurrent_kv.compat.transformers import CacheLayout
+
+
+class Warnings(logging.Handler):
+    """Counts warnings: of configurations that were read, as their model could not be run."""
+
+    number = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.number += 1
+
+
+def kind_of(config_class: Any, warnings: Warnings) -> dict[str, Any]:
+    """How a model fits."""
+    before = warnings.number
+    try:
+        fits = CacheLayout.of(config_class(), max_tokens=128, dtype=torch.bfloat16)
+    except Exception as error:
+        return {"kind": "refused", "reason": f"{type(error).__name__}: {error}"}
+    kind = "states" if fits.has_states else "record" if fits.places else "plain"
+    return {
+        "kind": kind,
+        "read": warnings.number > before,
+        "bytes_per_token": fits.layout.bytes_per_token,
+        "bytes_kept": fits.bytes_kept,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write what was found to this file")
+    asked = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    warnings = Warnings(logging.WARNING)
+    logger = logging.getLogger("concurrent_kv")
+    logger.addHandler(warnings)
+    logger.propagate = False
+    classes = list(MODEL_FOR_CAUSAL_LM_MAPPING.keys())
+    found = {
+        each.model_type: kind_of(each, warnings) for each in track(classes, "models", console=Console(stderr=True))
+    }
+    out = Console()
+    out.print(f"transformers {transformers.__version__}, {len(found)} causal models")
+    for kind in ("plain", "record", "states", "refused"):
+        of_kind = [name for name, about in found.items() if about["kind"] == kind]
+        read = sum(found[name].get("read", False) for name in of_kind)
+        out.print(f"{kind}: {len(of_kind)}" + (f" ({read} read from the configuration, not seen)" if read else ""))
+    for name, about in found.items():
+        if about["kind"] == "refused":
+            out.print(f"  {name}: {about['reason'][:150]}")
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
