@@ -46,7 +46,8 @@ class KVCacheManager(Handle):
     Args:
         config: an EasyDict, a dict, a dataclass or any object with `num_layers`, `num_heads`, `embed_dim`,
             `context_length` (window in tokens), `num_simulations`, `max_cache_size` (entries of the recurrent pool) and
-            `device`; `dtype` is optional.
+            `device`; `dtype` is optional. Or a language model's configuration, of Hugging Face's transformers, say: see
+            `ManagerConfig`.
         env_num: environments; their ids are 0 to `env_num - 1`.
         enable_stats: count hits, misses and the rest. Where False, every count stays 0.
         init_entries: entries of each environment's init pool.

@@ -15,9 +15,11 @@ from concurrent_kv import (
     InvalidArgumentError,
     InvalidTypeError,
     KVCacheManager,
+    KVLayout,
     PoolStats,
     SearchEndedError,
 )
+from concurrent_kv.model.config import ManagerConfig
 from tests.conftest import MakeManager
 from tests.support import CONFIG, WINDOW, append, assert_same, config, store, tokens
 
@@ -364,6 +366,23 @@ def test_a_setting_of_a_wrong_type_is_an_error_that_names_it(name: str, value: o
 def test_contradictory_settings_are_an_error_that_names_them(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         KVCacheManager(config(**changes), 2)
+
+
+def test_the_heads_are_those_of_keys_and_values_where_queries_share_them() -> None:
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896}
+    language_model = {**sizes, "max_position_embeddings": 32, "dtype": torch.bfloat16}
+    asked = ManagerConfig.read(SimpleNamespace(**language_model), 2)
+    assert asked.layout == KVLayout(3, 2, 64, 32, torch.bfloat16)
+    assert (asked.num_simulations, asked.max_cache_size) == (64, 2 * 65)
+    assert ManagerConfig.read({**language_model, "head_dim": 128}, 1).layout.head_dim == 128
+    ours = {**config(), "num_heads": 6, "num_key_value_heads": 2, "embed_dim": 24}
+    assert (ManagerConfig.read(ours, 1).layout.num_heads, ManagerConfig.read(ours, 1).layout.head_dim) == (2, 4)
+    for name, size in (("num_key_value_heads", 0), ("head_dim", -1), ("num_simulations", -1)):
+        with pytest.raises(InvalidArgumentError, match=f"config.{name}"):
+            ManagerConfig.read({**language_model, name: size}, 1)
+    manager = KVCacheManager(config=SimpleNamespace(**{**language_model, "num_simulations": 5}), env_num=1)
+    assert (manager.layout.num_heads, manager.allocation().entries["recur"]) == (2, 6)
+    manager.close()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="needs transformers: make transformer
 
 from transformers import AutoConfig
 
-from concurrent_kv import InvalidArgumentError, WindowOverflowError
+from concurrent_kv import InvalidArgumentError, KVCacheManager, WindowOverflowError
 from concurrent_kv.compat.transformers import BatchCache, CacheLayout, UnsupportedModelError, layout_of
 from tests.text_support import (
     FAMILIES,
@@ -151,3 +151,11 @@ def test_a_batch_of_another_layout_is_refused() -> None:
     with llama.pool.gather(["a"]) as batch, pytest.raises(InvalidArgumentError, match="batch must be of pools of"):
         BatchCache(batch, gemma)
     llama.check()
+
+
+def test_a_manager_takes_the_configuration_of_a_model() -> None:
+    asked = configuration("qwen2", num_simulations=8)
+    manager = KVCacheManager(config=asked, env_num=2)
+    assert manager.layout == layout_of(asked, max_tokens=asked.max_position_embeddings)
+    assert manager.config.num_simulations == 8
+    manager.close()

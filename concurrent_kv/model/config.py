@@ -14,10 +14,24 @@ from ..errors import InvalidArgumentError, shown
 __all__ = ["ManagerConfig"]
 
 _MISSING = object()
+# What language models' configurations call it, those of Hugging Face's transformers.
+OF_LANGUAGE_MODELS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "embed_dim": "hidden_size",
+    "context_length": "max_position_embeddings",
+}
+SIMULATIONS = 64
+
+
+def _named(config: object, name: str) -> object:
+    return config.get(name, _MISSING) if isinstance(config, Mapping) else getattr(config, name, _MISSING)
 
 
 def _read(config: object, name: str, default: object = _MISSING) -> object:
-    value = config.get(name, _MISSING) if isinstance(config, Mapping) else getattr(config, name, _MISSING)
+    value = _named(config, name)
+    if value is _MISSING and name in OF_LANGUAGE_MODELS:
+        value = _named(config, OF_LANGUAGE_MODELS[name])
     if value is _MISSING:
         value = default
     if value is _MISSING:
@@ -39,10 +53,12 @@ class ManagerConfig:
 
     Attributes:
         layout: from `num_layers`, `num_heads`, `embed_dim`, `context_length` (the window in tokens), `device` and,
-            where the configuration has it, `dtype` (float32 otherwise).
+            where the configuration has it, `dtype` (float32 otherwise). A language model's configuration has
+            `num_hidden_layers`, `num_attention_heads`, `hidden_size` and `max_position_embeddings` instead, and perhaps
+            `num_key_value_heads` and `head_dim`: then the heads are those of keys and values.
         env_num: environments.
-        num_simulations: simulations of one search.
-        max_cache_size: entries of the recurrent pool.
+        num_simulations: simulations of one search; 64 where a language model's configuration says nothing.
+        max_cache_size: entries of the recurrent pool; there, those of one search over all environments.
     """
 
     layout: KVLayout
@@ -60,16 +76,24 @@ class ManagerConfig:
         if isinstance(config, cls):
             _check_env_num(env_num, config.env_num)
             return config
-        sizes = {
-            name: positive_int(f"config.{name}", _read(config, name))
-            for name in ("num_layers", "num_heads", "embed_dim", "context_length", "num_simulations", "max_cache_size")
-        }
         env_num = _check_env_num(env_num, _read(config, "env_num", env_num))
-        if sizes["embed_dim"] % sizes["num_heads"]:
-            raise InvalidArgumentError(
-                f"config.embed_dim must be a multiple of config.num_heads={sizes['num_heads']}, "
-                f"got {sizes['embed_dim']}"
-            )
+        defaults: dict[str, object] = {}
+        if _named(config, "num_layers") is _MISSING and _named(config, "num_hidden_layers") is not _MISSING:
+            number = positive_int("config.num_simulations", _read(config, "num_simulations", SIMULATIONS))
+            defaults = {"num_simulations": number, "max_cache_size": env_num * (number + 1), "device": "cpu"}
+        sizes = {
+            name: positive_int(f"config.{name}", _read(config, name, defaults.get(name, _MISSING)))
+            for name in ("num_layers", "num_heads", "context_length", "num_simulations", "max_cache_size")
+        }
+        heads, width = sizes["num_heads"], _read(config, "head_dim", None)
+        if width is None:
+            embed_dim = positive_int("config.embed_dim", _read(config, "embed_dim"))
+            if embed_dim % heads:
+                raise InvalidArgumentError(
+                    f"config.embed_dim must be a multiple of config.num_heads={heads}, got {embed_dim}"
+                )
+            width = embed_dim // heads
+        of_keys = _read(config, "num_key_value_heads", None)
         needed = env_num * (sizes["num_simulations"] + 1)
         if sizes["max_cache_size"] < needed:
             raise InvalidArgumentError(
@@ -78,17 +102,19 @@ class ManagerConfig:
             )
         layout = KVLayout(
             num_layers=sizes["num_layers"],
-            num_heads=sizes["num_heads"],
-            head_dim=sizes["embed_dim"] // sizes["num_heads"],
+            num_heads=heads if of_keys is None else positive_int("config.num_key_value_heads", of_keys),
+            head_dim=positive_int("config.head_dim", width),
             max_tokens=sizes["context_length"],
-            dtype=_dtype(_read(config, "dtype", torch.float32)),
-            device=_read(config, "device"),  # type: ignore[arg-type]
+            dtype=_dtype(_read(config, "dtype", None)),
+            device=_read(config, "device", defaults.get("device", _MISSING)),  # type: ignore[arg-type]
         )
         return cls(layout, env_num, sizes["num_simulations"], sizes["max_cache_size"])
 
 
 def _dtype(dtype: object) -> torch.dtype:
-    """A dtype by itself or by name ("bfloat16")."""
+    """A dtype by itself or by name ("bfloat16"); float32 where there is none."""
+    if dtype is None:
+        return torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if not isinstance(dtype, torch.dtype):
