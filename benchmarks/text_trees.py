@@ -10,6 +10,7 @@ Contestants, each batching as the others do, take turns round by round:
 - `copies`: a `DynamicCache` for each node, joined to a batch with padding, and copied apart again;
 - `concurrent_kv`: this library, through `BatchCache` over a search.
 
+With `--memory` the tree is stored without a model, to see what it takes.
 Prefilling is run for `--prefilled` rounds and scaled to all; such figures are marked. Weights are random: no download.
 """
 
@@ -327,6 +328,35 @@ def bare_copies(ours: Ours, rows: int, times: int) -> tuple[float, float]:
     return statistics.median(gathers), statistics.median(copies)
 
 
+def stored_without_a_model(plan: Plan, shape: str) -> dict[str, Any]:
+    """What a tree takes whose tokens no model has seen."""
+    settings, dtype = SHAPES[shape]
+    fits = CacheLayout.of(AutoConfig.for_model(**settings), max_tokens=max(n.length for n in plan.nodes), dtype=dtype)
+    config = ManagerConfig(fits.layout, 1, len(plan.nodes), len(plan.nodes))
+    manager = KVCacheManager(config, 1, init_entries=1, wm_entries=1, recur_slots=plan.distinct)
+    buffer_bytes = 0
+    with manager.search([0], entries=len(plan.nodes), tokens=plan.distinct) as search:
+        for made in track([[0], *plan.rounds], "rounds", console=Console(stderr=True)):
+            new, parents = len(plan.nodes[made[0]].own), [plan.nodes[number].parent for number in made]
+            with search.gather(parents, [0] * len(made), room=new) as batch:
+                buffer_bytes = max(buffer_bytes, batch.data.nbytes)
+                batch.advance(new)
+                search.commit(made, batch, lengths=[new] * len(made))
+        kept = search.tokens_in_use * fits.layout.bytes_per_token
+    distinct, named = plan.distinct, sum(node.length for node in plan.nodes)
+    return {
+        "shape": shape,
+        "nodes": len(plan.nodes),
+        "distinct_tokens": distinct,
+        "named_tokens": named,
+        "kept_bytes": kept,
+        "kept_by_distinct": kept / (distinct * fits.layout.bytes_per_token),
+        "copies_would_keep_bytes": named * fits.layout.bytes_per_token,
+        "storage_bytes": manager.allocation().nbytes,
+        "largest_buffer_bytes": buffer_bytes,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -338,12 +368,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=6, help="of the tree, at most (default: %(default)s)")
     parser.add_argument("--at-once", action="store_true", help="give a node's tokens together, not one by one")
     parser.add_argument("--prefilled", type=int, default=2, help="rounds that are prefilled (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="store the tree without a model")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contestants alone")
     parser.add_argument("--quick", action="store_true", help="16 nodes of 4 tokens, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     asked = parser.parse_args(argv)
     if asked.quick:
         asked.nodes, asked.new, asked.prompt = 16, 4, min(asked.prompt, 50)
+    if asked.memory:
+        plan = planned(asked.prompt, asked.nodes, asked.new, asked.rows, asked.depth, words=512)
+        Console().print_json(data=stored_without_a_model(plan, asked.shape))
+        return
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     about = About()
