@@ -109,6 +109,7 @@ def test_states_cannot_go_back_nor_end_early_and_say_so(family: str) -> None:
     forest, texts = grown(family, (5, 5))
     cache = forest.gathered(["0", "1"])
     assert not cache.is_croppable
+    assert not cache.is_compileable
     with pytest.raises(UnsupportedModelError, match="as many tokens in every row"):
         cache.model_inputs([[1], [1, 2]])
     with torch.no_grad():

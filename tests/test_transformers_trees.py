@@ -68,7 +68,7 @@ def test_every_node_goes_on_from_its_own_text(make: Callable[..., TextTrees], fa
             for node in grown:
                 assert_is_what_the_model_says(node)
                 assert node.has_ended == (node.ids[-1] == END)
-        given = tree.add(tree.leaves[0], words(draw, 1 if family == "mamba" else 4))
+        given = tree.add(tree.leaves[0], words(draw, 4))
         for node in tree.expand(given, samples=2):
             assert_is_what_the_model_says(node)
 
@@ -118,6 +118,23 @@ def test_a_promoted_text_outlives_its_tree_and_the_model_is_given_nothing_for_it
     trees.weights_changed()
     with pytest.raises(KeyNotFoundError, match="promoted under"):
         trees.promoted_tree(("best", 1))
+
+
+def test_a_promoted_text_is_taken_for_no_node_whatever_its_name(make: Callable[..., TextTrees]) -> None:
+    with make().tree(PROMPT) as tree:
+        one, other = tree.expand(tree.root, 2)
+        tree.promote(one, other.key)
+        tree.release(other)
+        with pytest.raises(KeyNotFoundError):
+            tree.expand(other)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "jamba", "qwen3_5_text"])
+def test_a_long_prompt_is_what_it_is_at_once(make: Callable[..., TextTrees], family: str) -> None:
+    trees = make(family, prefill_tokens=3)
+    with trees.tree(PROMPT * 3) as tree:
+        for node in tree.expand(tree.root, 2):
+            assert_is_what_the_model_says(node)
 
 
 def test_what_is_released_gives_its_room_back_and_the_rest_stays(make: Callable[..., TextTrees]) -> None:

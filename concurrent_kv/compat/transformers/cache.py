@@ -229,6 +229,11 @@ class BatchCache(Cache):  # type: ignore[misc]
         """Whether tokens can be taken back."""
         return not self._stateful
 
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate()` compiles nothing for it, as the next batch has other memory."""
+        return False
+
     def reset(self) -> NoReturn:
         """Refused: what was gathered stays."""
         raise InvalidArgumentError("the rows of a batch cannot be reset: gather once more")

@@ -150,7 +150,7 @@ class TextTrees(Handle):
         logprobs: whether nodes get their `logprob`; for the time of a call that costs `max_new_tokens` rows of logits.
         max_rows: nodes that are continued in one call of `generate()`.
         max_wait_seconds: that an expansion waits for others, where a call is not made at once.
-        prefill_tokens: of a prompt, given to the model at once.
+        prefill_tokens: of a prompt, given to the model at once; all of them, where texts have states.
         forward: called instead of `model.generate()`, with the `BatchCache` and its `model_inputs`; returns the ids
             `[rows, 1 + new tokens]`, the given ones first, and log-probabilities of the new ones `[rows, new tokens]`,
             or None.
@@ -246,10 +246,10 @@ class TextTrees(Handle):
         Raises:
             KeyNotFoundError: there is none, or others have displaced it, or the weights have changed.
         """
-        side = self.manager.init_pools[0].side(name)
+        side = self.manager.init_pools[0].side(_promoted(name))
         if side is None:
             raise KeyNotFoundError(f"no text was promoted under {shown(name)}, or it is not there any more")
-        return TextTree(self, _ids_of(side.side if isinstance(side, TextState) else side), key=name)
+        return TextTree(self, _ids_of(side.side if isinstance(side, TextState) else side), key=_promoted(name))
 
     def weights_changed(self) -> None:
         """The model's weights are others now: what was computed with the old ones is not used any more.
@@ -321,13 +321,15 @@ class TextTrees(Handle):
         ]
         return made.sequences, torch.cat(of_steps, 1)
 
-    def prefilled(self, cache: BatchCache, ids: Sequence[int]) -> None:
-        """Give the model the tokens of one row."""
+    def prefilled(self, cache: BatchCache, ids: Sequence[int], *, begins: bool) -> None:
+        """Give the model the tokens of one row; `begins`: it has none yet."""
         kept = {"logits_to_keep": 1} if self._keeps_logits else {}
+        together = self._prefill_tokens
+        if self.fits.has_states:  # some models go on from a state with one token only, see docs/transformers.md
+            together = len(ids) if begins else 1
         with torch.inference_mode():
-            for first in range(0, len(ids), self._prefill_tokens):
-                part = ids[first : first + self._prefill_tokens]
-                self.model(**cache.model_inputs([part]), **kept)
+            for first in range(0, len(ids), together):
+                self.model(**cache.model_inputs([ids[first : first + together]]), **kept)
 
     def opened(self) -> Search:
         """A search for a tree."""
@@ -418,7 +420,7 @@ class TextTree(Handle):
             elif parent is not None and not batch.hits[0]:
                 raise KeyNotFoundError(f"{parent!r} was released")
             cache = BatchCache(batch, self.trees.fits)
-            self.trees.prefilled(cache, ids)
+            self.trees.prefilled(cache, ids, begins=not batch.hits[0])
             side = ((cache.side[0] if path is None else path), node.ids)
             cache.commit(self._search, [node.key], sides=[side], new_tokens=len(ids))
 
@@ -498,7 +500,7 @@ class TextTree(Handle):
         """
         if node.key is NO_PARENT:
             raise InvalidArgumentError(f"node must have more than one token to be promoted, got {node!r}")
-        self._search.promote(node.key, 0, as_key=name)
+        self._search.promote(node.key, 0, as_key=_promoted(name))
 
     def close(self) -> None:
         """Let go of all its texts. May block; nothing happens the second time."""
@@ -525,6 +527,11 @@ def _generation(model: PreTrainedModel, given: GenerationConfig | Mapping[str, A
         ends = made.eos_token_id
         made.pad_token_id = 0 if ends is None else ends if isinstance(ends, int) else ends[0]
     return made
+
+
+def _promoted(name: Hashable) -> tuple[str, Hashable]:
+    """The key of a promoted text: no node of a tree has one like it."""
+    return "promoted", name
 
 
 def _ids_of(path: Any) -> list[int]:
