@@ -8,6 +8,8 @@ Contestants, each batching as the others do, take turns round by round:
 
 - `prefill`: the whole text of every node is given to the model anew;
 - `copies`: a `DynamicCache` for each node, joined to a batch with padding, and copied apart again;
+- `continuous`: transformers' continuous batching, which shares full pages of texts that begin alike as long as they are
+  in its memory; it chooses its tokens itself (`--continuous`: its thread runs beside the others);
 - `concurrent_kv`: this library, through `BatchCache` over a search.
 
 With `--memory` the tree is stored without a model, to see what it takes.
@@ -17,13 +19,14 @@ Prefilling is run for `--prefilled` rounds and scaled to all; such figures are m
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter, thread_time
+from time import perf_counter, process_time, thread_time
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.peers.machine import About
@@ -70,6 +73,7 @@ SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     ),
 }
 CHUNK = 512  # tokens of a prompt at once
+PAGE = 32  # tokens of a page of continuous batching
 GIB, MIB = 2**30, 2**20
 LARGEST = 16 * GIB  # of kept keys and values: a contestant that would take more is left out
 
@@ -151,6 +155,7 @@ class Base:
     def __init__(self, model: Any, plan: Plan, at_once: bool) -> None:
         self.model, self.plan, self.at_once = model, plan, at_once
         self.in_model = 0.0
+        self.in_threads: float | None = None  # of a round, where others than the caller's thread work
 
     def call(self, **inputs: Any) -> Tensor:
         """The logits of each row's last token."""
@@ -251,6 +256,46 @@ class Copies(Base):
             for layer in cache.layers
             for tensor in (layer.keys, layer.values)
         )
+
+
+class Continuous(Base):
+    """Has an engine keep pages, which know what they begin with."""
+
+    name = "continuous"
+
+    def __init__(self, model: Any, plan: Plan, at_once: bool) -> None:
+        super().__init__(copy.deepcopy(model), plan, at_once)  # it changes the model's attention
+        pages = 2 * (plan.distinct // PAGE + len(plan.nodes))
+        self._manager = self.model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE, num_blocks=pages, max_batch_tokens=CHUNK, use_cuda_graph=False
+            ),
+        )
+        self.kept_bytes = 0  # it says nothing of it
+        self._manager.start()
+
+    def plant(self) -> None:
+        self._continue([self.plan.nodes[0].own], 1)
+
+    def grow(self, made: Sequence[int]) -> Tensor:
+        began = process_time()
+        nodes = [self.plan.nodes[number] for number in made]
+        self._continue([self.plan.text(node.parent or 0) for node in nodes], len(nodes[0].own))
+        self.in_threads = process_time() - began
+        return torch.empty(0)
+
+    def _continue(self, texts: Sequence[list[int]], new: int) -> None:
+        asked = self._manager.add_requests(list(texts), max_new_tokens=new)
+        for request in asked:
+            while (result := self._manager.get_result(request, timeout=1.0)) is None:
+                pass
+            if result.error is not None:
+                raise RuntimeError(result.error)
+
+    def close(self) -> None:
+        """End its thread."""
+        self._manager.stop(block=True)
 
 
 class Ours(Base):
@@ -369,6 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", action="store_true", help="give a node's tokens together, not one by one")
     parser.add_argument("--prefilled", type=int, default=2, help="rounds that are prefilled (default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="store the tree without a model")
+    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contestants alone")
     parser.add_argument("--quick", action="store_true", help="16 nodes of 4 tokens, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -390,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = planned(asked.prompt, asked.nodes, asked.new, asked.rows, asked.depth, config.vocab_size)
     named = sum(node.length for node in plan.nodes)
     fits = CacheLayout.of(model, max_tokens=longest)
-    kinds: list[Callable[..., Any]] = [Prefill, Copies, Ours]
+    kinds: list[Callable[..., Any]] = [Prefill, Copies, *([Continuous] if asked.continuous else []), Ours]
     out: Console = Console()
     contestants: list[Any] = []
     for kind in kinds:
@@ -413,14 +459,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                     continue
                 each.in_model = 0.0
                 began, of_thread = perf_counter(), thread_time()
-                logits[each.name] = each.grow(made).float()
+                of_last = each.grow(made).float()
+                if of_last.numel():
+                    logits[each.name] = of_last
                 costs[each.name].wall.append(perf_counter() - began)
-                costs[each.name].thread.append(thread_time() - of_thread)
+                spent = thread_time() - of_thread
+                costs[each.name].thread.append(spent if each.in_threads is None else each.in_threads)
                 costs[each.name].model.append(each.in_model)
             if "concurrent_kv" in logits:
                 differ = max(differ, *[float((each - logits["concurrent_kv"]).abs().max()) for each in logits.values()])
         found = summary(asked, contestants, costs, plan, fits, differ)
     found["about"] = about.as_dict(" ".join(["python -m benchmarks.text_trees", *(argv or [])]))
+    for each in contestants:
+        if isinstance(each, Continuous):
+            each.close()
     show(out, found)
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
