@@ -199,7 +199,6 @@ def rows_come_and_go_beside_one_that_is_read() -> None:
             assert numbers(tables.weights(slots), "i") == numbers(uses.weights(slots), "i") == [1] * len(slots)
             assert not tables.named_elsewhere([row])
             assert tables.exclusive([row]) >= len(slots) <= uses.exclusive([row])
-            # A number that was never true is seen where another thread's `exclusive` counts a row out and in again.
             assert min(tables.used, uses.used) >= COMMON + len(slots)
             assert tables.shared >= 64
             assert len(tables.counted()) == len(uses.counted()) == 2
@@ -213,30 +212,61 @@ def rows_come_and_go_beside_one_that_is_read() -> None:
 
 
 @of("Tables", "Uses")
-def tables_grow_while_they_are_read() -> None:
+def numbers_are_those_of_a_moment() -> None:
+    """What is exclusive is found by counting rows out and in again, which nothing shows."""
     books, over = Books(), threading.Event()
+    shares = books.child(own_slots(0)[:1])
 
-    def grow() -> None:
-        made: list[int] = []
+    def look() -> None:
         try:
-            for _ in range(12):
-                made += books.tables.enter([books.common] * 50, [WINDOW // 2] * 50, [0] * 50, range(0), array("q"))[0]
-                books.uses.keep([books.common, *made])
+            for _ in range(20 * ROUNDS):
+                assert books.tables.exclusive([books.common, shares]) == COMMON + 1
+                assert books.uses.exclusive([books.common]) == COMMON
         finally:
             over.set()
-        books.tables.keep([books.common])
-        books.uses.keep([books.common])
 
     def work(mine: int) -> None:
         while not over.is_set():
-            assert len(books.tables.slots_of(books.common)) == 8 * COMMON
+            assert books.tables.used == COMMON + 1
+            assert books.tables.shared == COMMON
+            assert books.uses.used == COMMON
+
+    together(work, look)
+    books.tables.leave([shares])
+    books.check()
+
+
+@of("Tables", "Uses")
+def tables_grow_while_they_are_read() -> None:
+    shown, over = [Books()], threading.Event()
+
+    def grow() -> None:
+        try:
+            for _ in range(ROUNDS // 3):
+                books = shown[0] = Books()
+                made: list[int] = []
+                for number in (50, 100, 200, 400):
+                    parents, none = [books.common] * number, [0] * number
+                    made += books.tables.enter(parents, [WINDOW // 2] * number, none, range(0), array("q"))[0]
+                    books.uses.keep([books.common, *made])
+                books.tables.keep([books.common])
+                books.uses.keep([books.common])
+                books.check()
+        finally:
+            over.set()
+
+    def read(mine: int) -> None:
+        while not over.is_set():
+            books = shown[0]
+            for _ in range(10):
+                assert len(books.tables.slots_of(books.common)) == 8 * COMMON
+            assert len(books.tables.slots_of_all([books.common])) == 8 * COMMON
             assert numbers(books.tables.columns([books.common], 2, 2)) == [COMMON - 1, COMMON]
             assert books.tables.used == COMMON
-            assert books.uses.used <= COMMON
+            assert books.uses.used == COMMON
             assert books.tables.exclusive([books.common]) >= 0
 
-    together(work, grow)
-    books.check()
+    together(read, grow)
 
 
 def handed_on(moved: int, gather: Callable[[Memory, tuple[Any, ...]], None]) -> None:
@@ -392,26 +422,25 @@ def an_index_is_read_and_written_under_its_shards() -> None:
 
 @of("occupy")
 def a_cell_shows_nothing_but_its_entry() -> None:
-    """To a thread without the shard's lock, while a cell of Python's, without room, is filled."""
-    cells: list[list[Entry]] = [[] for _ in range(40 * ROUNDS)]
+    """To a thread without the shard's lock, while a cell of Python's, without room for an item, is filled."""
+    cell: list[Entry] = []
     over = threading.Event()
 
     def fill() -> None:
+        (entry,) = new_entries(["key"])
         try:
-            for cell, entry in zip(cells, new_entries(["key"] * len(cells)), strict=True):
+            for _ in range(100 * ROUNDS):
                 native.occupy([cell], [entry], [None], Place.EXEMPT)
+                cell.clear()
         finally:
             over.set()
 
     def work(mine: int) -> None:
-        at = 0
         while not over.is_set():
-            while at < len(cells) and (cell := cells[at]):
-                assert isinstance(cell[0], Entry)
-                at += 1
+            for seen in cell:
+                assert isinstance(seen, Entry)
 
     together(work, fill)
-    assert all(len(cell) == 1 for cell in cells)
 
 
 # Locks ---------------------------------------------------------------------------------------------------------------
@@ -522,11 +551,12 @@ def containers_are_looked_at_while_another_thread_changes_them() -> None:
 
 @of("hash_rows", "hash_memory", "in_runs")
 def arguments_are_read_by_all() -> None:
-    states, slots = bytearray(range(96)), array("q", [5, 3, 4, 9])
-    expected = native.hash_rows(states, 3)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(states))
+    states = bytes(range(96))
+    expected, memory = native.hash_rows(states, 3), ctypes.create_string_buffer(states, 96)
+    address = ctypes.addressof(memory)
 
     def work(mine: int) -> None:
+        slots = array("q", [5, 3, 4, 9])
         for _ in range(ROUNDS):
             assert native.hash_rows(states, 3) == native.hash_memory(address, 3, 32) == expected
             assert native.in_runs(slots, 4) == [range(3, 6), range(9, 10)]
