@@ -239,7 +239,7 @@ def numbers_are_those_of_a_moment() -> None:
     books.check()
 
 
-@of("Tables", "Uses")
+@of("Tables", "Uses", "gather")
 def tables_grow_while_they_are_read() -> None:
     shown, over = [Books()], threading.Event()
 
@@ -259,8 +259,13 @@ def tables_grow_while_they_are_read() -> None:
             over.set()
 
     def read(mine: int) -> None:
+        memory = Memory(SLOTS, WINDOW)
         while not over.is_set():
             books = shown[0]
+            batch, arguments = memory.of_row(books.tables, books.common, COMMON)
+            for _ in range(10):
+                native.gather(*arguments)
+            assert memory.is_filled_with(batch, range(COMMON), 0.0)
             for _ in range(10):
                 assert len(books.tables.slots_of(books.common)) == 8 * COMMON
             assert len(books.tables.slots_of_all([books.common])) == 8 * COMMON
