@@ -31,6 +31,7 @@ help:
 	@echo '           with LightZero there too, its recurrent step old against new'
 	@echo 'make bench  the library beside what would be written instead  (ARGS="--quick", ARGS="--record NAME", ARGS="--help")'
 	@echo 'make lint   ruff and mypy'
+	@echo 'make test-threadsanitizer  races of the compiled module, without the GIL (builds an interpreter the first time)'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
@@ -151,6 +152,11 @@ test-freethreaded: freethreaded
 freethreaded: $(FREETHREADED)/$(if $(WHOLE),whole,parts).stamp
 	@$(call forget_module,$(FREETHREADED)/bin/python)
 	@$(FREETHREADED)/bin/python setup.py -q build_ext --inplace
+
+# An interpreter and an environment of its own, which it makes the first time, in twenty minutes: docs/compiled.md.
+.PHONY: test-threadsanitizer
+test-threadsanitizer:
+	@.ci/threadsanitizer
 
 $(FREETHREADED)/bin/python:
 	@$(PYTHON) -c 'import sys, sysconfig; sys.exit(not sysconfig.get_config_var("Py_GIL_DISABLED") and "not a free-threaded build: make test-freethreaded PYTHON=python3.14t")'

@@ -62,17 +62,18 @@ static int add_type(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
 
 static int add_types(PyObject *module)
 {
-    if (intern_names() < 0)
-        return -1;
-    return add_type(module, &tables_type, &tables_spec) && add_type(module, &uses_type, &uses_spec) &&
-                   add_type(module, &shard_locks_type, &shard_locks_spec) && add_type(module, &held_type, &held_spec) &&
-                   add_type(module, &gate_type, &gate_spec)
+    return intern_tensor_names() && intern_index_names() && add_type(module, &tables_type, &tables_spec) &&
+                   add_type(module, &uses_type, &uses_spec) && add_type(module, &shard_locks_type, &shard_locks_spec) &&
+                   add_type(module, &held_type, &held_spec) && add_type(module, &gate_type, &gate_spec)
                ? 0
                : -1;
 }
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, add_types},
+#if PY_VERSION_HEX >= 0x030C0000 /* what is static belongs to one interpreter */
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
 #ifdef Py_GIL_DISABLED
     {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif

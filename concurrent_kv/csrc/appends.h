@@ -16,12 +16,12 @@ static const char *const tensor_names[NAMES_OF_TENSOR] = {
 };
 static PyObject *name_of[NAMES_OF_TENSOR];
 
-static int intern_names(void)
+static int intern_tensor_names(void)
 {
     for (int i = 0; i < NAMES_OF_TENSOR; i++)
-        if (name_of[i] == NULL && (name_of[i] = PyUnicode_InternFromString(tensor_names[i])) == NULL)
-            return -1;
-    return 0;
+        if (!intern(name_of + i, tensor_names[i]))
+            return 0;
+    return 1;
 }
 
 /* A batch [2, layers, rows, heads, columns, head_dim] of numbers of `item` bytes. */

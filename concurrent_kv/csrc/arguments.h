@@ -15,6 +15,12 @@
 /* An entry of a type's table of methods. */
 #define METHOD(prefix, name, flags) {#name, (PyCFunction)(void (*)(void))prefix##_##name, flags, NULL}
 
+/* A name of an attribute, made when the module is imported, which one thread does; 0 with an exception set. */
+static int intern(PyObject **name, const char *text)
+{
+    return *name != NULL || (*name = PyUnicode_InternFromString(text)) != NULL;
+}
+
 static int enough(Py_ssize_t count, Py_ssize_t expected)
 {
     if (count == expected)

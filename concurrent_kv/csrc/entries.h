@@ -11,6 +11,7 @@
 #include <structmember.h>
 
 #include "arguments.h"
+#include "sharing.h"
 
 enum {
     KEY, INDEX_KEY, SCOPE, GENERATION, LENGTH, SIDE, PRIORITY, KEY_HASH, CORRECTION, ROW, TAIL, REFS, PINS, PLACE,
@@ -31,10 +32,29 @@ static inline PyObject **slot(PyObject *entry, int which)
     return (PyObject **)((char *)entry + slot_at[which]);
 }
 
+/* A thread that holds no mutex may look whether a slot is filled, while one that does fills it anew. */
+static inline int is_filled(PyObject *entry, int which)
+{
+#ifdef Py_GIL_DISABLED
+    return _Py_atomic_load_ptr_relaxed(slot(entry, which)) != NULL;
+#else
+    return *slot(entry, which) != NULL;
+#endif
+}
+
+static inline void fill(PyObject *entry, int which, PyObject *value)
+{
+#ifdef Py_GIL_DISABLED
+    _Py_atomic_store_ptr_release(slot(entry, which), value);
+#else
+    *slot(entry, which) = value;
+#endif
+}
+
 static inline void put(PyObject *entry, int which, PyObject *value)
 {
     PyObject *before = *slot(entry, which);
-    *slot(entry, which) = value;
+    fill(entry, which, value);
     Py_XDECREF(before);
 }
 
@@ -88,7 +108,7 @@ static int is_entry(PyObject *object)
         return 0;
     }
     for (int i = 0; i < SLOTS_OF_ENTRY; i++)
-        if (*slot(object, i) == NULL) {
+        if (!is_filled(object, i)) {
             PyErr_Format(PyExc_AttributeError, "%s of an entry is not set", slot_names[i]);
             return 0;
         }
@@ -201,7 +221,7 @@ static int add_references(PyObject *entries, long change, PyObject **before, PyO
             return 0;
         }
         before[done] = *slot(entry, REFS);
-        *slot(entry, REFS) = changed;
+        fill(entry, REFS, changed);
     }
     return 1;
 }
@@ -324,18 +344,28 @@ static int has_key(PyObject *entry, PyObject *key)
     return equal;
 }
 
-/* The entry of a key among cells, or None: borrowed; NULL with an exception set. */
+/* The entry of a key among cells, or None; NULL with an exception set. */
 static PyObject *find_one(PyObject *cells, PyObject *key, PyObject *hash)
 {
-    PyObject *cell = PyDict_GetItemWithError(cells, hash);
-    if (cell == NULL || !PyList_Check(cell) || !PyList_GET_SIZE(cell))
+    PyObject *cell = found_in(cells, hash);
+    if (cell == NULL || !PyList_Check(cell) || !PyList_GET_SIZE(cell)) {
+        Py_XDECREF(cell);
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    }
     PyObject *item = Py_NewRef(PyList_GET_ITEM(cell, 0));
+    Py_DECREF(cell);
     int equal = has_key(item, key);
     if (equal > 0)
         return item;
     Py_DECREF(item);
     return equal < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *cells_name, *extra_name;
+
+static int intern_index_names(void)
+{
+    return intern(&cells_name, "cells") && intern(&extra_name, "extra");
 }
 
 /* An attribute of an index, which has to be a dict. */
@@ -354,12 +384,9 @@ static PyObject *dict_of(PyObject *index, PyObject *name)
  */
 static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
-    static PyObject *cells_name, *extra_name;
     if (!enough(count, 3) || !is_list(arguments[0], "indexes", -1) ||
         !is_list(arguments[1], "keys", PyList_GET_SIZE(arguments[0])) ||
-        !is_list(arguments[2], "hashes", PyList_GET_SIZE(arguments[0])) ||
-        (cells_name == NULL && (cells_name = PyUnicode_InternFromString("cells")) == NULL) ||
-        (extra_name == NULL && (extra_name = PyUnicode_InternFromString("extra")) == NULL))
+        !is_list(arguments[2], "hashes", PyList_GET_SIZE(arguments[0])))
         return NULL;
     PyObject *found = PyList_New(0), *index = NULL, *cells = NULL;
     for (Py_ssize_t i = 0; found != NULL && i < PyList_GET_SIZE(arguments[0]); i++) {
@@ -513,15 +540,25 @@ static PyObject *places(PyObject *module, PyObject *const *arguments, Py_ssize_t
     return result;
 }
 
-/* Whether an empty list has, or now gets, room for one item. (Those that `places` makes have; those of Python's have none.) */
+/* Whether an empty list has, or now gets, room for one item. (Those that `places` makes have; those of Python's have none.)
+ * It gets that of another list: a thread without the shard's lock, which may look at the cell, must not see an item. */
 static int has_room(PyObject *cell)
 {
-    if (PyList_GET_SIZE(cell) || ((PyListObject *)cell)->ob_item != NULL)
+    PyListObject *list = (PyListObject *)cell;
+    if (PyList_GET_SIZE(cell) || list->ob_item != NULL)
         return 1;
-    if (PyList_Append(cell, Py_None) < 0)
+    PyListObject *other = (PyListObject *)new_cell();
+    if (other == NULL)
         return 0;
-    Py_SET_SIZE(cell, 0);
-    Py_DECREF(Py_None);
+    list->allocated = other->allocated;
+#ifdef Py_GIL_DISABLED
+    _Py_atomic_store_ptr_release(&list->ob_item, other->ob_item);
+#else
+    list->ob_item = other->ob_item;
+#endif
+    other->ob_item = NULL;
+    other->allocated = 0;
+    Py_DECREF(other);
     return 1;
 }
 

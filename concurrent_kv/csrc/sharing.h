@@ -21,6 +21,19 @@ static PyObject *keep_for_ever(PyObject *module, PyObject *const *arguments, Py_
     Py_RETURN_NONE;
 }
 
+/* The value of a key, for the caller to let go of; NULL where there is none, or with an exception set. */
+static PyObject *found_in(PyObject *dict, PyObject *key)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject *found;
+    PyDict_GetItemRef(dict, key, &found);
+#else
+    PyObject *found = PyDict_GetItemWithError(dict, key);
+    Py_XINCREF(found);
+#endif
+    return found;
+}
+
 /* lookup(dict, key) -> its value, or None. As `dict.get`, which in CPython 3.13 takes the dict's lock, and once more inside
  * of that where the dict's key was made by another thread: then it waits for itself.
  */
@@ -32,17 +45,8 @@ static PyObject *lookup(PyObject *module, PyObject *const *arguments, Py_ssize_t
         PyErr_Format(PyExc_TypeError, "lookup needs a dict, got %s", Py_TYPE(arguments[0])->tp_name);
         return NULL;
     }
-#if PY_VERSION_HEX >= 0x030D0000
-    PyObject *found;
-    if (PyDict_GetItemRef(arguments[0], arguments[1], &found) < 0)
-        return NULL;
-#else
-    PyObject *found = PyDict_GetItemWithError(arguments[0], arguments[1]);
-    if (found == NULL && PyErr_Occurred())
-        return NULL;
-    Py_XINCREF(found);
-#endif
-    return found == NULL ? Py_NewRef(Py_None) : found;
+    PyObject *found = found_in(arguments[0], arguments[1]);
+    return found != NULL || PyErr_Occurred() ? found : Py_NewRef(Py_None);
 }
 
 #endif

@@ -1,5 +1,8 @@
 /* `Tables` and `Uses`: which slots each row names, in pages that rows share, and how many name a slot. `in_runs`.
  * Their counterparts are in `books/tables.py`, which says what each method does.
+ *
+ * Every method looks at the tables, and at what `Uses` count of them, in the critical section of the tables. Nothing there
+ * waits or runs Python code, which would let another thread in halfway.
  */
 
 #ifndef CONCURRENT_KV_TABLES_H
@@ -47,6 +50,30 @@ typedef struct {
 } Uses;
 
 static PyTypeObject *tables_type, *uses_type;
+
+/* The method `name`, which is `name_inside` in the critical section of `tables`. */
+#define INSIDE(name, Self, tables)                                                                                    \
+    static PyObject *name(Self *self, PyObject *argument)                                                              \
+    {                                                                                                                  \
+        PyObject *result;                                                                                              \
+        Py_BEGIN_CRITICAL_SECTION(tables);                                                                             \
+        result = name##_inside(self, argument);                                                                        \
+        Py_END_CRITICAL_SECTION();                                                                                     \
+        return result;                                                                                                 \
+    }
+#define INSIDE_TABLES(name) INSIDE(tables_##name, Tables, self)
+#define INSIDE_USES(name) INSIDE(uses_##name, Uses, self->tables)
+
+/* The attribute `name`, a number of `counts`, likewise. */
+#define NUMBER_INSIDE(kind, Self, tables, name)                                                                        \
+    static PyObject *kind##_##name(Self *self, void *closure)                                                          \
+    {                                                                                                                  \
+        Py_ssize_t number;                                                                                             \
+        Py_BEGIN_CRITICAL_SECTION(tables);                                                                             \
+        number = self->counts.name;                                                                                    \
+        Py_END_CRITICAL_SECTION();                                                                                     \
+        return PyLong_FromSsize_t(number);                                                                             \
+    }
 
 static int grow(void **array, Py_ssize_t before, Py_ssize_t count, Py_ssize_t size)
 {
@@ -397,14 +424,14 @@ static PyObject *tables_enter(Tables *tables, PyObject *const *arguments, Py_ssi
     PyObject *result = NULL;
     if (!enough(count, 5))
         return NULL;
-    Py_BEGIN_CRITICAL_SECTION(tables); /* threads that read other rows hold no lock of Python's */
+    Py_BEGIN_CRITICAL_SECTION(tables);
     result = enter_rows(tables, arguments);
     Py_END_CRITICAL_SECTION();
     return result;
 }
 
 /* leave(rows) -> (slots that none names any more, whether others of theirs are named still) */
-static PyObject *leave_rows(Tables *tables, PyObject *list)
+static PyObject *tables_leave_inside(Tables *tables, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = taken_rows(tables, list, &number);
@@ -454,14 +481,7 @@ static PyObject *leave_rows(Tables *tables, PyObject *list)
     return result;
 }
 
-static PyObject *tables_leave(Tables *tables, PyObject *list)
-{
-    PyObject *result;
-    Py_BEGIN_CRITICAL_SECTION(tables);
-    result = leave_rows(tables, list);
-    Py_END_CRITICAL_SECTION();
-    return result;
-}
+INSIDE_TABLES(leave)
 
 /* The slots [rows, filled] of some rows, each row's newest before column `end`; 0 elsewhere. */
 static int64_t *slots_in_columns(const Tables *tables, const int64_t *rows, Py_ssize_t number, Py_ssize_t end,
@@ -507,27 +527,25 @@ static PyObject *tables_columns(Tables *tables, PyObject *const *arguments, Py_s
 }
 
 /* slots_of(row) -> int64 [tokens] */
-static PyObject *tables_slots_of(Tables *tables, PyObject *number)
+static PyObject *tables_slots_of_inside(Tables *tables, PyObject *number)
 {
     int64_t row = PyLong_AsLongLong(number);
     if ((row == -1 && PyErr_Occurred()) || !within(row, tables->row_count, "row"))
         return NULL;
-    PyObject *result = NULL;
-    Py_BEGIN_CRITICAL_SECTION(tables);
     Py_ssize_t length = tables->rows[row].length;
-    result = PyByteArray_FromStringAndSize(NULL, length * (Py_ssize_t)sizeof(int64_t));
+    PyObject *result = PyByteArray_FromStringAndSize(NULL, length * (Py_ssize_t)sizeof(int64_t));
     for (Py_ssize_t i = 0; result != NULL && i < length; i++)
         ((int64_t *)PyByteArray_AS_STRING(result))[i] = token_of(tables, tables->rows + row, i);
-    Py_END_CRITICAL_SECTION();
     return result;
 }
 
+INSIDE_TABLES(slots_of)
+
 /* slots_of_all(rows) -> int64: those of each row, one row after the other */
-static PyObject *tables_slots_of_all(Tables *tables, PyObject *list)
+static PyObject *tables_slots_of_all_inside(Tables *tables, PyObject *list)
 {
     Py_ssize_t number, total = 0;
     PyObject *result = NULL;
-    Py_BEGIN_CRITICAL_SECTION(tables);
     int64_t *rows = rows_of(list, tables->row_count, &number);
     for (Py_ssize_t i = 0; rows != NULL && i < number; i++)
         total += tables->rows[rows[i]].length;
@@ -538,12 +556,13 @@ static PyObject *tables_slots_of_all(Tables *tables, PyObject *list)
         for (Py_ssize_t token = 0; token < tables->rows[rows[i]].length; token++)
             *next++ = token_of(tables, tables->rows + rows[i], token);
     PyMem_Free(rows);
-    Py_END_CRITICAL_SECTION();
     return result;
 }
 
+INSIDE_TABLES(slots_of_all)
+
 /* pages_of(row) -> [page], each with its slots: for checks */
-static PyObject *tables_pages_of(Tables *tables, PyObject *number)
+static PyObject *tables_pages_of_inside(Tables *tables, PyObject *number)
 {
     int64_t row = PyLong_AsLongLong(number);
     if ((row == -1 && PyErr_Occurred()) || !within(row, tables->row_count, "row"))
@@ -566,8 +585,10 @@ static PyObject *tables_pages_of(Tables *tables, PyObject *number)
     return result;
 }
 
+INSIDE_TABLES(pages_of)
+
 /* named_elsewhere(rows) -> whether another row names the last slot of these, which all have the same */
-static PyObject *tables_named_elsewhere(Tables *tables, PyObject *list)
+static PyObject *tables_named_elsewhere_inside(Tables *tables, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = taken_rows(tables, list, &number);
@@ -594,8 +615,10 @@ static PyObject *tables_named_elsewhere(Tables *tables, PyObject *list)
     return PyBool_FromLong(elsewhere);
 }
 
+INSIDE_TABLES(named_elsewhere)
+
 /* positions(slots) -> int32 [slots] that each was written at */
-static PyObject *tables_positions(Tables *tables, PyObject *object)
+static PyObject *tables_positions_inside(Tables *tables, PyObject *object)
 {
     Slots slots;
     if (!slots_of(object, &slots, tables->num_slots + 1))
@@ -607,7 +630,9 @@ static PyObject *tables_positions(Tables *tables, PyObject *object)
     return result;
 }
 
-static PyObject *tables_exclusive(Tables *tables, PyObject *list)
+INSIDE_TABLES(positions)
+
+static PyObject *tables_exclusive_inside(Tables *tables, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = taken_rows(tables, list, &number);
@@ -618,15 +643,21 @@ static PyObject *tables_exclusive(Tables *tables, PyObject *list)
     return PyLong_FromSsize_t(exclusive);
 }
 
-static PyObject *tables_weights(Tables *tables, PyObject *slots)
+INSIDE_TABLES(exclusive)
+
+static PyObject *tables_weights_inside(Tables *tables, PyObject *slots)
 {
     return weights_of(&tables->counts, slots, tables->num_slots + 1);
 }
 
-static PyObject *tables_counted(Tables *tables, PyObject *nothing)
+INSIDE_TABLES(weights)
+
+static PyObject *tables_counted_inside(Tables *tables, PyObject *nothing)
 {
     return bytes_of_counts(&tables->counts, tables->num_slots);
 }
+
+INSIDE_TABLES(counted)
 
 /* Set every count to 0: of the slots in pages that are counted, or of all where that is less. */
 static void count_none(Counts *counts, const Tables *tables)
@@ -645,7 +676,7 @@ static void count_none(Counts *counts, const Tables *tables)
 }
 
 /* keep(rows): free all others, and count anew */
-static PyObject *tables_keep(Tables *tables, PyObject *list)
+static PyObject *tables_keep_inside(Tables *tables, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = taken_rows(tables, list, &number);
@@ -676,15 +707,10 @@ static PyObject *tables_keep(Tables *tables, PyObject *list)
     Py_RETURN_NONE;
 }
 
-static PyObject *tables_used(Tables *tables, void *closure)
-{
-    return PyLong_FromSsize_t(tables->counts.used);
-}
+INSIDE_TABLES(keep)
 
-static PyObject *tables_shared(Tables *tables, void *closure)
-{
-    return PyLong_FromSsize_t(tables->counts.shared);
-}
+NUMBER_INSIDE(tables, Tables, self, used)
+NUMBER_INSIDE(tables, Tables, self, shared)
 
 static PyMethodDef tables_methods[] = {
     METHOD(tables, enter, METH_FASTCALL), METHOD(tables, leave, METH_O),
@@ -761,7 +787,7 @@ static int64_t *rows_in_use(Uses *uses, PyObject *list, int counted, Py_ssize_t 
     return rows;
 }
 
-static PyObject *uses_add(Uses *uses, PyObject *list)
+static PyObject *uses_add_inside(Uses *uses, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = rows_in_use(uses, list, 0, &number);
@@ -772,7 +798,9 @@ static PyObject *uses_add(Uses *uses, PyObject *list)
     Py_RETURN_NONE;
 }
 
-static PyObject *uses_remove(Uses *uses, PyObject *list)
+INSIDE_USES(add)
+
+static PyObject *uses_remove_inside(Uses *uses, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = rows_in_use(uses, list, 1, &number);
@@ -783,7 +811,9 @@ static PyObject *uses_remove(Uses *uses, PyObject *list)
     Py_RETURN_NONE;
 }
 
-static PyObject *uses_exclusive(Uses *uses, PyObject *list)
+INSIDE_USES(remove)
+
+static PyObject *uses_exclusive_inside(Uses *uses, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = rows_in_use(uses, list, 1, &number);
@@ -794,18 +824,24 @@ static PyObject *uses_exclusive(Uses *uses, PyObject *list)
     return PyLong_FromSsize_t(exclusive);
 }
 
-static PyObject *uses_weights(Uses *uses, PyObject *slots)
+INSIDE_USES(exclusive)
+
+static PyObject *uses_weights_inside(Uses *uses, PyObject *slots)
 {
     return weights_of(&uses->counts, slots, uses->tables->num_slots + 1);
 }
 
-static PyObject *uses_counted(Uses *uses, PyObject *nothing)
+INSIDE_USES(weights)
+
+static PyObject *uses_counted_inside(Uses *uses, PyObject *nothing)
 {
     return bytes_of_counts(&uses->counts, uses->tables->num_slots);
 }
 
+INSIDE_USES(counted)
+
 /* keep(rows): count these, and no others */
-static PyObject *uses_keep(Uses *uses, PyObject *list)
+static PyObject *uses_keep_inside(Uses *uses, PyObject *list)
 {
     Py_ssize_t number;
     int64_t *rows = rows_in_use(uses, list, 0, &number);
@@ -819,10 +855,9 @@ static PyObject *uses_keep(Uses *uses, PyObject *list)
     Py_RETURN_NONE;
 }
 
-static PyObject *uses_used(Uses *uses, void *closure)
-{
-    return PyLong_FromSsize_t(uses->counts.used);
-}
+INSIDE_USES(keep)
+
+NUMBER_INSIDE(uses, Uses, self->tables, used)
 
 static PyMethodDef uses_methods[] = {
     METHOD(uses, add, METH_O), METHOD(uses, remove, METH_O), METHOD(uses, exclusive, METH_O),
