@@ -23,6 +23,7 @@ from torch import Tensor
 torch.set_num_threads(1)  # more only get in each other's way: the matrices are small
 
 __all__ = [
+    "PATIENCE",
     "SHAPES",
     "Shape",
     "Token",
@@ -33,6 +34,8 @@ __all__ = [
     "quietly",
     "recomputed",
 ]
+
+PATIENCE = 600.0  # seconds: what waits for LightZero, whose import alone may take a minute on a loaded machine
 
 Token = tuple[str, Any, int]  # "obs_embeddings" or "act_tokens"; its state or action; its position in steps
 

@@ -29,8 +29,7 @@ from concurrent_kv.compat.lightzero import (
     attachment_of,
     detach,
 )
-from tests.lightzero_support import SHAPES, Token, Walk, contexts_of, make_world_model, recomputed
-from tests.support import HANG_SECONDS
+from tests.lightzero_support import PATIENCE, SHAPES, Token, Walk, contexts_of, make_world_model, recomputed
 
 ONE = replace(SHAPES["cartpole"], env_num=1)
 TWO = replace(SHAPES["cartpole"], env_num=2)
@@ -201,7 +200,7 @@ def test_23_another_groups_start_leaves_a_searchs_nodes_alone() -> None:
         truth = recomputed(theirs, path_of(mine, 0, (action_of(mine, 0, 0), 1)))
         group = threading.Thread(target=others.root, args=([theirs, ours],))
         group.start()
-        group.join(HANG_SECONDS)
+        group.join(PATIENCE)
         with pytest.raises(TypeError, match="list indices"):
             contexts_of(theirs, child)
         assert torch.allclose(contexts_of(ours, child)[0], truth, atol=ROUNDING)

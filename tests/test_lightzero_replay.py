@@ -180,6 +180,23 @@ def test_what_a_defect_of_the_released_code_explains_is_wrong_in_that_cache(answ
 
 
 @pytest.mark.parametrize("answer", ["off", "on"])
+def test_no_defect_of_the_released_code_explains_what_ours_gets_wrong(answer: str) -> None:
+    model, report = replayed(CARTPOLE, answer=answer)
+    walk = Walk(CARTPOLE, CARTPOLE.env_num)
+    first = walk._observe()
+    walk.root([model], first)
+    for _ in range(2):
+        search(walk, model)
+    damage_ours(model)  # and the released cache's root is stale
+    walk.observation = first
+    walk.root([model])
+    assert report.wrong == {"both": CARTPOLE.env_num}
+    assert report.unexplained == CARTPOLE.env_num
+    assert not report.defects
+    end(model)
+
+
+@pytest.mark.parametrize("answer", ["off", "on"])
 def test_colliding_states_are_wrong_in_the_released_cache(answer: str) -> None:
     model, report = replayed(CARTPOLE, answer=answer, zero_heads=True)
     walk = Walk(CARTPOLE, CARTPOLE.env_num)

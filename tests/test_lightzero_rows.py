@@ -372,6 +372,21 @@ def test_a_batch_that_the_released_code_cannot_take_is_named_and_the_comparison_
 
 
 @pytest.mark.parametrize("mode", ["on", "validate"])
+@pytest.mark.parametrize("shape", [THREE, CONTINUOUS], ids=["discrete", "continuous"])
+def test_where_all_begin_it_is_as_well_how_many_there_were_before(
+    mode: Any, shape: Shape, games: dict[str, Any]
+) -> None:
+    released, model = make_world_model(shape), make_world_model(shape)
+    games["ours"] = model
+    attach(model, mode)
+    game = Game(shape)
+    game.begin(0, 1, 2)
+    observed, times = game.asked(range(3))
+    observed["obs"], observed["action"] = observed["obs"][:1], [-1]  # as an evaluator of one environment leaves it
+    assert_same_outputs([each.forward_initial_inference(dict(observed), times) for each in (released, model)])
+
+
+@pytest.mark.parametrize("mode", ["on", "validate"])
 @pytest.mark.parametrize("lacking", ["obs", "action"])
 def test_a_batch_that_lacks_what_was_before_is_refused_with_what_would_do(
     mode: Any, lacking: str, games: dict[str, Any]

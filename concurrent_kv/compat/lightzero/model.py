@@ -167,12 +167,13 @@ def make_class(released: type[Any]) -> type[Any]:
             check_rows(kv, max(rows, last_obs_embeddings.shape[0]))
             _check_said(kv, rows)
             last, actions = _in_order(kv, last_obs_embeddings, batch_action, rows)
-            _check_previous(last.shape[0], len(actions), rows)
+            begins = _begins(self, actions)
+            if not all(begins):
+                _check_previous(last.shape[0], len(actions), rows)
             arguments = (last_obs_embeddings, batch_action, current_obs_embeddings, start_pos)
             ours = (last, actions, current_obs_embeddings, start_pos)
             if kv.validation is None:
                 return _roots(self, kv, *ours)
-            begins = _begins(self, actions)
             if any(begins[:rows]) and not all(begins):
                 return kv.validation.mixed_root(self, kv, partial(_roots, self, kv, *ours), ours)
             return kv.validation.root(self, kv, partial(_roots, self, kv), arguments, ours)
@@ -251,7 +252,8 @@ def _roots(
     session = kv.session
     session.begin()
     said, rows = session.current_infer_env_ids, current_obs_embeddings.shape[0]
-    begins = _begins(world_model, batch_action)[:rows]
+    begins = _begins(world_model, batch_action)
+    begins = [True] * rows if all(begins) else begins[:rows]  # where all begin, nothing is asked of what was before
     alike: list[Any] = begins
     if said is not None and kv.mode == "on" and not all(begins):
         # 0.2.0 has no masks: beside longer contexts, a shorter one's padding would count as tokens, and be stored.

@@ -279,8 +279,8 @@ class Validation:
         if replay is None or session.reanalyze_phase or session.batch is None:
             return None
         entry = replay.find(cache.role, session.keys[row], is_root=self._where == "root")
-        if entry is None or not (differs or session.batch.hits[row]):
-            return None  # what was stored by no call that was seen, or what neither has any more
+        if entry is None:
+            return None  # what was stored by no call that was seen
         right[row] = entry
         if not (differs or replay.draw()):
             return None
