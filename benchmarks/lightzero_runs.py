@@ -1,6 +1,6 @@
 """Whole training runs of LightZero 0.2.0, its cache against this one, in turns.
 
-    python -m benchmarks.lightzero_runs [--rounds N] [--of NAME] [--steps N] [--updates N] [--json FILE]
+    python -m benchmarks.lightzero_runs [--rounds N] [--of NAME] [OPTION ...]
 
 Needs LightZero (make lightzero). A run is LightZero's own configuration and entry (`tests/lightzero_training.py`) in a
 process of its own. The two play on as they find, so one may search more than the other: what counts is the time for a
@@ -66,11 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lightzero_runs", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--of", default="cartpole", help="as in tests.lightzero_training")
+    parser.add_argument("--collectors", type=int, default=8, help="environments to collect from (default: 8)")
     parser.add_argument("--steps", type=int, default=200, help="of the environments, at most (default: 200)")
     parser.add_argument("--updates", type=int, default=8, help="of the model, at most (default: 8)")
     parser.add_argument("--json", type=Path, help="write every run to this file")
     options = parser.parse_args(arguments)
-    passed = ["--of", options.of, "--steps", str(options.steps), "--updates", str(options.updates)]
+    passed = ["--of", options.of]
+    for name in ("collectors", "steps", "updates"):
+        passed += [f"--{name}", str(getattr(options, name))]
     runs = []
     for number in range(options.rounds):
         for mode in MODES if number % 2 else reversed(MODES):

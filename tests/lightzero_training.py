@@ -1,6 +1,6 @@
 """LightZero's own training with UniZero, shortened to seconds on a CPU: its zoo's configurations, its entry point.
 
-    python -m tests.lightzero_training off|validate|on OUTPUT_FOLDER [--of NAME] [--reanalyze] [--steps N] [--updates N]
+    python -m tests.lightzero_training off|validate|on OUTPUT_FOLDER [--of NAME] [--reanalyze] [OPTION ...]
 
 Prints one line of JSON at the end: what the cache did, in `validate` what was compared, and how long it took: as a
 whole, on the processor, and of that in simulated steps, in the rest of acting, and in learning.
@@ -29,26 +29,26 @@ ZOO = {  # those of LightZero's configurations that need nothing beside what it 
 
 
 def configuration(
-    name: str, folder: str, mode: str, reanalyze_ratio: float, simulations: int | None = None
+    name: str, folder: str, mode: str, reanalyze_ratio: float, collectors: int, simulations: int | None
 ) -> tuple[Any, Any]:
     """One of LightZero's configurations, with less of everything, and the two keys that choose the cache."""
     module = import_module(ZOO[name])
     main_config, create_config = module.main_config, module.create_config
     main_config.exp_name = folder
-    main_config.env.update(collector_env_num=COLLECTORS, evaluator_env_num=EVALUATORS, n_evaluator_episode=EVALUATORS)
+    main_config.env.update(collector_env_num=collectors, evaluator_env_num=EVALUATORS, n_evaluator_episode=EVALUATORS)
     main_config.policy.update(
         cuda=False,
         batch_size=16,
         update_per_collect=4,
-        collector_env_num=COLLECTORS,
+        collector_env_num=collectors,
         evaluator_env_num=EVALUATORS,
-        n_episode=COLLECTORS,
+        n_episode=collectors,
         reanalyze_ratio=reanalyze_ratio,
     )
     main_config.policy.model.world_model_cfg.update(
         device="cpu",
-        env_num=max(COLLECTORS, EVALUATORS),
-        collector_env_num=COLLECTORS,
+        env_num=max(collectors, EVALUATORS),
+        collector_env_num=collectors,
         evaluator_env_num=EVALUATORS,
         use_new_cache_manager=mode != "off",
         cache_validation_mode=mode == "validate",
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--of", choices=list(ZOO), default="cartpole")
     parser.add_argument("--reanalyze", action="store_true")
     parser.add_argument("--steps", type=int, default=200, help="of the environments, at most")
+    parser.add_argument("--collectors", type=int, default=COLLECTORS, help="environments to collect from")
     parser.add_argument("--simulations", type=int, help="of a search, instead of the configuration's")
     parser.add_argument("--updates", type=int, default=8, help="of the model, at most")
     options = parser.parse_args()
@@ -143,7 +144,8 @@ def main() -> None:
     from lzero.entry import train_unizero
 
     ratio = 0.25 if options.reanalyze else 0.0
-    main_config, create_config = configuration(options.of, options.folder, options.mode, ratio, options.simulations)
+    numbers = (options.collectors, options.simulations)
+    main_config, create_config = configuration(options.of, options.folder, options.mode, ratio, *numbers)
     spent = watched()
     began, began_cpu = time.perf_counter(), time.process_time()
     limits = {"max_train_iter": options.updates, "max_env_step": options.steps}

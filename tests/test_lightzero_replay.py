@@ -75,6 +75,16 @@ def test_a_search_over_fewer_environments_and_after_a_clear_is_replayed_too() ->
     end(model)
 
 
+def test_a_root_is_looked_up_among_no_nodes_of_the_search_before() -> None:
+    model, report = replayed(CARTPOLE)
+    walk = Walk(CARTPOLE, CARTPOLE.env_num)
+    search(walk, model)
+    state, times = torch.from_numpy(walk.nodes[1]), walk.timestep
+    model.wm_forward_for_initial_infererence(state, walk.action, state + 1, times)
+    assert report.first is None
+    end(model)
+
+
 def test_a_share_is_a_sample_of_the_contexts() -> None:
     model, report = replayed(CARTPOLE, share=0.25)
     walk = Walk(CARTPOLE, CARTPOLE.env_num)

@@ -102,10 +102,9 @@ class Replay:
         if len(self._roots) > ROOTS_KNOWN:
             self._roots.popitem(last=False)
 
-    def find(self, role: str, key: Hashable, *, is_root: bool) -> Entry | None:
+    def find(self, role: str, key: Hashable) -> Entry | None:
         """What a lookup should find: a node of the search before a root."""
-        found = None if is_root else self._nodes(role).get(key)
-        return found or self._roots.get((role, key))
+        return self._nodes(role).get(key) or self._roots.get((role, key))
 
     def forget_nodes(self, role: str) -> None:
         """The calling thread's nodes are gone."""

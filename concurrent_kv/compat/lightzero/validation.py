@@ -106,6 +106,8 @@ class Validation:
         Both caches are asked for those of the one that answers.
         """
         with self._turn:
+            if self.replay is not None:
+                self.replay.forget_nodes(kv.role_name)  # of the search before
             has_others = ours is not None and ours[0] is not arguments[0]
             if ours is not None and self.answer == "on":
                 arguments = ours
@@ -278,7 +280,7 @@ class Validation:
         replay, session = self.replay, self._kv.session
         if replay is None or session.reanalyze_phase or session.batch is None:
             return None
-        entry = replay.find(cache.role, session.keys[row], is_root=self._where == "root")
+        entry = replay.find(cache.role, session.keys[row])
         if entry is None:
             return None  # what was stored by no call that was seen
         right[row] = entry
@@ -324,7 +326,6 @@ class Validation:
         replay = self.replay
         if replay is None:
             return
-        replay.forget_nodes(cache.role)  # of the search before
         _, batch_action, states, positions = arguments
         model, parents = cache.model, self._parents
         paddings = [] if parents is None else self._paddings()
