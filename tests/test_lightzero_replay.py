@@ -85,6 +85,24 @@ def test_a_root_is_looked_up_among_no_nodes_of_the_search_before() -> None:
     end(model)
 
 
+@pytest.mark.parametrize("answer", ["off", "on"])
+def test_what_the_released_code_could_not_compute_is_replayed_from_what_was_answered(answer: str) -> None:
+    shape = replace(CARTPOLE, env_num=1)
+    model, report = replayed(shape, answer=answer, zero_heads=True)  # all nodes have the same state: the last counts
+    walk = Walk(shape, 1)
+    walk.root([model])
+    walk.simulate([model], parents=[0])
+    walk.nodes[0] = walk.nodes[0] + 1
+    walk.simulate([model], parents=[0])
+    assert report.defects == {"miss raises": 1}
+    before = report.replayed
+    walk.simulate([model], parents=[2])
+    assert report.replayed == before + 1
+    assert report.defects == {"miss raises": 1}
+    assert not report.wrong
+    end(model)
+
+
 def test_a_share_is_a_sample_of_the_contexts() -> None:
     model, report = replayed(CARTPOLE, share=0.25)
     walk = Walk(CARTPOLE, CARTPOLE.env_num)

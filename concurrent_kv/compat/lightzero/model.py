@@ -252,8 +252,7 @@ def _roots(
     session = kv.session
     session.begin()
     said, rows = session.current_infer_env_ids, current_obs_embeddings.shape[0]
-    begins = _begins(world_model, batch_action)
-    begins = [True] * rows if all(begins) else begins[:rows]  # where all begin, nothing is asked of what was before
+    begins = _begins(world_model, batch_action)[:rows]  # where all begin, there may be fewer of them than rows
     alike: list[Any] = begins
     if said is not None and kv.mode == "on" and not all(begins):
         # 0.2.0 has no masks: beside longer contexts, a shorter one's padding would count as tokens, and be stored.

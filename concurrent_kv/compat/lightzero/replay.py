@@ -170,13 +170,7 @@ def _step(model: Any, kv: Attached, context: Tensor, step: Step, overflow: Overf
 def _append(
     model: Any, contexts: Any, token: dict[str, Tensor], told: dict[str, Any], lengths: list[int] | None = None
 ) -> None:
-    """Run the model, which the released code may be in the middle of: what it keeps of its batch is put back."""
-    attributes = vars(model)
-    name = "keys_values_wm_size_list_current"
-    before = attributes.get(name)
-    attributes[name] = lengths
-    try:
-        with torch.no_grad():
-            model.forward(token, past_keys_values=contexts, **told)
-    finally:
-        attributes[name] = before
+    # Absolute positions are read from there. The released code sets it anew when its own contexts are together.
+    vars(model)["keys_values_wm_size_list_current"] = lengths
+    with torch.no_grad():
+        model.forward(token, past_keys_values=contexts, **told)
