@@ -22,7 +22,22 @@ from torch import Tensor
 
 torch.set_num_threads(1)  # more only get in each other's way: the matrices are small
 
-__all__ = ["SHAPES", "Shape", "Walk", "assert_same_outputs", "make_world_model", "quietly"]
+__all__ = [
+    "PATIENCE",
+    "SHAPES",
+    "Shape",
+    "Token",
+    "Walk",
+    "assert_same_outputs",
+    "contexts_of",
+    "make_world_model",
+    "quietly",
+    "recomputed",
+]
+
+PATIENCE = 600.0  # seconds: what waits for LightZero, whose import alone may take a minute on a loaded machine
+
+Token = tuple[str, Any, int]  # "obs_embeddings" or "act_tokens"; its state or action; its position in steps
 
 
 @dataclass(frozen=True)
@@ -223,3 +238,32 @@ def assert_same_outputs(answers: Sequence[tuple[Any, ...]]) -> None:
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 assert torch.equal(ours, theirs)
+
+
+def contexts_of(model: Any, states: Any, start_pos: Any = (0, 0, 0, 0)) -> list[Tensor]:
+    """What a model retrieves for each row's state: `[2 * layers, heads, tokens, head_dim]` of its valid tokens."""
+    model.keys_values_wm_list, model.keys_values_wm_size_list = [], []
+    positions = torch.tensor(start_pos)
+    model.keys_values_wm_size_list = model.retrieve_or_generate_kvcache(states, len(states), 0, positions)
+    lengths = model.trim_and_pad_kv_cache(is_init_infer=False)
+    layers = list(model.keys_values_wm._keys_values)
+    caches = [layer._k_cache for layer in layers] + [layer._v_cache for layer in layers]
+    packed = torch.stack([cache._cache[:, :, : cache._size] for cache in caches])
+    return [packed[:, row, :, packed.shape[3] - length :].clone() for row, length in enumerate(lengths)]
+
+
+def recomputed(model: Any, tokens: Sequence[Token]) -> Tensor:
+    """K and V of a path of tokens, computed from nothing: `[2 * layers, heads, tokens, head_dim]`."""
+    kv = model.transformer.generate_empty_keys_values(n=1, max_tokens=model.context_length)
+    with torch.no_grad():
+        for kind, value, position in tokens:
+            is_number = kind == "act_tokens" and not model.continuous_action_space
+            shape = (1, 1) if is_number else (1, 1, -1)
+            model.forward(
+                {kind: torch.as_tensor(value).reshape(shape)},
+                past_keys_values=kv,
+                is_init_infer=True,
+                start_pos=position,
+            )
+    layers = list(kv._keys_values)
+    return torch.stack([layer._k_cache.get()[0] for layer in layers] + [layer._v_cache.get()[0] for layer in layers])

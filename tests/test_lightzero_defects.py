@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,16 +29,13 @@ from concurrent_kv.compat.lightzero import (
     attachment_of,
     detach,
 )
-from tests.lightzero_support import SHAPES, Walk, make_world_model
-from tests.support import HANG_SECONDS
+from tests.lightzero_support import PATIENCE, SHAPES, Token, Walk, contexts_of, make_world_model, recomputed
 
 ONE = replace(SHAPES["cartpole"], env_num=1)
 TWO = replace(SHAPES["cartpole"], env_num=2)
 ABSOLUTE = replace(SHAPES["lunarlander"], env_num=1, embed_dim=64, num_heads=2)
 ROUNDING = 1e-5  # between batches of different sizes
 FAR = 1e-3
-
-Token = tuple[str, Any, int]  # "obs_embeddings" or "act_tokens"; its state or action; its position in steps
 
 
 def attached_pair(shape: Any, **settings: Any) -> Iterator[tuple[Any, Any]]:
@@ -50,29 +47,6 @@ def attached_pair(shape: Any, **settings: Any) -> Iterator[tuple[Any, Any]]:
     yield theirs, ours
     attachment.manager.check_integrity()
     detach(ours)
-
-
-def contexts_of(model: Any, states: Any, start_pos: Any = (0, 0, 0, 0)) -> list[Tensor]:
-    """What a model retrieves for each row's state: `[2 * layers, heads, tokens, head_dim]` of its valid tokens."""
-    model.keys_values_wm_list, model.keys_values_wm_size_list = [], []
-    positions = torch.tensor(start_pos)
-    model.keys_values_wm_size_list = model.retrieve_or_generate_kvcache(states, len(states), 0, positions)
-    lengths = model.trim_and_pad_kv_cache(is_init_infer=False)
-    layers = list(model.keys_values_wm._keys_values)
-    caches = [layer._k_cache for layer in layers] + [layer._v_cache for layer in layers]
-    packed = torch.stack([cache._cache[:, :, : cache._size] for cache in caches])
-    return [packed[:, row, :, packed.shape[3] - length :].clone() for row, length in enumerate(lengths)]
-
-
-def recomputed(model: Any, tokens: Sequence[Token]) -> Tensor:
-    """K and V of a path of tokens, computed from nothing: `[2 * layers, heads, tokens, head_dim]`."""
-    kv = model.transformer.generate_empty_keys_values(n=1, max_tokens=model.context_length)
-    with torch.no_grad():
-        for kind, value, position in tokens:
-            value = torch.as_tensor(value).reshape(1, 1, -1) if kind == "obs_embeddings" else torch.tensor([[value]])
-            model.forward({kind: value}, past_keys_values=kv, is_init_infer=True, start_pos=position)
-    layers = list(kv._keys_values)
-    return torch.stack([layer._k_cache.get()[0] for layer in layers] + [layer._v_cache.get()[0] for layer in layers])
 
 
 def assert_ours_is_true(theirs: Tensor, ours: Tensor, truth: Tensor, *, rounding: float = 0.0) -> None:
@@ -226,7 +200,7 @@ def test_23_another_groups_start_leaves_a_searchs_nodes_alone() -> None:
         truth = recomputed(theirs, path_of(mine, 0, (action_of(mine, 0, 0), 1)))
         group = threading.Thread(target=others.root, args=([theirs, ours],))
         group.start()
-        group.join(HANG_SECONDS)
+        group.join(PATIENCE)
         with pytest.raises(TypeError, match="list indices"):
             contexts_of(theirs, child)
         assert torch.allclose(contexts_of(ours, child)[0], truth, atol=ROUNDING)

@@ -18,8 +18,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv import InvalidArgumentError, KVCacheManager
 from concurrent_kv.compat.lightzero import Attachment, LightZeroKVCacheManager, attach, attachment_of, detach
-from tests.lightzero_support import SHAPES, Walk, assert_same_outputs, make_world_model
-from tests.support import HANG_SECONDS
+from tests.lightzero_support import PATIENCE, SHAPES, Walk, assert_same_outputs, make_world_model
 
 ENV_NUM = 2
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +197,7 @@ if not child:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_SECONDS, check=False, cwd=ROOT
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 
@@ -228,7 +227,7 @@ def test_a_search_that_goes_on_in_another_thread_is_warned_of(caplog: pytest.Log
     walk.simulate([model])
     going_on = threading.Thread(target=walk.simulate, args=([model], [1] * ENV_NUM))
     going_on.start()
-    going_on.join(HANG_SECONDS)
+    going_on.join(PATIENCE)
     assert caplog.text.count(LOST) == 1
     detach(model)
 

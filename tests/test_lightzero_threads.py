@@ -19,8 +19,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv import CapacityError, InvalidArgumentError, SearchEndedError
 from concurrent_kv.compat.lightzero import Attachment, attach, attachment_of, detach
-from tests.lightzero_support import SHAPES, Walk, make_world_model
-from tests.support import HANG_SECONDS
+from tests.lightzero_support import PATIENCE, SHAPES, Walk, make_world_model
 
 THREADS, ENV_NUM, MOVES, SIMULATIONS = 4, 2, 4, 12
 
@@ -55,10 +54,10 @@ def assert_equal(ours: Outputs, alone: Outputs) -> None:
 
 def in_threads(walks: Sequence[Callable[[Callable[[], Any]], Outputs]]) -> list[Outputs]:
     """Run all walks at the same time, one step of each before the next of any."""
-    turn = threading.Barrier(len(walks), timeout=HANG_SECONDS)
+    turn = threading.Barrier(len(walks), timeout=PATIENCE)
     with ThreadPoolExecutor(len(walks)) as threads:
         running = [threads.submit(walk, turn.wait) for walk in walks]
-        return [walk.result(timeout=HANG_SECONDS) for walk in running]
+        return [walk.result(timeout=PATIENCE) for walk in running]
 
 
 @pytest.mark.parametrize("name", ["cartpole", "lunarlander"])
@@ -110,7 +109,7 @@ def test_a_search_goes_on_when_another_thread_clears_the_caches(simulations_befo
         walk.simulate([alone, released])
     clearing = threading.Thread(target=released.clear_caches)
     clearing.start()
-    clearing.join(HANG_SECONDS)
+    clearing.join(PATIENCE)
     for _ in range(SIMULATIONS):
         theirs, ours = walk.simulate([alone, released])
         assert_equal([ours], [theirs])
@@ -143,7 +142,7 @@ def test_the_reanalyze_phase_of_one_thread_is_not_that_of_another() -> None:
     seen: list[bool] = []
     reading = threading.Thread(target=lambda: seen.append(model.reanalyze_phase))
     reading.start()
-    reading.join(HANG_SECONDS)
+    reading.join(PATIENCE)
     assert seen == [False]
     assert model.reanalyze_phase
     detach(model)
@@ -156,19 +155,19 @@ def test_more_threads_than_stated_hear_which_capacity_would_do() -> None:
     attach(model, "on", searches=1, wait_timeout=0.1)
     walk_alone(model, shape, 0)
     with ThreadPoolExecutor(1) as other, pytest.raises(CapacityError, match="would do"):
-        other.submit(walk_alone, model, shape, 1).result(timeout=HANG_SECONDS)
+        other.submit(walk_alone, model, shape, 1).result(timeout=PATIENCE)
     detach(model)
 
 
 def test_a_thread_that_ended_gives_its_search_back() -> None:
     shape = replace(SHAPES["cartpole"], env_num=ENV_NUM)
     model = make_world_model(shape)
-    attachment = attach(model, "on", searches=1, wait_timeout=HANG_SECONDS)
+    attachment = attach(model, "on", searches=1, wait_timeout=PATIENCE)
     assert isinstance(attachment, Attachment)
     for seed in range(3):
         thread = threading.Thread(target=walk_alone, args=(model, shape, seed))
         thread.start()
-        thread.join(HANG_SECONDS)
+        thread.join(PATIENCE)
     walk_alone(model, shape, 3)
     assert attachment.manager.get_stats_summary().pools["recur"].entries <= (SIMULATIONS + 1) * ENV_NUM
     attachment.manager.check_integrity()
@@ -185,7 +184,7 @@ def test_a_root_outlasts_the_roots_that_other_threads_store_meanwhile() -> None:
     with ThreadPoolExecutor(1) as other:
         for _ in range(31):  # with mine, 16 for each of two searches
             others.new_episode()
-            other.submit(others.root, [model]).result(timeout=HANG_SECONDS)
+            other.submit(others.root, [model]).result(timeout=PATIENCE)
     mine.root([model])
     assert model.root_hit_cnt == ENV_NUM
     detach(model)
@@ -240,6 +239,6 @@ def test_counts_of_threads_add_up() -> None:
     with ThreadPoolExecutor(2) as threads:
         counting = [threads.submit(attachment.count, model, hit_count=1) for _ in range(2)]
         for done in counting:
-            done.result(timeout=HANG_SECONDS)
+            done.result(timeout=PATIENCE)
     assert model.hit_count == 2
     detach(model)

@@ -17,7 +17,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv.compat.lightzero import DEFECTS
 
-SECONDS = 1800
+SECONDS = 3600
 PROJECT = Path(__file__).resolve().parents[1]
 
 

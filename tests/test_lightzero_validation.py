@@ -26,7 +26,7 @@ from concurrent_kv.compat.lightzero import (
     uninstall,
 )
 from tests import compare_old_new_cache
-from tests.lightzero_support import SHAPES, Walk, assert_same_outputs, make_world_model
+from tests.lightzero_support import PATIENCE, SHAPES, Walk, assert_same_outputs, make_world_model
 
 CARTPOLE = replace(SHAPES["cartpole"], env_num=3)
 LUNARLANDER = replace(SHAPES["lunarlander"], env_num=3, embed_dim=64, num_heads=2)
@@ -269,10 +269,9 @@ def test_installed_models_attach_themselves_as_their_configuration_says() -> Non
 def test_threads_take_turns_and_each_gets_its_own_answers() -> None:
     # The released cache is one search's at a time: the other's start clears it.
     searches = ([6, 6, 6], [20])  # simulations of each search of each thread: as many steps for both
-    seconds = 60
     released = make_world_model(CARTPOLE)
     model, attachment = validated(CARTPOLE, answer="on", searches=len(searches))
-    together = threading.Barrier(len(searches), timeout=seconds)
+    together = threading.Barrier(len(searches), timeout=PATIENCE)
 
     def walking(model: Any, seed: int, barrier: threading.Barrier) -> list[tuple[Any, ...]]:
         walk = Walk(CARTPOLE, CARTPOLE.env_num, seed)
@@ -290,7 +289,7 @@ def test_threads_take_turns_and_each_gets_its_own_answers() -> None:
     with ThreadPoolExecutor(len(searches)) as pool:
         running = [pool.submit(walking, model, seed, together) for seed in range(len(searches))]
         for expected, answers in zip(alone, running, strict=True):
-            for pair in zip(expected, answers.result(timeout=seconds), strict=True):
+            for pair in zip(expected, answers.result(timeout=PATIENCE), strict=True):
                 assert_same_outputs(pair)
     report = attachment.report
     assert report is not None

@@ -18,7 +18,7 @@ pytest.importorskip("lzero", reason="needs LightZero 0.2.0: make lightzero")
 
 from concurrent_kv.compat.lightzero import Attachment, attach, attachment_of, detach, settings
 from concurrent_kv.model.overflow import DropAndCorrect, DropOldest
-from tests.lightzero_support import SHAPES, Shape, Walk, assert_same_outputs, make_world_model
+from tests.lightzero_support import PATIENCE, SHAPES, Shape, Walk, assert_same_outputs, make_world_model
 
 STEPS = 1000  # simulated steps of each shape, at least
 MOVES = 10  # of an episode
@@ -76,7 +76,7 @@ def small() -> Iterator[Both]:
     yield from both_of(replace(SHAPES["cartpole"], env_num=4))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_output_of_a_thousand_simulated_steps_is_equal(name: str) -> None:
     shape = SHAPES[name]

@@ -15,6 +15,7 @@ from .kinds import Kind, kind_of
 from .main_model import make_class_of_main
 from .manager import LightZeroKVCacheManager
 from .model import ATTACHMENT, attachment_of, make_class
+from .replay import check_replay
 from .settings import Answer, Mode, check_manager, env_ids_of, mode_of
 from .sharing import check_sharing, clear_unshared_roots
 
@@ -31,6 +32,7 @@ def attach(
     searches: int | None = None,
     answer: Answer = "off",
     on_divergence: Callable[[Divergence], None] | None = None,
+    replay: float | None = None,
     **arguments: Any,
 ) -> Attachment | None:
     """Replace the cache of a released `WorldModel` (LightZero 0.2.0), in place. Returns None for mode "off".
@@ -48,6 +50,8 @@ def attach(
         searches: threads that search at the same time, for a manager of its own; one if left out.
         answer: whose answers "validate" gives: "off", LightZero's own cache's, or "on".
         on_divergence: called with each difference that "validate" finds; the attachment's `report` counts them.
+        replay: the share of contexts, above 0 and at most 1, that "validate" also computes anew from their tokens, to
+            say which cache is wrong. Where the caches differ it is every one. For LightZero 0.2.0.
         arguments: for a manager of its own, as in `KVCacheManager`.
 
     Raises:
@@ -66,6 +70,9 @@ def attach(
         raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
     if on_divergence is not None and not callable(on_divergence):
         raise InvalidTypeError(f"on_divergence must be callable, got {on_divergence!r}")
+    check_replay(replay)
+    if replay is not None and kind.is_main:
+        raise InvalidArgumentError(f"replay is for LightZero 0.2.0, and this world model is of {kind.value}")
     if searches is not None:
         positive_int("searches", searches)
     if isinstance(manager, LightZeroKVCacheManager):
@@ -89,6 +96,7 @@ def attach(
         searches=1 if searches is None else searches,
         answer=answer,
         on_divergence=on_divergence,
+        replay=replay,
         arguments=arguments,
     )
     detach(world_model)

@@ -49,6 +49,9 @@ class Attached(Protocol):
     def note_misses(self, missing: int, rows: int) -> None:
         """Warn, once, of contexts that begin anew."""
 
+    def note_moved_rows(self) -> None:
+        """Warn, once, of roots that are stored for other environments than those of their rows."""
+
     def users(self) -> list[Any]:
         """The world models that are attached by this."""
 

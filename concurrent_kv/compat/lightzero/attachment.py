@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ..._checks import check_env_ids
 from ...books.allocation import default_tokens
 from ...device.layout import KVLayout
 from ...errors import InvalidArgumentError, WrongProcessError
@@ -65,6 +66,7 @@ class Attachment:
         searches: int,
         answer: Answer,
         on_divergence: Callable[[Divergence], None] | None,
+        replay: float | None,
         arguments: dict[str, Any],
     ) -> None:
         self.kind = kind
@@ -81,9 +83,9 @@ class Attachment:
         self._config = manager_config(world_model, searches)
         # Searches of several threads store their roots in the same pools: one's must outlast the others'.
         self._arguments = {"init_entries": ROOTS_OF_A_SEARCH * searches, **arguments}
-        self._on_divergence = on_divergence
+        self._on_divergence, self._replay = on_divergence, replay
         self.env_ids = env_ids
-        self.validation = Validation(answer, on_divergence) if mode == "validate" else None
+        self.validation = Validation(answer, on_divergence, replay) if mode == "validate" else None
         self._overflow: tuple[Any, Overflow] | None = None
         self._start(manager)
 
@@ -91,6 +93,7 @@ class Attachment:
         self._lock = threading.Lock()
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._has_warned = False
+        self._has_warned_of_rows = False
         self._current = _Current()
         self._roles: dict[str, Role] = {self._current.name: self._make_role(manager)}
 
@@ -145,6 +148,34 @@ class Attachment:
         finally:
             self._current.name = before
 
+    @contextmanager
+    def environments(self, ids: Iterable[int]) -> Iterator[None]:
+        """Say which of the model's environments the rows of its batches are, for the calling thread's calls within.
+
+        For batches that lack some: without it the first row is environment 0, as in LightZero 0.2.0, whatever has
+        finished. A move and its whole search belong within. After `install()`, LightZero's own policies say it.
+
+        Raises:
+            InvalidArgumentError: one that the model does not have, or one twice; the main branch's model, which is
+                told by `ready_env_id`.
+        """
+        if self.kind.is_main:
+            raise InvalidArgumentError(
+                "environments() is for LightZero 0.2.0: say ready_env_id= to a model of the main branch"
+            )
+        said, known = check_env_ids(ids), range(len(self.env_ids))
+        rows = [known.index(env_id) for env_id in said if env_id in known]  # type: ignore[arg-type]
+        if not said or len(set(rows)) < len(said):
+            raise InvalidArgumentError(
+                f"ids must be different ones of the model's environments, 0 to {known[-1]} (its env_num), got {said}"
+            )
+        session = self.session
+        before, session.current_infer_env_ids = session.current_infer_env_ids, rows
+        try:
+            yield
+        finally:
+            session.current_infer_env_ids = before
+
     # Of the model ----------------------------------------------------------------------------------------------------
 
     def overflow(self, world_model: Any) -> Overflow:
@@ -176,6 +207,18 @@ class Attachment:
             rows,
         )
 
+    def note_moved_rows(self) -> None:
+        """Warn, once, of roots that are stored for other environments than those of their rows."""
+        if self._has_warned_of_rows:
+            return
+        self._has_warned_of_rows = True
+        logger.warning(
+            "%s: a root was looked up for one environment and is stored for another, so the rows of this batch are "
+            "others than before, as when an environment has finished: install() before LightZero makes its policy, or "
+            "make the calls of a move within attachment.environments(ids). (Said once.)",
+            self.manager.name,
+        )
+
     @property
     def report(self) -> ValidationReport | None:
         """What validation compared so far; None in another mode."""
@@ -193,7 +236,7 @@ class Attachment:
         """Remove the roots of one of the model's environments. May block."""
         self.manager.init_pools[self.env_ids[row]].clear()
         if self.validation is not None:
-            self.validation.clear_roots(row, self.role_name)
+            self.validation.clear_roots(row, self.env_ids[row], self.role_name)
 
     def clear(self) -> None:
         """Clear the pools of every role, and end the calling thread's searches. May block.
@@ -207,7 +250,7 @@ class Attachment:
         if self.validation is not None:
             self.validation.clear_nodes(self.role_name)
             for row in range(len(self.env_ids)):
-                self.validation.clear_roots(row, self.role_name)
+                self.validation.clear_roots(row, self.env_ids[row], self.role_name)
 
     def share(self, *world_models: Any) -> None:
         """Stay open until the last of these is detached."""
@@ -250,7 +293,7 @@ class Attachment:
         made.__dict__.update(self.__dict__)
         made.env_ids = tuple(range(self._config["env_num"]))
         if self.validation is not None:
-            made.validation = Validation(self.validation.answer, self._on_divergence)
+            made.validation = Validation(self.validation.answer, self._on_divergence, self._replay)
         made._start(None)
         memo[id(self)] = made
         return made

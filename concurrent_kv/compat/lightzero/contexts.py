@@ -14,7 +14,7 @@ from ...model.kv import KeysValues
 from ...model.overflow import DropAndCorrect, DropLazily, DropOldest, Overflow
 from .attached import Attached
 from .containers import LightZeroKeysValues
-from .session import NodeKey, SearchSession
+from .session import NewestRoot, NodeKey, SearchSession
 
 LOST: NodeKey = (-1, "")  # nothing is stored under it
 
@@ -57,8 +57,23 @@ def node_contexts(
 def root_contexts(world_model: Any, kv: Attached, last_obs_embeddings: Tensor, rows: int, start_pos: Any) -> list[int]:
     """Make the contexts of the previous roots the model's `keys_values_wm`; returns each row's length."""
     session = kv.session
-    batch = session.gather(session.keys_of(last_obs_embeddings[:rows]))
+    keys = session.keys_of(last_obs_embeddings[:rows])
+    batch = session.gather(keys)
     hits = batch.hits.count(True)
+    if hits < rows and not kv.kind.is_main:
+        found = list(batch.hits)
+        near = [
+            key if is_found else session.root_near(key[0], state) or key
+            for key, is_found, state in zip(keys, found, last_obs_embeddings, strict=False)
+        ]
+        if near != keys:
+            batch = session.gather(near)
+            hits = batch.hits.count(True)
+        if any(
+            not is_found and session.is_elsewhere(row, last_obs_embeddings[row])
+            for row, is_found in enumerate(batch.hits)
+        ):
+            kv.note_moved_rows()
     if hits < rows:
         for row, hit in enumerate(batch.hits):
             if not hit:
@@ -161,6 +176,8 @@ def store_roots(world_model: Any, kv: Attached, latent_state: Tensor) -> None:
     for row, key in enumerate(keys):
         session.manager.set_init_cache(key[0], key, KeysValues.from_packed(rows[:, row : row + 1]))
     session.adopt_roots(keys)
+    for key, state in zip(keys, latent_state.detach(), strict=True):
+        session.newest_roots[key[0]] = NewestRoot(key, state, rows.shape[3])
 
 
 def within_window(packed: Tensor, size: int, overflow: Overflow) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .attach import attach
 from .kinds import check_class
+from .policies import restore_policies, tell_environments
 from .settings import mode_of
 
 __all__ = ["install", "uninstall"]
@@ -20,6 +21,9 @@ def install(**arguments: Any) -> None:
     Call it once before LightZero makes its policy. A model whose configuration has neither stays as released. Calling
     it again changes the arguments. Imports LightZero.
 
+    The policies of 0.2.0 say from then on which environments a batch is of, and in mode "on" each environment keeps its
+    context when another finishes.
+
     Args:
         arguments: what `attach` gets beside the model, for every model.
 
@@ -28,7 +32,7 @@ def install(**arguments: Any) -> None:
     """
     from lzero.model.unizero_world_models.world_model import WorldModel
 
-    check_class(WorldModel)
+    is_main = check_class(WorldModel)
     uninstall()
     original = WorldModel.__init__
 
@@ -40,10 +44,13 @@ def install(**arguments: Any) -> None:
 
     _original_inits[WorldModel] = original
     WorldModel.__init__ = init
+    if not is_main:
+        tell_environments()
 
 
 def uninstall() -> None:
-    """World models made from now on stay as released; those that are attached stay attached."""
+    """World models made from now on stay as released, and policies too; those that are attached stay attached."""
     while _original_inits:
         world_model_class, original = _original_inits.popitem()
         world_model_class.__init__ = original
+    restore_policies()

@@ -126,6 +126,7 @@ def make_class(released: type[Any]) -> type[Any]:
                 positions = start_positions_of_reanalysis(start_pos, ready_env_num)
                 return generate_contexts(self, kv, latent_state, ready_env_num, positions)
             check_rows(kv, ready_env_num)
+            _check_said(kv, ready_env_num)
             return node_contexts(self, kv, latent_state, ready_env_num, lambda row: int(start_pos[row]))
 
         def trim_and_pad_kv_cache(self, is_init_infer: bool = True) -> list[int]:
@@ -162,11 +163,20 @@ def make_class(released: type[Any]) -> type[Any]:
             if current_obs_embeddings is None:
                 return super().wm_forward_for_initial_infererence(last_obs_embeddings, batch_action, None, start_pos)
             kv: Attachment = self.__dict__[ATTACHMENT]
-            check_rows(kv, max(current_obs_embeddings.shape[0], last_obs_embeddings.shape[0]))
+            rows = current_obs_embeddings.shape[0]
+            check_rows(kv, max(rows, last_obs_embeddings.shape[0]))
+            _check_said(kv, rows)
+            last, actions = _in_order(kv, last_obs_embeddings, batch_action, rows)
+            begins = _begins(self, actions)
+            if not all(begins):
+                _check_previous(last.shape[0], len(actions), rows)
             arguments = (last_obs_embeddings, batch_action, current_obs_embeddings, start_pos)
-            if kv.validation is not None:
-                return kv.validation.root(self, kv, partial(_roots, self, kv), arguments)
-            return _roots(self, kv, *arguments)
+            ours = (last, actions, current_obs_embeddings, start_pos)
+            if kv.validation is None:
+                return _roots(self, kv, *ours)
+            if any(begins[:rows]) and not all(begins):
+                return kv.validation.mixed_root(self, kv, partial(_roots, self, kv, *ours), ours)
+            return kv.validation.root(self, kv, partial(_roots, self, kv), arguments, ours)
 
         @torch.no_grad()
         def forward_recurrent_inference(
@@ -234,16 +244,56 @@ def _roots(
     current_obs_embeddings: torch.Tensor,
     start_pos: Any,
 ) -> Any:
-    """The model's outputs for new roots, which are stored: an episode's first ones, or what follows the previous."""
-    kv.session.begin()
-    rows = current_obs_embeddings.shape[0]
+    """The model's outputs for new roots, which are stored: an episode's first ones, or what follows the previous.
+
+    Where some begin an episode, or are said to be environments of contexts of several lengths, those that are alike are
+    a batch of their own.
+    """
+    session = kv.session
+    session.begin()
+    said, rows = session.current_infer_env_ids, current_obs_embeddings.shape[0]
+    begins = _begins(world_model, batch_action)[:rows]  # where all begin, there may be fewer of them than rows
+    alike: list[Any] = begins
+    if said is not None and kv.mode == "on" and not all(begins):
+        # 0.2.0 has no masks: beside longer contexts, a shorter one's padding would count as tokens, and be stored.
+        lengths = session.root_lengths(last_obs_embeddings[:rows])
+        alike = [0 if first else length for first, length in zip(begins, lengths, strict=True)]
+    session.root_environments = said
+    if len(set(alike)) == 1:
+        return _roots_alike(
+            world_model, kv, last_obs_embeddings, batch_action, current_obs_embeddings, start_pos, begins[0]
+        )
+    parts = [[row for row in range(rows) if alike[row] == each] for each in sorted(set(alike))]
+    made = []
+    try:
+        for part in parts:
+            session.current_infer_env_ids = part if said is None else [said[row] for row in part]
+            actions = [batch_action[row] for row in part]
+            positions = start_pos if np.ndim(start_pos) == 0 else [start_pos[row] for row in part]
+            last, current = last_obs_embeddings[part], current_obs_embeddings[part]
+            made.append(_roots_alike(world_model, kv, last, actions, current, positions, begins[part[0]]))
+    finally:
+        session.current_infer_env_ids = said
+    return _joined(parts, made, rows)
+
+
+def _roots_alike(
+    world_model: Any,
+    kv: Attachment,
+    last_obs_embeddings: torch.Tensor,
+    batch_action: Any,
+    current_obs_embeddings: torch.Tensor,
+    start_pos: Any,
+    is_first: bool,
+) -> Any:
+    """As `_roots`, of rows that all begin an episode, or all go on."""
+    session, rows = kv.session, current_obs_embeddings.shape[0]
     observed = {"obs_embeddings": current_obs_embeddings}
-    if _is_first_step(world_model, batch_action):
+    if is_first:
         contexts = LightZeroKeysValues.empty(kv.layout, rows)
         world_model.keys_values_wm = contexts
         outputs = world_model.forward(observed, past_keys_values=contexts, is_init_infer=True, start_pos=start_pos)
     else:
-        session = kv.session
         session.keys_values_wm_size_list = root_contexts(world_model, kv, last_obs_embeddings, rows, start_pos)
         session.keys_values_wm_size_list_current = world_model.trim_and_pad_kv_cache(is_init_infer=True)
         actions = torch.from_numpy(np.array(batch_action[:rows])).to(last_obs_embeddings.device)
@@ -256,6 +306,51 @@ def _roots(
     return outputs
 
 
+def _joined(parts: list[list[int]], outputs: list[Any], rows: int) -> Any:
+    """The outputs of a batch, a `WorldModelOutput`, of those of its parts."""
+    joined = {}
+    for name, first in vars(outputs[0]).items():
+        joined[name] = first
+        if isinstance(first, torch.Tensor):
+            whole = joined[name] = first.new_empty((rows, *first.shape[1:]))
+            for part, output in zip(parts, outputs, strict=True):
+                whole[part] = getattr(output, name)
+    return type(outputs[0])(**joined)
+
+
+def _in_order(kv: Attachment, last: torch.Tensor, actions: Any, rows: int) -> tuple[torch.Tensor, Any]:
+    """The previous roots' observations and actions, those of the environments of this batch alone, in its order.
+
+    LightZero keeps those of the previous batch: where an environment has finished since then, there are more of them.
+    """
+    before, now = kv.session.root_environments, kv.session.current_infer_env_ids
+    if now is None or last.shape[0] == rows or len(actions) != last.shape[0]:
+        return last, actions
+    before = range(last.shape[0]) if before is None else before
+    if len(before) != last.shape[0] or not set(now) <= set(before):
+        return last, actions
+    order = [list(before).index(env_id) for env_id in now]
+    return last[order], [actions[row] for row in order]
+
+
+def _check_said(kv: Attachment, rows: int) -> None:
+    """Raise where `environments()` says so many environments, and the batch has others."""
+    said = kv.session.current_infer_env_ids
+    if said is not None and len(said) != rows:
+        raise InvalidArgumentError(
+            f"environments() must name one environment for each row, got {list(said)} for a batch of {rows}"
+        )
+
+
+def _check_previous(observed: int, acted: int, rows: int) -> None:
+    """Raise unless every row of a batch has the observation and the action before it."""
+    if min(observed, acted) < rows:
+        raise InvalidArgumentError(
+            f"obs and action must have a row for each of the {rows} of current_obs, got {observed} and {acted}: for an "
+            "environment that begins an episode, zeros and the action -1"
+        )
+
+
 def check_rows(kv: Attachment, rows: int) -> None:
     """Raise unless a batch of so many rows has an environment for each."""
     if rows > len(kv.env_ids):
@@ -265,8 +360,8 @@ def check_rows(kv: Attachment, rows: int) -> None:
         )
 
 
-def _is_first_step(world_model: Any, batch_action: Any) -> bool:
-    """Whether an episode begins: LightZero marks it by an action of -1."""
+def _begins(world_model: Any, batch_action: Any) -> list[bool]:
+    """Whether each row begins an episode: LightZero marks it by an action of -1."""
     if world_model.continuous_action_space:
-        return not isinstance(batch_action[0], np.ndarray)
-    return bool(max(batch_action) == -1)
+        return [not isinstance(action, np.ndarray) for action in batch_action]
+    return [int(action) == -1 for action in batch_action]

@@ -73,6 +73,16 @@ class ReleasedCache:
             layer._k_cache._size = layer._v_cache._size = packed.shape[3]
         self.model.keys_values_wm_size_list[:] = lengths
 
+    def put_roots(self, keys: list[str], roots: list[Tensor | None]) -> None:
+        """Store these roots, as the start of a search would; None is one that has been cleared meanwhile."""
+        for row, (key, root) in enumerate(zip(keys, roots, strict=True)):
+            if root is None:
+                continue
+            slot = self.model.custom_copy_kv_cache_to_shared_init_envs(self._single(root), row)
+            self.model.past_kv_cache_init_infer_envs[row][key] = slot
+            self.root_in[row, slot] = key
+            self.root_by[row, slot] = self.role
+
     def stored_root(self, row: int, key: str) -> Tensor | None:
         """The root stored last in an environment, if it is that of `key`: `[2 * layers, heads, tokens, head_dim]`."""
         slot = self.model.past_kv_cache_init_infer_envs[row].get(key)
@@ -89,17 +99,20 @@ class ReleasedCache:
 
     def put_nodes(self, keys: list[str], nodes: list[Tensor]) -> None:
         """Store these nodes, as the end of a step would."""
-        single = self.model.transformer.generate_empty_keys_values(n=1, max_tokens=self.model.context_length)
-        layers = len(single)
         for row, (key, node) in enumerate(zip(keys, nodes, strict=True)):
-            size = node.shape[2]
-            for number, layer in enumerate(single._keys_values):
-                layer._k_cache._cache[0, :, :size] = node[number]
-                layer._v_cache._cache[0, :, :size] = node[layers + number]
-                layer._k_cache._size = layer._v_cache._size = size
-            slot = self.model.custom_copy_kv_cache_to_shared_recur(single)
+            slot = self.model.custom_copy_kv_cache_to_shared_recur(self._single(node))
             self.model.past_kv_cache_recurrent_infer[key] = slot
             self.node_in[slot] = (row, key)
+
+    def _single(self, row: Tensor) -> Any:
+        """LightZero's container with the tokens of one row, `[2 * layers, heads, tokens, head_dim]`."""
+        single = self.model.transformer.generate_empty_keys_values(n=1, max_tokens=self.model.context_length)
+        layers, size = len(single), row.shape[2]
+        for number, layer in enumerate(single._keys_values):
+            layer._k_cache._cache[0, :, :size] = row[number]
+            layer._v_cache._cache[0, :, :size] = row[layers + number]
+            layer._k_cache._size = layer._v_cache._size = size
+        return single
 
     def clear_nodes(self) -> None:
         """As `past_kv_cache_recurrent_infer.clear()`."""
@@ -111,6 +124,19 @@ class ReleasedCache:
         self.roots_cleared_by[row] = role
 
     # Why it answers what it does -------------------------------------------------------------------------------------
+
+    def has_root(self, row: int, key: str) -> bool:
+        """Whether a row has a root of `key`, right or wrong."""
+        return key in self.model.past_kv_cache_init_infer_envs[row]
+
+    def why_missed(self, row: int, key: str, found: str) -> str | None:
+        """The defect that explains that the root of `key` is not found, where ours found it under `found`."""
+        roots = self.model.past_kv_cache_init_infer_envs
+        if key in roots[row] or self.roots_cleared_by.get(row, self.role) != self.role:
+            return None
+        if found in roots[row]:
+            return "roots by rounding"
+        return "roots by row" if any(found in of_a_row for of_a_row in roots) else None
 
     def why_root(self, row: int, key: str) -> str | None:
         """The defect that explains a wrong context of the root of `key`."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ...errors import InvalidArgumentError
 from ...manager import KVCacheManager
@@ -13,9 +16,20 @@ from ...pool.batch import Batch
 from ...search.search import Search
 from .containers import LightZeroKeysValues
 
-__all__ = ["NodeKey", "SearchSession"]
+__all__ = ["NewestRoot", "NodeKey", "SearchSession"]
 
 NodeKey = tuple[int, str]  # environment id, LightZero's hash of the latent state
+
+
+RTOL, ATOL = 1e-5, 5e-7  # more than encoders round otherwise in batches of two sizes (6.6e-7 where they are largest)
+
+
+class NewestRoot(NamedTuple):
+    """The root that was stored last of an environment."""
+
+    key: NodeKey
+    state: Tensor
+    length: int
 
 
 class SearchSession(threading.local):
@@ -29,6 +43,8 @@ class SearchSession(threading.local):
         batch: the parents of the step under way, until its children are committed.
         keys: what they were looked up by.
         is_split: whether one batch of roots is under way in several parts.
+        root_environments: what `current_infer_env_ids` was for the roots of the search under way.
+        newest_roots: each environment's newest root, by the manager's number.
         Others are named as in `WorldModel`.
     """
 
@@ -49,6 +65,8 @@ class SearchSession(threading.local):
         self.keys_values_wm_token_context_list: list[Any] = []
         self.reanalyze_phase = False
         self.is_split = False
+        self.root_environments: Sequence[int] | None = None
+        self.newest_roots: dict[int, NewestRoot] = {}
         self._ready: Sequence[int] | None = None
         self._envs = env_ids
         self._roots: Sequence[NodeKey] = ()
@@ -104,6 +122,27 @@ class SearchSession(threading.local):
         """Keep these roots for this thread's search, whatever others clear or store from here on."""
         self._open().gather(keys, [env_id for env_id, _ in keys]).close()
         self._roots = (*self._roots, *keys)
+
+    def root_near(self, env_id: int, state: Tensor) -> NodeKey | None:
+        """The key of an environment's newest root, where that is still stored, and of this state but for rounding."""
+        newest = self.newest_roots.get(env_id)
+        if newest is None or newest.state.shape != state.shape:
+            return None
+        is_near = torch.allclose(newest.state, state, rtol=RTOL, atol=ATOL)
+        return newest.key if is_near and newest.key in self.manager.init_pools[env_id] else None
+
+    def root_lengths(self, states: Tensor) -> list[int]:
+        """Tokens of the environments' newest roots, of these states; 1 for what is computed from its state alone."""
+        envs = [self.env_of(row) for row in range(len(states))]
+        return [
+            1 if self.root_near(env_id, state) is None else self.newest_roots[env_id].length
+            for env_id, state in zip(envs, states, strict=True)
+        ]
+
+    def is_elsewhere(self, row: int, state: Tensor) -> bool:
+        """Whether a state that a row's environment has no root of is that of another environment's newest."""
+        mine = self.env_of(row)
+        return any(self.root_near(env_id, state) is not None for env_id in self.env_ids if env_id != mine)
 
     def buffer(self, rows: int) -> LightZeroKeysValues:
         """This thread's buffer for batches of `rows` rows: always the same memory, as captured graphs need it."""

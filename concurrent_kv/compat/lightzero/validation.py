@@ -23,6 +23,8 @@ from .contexts import replace_contexts
 from .divergence import Divergence, ValidationReport, first_difference
 from .main_released import ReleasedCacheOfMain
 from .released import ReleasedCache
+from .replay import Entry, Replay, Step, is_close, row_of
+from .session import SearchSession
 from .settings import Answer
 
 __all__ = ["Validation"]
@@ -44,13 +46,17 @@ class Validation:
     Args:
         answer: whose answers the caller gets: "off", the released cache's, or "on", ours.
         on_divergence: called with each difference, in the thread that found it.
+        replay: the share of contexts to compute anew from their tokens; none if left out.
 
     Attributes:
         report: what was compared so far.
     """
 
-    def __init__(self, answer: Answer, on_divergence: Callable[[Divergence], None] | None) -> None:
+    def __init__(
+        self, answer: Answer, on_divergence: Callable[[Divergence], None] | None, replay: float | None = None
+    ) -> None:
         self.answer = answer
+        self.replay = None if replay is None else Replay(replay)
         self.on_divergence = on_divergence
         self.report = ValidationReport()
         self._turn = threading.RLock()
@@ -62,6 +68,9 @@ class Validation:
         self._keys: list[str] = []
         self._run_released: Callable[[], Any] = lambda: None
         self._their_outputs: Any = None
+        self._states: Any = None  # of the previous roots
+        self._has_others = False  # these are not of the environments of the batch
+        self._parents: list[Entry] | None = None  # what the model runs on, where that is replayed
 
     # A call --------------------------------------------------------------------------------------------------------
 
@@ -72,6 +81,8 @@ class Validation:
             self._run_released = lambda: cache.model.forward_recurrent_inference(*arguments)
             outputs = own(*arguments)
             is_stored = not kv.session.reanalyze_phase
+            if is_stored:
+                self._note_steps(cache, kv, arguments, outputs[1])
             if self._their_outputs is None:
                 if is_stored:
                     self._copy_nodes(cache, kv, outputs[1])
@@ -81,10 +92,27 @@ class Validation:
                 self._compare_nodes(cache, kv, outputs[1])
             return self._their_outputs if self.answer == "off" else outputs
 
-    def root(self, world_model: Any, kv: Attached, own: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """One `wm_forward_for_initial_infererence` while searching; `own` is the attached model's."""
+    def root(
+        self,
+        world_model: Any,
+        kv: Attached,
+        own: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        ours: tuple[Any, ...] | None = None,
+    ) -> Any:
+        """One `wm_forward_for_initial_infererence` while searching; `own` is the attached model's.
+
+        `ours`: the arguments with the previous roots of the batch's own environments, where `arguments` has others.
+        Both caches are asked for those of the one that answers.
+        """
         with self._turn:
+            if self.replay is not None:
+                self.replay.forget_nodes(kv.role_name)  # of the search before
+            has_others = ours is not None and ours[0] is not arguments[0]
+            if ours is not None and self.answer == "on":
+                arguments = ours
             cache = self._begin(world_model, kv, "root", arguments[0])
+            self._states, self._has_others = arguments[0], has_others and arguments is not ours
             self._run_released = lambda: cache.model.wm_forward_for_initial_infererence(*arguments)
             outputs = own(*arguments)
             if self._their_outputs is None:
@@ -92,7 +120,26 @@ class Validation:
                 self._their_outputs = self._run_uncounted()
             self._compare_outputs(kv, _fields(self._their_outputs), _fields(outputs))
             self._compare_roots(cache, kv, arguments[2])
+            self._note_roots(cache, kv, arguments)
             return self._their_outputs if self.answer == "off" else outputs
+
+    def mixed_root(self, world_model: Any, kv: Attached, own: Callable[[], Any], ours: tuple[Any, ...]) -> Any:
+        """As `root`, of a batch that the released code cannot take: our answers are given, and our roots copied."""
+        with self._turn:
+            cache = self._begin(world_model, kv, "root", ours[0])
+            outputs = own()
+            self._copy_roots(cache, kv, ours[2])
+            return outputs
+
+    def _copy_roots(self, cache: ReleasedCache, kv: Attached, states: Tensor) -> None:
+        """Our new roots in the released cache, which cannot compute them."""
+        keys = hash_states(states)
+        roots = [self._our_root(kv, row, key) for row, key in enumerate(keys)]
+        cache.put_roots(keys, roots)
+        for row, (key, root) in enumerate(zip(keys, roots, strict=True)):
+            self._note(row, "context", defect="mixed batch")
+            if self.replay is not None and root is not None:
+                self.replay.put_root(cache.role, (kv.session.env_of(row), key), Entry(root))
 
     def seed(self, world_model: Any, kv: Attached, arguments: tuple[Any, ...]) -> None:
         """One `seed_reanalysis_root_caches` of the main branch, in its own cache: ours has seeded its own."""
@@ -105,7 +152,8 @@ class Validation:
         if self._released is None:
             made = ReleasedCacheOfMain if kv.kind.is_main else ReleasedCache
             self._released = made(world_model, replaced_class(type(world_model)), self._compare_contexts)
-        self._model, self._where, self._their_outputs = world_model, where, None
+        self._model, self._where, self._their_outputs, self._parents = world_model, where, None, None
+        self._run_released = lambda: None
         self._keys = hash_states(states)
         self._kv = kv
         self._released.role = kv.role_name
@@ -124,6 +172,7 @@ class Validation:
             lacking = [row for row in range(len(rows)) if cache.lacks(row, self._keys[row])]
             if lacking:
                 self._note_raise(cache, lacking)
+                self._parents = self._actual_parents({})
                 return
         self._their_outputs = self._run_uncounted()
 
@@ -148,11 +197,19 @@ class Validation:
     # Comparisons ---------------------------------------------------------------------------------------------------
 
     def _note(
-        self, row: int, what: str, found: tuple[int, int, float] | None = None, defect: str | None = None
+        self,
+        row: int,
+        what: str,
+        found: tuple[int, int, float] | None = None,
+        defect: str | None = None,
+        wrong: str | None = None,
     ) -> None:
         layer, token, difference = found or (None, None, None)
         env_id, call = self._kv.session.env_of(row), self.report.calls - 1
-        divergence = Divergence(call, self._where, what, self._keys[row], env_id, layer, token, difference, defect)
+        if wrong in ("ours", "both"):
+            defect = None  # the released code's own defects leave ours right
+        key = self._keys[row]
+        divergence = Divergence(call, self._where, what, key, env_id, layer, token, difference, defect, wrong)
         if defect is None:
             if self.report.first_unexplained is None:
                 logger.error("%s: %s", self._kv.manager.name, divergence)
@@ -171,16 +228,34 @@ class Validation:
         ours = session.keys_values_wm.packed[:, :, :, : session.keys_values_wm.size]
         our_lengths = session.keys_values_wm_size_list
         self.report.contexts += len(their_lengths)
-        if their_lengths == our_lengths and torch.equal(theirs, ours):
+        if self._where == "root" and not kv.kind.is_main:
+            self._note_misses(cache, session)
+        is_equal = their_lengths == our_lengths and torch.equal(theirs, ours)
+        if is_equal and self.replay is None:
             return
         different: dict[int, KeysValues] = {}
+        right: dict[int, Entry] = {}
         for row, (length, our_length) in enumerate(zip(their_lengths, our_lengths, strict=True)):
             their_row, our_row = _last(theirs, row, length), _last(ours, row, our_length)
             found = first_difference(their_row, our_row) if length == our_length else None
-            if length == our_length and found is None:
-                continue
-            different[row] = KeysValues.from_packed(their_row.unsqueeze(1))
-            self._note(row, "context" if length == our_length else "length", found, self._why(cache, row))
+            differs = length != our_length or found is not None
+            wrong = self._replay_row(cache, row, their_row, our_row, right, differs=differs)
+            if differs:
+                different[row] = KeysValues.from_packed(their_row.unsqueeze(1))
+                what = "context" if length == our_length else "length"
+                self._note(row, what, found, self._why(cache, row), wrong)
+            elif wrong is not None:
+                self._note(row, "replay", wrong=wrong)
+        if different:
+            self._copy_contexts(cache, ours, our_lengths, different)
+        if self.replay is not None:
+            self._parents = self._actual_parents(right)
+
+    def _copy_contexts(
+        self, cache: ReleasedCache, ours: Tensor, our_lengths: list[int], different: dict[int, KeysValues]
+    ) -> None:
+        """What is answered with becomes the other's."""
+        kv, session = self._kv, self._kv.session
         if self.answer == "on":
             cache.put_contexts(ours.clone(), list(our_lengths))
             cache.model.keys_values_wm_token_context_list = list(session.keys_values_wm_token_context_list)
@@ -189,12 +264,104 @@ class Validation:
             if kv.kind.is_main:
                 session.keys_values_wm_token_context_list = list(cache.model.keys_values_wm_token_context_list)
 
+    # Replay --------------------------------------------------------------------------------------------------------
+
+    def _replay_row(
+        self,
+        cache: ReleasedCache,
+        row: int,
+        theirs: Tensor,
+        ours: Tensor,
+        right: dict[int, Entry],
+        *,
+        differs: bool,
+    ) -> str | None:
+        """Which of the caches is wrong by a row's tokens; notes in `right` where what is answered with is not."""
+        replay, session = self.replay, self._kv.session
+        if replay is None or session.reanalyze_phase or session.batch is None:
+            return None
+        entry = replay.find(cache.role, session.keys[row])
+        if entry is None:
+            return None  # what was stored by no call that was seen
+        right[row] = entry
+        if not (differs or replay.draw()):
+            return None
+        self.report.replayed += 1
+        truth = replay.truth_of(cache.model, self._kv, entry)
+        are_close = is_close(theirs, truth), is_close(ours, truth)
+        if not are_close[0 if self.answer == "off" else 1]:
+            del right[row]
+        return {(True, True): None, (False, True): "released", (True, False): "ours", (False, False): "both"}[are_close]
+
+    def _actual_parents(self, right: dict[int, Entry]) -> list[Entry] | None:
+        """What each row's context was computed from: the tokens behind it, or it is taken as it is."""
+        session = self._kv.session
+        if self.replay is None or session.reanalyze_phase:
+            return None
+        contexts = session.keys_values_wm.packed[:, :, :, : session.keys_values_wm.size]
+        return [
+            right.get(row) or Entry(_last(contexts, row, length))
+            for row, length in enumerate(session.keys_values_wm_size_list)
+        ]
+
+    def _paddings(self) -> list[int]:
+        lengths = self._kv.session.keys_values_wm_size_list
+        return [max(lengths) - length for length in lengths]
+
+    def _note_steps(self, cache: ReleasedCache, kv: Attached, arguments: tuple[Any, ...], states: Tensor) -> None:
+        """What a simulated step appended to each row."""
+        if self.replay is None or self._parents is None:
+            return
+        history, _, depths, positions = arguments
+        actions, paddings = history[-1][1], self._paddings()
+        size = -1 if not self._model.continuous_action_space else self._model.action_space_size
+        for row, (key, parent) in enumerate(zip(kv.session.keys_of(states), self._parents, strict=True)):
+            action = actions.reshape(len(states), -1)[row].reshape(1, size).clone()
+            depth = row_of(depths, row) if len(depths) else ()
+            step = Step(action, states[row], row_of(positions, row), paddings[row], depth)
+            self.replay.put_node(cache.role, key, Entry(None, parent, step))
+
+    def _note_roots(self, cache: ReleasedCache, kv: Attached, arguments: tuple[Any, ...]) -> None:
+        """What each root is, computed at once: a chain of roots may be as long as an episode."""
+        replay = self.replay
+        if replay is None:
+            return
+        _, batch_action, states, positions = arguments
+        model, parents = cache.model, self._parents
+        paddings = [] if parents is None else self._paddings()
+        for row, key in enumerate(kv.session.keys_of(states)):
+            position = row_of(positions, row)
+            if parents is None:
+                truth = replay.first_root(model, kv, states[row], position)
+            else:
+                action = torch.from_numpy(np.array(batch_action[row : row + 1])).to(states.device)
+                action = action.unsqueeze(1 if model.continuous_action_space else -1)
+                step = Step(action, states[row], position, paddings[row], None)
+                truth = replay.truth_of(model, kv, Entry(None, parents[row], step))
+            replay.put_root(cache.role, key, Entry(truth))
+
+    # Why -----------------------------------------------------------------------------------------------------------
+
+    def _note_misses(self, cache: ReleasedCache, session: SearchSession) -> None:
+        """What neither finds as the batch has other rows than before: equal, and wrong in both."""
+        assert session.batch is not None
+        for row, is_found in enumerate(session.batch.hits):
+            is_lost = not is_found and not cache.has_root(row, self._keys[row])
+            if is_lost and session.is_elsewhere(row, self._states[row]):
+                self._note(row, "miss", defect="roots by row")
+
     def _why(self, cache: ReleasedCache, row: int) -> str | None:
         session, key = self._kv.session, self._keys[row]
         if session.reanalyze_phase and not self._kv.kind.is_main:
             return None  # nothing is retrieved
         if self._where == "root":
-            return cache.why_root(row, key)
+            if self._kv.kind.is_main:
+                return cache.why_root(row, key)
+            if self._has_others:
+                return "roots by row"
+            assert session.batch is not None
+            missed = cache.why_missed(row, key, session.keys[row][1]) if session.batch.hits[row] else None
+            return missed or cache.why_root(row, key)
         is_own = session.search is not None and (session.env_of(row), key) in session.search
         defect = cache.why_node(row, key, is_own_node=is_own)
         if defect is None and is_own and isinstance(cache, ReleasedCacheOfMain) and cache.forgot(row, key):
@@ -220,10 +387,12 @@ class Validation:
     def _compare_roots(self, cache: ReleasedCache, kv: Attached, latent_state: Tensor) -> None:
         self._keys = hash_states(latent_state)
         for row, key in enumerate(self._keys):
-            env_id = kv.session.env_of(row)
-            found = kv.manager.init_pools[env_id].peek((env_id, key))
-            ours = None if found is None else torch.cat([found.keys, found.values])[:, 0]
-            self._compare_entry(row, cache.stored_root(row, key), ours)
+            self._compare_entry(row, cache.stored_root(row, key), self._our_root(kv, row, key))
+
+    def _our_root(self, kv: Attached, row: int, key: str) -> Tensor | None:
+        env_id = kv.session.env_of(row)
+        found = kv.manager.init_pools[env_id].peek((env_id, key))
+        return None if found is None else torch.cat([found.keys, found.values])[:, 0]
 
     def _compare_entry(self, row: int, theirs: Tensor | None, ours: Tensor | None) -> None:
         if theirs is None:
@@ -250,13 +419,17 @@ class Validation:
     def clear_nodes(self, role: str) -> None:
         """The released cache's nodes go, as ours did."""
         with self._turn:
+            if self.replay is not None:
+                self.replay.forget_nodes(role)
             if self._released is not None:
                 self._cleared_by = (threading.get_ident(), role)
                 self._released.clear_nodes()
 
-    def clear_roots(self, row: int, role: str) -> None:
+    def clear_roots(self, row: int, env_id: int, role: str) -> None:
         """The released cache's roots of one environment go, as ours did."""
         with self._turn:
+            if self.replay is not None:
+                self.replay.forget_roots(env_id)
             if self._released is not None:
                 self._released.clear_roots(row, role)
 
