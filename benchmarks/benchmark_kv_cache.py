@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,9 +138,9 @@ def compare(name: str, envs: int, threads: int, searches: int, device: str = "cp
     }
 
 
-def compare_main(checkout: Path, name: str, envs: int, searches: int) -> dict[str, Any]:
+def compare_main(checkout: Path, name: str, envs: int, searches: int, *options: str) -> dict[str, Any]:
     """The main branch's figures of one workload at one number of environments, on one thread: `lightzero_main`."""
-    asked = ["benchmarks.lightzero_main", name, str(envs), "--searches", str(searches)]
+    asked = ["benchmarks.lightzero_main", name, str(envs), "--searches", str(searches), *options]
     environment = {**os.environ, "LIGHTZERO": str(checkout.resolve())}
     said = subprocess.run([sys.executable, "-m", *asked], env=environment, capture_output=True, text=True, check=False)
     if said.returncode:
@@ -241,8 +242,15 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, show. 1 if a search led to other states than the released code's, or a step has too many calls."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    of_main = []
+    if options.cpu_time:
+        if options.threads != [1] or options.device != "cpu":
+            parser.error("--cpu-time is for --threads 1 on a CPU")
+        Side.clock = staticmethod(time.thread_time_ns)
+        of_main = ["--cpu-time"]
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -258,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.main is not None:
         alone = [result for result in results if result["threads"] == 1]
         for result in alone:
-            result["main"] = compare_main(options.main, result["workload"], result["environments"], searches)
+            result["main"] = compare_main(options.main, result["workload"], result["environments"], searches, *of_main)
         console.print(table_of_all(alone))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -296,6 +304,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--searches", type=int, help="searches of each side that count (default: 6)")
     parser.add_argument("--main", type=Path, help="a checkout of LightZero's main branch, measured beside 0.2.0")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time the thread, where others use the machine meanwhile"
+    )
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file (needs matplotlib)")
     return parser

@@ -1,6 +1,6 @@
 """LightZero's main branch: its own manager, ours through the one import, and ours attached, in one run and in turns.
 
-    python -m benchmarks.lightzero_main WORKLOAD ENVIRONMENTS [--searches N]      (LIGHTZERO: a checkout)
+    python -m benchmarks.lightzero_main WORKLOAD ENVIRONMENTS [--searches N] [--cpu-time]   (LIGHTZERO: a checkout)
 
 Prints one line of JSON. `python -m benchmarks.benchmark_kv_cache --main CHECKOUT` runs it in a process of its own: the
 other one measures 0.2.0.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -96,7 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("workload", choices=list(SHAPES))
     parser.add_argument("environments", type=int)
     parser.add_argument("--searches", type=int, default=6)
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        Side.clock = staticmethod(time.thread_time_ns)
     if CHECKOUT is None:
         sys.exit("LIGHTZERO must be the folder of a checkout of LightZero, and is not set")
     torch.set_num_threads(1)
