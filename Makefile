@@ -77,7 +77,9 @@ lightzero-main:
 else
 lightzero-main: $(LIGHTZERO_VENV)/main.stamp
 	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.lightzero_checkout
+	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.lightzero_main_trees
 	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest -rs $(LIGHTZERO_MAIN_TESTS) $(ARGS)
+	@LIGHTZERO= PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m benchmarks.benchmark_kv_cache --quick --main '$(abspath $(LIGHTZERO))'
 endif
 
 # Nothing is downloaded but packages: the models are tiny, and random.

@@ -1,10 +1,11 @@
 """Old against new: the released LightZero's cache and ours, in its own world model, in one run and in turns.
 
-    python -m benchmarks.benchmark_kv_cache [--quick] [--device cuda] [--json FILE] [--plot FILE]
+    python -m benchmarks.benchmark_kv_cache [--quick] [--device cuda] [--main CHECKOUT] [--json FILE] [--plot FILE]
 
 Needs LightZero (make lightzero). Each search of the one is followed by the same search of the other; medians over the
 simulated steps of all searches. With two threads, each has a world model and searches trees of its own, the released
-cache once for each model, ours shared.
+cache once for each model, ours shared. With a checkout of LightZero's main branch, that one's caches are measured
+beside these, each workload in a process of its own (`benchmarks.lightzero_main`), and all five stand in one table.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +42,8 @@ TARGETS = {  # times as fast as the released cache path, on one thread, and the 
     ("atari", 8): (2.5, None),
     ("atari", 32): (6.0, None),
 }
+# Times as fast as the main branch's own manager.
+TARGETS_OF_MAIN = {"one import": 1.0, "attached": 3.0}
 CALLS, COPIES = 12, 1  # at most, of the cache path of a simulated step
 WARMING = 4  # searches that do not count: a window of 8 is full at an episode's fourth root
 
@@ -132,6 +138,17 @@ def compare(name: str, envs: int, threads: int, searches: int, device: str = "cp
     }
 
 
+def compare_main(checkout: Path, name: str, envs: int, searches: int, *options: str) -> dict[str, Any]:
+    """The main branch's figures of one workload at one number of environments, on one thread: `lightzero_main`."""
+    asked = ["benchmarks.lightzero_main", name, str(envs), "--searches", str(searches), *options]
+    environment = {**os.environ, "LIGHTZERO": str(checkout.resolve())}
+    said = subprocess.run([sys.executable, "-m", *asked], env=environment, capture_output=True, text=True, check=False)
+    if said.returncode:
+        sys.exit(f"{' '.join(asked)} failed:\n{said.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
+    return result
+
+
 def _median(sides: Sequence[Side], what: str) -> float:
     medians: list[float] = [getattr(side, what).median for side in sides]
     return sum(medians) / len(medians)
@@ -173,6 +190,28 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def table_of_all(results: Sequence[dict[str, Any]]) -> Table:
+    """The cache paths of both versions and of what replaces their caches, on one thread."""
+    commit = results[0]["main"]["commit"]
+    shown = Table(title=f"cache path, ms (times faster); main: commit {commit[:8]}", title_justify="left")
+    shown.add_column("workload", justify="left")
+    for column in ("envs", "0.2.0", "0.2.0, attached", "main, its manager", "main, one import", "main, attached"):
+        shown.add_column(column, justify="right")
+    for result in results:
+        target, contestants = result["targets"][0], result["main"]["contestants"]
+        own, *others = (contestants[name]["cache_ms"] for name in ("own manager", *TARGETS_OF_MAIN))
+        targets = TARGETS_OF_MAIN.values()
+        shown.add_row(
+            result["workload"],
+            str(result["environments"]),
+            f"{result['released']['cache_ms']:.2f}",
+            f"{result['ours']['cache_ms']:.2f} ({_faster(result['cache_speed_up'], target)})",
+            f"{own:.2f}",
+            *(f"{ms:.2f} ({_faster(own / ms, wanted)})" for ms, wanted in zip(others, targets, strict=True)),
+        )
+    return shown
+
+
 def _faster(speed_up: float, target: float | None) -> str:
     if target is None:
         return f"{speed_up:.1f}"
@@ -203,19 +242,32 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, show. 1 if a search led to other states than the released code's, or a step has too many calls."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    of_main = []
+    if options.cpu_time:
+        if options.threads != [1] or options.device != "cpu":
+            parser.error("--cpu-time is for --threads 1 on a CPU")
+        Side.clock = staticmethod(time.thread_time_ns)
+        of_main = ["--cpu-time"]
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     quick = options.quick
+    searches = options.searches or (2 if quick else 6)
     results = [
-        compare(name, envs, threads, options.searches or (2 if quick else 6), options.device)
+        compare(name, envs, threads, searches, options.device)
         for name in options.workloads or (["cartpole"] if quick else ["cartpole", "lunarlander", "atari"])
         for envs in options.environments or ([8] if quick else [8, 32])
         for threads in options.threads or ([1] if quick else [1, 2])
     ]
     console.print(table(results))
+    if options.main is not None:
+        alone = [result for result in results if result["threads"] == 1]
+        for result in alone:
+            result["main"] = compare_main(options.main, result["workload"], result["environments"], searches, *of_main)
+        console.print(table_of_all(alone))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     if options.plot is not None:
@@ -237,6 +289,9 @@ def _failures(results: Sequence[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: {ours['operator_calls']} operator calls in a step, {CALLS} are allowed")
         if ours["copies_to_host"] > COPIES:
             found.append(f"{where}: {ours['copies_to_host']} copies to the host in a step, {COPIES} are allowed")
+        main = result.get("main", {})
+        if main.get("searches_that_differ"):
+            found.append(f"{where}: {main['searches_that_differ']} searches of the main branch led to other states")
     return found
 
 
@@ -248,6 +303,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", nargs="+", type=int, choices=[1, 2], help="default: 1 2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--searches", type=int, help="searches of each side that count (default: 6)")
+    parser.add_argument("--main", type=Path, help="a checkout of LightZero's main branch, measured beside 0.2.0")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time the thread, where others use the machine meanwhile"
+    )
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file (needs matplotlib)")
     return parser

@@ -1,9 +1,10 @@
 """A checkout of LightZero's main branch in front of the installed 0.2.0: import this before anything of `lzero`.
 
 `LIGHTZERO` is its folder (make lightzero-main LIGHTZERO=...). What it has not compiled, its trees above all, comes from
-the 0.2.0 that is installed beside it. `python -m tests.lightzero_checkout` says which commit it is at, or that it is no
-checkout of LightZero's. As a pytest plugin (`-p tests.lightzero_checkout`) it does the same for the
-checkout's own tests, and `LIGHTZERO_CACHE` says with which cache: "legacy", "own" (its manager) or "ours".
+`tests.lightzero_main_trees`, or else from the 0.2.0 that is installed beside it. `python -m tests.lightzero_checkout`
+says which commit it is at, or that it is no checkout of LightZero's. As a pytest plugin (`-p tests.lightzero_checkout`)
+it does the same for the checkout's own tests, and `LIGHTZERO_CACHE` says with which cache: "legacy", "own" (its
+manager) or "ours".
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["CACHES", "CHECKOUT", "commit_of", "use_cache"]
+__all__ = ["CACHES", "CHECKOUT", "commit_of", "trees_of", "use_cache"]
 
 CHECKOUT = os.environ.get("LIGHTZERO") or None
 CACHES = ("legacy", "own", "ours")
 INSTALLED = Path(sysconfig.get_paths()["platlib"])
 
 
-class InstalledTrees(importlib.abc.MetaPathFinder):
-    """Finds what the checkout has not compiled among what is installed."""
+class CompiledTrees(importlib.abc.MetaPathFinder):
+    """Finds what the checkout has not compiled where its trees were, and then among what is installed."""
+
+    def __init__(self, checkout: str) -> None:
+        self.places = (trees_of(checkout), INSTALLED)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -36,8 +40,8 @@ class InstalledTrees(importlib.abc.MetaPathFinder):
         package, *parents = fullname.split(".")[:-1] or [""]
         if package not in ("lzero", "zoo"):
             return None
-        folder = INSTALLED.joinpath(package, *parents)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, [str(folder)])
+        folders = [str(place.joinpath(package, *parents)) for place in self.places]
+        spec = importlib.machinery.PathFinder.find_spec(fullname, folders)
         is_compiled = spec is not None and isinstance(spec.loader, importlib.machinery.ExtensionFileLoader)
         return spec if is_compiled else None
 
@@ -47,6 +51,11 @@ def commit_of(checkout: str) -> str:
     asked = ["git", "-C", checkout, "rev-parse", "HEAD"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def trees_of(checkout: str) -> Path:
+    """Where the trees of a checkout's commit are compiled to."""
+    return Path(sys.prefix, "lightzero-main-trees", commit_of(checkout))
 
 
 def use_cache(cache: str) -> None:
@@ -71,7 +80,7 @@ def use_cache(cache: str) -> None:
 
 if CHECKOUT is not None:
     sys.path.insert(0, CHECKOUT)
-    sys.meta_path.append(InstalledTrees())
+    sys.meta_path.append(CompiledTrees(CHECKOUT))
     if "LIGHTZERO_CACHE" in os.environ:
         use_cache(os.environ["LIGHTZERO_CACHE"])
 

@@ -23,7 +23,7 @@ def test_a_world_model_of_the_main_branch_is_known_by_its_cache(source: str) -> 
     assert kind_of(make_main_model(source)) is Kind.MAIN_LEGACY
     managed = make_main_model(source, use_new_cache_manager=True)
     assert kind_of(managed) is Kind.MAIN_MANAGED
-    assert check_class(type(managed))
+    assert check_class(type(managed)).is_main
 
 
 def test_a_world_model_of_0_2_0_is_known() -> None:
@@ -90,19 +90,18 @@ def test_a_class_whose_method_lacks_a_parameter_is_refused_by_both() -> None:
         attach(WithoutEnvironments(stub_config()), "on")
 
 
-def test_a_model_of_several_tasks_is_refused_as_such() -> None:
-    with pytest.raises(InvalidTypeError, match="WorldModel of one task, got OfSeveralTasks"):
+def test_a_model_of_several_tasks_is_refused_by_what_it_lacks() -> None:
+    with pytest.raises(InvalidTypeError, match=r"got OfSeveralTasks, which has no retrieve_.*\(task_id=\), "):
         attach(OfSeveralTasks(stub_config()), "on")
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason=NEEDS_CHECKOUT)
-def test_the_main_branchs_model_of_several_tasks_is_refused_and_that_of_ppo_is_not() -> None:
+def test_the_main_branchs_classes_for_several_tasks_and_for_ppo_are_known() -> None:
     from lzero.model.unizero_world_models.ppo_world_model import PPOWorldModel
     from lzero.model.unizero_world_models.world_model_multitask import WorldModelMT
 
-    with pytest.raises(InvalidTypeError, match="WorldModel of one task, got WorldModelMT"):
-        check_class(WorldModelMT)
-    assert check_class(PPOWorldModel)
+    assert check_class(WorldModelMT) is Kind.MAIN_OF_TASKS
+    assert check_class(PPOWorldModel) is Kind.MAIN_LEGACY
 
 
 def test_something_else_is_refused_by_what_it_lacks() -> None:

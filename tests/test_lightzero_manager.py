@@ -376,6 +376,83 @@ def test_a_clone_shares_no_memory_and_keeps_dtype() -> None:
     assert torch.equal(valid(copy), before)
 
 
+@pytest.fixture
+def fetched() -> Iterator[LightZeroKeysValues]:
+    """What a manager returns: one row that nobody has looked into."""
+    manager = LightZeroKVCacheManager(config(num_layers=LAYERS, num_heads=HEADS, embed_dim=HEADS * HEAD_DIM), 1)
+    manager.set_recur_cache(1, released())
+    found = manager.get_recur_cache(1)
+    assert found is not None
+    yield found
+    manager.manager.check_integrity()
+    manager.manager.close()
+
+
+def is_whole(kv: LightZeroKeysValues) -> bool:
+    return kv.size == 5 and torch.equal(valid(kv), valid(released()))
+
+
+@pytest.mark.parametrize("looked_into_first", ["original", "clone"])
+def test_what_is_fetched_and_its_clone_share_no_memory_whichever_is_written_to(
+    looked_into_first: str, fetched: LightZeroKeysValues
+) -> None:
+    other = fetched.clone()
+    pair = (fetched, other) if looked_into_first == "original" else (other, fetched)
+    pair[0][0]._k_cache._cache.zero_()
+    assert is_whole(pair[1])
+    pair[1].packed.zero_()
+    assert fetched.packed.data_ptr() != other.packed.data_ptr()
+
+
+def test_every_clone_of_what_is_fetched_is_its_own_also_when_the_original_is_gone(fetched: LightZeroKeysValues) -> None:
+    clones = [LightZeroKeysValues.private(fetched.packed.clone(), fetched.size)]
+    clones += [clones[0].clone(), clones[0].clone(), clones[0].clone()]
+    del clones[0]
+    for number, kv in enumerate(clones):
+        assert is_whole(kv), number
+        kv.packed.zero_()
+
+
+def test_a_clone_of_a_clone_leaves_the_original_alone(fetched: LightZeroKeysValues) -> None:
+    between = fetched.clone()
+    last = between.clone()
+    del between
+    last.packed.zero_()
+    assert is_whole(fetched)
+
+
+def test_a_clone_takes_the_bytes_over_where_the_original_is_gone(fetched: LightZeroKeysValues) -> None:
+    original = LightZeroKeysValues.private(fetched.packed.clone(), fetched.size)
+    address, only = original._packed.data_ptr(), original.clone()
+    del original
+    assert only[0]._k_cache._cache.data_ptr() == address
+    assert is_whole(only)
+
+
+def test_what_is_fetched_is_copied_and_pickled_whole(fetched: LightZeroKeysValues) -> None:
+    lent = fetched.clone()
+    for made in (copy.deepcopy(lent), copy.copy(lent), pickle.loads(pickle.dumps(lent))):
+        made.packed.zero_()
+        assert is_whole(lent.clone())
+    assert is_whole(fetched)
+
+
+@pytest.mark.parametrize("size", [1, 5, 8])
+def test_rows_of_windows_large_and_small_are_stored_by_their_valid_tokens(size: int) -> None:
+    for heads_dim in (HEAD_DIM, 2048):
+        settings = config(num_layers=LAYERS, num_heads=HEADS, embed_dim=HEADS * heads_dim)
+        manager = LightZeroKVCacheManager(settings, 1, init_entries=2)
+        kv = LightZeroKeysValues(torch.rand(2 * LAYERS, 1, HEADS, WINDOW, heads_dim), size)
+        manager.set_recur_cache(1, kv)
+        found = manager.get_recur_cache(1)
+        assert found is not None
+        assert found.size == size
+        assert torch.equal(found.packed[..., :size, :], kv.packed[..., :size, :])
+        assert not found.packed[..., size:, :].any()
+        manager.manager.check_integrity()
+        manager.manager.close()
+
+
 def test_updates_append_in_place() -> None:
     kv = container()
     before, more = kv[1].get()[0].clone(), torch.rand(2, HEADS, 2, HEAD_DIM)

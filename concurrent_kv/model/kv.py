@@ -165,9 +165,14 @@ class KeysValues:
         )
 
 
-def whole_row(packed: Tensor) -> KeysValues:
-    """As `KeysValues.from_packed`, of one row that was made to fit, all of it valid: nothing is checked."""
-    layers, tokens = packed.shape[0] // 2, packed.shape[3]
+def whole_row(packed: Tensor, tokens: int | None = None) -> KeysValues:
+    """As `KeysValues.from_packed`, of one row that was made to fit: nothing is checked.
+
+    Its first `tokens` columns are valid, all of them if left out.
+    """
+    layers = packed.shape[0] // 2
+    if tokens is None:
+        tokens = packed.shape[3]
     made = KeysValues.__new__(KeysValues)
     made.keys, made.values, made.packed = packed[:layers], packed[layers:], packed
     made.lengths, made.end = (tokens,), tokens

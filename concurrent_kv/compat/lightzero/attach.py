@@ -13,10 +13,11 @@ from .attachment import Attachment
 from .divergence import Divergence
 from .kinds import Kind, kind_of
 from .main_model import make_class_of_main
+from .main_multitask import make_class_of_tasks
 from .manager import LightZeroKVCacheManager
 from .model import ATTACHMENT, attachment_of, make_class
 from .replay import check_replay
-from .settings import Answer, Mode, check_manager, env_ids_of, mode_of
+from .settings import Answer, Mode, check_manager, env_ids_of, mode_of, scopes_of
 from .sharing import check_sharing, clear_unshared_roots
 
 __all__ = ["attach", "detach"]
@@ -65,7 +66,7 @@ def attach(
         detach(world_model)
         return None
     if kind.is_main:
-        check_main(world_model)
+        check_main(world_model, kind, mode)
     if answer not in ("off", "on"):
         raise InvalidArgumentError(f"answer must be 'off' or 'on', got {answer!r}")
     if on_divergence is not None and not callable(on_divergence):
@@ -84,7 +85,12 @@ def attach(
             raise InvalidArgumentError(f"{', '.join(beside)} cannot be given beside manager, which has its own")
         if before is not None and before.owns(manager) and before.users() == [world_model]:
             raise InvalidArgumentError("manager was made for the world model's attachment, and is closed with it")
-    ids = env_ids_of(env_ids, world_model, world_model.env_num if manager is None else manager.env_num)
+    ids = env_ids_of(env_ids, world_model, scopes_of(world_model) if manager is None else manager.env_num)
+    if kind.has_tasks and len(ids) != scopes_of(world_model):
+        raise InvalidArgumentError(
+            f"env_ids must have one for each of {world_model.env_num} environments of each of {world_model.task_num} "
+            f"tasks, got {len(ids)}"
+        )
     if manager is not None and not same_weights:
         check_sharing(manager, ids, world_model)
     attachment = Attachment(
@@ -108,25 +114,31 @@ def attach(
     return attachment
 
 
-_classes: dict[tuple[type[Any], bool], type[Any]] = {}
+_classes: dict[tuple[type[Any], Kind], type[Any]] = {}
 
 
 def attached_class(released: type[Any], kind: Kind) -> type[Any]:
     """The class of a world model of class `released` while it is attached; always the same for the same class."""
-    made = _classes.get((released, kind.is_main))
+    made = _classes.get((released, kind))
     if made is None:
         made = make_class(released)
-        made = _classes.setdefault((released, kind.is_main), make_class_of_main(made) if kind.is_main else made)
+        if kind.is_main:
+            made = make_class_of_main(made)
+        if kind.has_tasks:
+            made = make_class_of_tasks(made)
+        made = _classes.setdefault((released, kind), made)
     return made
 
 
-def check_main(world_model: Any) -> None:
+def check_main(world_model: Any, kind: Kind, mode: Mode) -> None:
     """Refuse what an attachment does not know of the main branch."""
     if getattr(world_model.transformer, "use_register_token", False):
         raise InvalidArgumentError(
             "world_model must have a transformer without register tokens, which are not covered: "
             "task_embed_option other than 'register_task_embed'"
         )
+    if kind.has_tasks and mode == "validate":
+        raise InvalidArgumentError("mode must be 'off' or 'on' for models of several tasks, got 'validate'")
 
 
 def detach(world_model: Any) -> None:
@@ -142,7 +154,13 @@ def detach(world_model: Any) -> None:
 
 def forget_released(world_model: Any, kind: Kind) -> None:
     """Empty a world model's own cache: what it stored before is older than what happens in between."""
-    if kind.is_main:
+    if kind.has_tasks:  # its own clear_caches() reads a setting that it may not have
+        for contexts in (
+            world_model.past_token_context_recurrent_infer,
+            *world_model.past_token_context_init_infer_envs,
+        ):
+            contexts.clear()
+    elif kind.is_main:
         world_model.clear_caches()
         return
     for roots in world_model.past_kv_cache_init_infer_envs:

@@ -85,6 +85,7 @@ class Attachment:
         self._arguments = {"init_entries": ROOTS_OF_A_SEARCH * searches, **arguments}
         self._on_divergence, self._replay = on_divergence, replay
         self.env_ids = env_ids
+        self._tasks = world_model.task_num if kind.has_tasks else 1  # one task's environments are searched at a time
         self.validation = Validation(answer, on_divergence, replay) if mode == "validate" else None
         self._overflow: tuple[Any, Overflow] | None = None
         self._start(manager)
@@ -100,14 +101,16 @@ class Attachment:
     def _make_role(self, manager: KVCacheManager | None) -> Role:
         owned = manager is None
         if manager is None:
-            nodes, window = self._config["max_cache_size"], self.layout.max_tokens
+            nodes, window = self._config["max_cache_size"] // self._tasks, self.layout.max_tokens
             # Nodes that share nothing may each fill a window, however long it is.
             slots = default_tokens(nodes, window) if self._shares else nodes * window
             arguments = {"recur_slots": slots, **self._arguments}
             manager = KVCacheManager(self._config, self._config["env_num"], **arguments)
         tokens = TOKENS_OF_A_NODE if self._shares else self.layout.max_tokens
         SHARERS.add(manager, self)
-        return Role(manager, SearchSession(manager, self.env_ids, tokens), owns_manager=owned)
+        return Role(
+            manager, SearchSession(manager, self.env_ids, tokens, len(self.env_ids) // self._tasks), owns_manager=owned
+        )
 
     # Of the calling thread -------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ LightZero left-aligns tokens: the valid ones are the columns 0 to `size`; what f
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,21 @@ import torch
 from torch import Tensor
 
 from ...device.layout import KVLayout
+from ...device.modes import plain_torch_state
 from ...device.tensor_checks import check_tensor
 from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError
-from ...model.kv import KeysValues
+from ...model.kv import KeysValues, whole_row
 
-__all__ = ["LightZeroCache", "LightZeroKVCache", "LightZeroKeysValues", "from_lightzero", "to_lightzero"]
+__all__ = [
+    "LightZeroCache",
+    "LightZeroKVCache",
+    "LightZeroKeysValues",
+    "from_lightzero",
+    "row_of_lightzero",
+    "to_lightzero",
+]
+
+SMALL_BYTES = 16 << 10  # of one layer's keys
 
 
 class LightZeroCache:
@@ -107,15 +118,54 @@ class LightZeroKeysValues:
         size: valid columns.
     """
 
-    __slots__ = ("_keys_values", "packed")
+    # LightZero clones whatever its cache returns, and forgets what it cloned. So the first clone of a private container
+    # that nobody has looked into gets its buffer on loan: whichever of the two is looked into while the other one is
+    # there takes a copy first. Until then neither has handed out a tensor through which the bytes could change.
+    __slots__ = ("__weakref__", "_is_open", "_layers", "_lender", "_loans", "_packed", "_size")
 
     def __init__(self, packed: Tensor, size: int = 0) -> None:
-        layers = packed.shape[0] // 2
-        self.packed = packed
-        self._keys_values = tuple(
-            LightZeroKVCache(LightZeroCache(packed[layer], size), LightZeroCache(packed[layers + layer], size))
-            for layer in range(layers)
-        )
+        self._packed = packed
+        self._size = size  # until its layers are made, which know it from then on
+        self._layers: tuple[LightZeroKVCache, ...] | None = None
+        self._is_open = True  # its buffer is known outside, and may be written to
+        self._loans = [True]  # one; taken by `pop`, so that two threads which clone at once do not both get it
+        self._lender: weakref.ref[LightZeroKeysValues] | None = None
+
+    @classmethod
+    def private(cls, packed: Tensor, size: int) -> LightZeroKeysValues:
+        """Over a buffer that nothing else knows or will know."""
+        made = cls(packed, size)
+        made._is_open = False
+        return made
+
+    @property
+    def packed(self) -> Tensor:
+        """`[2 * layers, batch, heads, columns, head_dim]`: all layers' keys, then all values."""
+        if not self._is_open:
+            self._open()
+        return self._packed
+
+    @property
+    def _keys_values(self) -> tuple[LightZeroKVCache, ...]:
+        layers = self._layers
+        if layers is None:
+            planes, size = self.packed.unbind(), self._size
+            number = len(planes) // 2
+            layers = self._layers = tuple(
+                [
+                    LightZeroKVCache(LightZeroCache(keys, size), LightZeroCache(values, size))
+                    for keys, values in zip(planes[:number], planes[number:], strict=True)
+                ]
+            )
+        return layers
+
+    def _open(self) -> None:
+        """Make the buffer this one's alone: it is about to be handed out."""
+        lender = None if self._lender is None else self._lender()
+        if lender is not None or not self._loans:
+            with plain_torch_state():
+                self._packed = self._packed.clone()
+        self._lender, self._is_open = None, True
 
     @classmethod
     def empty(cls, layout: KVLayout, batch: int) -> LightZeroKeysValues:
@@ -136,11 +186,12 @@ class LightZeroKeysValues:
     @property
     def size(self) -> int:
         """Valid columns."""
-        return self._keys_values[0]._k_cache._size
+        return self._size if self._layers is None else self._layers[0]._k_cache._size
 
     def set_size(self, size: int) -> None:
         """State that the first `size` columns of every layer are valid."""
-        for layer in self._keys_values:
+        self._size = size
+        for layer in self._layers or ():
             layer._k_cache._size = layer._v_cache._size = size
 
     def reset(self) -> None:
@@ -156,12 +207,35 @@ class LightZeroKeysValues:
         """Keep the rows for which `mask`, a boolean array, is True."""
         for layer in self._keys_values:
             layer.prune(mask)
-        self.packed = torch.stack([layer._k_cache._cache for layer in self] + [layer._v_cache._cache for layer in self])
+        self._packed = torch.stack(
+            [layer._k_cache._cache for layer in self] + [layer._v_cache._cache for layer in self]
+        )
 
     def clone(self) -> LightZeroKeysValues:
         """A copy that shares no memory with this one, of the same dtype, on the same device."""
-        packed = torch.stack([layer._k_cache._cache for layer in self] + [layer._v_cache._cache for layer in self])
-        return LightZeroKeysValues(packed.detach(), self.size)
+        if self._is_open:
+            with plain_torch_state():
+                packed = torch.stack(
+                    [layer._k_cache._cache for layer in self] + [layer._v_cache._cache for layer in self]
+                )
+            return LightZeroKeysValues.private(packed, self.size)
+        made = LightZeroKeysValues.private(self._packed, self._size)
+        made._lender = weakref.ref(self)
+        try:
+            self._loans.pop()
+        except IndexError:
+            made._open()  # copies: a second borrower would not know of the first
+        else:
+            if self._lender is not None:
+                made._open()  # copies: what is itself on loan is not lent again
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.clone().packed, self.size)
+
+
+def _restored(packed: Tensor, size: int) -> LightZeroKeysValues:
+    return LightZeroKeysValues.private(packed, size)
 
 
 def from_lightzero(kv: Any) -> KeysValues:
@@ -171,19 +245,39 @@ def from_lightzero(kv: Any) -> KeysValues:
         InvalidTypeError: `kv` is no such container.
         InvalidArgumentError: its layers differ in size, or it holds no tokens.
     """
+    buffers, size = _buffers_of(kv)
+    with plain_torch_state():
+        return KeysValues.from_packed(torch.stack([buffer.narrow(2, 0, size) for buffer in buffers]))
+
+
+def row_of_lightzero(kv: Any) -> KeysValues:
+    """As `from_lightzero`, of what should be one row, and not necessarily a copy of its valid tokens alone.
+
+    Where most of a window is valid, or a window is small, all of it is copied at once, which takes a fifth of the time.
+    """
+    buffers, size = _buffers_of(kv)
+    shape = buffers[0].shape
+    is_row = shape[0] == 1 and len(shape) == 4 and all(buffer.shape == shape for buffer in buffers)
+    if not is_row or (2 * size < shape[2] and buffers[0].nbytes > SMALL_BYTES):
+        return from_lightzero(kv)
+    with plain_torch_state():
+        return whole_row(torch.cat(buffers).unsqueeze(1), size)
+
+
+def _buffers_of(kv: Any) -> tuple[list[Tensor], int]:
+    """The buffers of a container, all layers' keys before all values, and its valid columns."""
     layers = getattr(kv, "_keys_values", None)
     if not layers:
         raise InvalidTypeError(f"kv_cache must be a LightZero KeysValues, got {type(kv).__name__}")
     caches = [layer._k_cache for layer in layers] + [layer._v_cache for layer in layers]
-    for cache in caches:
-        check_tensor("kv_cache", cache._cache)
-    size = caches[0]._size
-    if any(cache._size != size for cache in caches):
-        raise InvalidArgumentError(f"kv_cache must have one size in every layer, got {[c._size for c in caches]}")
-    if not 1 <= size <= caches[0]._cache.shape[2]:
-        raise InvalidArgumentError(f"kv_cache must hold 1 to {caches[0]._cache.shape[2]} tokens, got {size}")
-    with torch.no_grad():
-        return KeysValues.from_packed(torch.stack([cache._cache[:, :, :size] for cache in caches]))
+    buffers = [check_tensor("kv_cache", cache._cache) for cache in caches]
+    sizes = [cache._size for cache in caches]
+    size: int = sizes[0]
+    if sizes.count(size) != len(sizes):
+        raise InvalidArgumentError(f"kv_cache must have one size in every layer, got {sizes}")
+    if not 1 <= size <= buffers[0].shape[2]:
+        raise InvalidArgumentError(f"kv_cache must hold 1 to {buffers[0].shape[2]} tokens, got {size}")
+    return buffers, size
 
 
 def to_lightzero(kv: KeysValues, layout: KVLayout) -> LightZeroKeysValues:
@@ -194,4 +288,4 @@ def to_lightzero(kv: KeysValues, layout: KVLayout) -> LightZeroKeysValues:
     packed = row.keys.new_zeros(shape)
     packed[: layout.num_layers, :, :, :length] = row.keys
     packed[layout.num_layers :, :, :, :length] = row.values
-    return LightZeroKeysValues(packed, length)
+    return LightZeroKeysValues.private(packed, length)

@@ -26,6 +26,7 @@ __all__ = [
     "root_contexts",
     "run_on",
     "start_positions_of_reanalysis",
+    "state_alone",
     "store_roots",
     "within_window",
 ]
@@ -46,7 +47,7 @@ def node_contexts(
     if missing:
         for row, hit in enumerate(batch.hits):
             if not hit:
-                batch.fill(row, _alone(world_model, kv, torch.from_numpy(states[row]), position_of(row)))
+                batch.fill(row, state_alone(world_model, kv, torch.from_numpy(states[row]), position_of(row)))
         if not session.reanalyze_phase:  # where roots are not stored
             kv.note_misses(missing, rows)
     kv.count(world_model, hit_count=rows - missing, total_query_count=rows)
@@ -77,7 +78,7 @@ def root_contexts(world_model: Any, kv: Attached, last_obs_embeddings: Tensor, r
     if hits < rows:
         for row, hit in enumerate(batch.hits):
             if not hit:
-                batch.fill(row, _alone(world_model, kv, last_obs_embeddings[row], int(start_pos[row])))
+                batch.fill(row, state_alone(world_model, kv, last_obs_embeddings[row], int(start_pos[row])))
     kv.count(world_model, root_hit_cnt=hits, root_total_query_cnt=rows)
     run_on(session, rows, batch.start)
     return list(batch.lengths)
@@ -89,7 +90,7 @@ def generate_contexts(
     """As `node_contexts` where nothing is looked up: every row gets a context of its own state alone."""
     contexts = LightZeroKeysValues.empty(kv.layout, rows)
     for row in range(rows):
-        alone = _alone(world_model, kv, torch.from_numpy(latent_state[row]), start_positions[row])
+        alone = state_alone(world_model, kv, torch.from_numpy(latent_state[row]), start_positions[row])
         assert alone.packed is not None
         contexts.packed[:, row, :, :1] = alone.packed[:, 0]
     contexts.set_size(1)
@@ -99,14 +100,17 @@ def generate_contexts(
     return [1] * rows
 
 
-def _alone(world_model: Any, kv: Attached, latent_state: Tensor, start_pos: int) -> KeysValues:
-    """K and V of one state without any history, `[tokens, embed_dim]`, as LightZero computes it on a miss."""
+def state_alone(world_model: Any, kv: Attached, latent_state: Tensor, start_pos: int) -> KeysValues:
+    """K and V of one state without any history, `[tokens, embed_dim]`, as LightZero computes it on a miss.
+
+    `start_pos`: its position; of a model for several tasks its task, which such a model asks instead.
+    """
     contexts = LightZeroKeysValues.empty(kv.layout, 1)
     world_model.forward(
         {"obs_embeddings": latent_state.unsqueeze(0).to(kv.layout.device)},
         past_keys_values=contexts,
         is_init_infer=True,
-        start_pos=start_pos,
+        **{"task_id" if kv.kind.has_tasks else "start_pos": start_pos},
     )
     return KeysValues.from_packed(contexts.packed[:, :, :, : contexts.size])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -32,20 +33,35 @@ def install(**arguments: Any) -> None:
     """
     from lzero.model.unizero_world_models.world_model import WorldModel
 
-    is_main = check_class(WorldModel)
+    classes = [WorldModel]
+    is_main = check_class(WorldModel).is_main
+    if is_main:
+        with suppress(ImportError):  # then nothing is made of it either
+            from lzero.model.unizero_world_models.world_model_multitask import WorldModelMT
+
+            check_class(WorldModelMT)
+            classes.append(WorldModelMT)
     uninstall()
-    original = WorldModel.__init__
+    for world_model_class in classes:
+        original = world_model_class.__init__
+        _original_inits[world_model_class] = original
+        world_model_class.__init__ = _attaching(world_model_class, original, arguments)
+    if not is_main:
+        tell_environments()
+
+
+def _attaching(world_model_class: type[Any], original: Any, arguments: dict[str, Any]) -> Any:
+    """The `__init__` of a class of world models that attaches what it has made."""
 
     @wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if mode_of(self.config) != "off":
+        # A model for several tasks calls its base class's own, and is not ready then.
+        is_ready = not check_class(type(self)).has_tasks or check_class(world_model_class).has_tasks
+        if is_ready and mode_of(self.config) != "off":
             attach(self, **arguments)
 
-    _original_inits[WorldModel] = original
-    WorldModel.__init__ = init
-    if not is_main:
-        tell_environments()
+    return init
 
 
 def uninstall() -> None:

@@ -8,10 +8,14 @@ from functools import partial
 from typing import Any
 
 from ..._checks import positive_int
+from ...books.records import Entry
+from ...device.buffers import new_buffer
 from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
 from ...pool.pool import KVPool
-from .containers import LightZeroKeysValues, from_lightzero, to_lightzero
+from ...pool.reading import gather_entries
+from ...pool.storage import Domain
+from .containers import LightZeroKeysValues, row_of_lightzero
 from .settings import setting
 from .views import KeyIndex, entries_of, number_of
 
@@ -73,6 +77,16 @@ class LightZeroStats:
         )
 
 
+def _window(domain: Domain, entry: Entry) -> LightZeroKeysValues:
+    """A private copy of a retained entry as LightZero's container: with zeros in the window's columns behind it."""
+    storage = domain.storage
+    if storage.clock.backend is not None:
+        storage.clock.current()  # before anything is allocated, which a capture would take into its graph
+    packed = new_buffer(storage.layout, 1, storage.layout.max_tokens)
+    gather_entries(domain, [entry], packed, entry.length)
+    return LightZeroKeysValues.private(packed, entry.length)
+
+
 class LightZeroPool:
     """One pool with LightZero's containers going in and coming out; thread-safe like the pool under it.
 
@@ -91,15 +105,18 @@ class LightZeroPool:
 
     def get(self, cache_key: Hashable) -> LightZeroKeysValues | None:
         """A private copy of the entry of `cache_key`, or None. May block."""
-        found = self.pool.get(cache_key)
-        return None if found is None else to_lightzero(found, self.pool.layout)
+        pool = self.pool
+        found = pool._read(cache_key, None, pool._enter(None), partial(_window, pool), quiet=False)
+        if found is None:
+            pool.count_misses(1)
+        return found
 
     def set(self, cache_key: Hashable, kv_cache: Any) -> int:
         """Store a copy of LightZero's container, one row of some tokens. May block.
 
         Returns what `_key_to_index` has for it from now on; -1 where it was cleared or evicted meanwhile.
         """
-        self.pool.put(cache_key, from_lightzero(kv_cache))
+        self.pool.put(cache_key, row_of_lightzero(kv_cache))
         index = number_of(self.pool, cache_key)
         return -1 if index is None else index
 

@@ -39,6 +39,7 @@ class SearchSession(threading.local):
 
     Attributes:
         tokens_per_node: slots that a node may need, whatever happens.
+        rows: environments that are searched at a time: all of them, or those of one task.
         search: this thread's search of the manager, opened when it is first needed.
         batch: the parents of the step under way, until its children are committed.
         keys: what they were looked up by.
@@ -48,8 +49,11 @@ class SearchSession(threading.local):
         Others are named as in `WorldModel`.
     """
 
-    def __init__(self, manager: KVCacheManager, env_ids: tuple[int, ...], tokens_per_node: int) -> None:
+    def __init__(
+        self, manager: KVCacheManager, env_ids: tuple[int, ...], tokens_per_node: int, rows: int | None = None
+    ) -> None:
         self.manager = manager
+        self.rows = len(env_ids) if rows is None else rows
         self.tokens_per_node = tokens_per_node
         self.layout = manager.layout
         self.env_ids = env_ids
@@ -114,7 +118,7 @@ class SearchSession(threading.local):
     def _open(self) -> Search:
         search = self.search
         if search is None:
-            nodes = len(self.env_ids) * (self.manager.config.num_simulations + 1)
+            nodes = self.rows * (self.manager.config.num_simulations + 1)
             search = self.search = self.manager.search(self.env_ids, entries=nodes, tokens=nodes * self.tokens_per_node)
         return search
 

@@ -25,6 +25,7 @@ __all__ = [
     "mode_of",
     "overflow_of",
     "rebuilds",
+    "scopes_of",
     "setting",
     "shares_parents",
 ]
@@ -79,21 +80,27 @@ def layout_of(world_model: Any) -> KVLayout:
     )
 
 
+def scopes_of(world_model: Any) -> int:
+    """How many environments a world model tells apart: each of its own once for each of its tasks, if it has tasks."""
+    has_tasks = hasattr(world_model, "wm_forward_for_initial_inference")
+    return int(world_model.env_num * (world_model.task_num if has_tasks else 1))
+
+
 def manager_config(world_model: Any, searches: int) -> dict[str, Any]:
     """The configuration of a manager with a world model's shapes, environments and simulations, for so many searches
     at a time.
     """
     layout = layout_of(world_model)
-    env_num, num_simulations = world_model.env_num, world_model.num_simulations
+    scopes, num_simulations = scopes_of(world_model), world_model.num_simulations
     return {
         "num_layers": layout.num_layers,
         "num_heads": layout.num_heads,
         "embed_dim": layout.num_heads * layout.head_dim,
         "context_length": layout.max_tokens,
-        "env_num": env_num,
+        "env_num": scopes,
         "num_simulations": num_simulations,
         # LightZero's own recurrent ring is sized by its searches, not by its setting of this name.
-        "max_cache_size": searches * env_num * (num_simulations + 1),
+        "max_cache_size": searches * scopes * (num_simulations + 1),
         "dtype": layout.dtype,
         "device": layout.device,
     }
@@ -148,10 +155,12 @@ def overflow_of(world_model: Any, layout: KVLayout) -> Overflow:
 def env_ids_of(env_ids: Iterable[int] | None, world_model: Any, env_num: int) -> tuple[int, ...]:
     """The manager's environment of each row of a world model's batches, of a manager with `env_num` of them.
 
+    A model for several tasks has all rows of the first task, then those of the next.
+
     Raises:
         InvalidArgumentError, InvalidTypeError: one that the manager does not have, or one twice.
     """
-    ids = check_env_ids(range(world_model.env_num) if env_ids is None else env_ids)
+    ids = check_env_ids(range(scopes_of(world_model)) if env_ids is None else env_ids)
     stated = f"env_ids must be different ints from 0 to {env_num - 1}, the manager's environments, got {ids}"
     if not all(isinstance(env_id, int) and not isinstance(env_id, bool) for env_id in ids):
         raise InvalidTypeError(stated)
