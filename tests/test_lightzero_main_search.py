@@ -450,7 +450,7 @@ def test_outputs_of_more_rows_than_environments_are_equal_and_leave_no_entries(m
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason=NEEDS_CHECKOUT)
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("name", ["cartpole", "lunarlander", "atari", "dmc"])
 def test_a_thousand_simulated_steps_in_the_shapes_of_lightzeros_configurations_are_equal(name: str) -> None:
     from tests.lightzero_support import SHAPES, assert_same_outputs, make_world_model
