@@ -23,7 +23,7 @@ from concurrent_kv import (
     KeyNotFoundError,
     SearchEndedError,
 )
-from concurrent_kv.compat.transformers import TextNode, TextTree, TextTrees
+from concurrent_kv.compat.transformers import TextNode, TextTree, TextTrees, UnsupportedModelError
 from tests.support import HANG_SECONDS
 from tests.text_support import VOCABULARY, language_model, words
 
@@ -233,6 +233,28 @@ def test_a_forward_of_ones_own_takes_the_place_of_generate(make: Callable[..., T
     with trees.tree(PROMPT) as tree:
         node = tree.expand(tree.expand(tree.root)[0])[0]
         assert_is_what_the_model_says(node)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "mamba"])
+def test_a_node_ends_where_node_ends_say_and_its_text_goes_on(make: Callable[..., TextTrees], family: str) -> None:
+    stops = [*range(10, 50)]
+    of_states = {"max_rows": 1} if family == "mamba" else {}
+    trees = make(family, generation={**SAMPLING, "eos_token_id": END}, node_ends=stops, **of_states)
+    with trees.tree(PROMPT) as tree:
+        for _ in range(4):
+            tree.expand(tree.leaves[:4], samples=2)
+        grown = tree.nodes[1:]
+        for node in grown:
+            assert_is_what_the_model_says(node)
+            assert not {*node.ids[:-1]} & {*stops, END}
+            assert len(node.ids) == NEW or node.ids[-1] in stops or node.has_ended
+            assert node.has_ended == (node.ids[-1] == END)
+        assert any(node.ids[-1] in stops and node.children for node in grown)
+
+
+def test_states_go_on_past_the_end_of_a_node_in_a_row_beside_others(make: Callable[..., TextTrees]) -> None:
+    with pytest.raises(UnsupportedModelError, match="max_rows must be 1 with node_ends"):
+        make("mamba", node_ends=[3])
 
 
 # Together ------------------------------------------------------------------------------------------------------------

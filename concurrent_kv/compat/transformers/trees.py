@@ -22,7 +22,7 @@ from ...pool.handle import Handle
 from ...pool.joint import JointBatch
 from ...search.search import Search
 from .cache import BatchCache
-from .layouts import CacheLayout
+from .layouts import CacheLayout, UnsupportedModelError
 from .states import TextState
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class TextTrees(Handle):
         tokenizer: where prompts and nodes are to be text.
         generation: how a node is continued, as for `model.generate()`: a `GenerationConfig`, or arguments
             (`max_new_tokens`, `do_sample`, `temperature`, ...). One beam.
+        node_ends: tokens that end a node, but not its text: that of a newline, where nodes are lines.
         logprobs: whether nodes get their `logprob`; for the time of a call that costs `max_new_tokens` rows of logits.
         max_rows: nodes that are continued in one call of `generate()`.
         max_wait_seconds: that an expansion waits for others, where a call is not made at once.
@@ -158,7 +159,8 @@ class TextTrees(Handle):
         timeout: seconds that an expansion takes at most.
 
     Raises:
-        UnsupportedModelError: the model caches what no layout holds.
+        UnsupportedModelError: the model caches what no layout holds; or `node_ends` for rows of a model whose texts
+            have states, which go on past them: `max_rows=1` will do.
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
     """
 
@@ -175,6 +177,7 @@ class TextTrees(Handle):
         promoted: int = 4,
         tokenizer: PreTrainedTokenizerBase | None = None,
         generation: GenerationConfig | Mapping[str, Any] | None = None,
+        node_ends: Sequence[int] = (),
         logprobs: bool = True,
         max_rows: int = 8,
         max_wait_seconds: float = 0.002,
@@ -203,6 +206,14 @@ class TextTrees(Handle):
         promoted = positive_int("promoted", promoted)
         ends = self.generation.eos_token_id
         self._ends = frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+        self._stops = self._ends.union([positive_int("node_ends", token, minimum=0) for token in node_ends])
+        if self._stops:
+            self.generation.eos_token_id = sorted(self._stops)
+        if self._stops != self._ends and self.fits.has_states and max_rows != 1:
+            raise UnsupportedModelError(
+                f"max_rows must be 1 with node_ends for {type(model).__name__}, whose states go on past a node's end "
+                f"until all rows are done, got {max_rows}"
+            )
         self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
         # One for each tree: a search over "environments" that stand for the trees that are open at once.
         config = ManagerConfig(self.fits.layout, 1, self._nodes, trees * (self._nodes + 1))
@@ -300,7 +311,7 @@ class TextTrees(Handle):
         continued, lengths = list[Continuation](), list[int]()
         of_rows = None if logprobs is None else logprobs.double().cumsum(1).tolist()
         for row, (_, *ids) in enumerate(sequences.tolist()):
-            number = next((place for place, token in enumerate(ids, 1) if token in self._ends), len(ids))
+            number = next((place for place, token in enumerate(ids, 1) if token in self._stops), len(ids))
             total = float("nan") if of_rows is None else of_rows[row][number - 1]
             continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends))
             lengths.append(number)
