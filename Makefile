@@ -12,7 +12,7 @@ LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_l
 TRANSFORMERS_VENV := .venv-transformers
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench gpu help mutants play test lint lightzero lightzero-main transformers clean
+.PHONY: bench gpu help mutants play test lint lightzero lightzero-main text-tree transformers clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -35,6 +35,7 @@ help:
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
+	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
 	@echo 'make clean  remove the environments and what tools left'
 
 play: $(VENV)/play.stamp
@@ -85,6 +86,10 @@ endif
 # Nothing is downloaded but packages: the models are tiny, and random.
 transformers: $(TRANSFORMERS_VENV)/stamp
 	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) $(ARGS)
+
+# A search over a tree of text: countdown puzzles, and a tiny model that is in the repository.
+text-tree: $(TRANSFORMERS_VENV)/stamp
+	@HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m examples.text_tree $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache

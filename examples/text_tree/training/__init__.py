@@ -1,0 +1,1 @@
+"""Trains the language model: `python -m examples.text_tree.training`."""
