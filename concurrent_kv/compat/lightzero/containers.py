@@ -149,7 +149,10 @@ class LightZeroKeysValues:
     def _keys_values(self) -> tuple[LightZeroKVCache, ...]:
         layers = self._layers
         if layers is None:
-            planes, size = self.packed.unbind(), self._size
+            packed, size = self.packed, self._size
+            # One by one, and with gradients on: a model that has some writes to these views in place.
+            with torch.inference_mode(False):
+                planes = [packed[plane] for plane in range(len(packed))]
             number = len(planes) // 2
             layers = self._layers = tuple(
                 [
