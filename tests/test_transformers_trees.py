@@ -356,6 +356,26 @@ def test_states_go_on_past_the_end_of_a_node_in_a_row_beside_others(make: Callab
         make("mamba", node_ends=[3])
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon_h1", "mamba"])
+def test_a_text_that_ended_goes_on_with_what_is_added_or_says_why_not(
+    make: Callable[..., TextTrees], family: str
+) -> None:
+    generation = {**SAMPLING, "eos_token_id": [*range(5, 40)]}
+    with make(family, generation=generation).tree(PROMPT) as tree:
+        grown = tree.expand(tree.root, 8)
+        assert any(node.is_passed for node in grown) == (family != "llama")
+        for node in grown:
+            if node.is_passed:
+                for refused in (lambda node=node: tree.promote(node, "kept"), lambda node=node: tree.add(node, [1, 2])):
+                    with pytest.raises(UnsupportedModelError, match="max_rows=1"):
+                        refused()
+            else:
+                assert_is_what_the_model_says(tree.expand(tree.add(node, [1, 2]))[0])
+    with make(family, generation=generation, max_rows=1).tree(PROMPT) as tree:
+        for node in tree.expand(tree.root, 4):
+            assert_is_what_the_model_says(tree.expand(tree.add(node, [1, 2]))[0])
+
+
 # Together ------------------------------------------------------------------------------------------------------------
 
 

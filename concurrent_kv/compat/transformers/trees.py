@@ -64,11 +64,13 @@ class Continuation(NamedTuple):
         ids: tokens that it added.
         logprob: the sum of their log-probabilities; nan where that was not asked for.
         has_ended: whether the last one ends the text.
+        is_passed: whether the model keeps states, and was given tokens after the last one, as other rows went on.
     """
 
     ids: tuple[int, ...]
     logprob: float
     has_ended: bool
+    is_passed: bool = False
 
 
 class TextNode:
@@ -92,6 +94,7 @@ class TextNode:
         "depth",
         "has_ended",
         "ids",
+        "is_passed",
         "key",
         "logprob",
         "parent",
@@ -110,6 +113,7 @@ class TextNode:
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.logprob = logprob
         self.has_ended = False
+        self.is_passed = False  # see `Continuation`
         self.released = False
         self.children: list[TextNode] = []
         self.score = 0.0
@@ -363,7 +367,8 @@ class TextTrees(Handle):
         for row, (_, *ids) in enumerate(sequences.tolist()):
             number = next((place for place, token in enumerate(ids, 1) if token in self._stops), len(ids))
             total = float("nan") if of_rows is None else of_rows[row][number - 1]
-            continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends))
+            is_passed = self.fits.has_states and number < len(ids)
+            continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends, is_passed))
             lengths.append(number)
         if self.fits.has_states:  # of all that the model was given; no text goes on after its end
             lengths = [joint.end - joint.start] * len(lengths)
@@ -465,7 +470,9 @@ class TextTree(Handle):
 
         Raises:
             InvalidArgumentError: no token. Otherwise as `expand`.
+            UnsupportedModelError: the model keeps states, and the node ended before others of its call.
         """
+        self._check_not_passed(parent)
         ids = self.trees.encoded(text, goes_on=True)
         if not ids:
             raise InvalidArgumentError("text must have at least one token, got none")
@@ -579,7 +586,7 @@ class TextTree(Handle):
         grown = []
         for leaf, parent, continued in zip(leaves, parents, made, strict=True):
             node = TextNode(self, parent, leaf.child, continued.ids, continued.logprob)
-            node.has_ended = continued.has_ended
+            node.has_ended, node.is_passed = continued.has_ended, continued.is_passed
             grown.append(node)
         self._join(grown)
         return grown
@@ -648,10 +655,19 @@ class TextTree(Handle):
 
         Raises:
             KeyNotFoundError: the node was released.
+            UnsupportedModelError: the model keeps states, and the node ended before others of its call.
         """
+        self._check_not_passed(node)
         if node.key is NO_PARENT:
             raise InvalidArgumentError(f"node must have more than one token to be promoted, got {node!r}")
         self._search.promote(node.key, 0, as_key=_promoted(name))
+
+    def _check_not_passed(self, node: TextNode) -> None:
+        if node.is_passed:
+            raise UnsupportedModelError(
+                f"{node!r} ended before others of its call, which the model's state went on with: a text that goes on "
+                "after its end needs TextTrees with max_rows=1"
+            )
 
     def close(self) -> None:
         """Let go of all its texts. May block; nothing happens the second time."""
