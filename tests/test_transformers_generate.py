@@ -121,6 +121,11 @@ def test_states_cannot_go_back_nor_end_early_and_say_so(family: str) -> None:
     cache.batch.close()
     with pytest.raises(InvalidArgumentError, match="rows with states, or without"):
         forest.gathered(["0", "nothing"])
+    cache = forest.gathered(["0", "1"])
+    with torch.no_grad(), cache.batch:
+        forest.model(**cache.model_inputs([text[-1:] for text in texts]))
+        with pytest.raises(InvalidArgumentError, match="sides must have one item for each of 2 rows, got 1"):
+            cache.commit(forest.pool, ["a", "b"], sides=["one"], new_tokens=1)
 
 
 def test_a_state_is_a_copy_of_its_own() -> None:
@@ -140,7 +145,9 @@ def test_inputs_that_cannot_work_are_named() -> None:
     for ids, expand in (([[1], [2]], 1), ([[1], [2], []], 1), ([[1], [2]], 2)):
         with pytest.raises(InvalidArgumentError, match="input_ids must have at least one token for each of"):
             cache.model_inputs(ids, expand=expand)
-    cache.model_inputs([[1], [1, 2], [1]])
+    with torch.device("meta"):  # whatever device is the default
+        inputs = cache.model_inputs([[1], [1, 2], [1]])
+    assert inputs["input_ids"].tolist() == [[1, 0], [1, 2], [1, 0]]
     with pytest.raises(InvalidArgumentError, match="cannot follow rows of different numbers"):
         cache.model_inputs([[1]] * 3)
     first = torch.tensor([0])

@@ -22,6 +22,8 @@ from concurrent_kv import (
     InvalidTypeError,
     KeyNotFoundError,
     SearchEndedError,
+    WaitTimeoutError,
+    WindowOverflowError,
 )
 from concurrent_kv.compat.transformers import TextNode, TextTree, TextTrees, UnsupportedModelError
 from tests.support import HANG_SECONDS
@@ -37,9 +39,9 @@ END = 5  # ends a text, where one may end
 def make() -> Iterator[Callable[..., TextTrees]]:
     made: list[TextTrees] = []
 
-    def trees(family: str = "llama", **options: Any) -> TextTrees:
+    def trees(family: str = "llama", *, model: Any = None, **options: Any) -> TextTrees:
         sizes = {"max_tokens": 64, "nodes": 60, "generation": SAMPLING}
-        made.append(TextTrees(language_model(family), **{**sizes, **options}))
+        made.append(TextTrees(model or language_model(family), **{**sizes, **options}))
         return made[-1]
 
     torch.manual_seed(2)
@@ -137,6 +139,34 @@ def test_a_long_prompt_is_what_it_is_at_once(make: Callable[..., TextTrees], fam
             assert_is_what_the_model_says(node)
 
 
+def test_a_promoted_tree_has_its_text_whatever_is_promoted_under_the_name(make: Callable[..., TextTrees]) -> None:
+    trees = make(trees=2, promoted=1)
+    with trees.tree(PROMPT) as tree:
+        one, other = tree.expand(tree.root, 2)
+        tree.promote(one, "best")
+        with trees.promoted_tree("best") as promoted:
+            tree.promote(other, "best")
+            assert promoted.root.all_ids == one.all_ids
+            for node in promoted.expand(promoted.root, 2):
+                assert_is_what_the_model_says(node)
+
+
+def test_a_node_that_was_kept_is_the_root_and_what_was_released_cannot_be_kept(make: Callable[..., TextTrees]) -> None:
+    with make().tree(PROMPT) as tree:
+        first, second = tree.expand(tree.root, 2)
+        below = tree.expand(first)[0]
+        tree.keep(first)
+        with pytest.raises(InvalidArgumentError, match="below its root"):
+            tree.release(first)
+        assert (second.released, first.released, below.released) == (True, False, False)
+        assert first.path[0].children == []  # who keeps the root keeps no more of what was let go of than its path
+        tree.release(below)
+        with pytest.raises(KeyNotFoundError, match="was released"):
+            tree.keep(below)
+        tree.release([])
+        assert_is_what_the_model_says(tree.expand(first)[0])
+
+
 def test_what_is_released_gives_its_room_back_and_the_rest_stays(make: Callable[..., TextTrees]) -> None:
     with make().tree(PROMPT) as tree:
         first, second = tree.expand(tree.root, 2)
@@ -161,11 +191,31 @@ def test_what_is_released_gives_its_room_back_and_the_rest_stays(make: Callable[
 def test_a_tree_that_is_full_says_so_and_goes_on(make: Callable[..., TextTrees]) -> None:
     with make(nodes=6).tree(PROMPT) as tree:
         grown = tree.expand(tree.root, 5)  # and the root
-        with pytest.raises(CapacityError):
+        with pytest.raises(CapacityError, match="make TextTrees with at least nodes="):
             tree.expand(tree.root, 2)
         assert len(tree.nodes) == 6
         tree.release(grown[:2])
         assert len(tree.expand(tree.root, 2)) == 2
+
+
+def test_of_an_expansion_that_fails_in_part_nothing_stays(make: Callable[..., TextTrees]) -> None:
+    trees = make(nodes=5, max_rows=1)  # a call for each node
+    with trees.tree(PROMPT) as tree:
+        for _ in range(3):
+            with pytest.raises(CapacityError):
+                tree.expand(tree.root, 9)
+        assert len(tree.expand(tree.root, 4)) == 4
+        assert tree.tokens_stored == len(PROMPT) - 1 + 4 * NEW
+
+
+def test_room_that_is_wanting_is_named_as_the_arguments_are(make: Callable[..., TextTrees]) -> None:
+    trees = make(max_tokens=len(PROMPT) + NEW)
+    with trees.tree(PROMPT) as tree:
+        with pytest.raises(CapacityError, match="more than trees=1"):
+            trees.tree(PROMPT)
+        (node,) = tree.expand(tree.root)
+        with pytest.raises(WindowOverflowError, match="more than max_tokens=11"):
+            tree.expand(node)
 
 
 def test_nodes_that_cannot_be_expanded_are_named(make: Callable[..., TextTrees]) -> None:
@@ -198,7 +248,10 @@ def test_nodes_that_cannot_be_expanded_are_named(make: Callable[..., TextTrees])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"generation": {"num_beams": 2}}, InvalidArgumentError, "one beam"),
+        ({"generation": {"num_beams": 2}}, InvalidArgumentError, "num_beams=1"),
+        ({"generation": {"num_return_sequences": 2}}, InvalidArgumentError, "num_return_sequences=1"),
+        ({"generation": {"max_length": 20}}, InvalidArgumentError, "max_new_tokens instead of max_length"),
+        ({"generation": {"max_new_tokens": 64}}, InvalidArgumentError, "room for a prompt in max_tokens=64"),
         ({"nodes": 0}, InvalidArgumentError, "nodes"),
         ({"max_tokens": 3}, InvalidArgumentError, "room"),
     ],
@@ -221,6 +274,52 @@ def test_a_generation_config_is_taken_as_it_is_and_left_so(make: Callable[..., T
         one, other = tree.expand(tree.root, 2)
         assert (len(one.ids), one.ids, math.isnan(one.logprob)) == (3, other.ids, True)
     assert given.to_dict() == before
+
+
+@pytest.mark.parametrize("given", [GenerationConfig(**SAMPLING), SAMPLING])
+def test_where_texts_end_is_what_the_model_says_if_nothing_else_is_given(
+    make: Callable[..., TextTrees], given: Any
+) -> None:
+    model = language_model("llama")
+    model.generation_config.eos_token_id = [*range(5, 60)]
+    trees = make(model=model, generation=given)
+    with trees.tree(PROMPT) as tree:
+        grown = tree.expand(tree.root, 8)
+        assert any(node.has_ended for node in grown)
+        for node in grown:
+            assert not {*node.ids[:-1]} & {*range(5, 60)}
+            assert node.has_ended == (node.ids[-1] in range(5, 60))
+            assert_is_what_the_model_says(node)
+    trees = make(model=model, generation={**SAMPLING, "eos_token_id": None})
+    with trees.tree(PROMPT) as tree:
+        assert all(len(node.ids) == NEW and not node.has_ended for node in tree.expand(tree.root, 8))
+
+
+def test_a_model_that_asks_for_another_cache_or_none_has_this_one(make: Callable[..., TextTrees]) -> None:
+    model = language_model("llama")
+    model.config.use_cache = model.generation_config.use_cache = False
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.max_length = 20
+    for given in (SAMPLING, GenerationConfig(**SAMPLING, use_cache=False)):
+        with make(model=model, generation=given).tree(PROMPT) as tree:
+            for node in tree.expand(tree.root, 2):
+                assert_is_what_the_model_says(node)
+
+
+class Letters:
+    """A tokenizer that begins texts with a token of its own, and returns tensors."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[1] * add_special_tokens + [ord(letter) % 90 for letter in text]])}
+
+
+def test_a_text_that_is_added_goes_on_and_does_not_begin(make: Callable[..., TextTrees]) -> None:
+    trees = make(tokenizer=Letters())
+    with trees.tree("ab") as tree:
+        assert tree.root.ids == (1, 7, 8)
+        assert tree.add(tree.root, "cd").all_ids == [1, 7, 8, 9, 10]
+    with pytest.raises(InvalidArgumentError, match="tokens of one text"):
+        trees.tree(torch.tensor([[1, 2], [3, 4]]))
 
 
 def test_a_forward_of_ones_own_takes_the_place_of_generate(make: Callable[..., TextTrees]) -> None:
@@ -255,6 +354,26 @@ def test_a_node_ends_where_node_ends_say_and_its_text_goes_on(make: Callable[...
 def test_states_go_on_past_the_end_of_a_node_in_a_row_beside_others(make: Callable[..., TextTrees]) -> None:
     with pytest.raises(UnsupportedModelError, match="max_rows must be 1 with node_ends"):
         make("mamba", node_ends=[3])
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon_h1", "mamba"])
+def test_a_text_that_ended_goes_on_with_what_is_added_or_says_why_not(
+    make: Callable[..., TextTrees], family: str
+) -> None:
+    generation = {**SAMPLING, "eos_token_id": [*range(5, 40)]}
+    with make(family, generation=generation).tree(PROMPT) as tree:
+        grown = tree.expand(tree.root, 8)
+        assert any(node.is_passed for node in grown) == (family != "llama")
+        for node in grown:
+            if node.is_passed:
+                for refused in (lambda node=node: tree.promote(node, "kept"), lambda node=node: tree.add(node, [1, 2])):
+                    with pytest.raises(UnsupportedModelError, match="max_rows=1"):
+                        refused()
+            else:
+                assert_is_what_the_model_says(tree.expand(tree.add(node, [1, 2]))[0])
+    with make(family, generation=generation, max_rows=1).tree(PROMPT) as tree:
+        for node in tree.expand(tree.root, 4):
+            assert_is_what_the_model_says(tree.expand(tree.add(node, [1, 2]))[0])
 
 
 # Together ------------------------------------------------------------------------------------------------------------
@@ -341,3 +460,67 @@ def test_a_task_that_is_cancelled_leaves_the_tree_usable(make: Callable[..., Tex
         anyio.run(main, tree)
         for node in tree.expand(tree.root, 2):
             assert_is_what_the_model_says(node)
+
+
+def test_expansions_that_nobody_waits_for_any_more_leave_nothing(make: Callable[..., TextTrees]) -> None:
+    trees = make(nodes=6, own_thread=True)
+    began, go_on = threading.Event(), threading.Event()
+    whole = trees.model.generate
+
+    def slow(*args: Any, **options: Any) -> Any:
+        began.set()
+        assert go_on.wait(HANG_SECONDS)
+        return whole(*args, **options)
+
+    with trees.tree(PROMPT) as tree:
+        for _ in range(10):
+            began.clear()
+            go_on.clear()
+            trees.model.generate = slow
+            with pytest.raises(WaitTimeoutError):
+                tree.expand(tree.root, 3, timeout=0.01)
+            trees.model.generate = whole
+            go_on.set()
+            for node in tree.expand(tree.root, 3):
+                assert_is_what_the_model_says(node)
+            tree.release(tree.root.children)
+        tree.expand(tree.root)
+        assert tree.tokens_stored == len(PROMPT) - 1 + NEW
+
+
+def while_it_is_made(tree: TextTree, node: TextNode, act: Callable[[], None]) -> list[TextNode]:
+    """Expand a node; `act` once the new node is stored, and before it is one of the tree's."""
+    whole = tree.trees.evaluator.evaluate_many
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        made = whole(*args, **options)
+        act()
+        return made
+
+    tree.trees.evaluator.evaluate_many = evaluate  # type: ignore[method-assign]
+    try:
+        return tree.expand(node)
+    finally:
+        tree.trees.evaluator.evaluate_many = whole  # type: ignore[method-assign]
+
+
+def test_what_is_made_below_a_node_stays_when_that_is_kept(make: Callable[..., TextTrees]) -> None:
+    with make().tree(PROMPT) as tree:
+        first, second = tree.expand(tree.root, 2)
+        (made,) = while_it_is_made(tree, first, lambda: tree.keep(first))
+        assert tree.nodes == [first, made]
+        assert_is_what_the_model_says(tree.expand(made)[0])
+        assert second.released
+
+
+@pytest.mark.parametrize("act", [TextTree.release, lambda tree, node: tree.keep(node.parent.children[1])])
+def test_what_is_made_below_a_node_goes_with_it(
+    make: Callable[..., TextTrees], act: Callable[[TextTree, TextNode], None]
+) -> None:
+    with make().tree(PROMPT) as tree:
+        first, second = tree.expand(tree.root, 2)
+        with pytest.raises(KeyNotFoundError, match="was released while it was continued"):
+            while_it_is_made(tree, first, lambda: act(tree, first))
+        assert tree.leaves == [second]
+        tree.expand(second)
+        assert tree.tokens_stored == len(PROMPT) - 1 + 2 * NEW  # what was made has gone

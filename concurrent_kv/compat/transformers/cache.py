@@ -119,7 +119,7 @@ class BatchCache(Cache):  # type: ignore[misc]
             positions = torch.minimum(positions, positions[:, :1] + length - 1)
         if not isinstance(input_ids, Tensor):
             padded = [[*row, *[pad_token_id] * (new - length)] for row, length in zip(input_ids, lengths, strict=True)]
-            input_ids = torch.tensor(padded, dtype=torch.long)
+            input_ids = torch.tensor(padded, dtype=torch.long, device=device)
         return {
             "input_ids": input_ids.to(device),
             "attention_mask": is_there,
@@ -163,6 +163,10 @@ class BatchCache(Cache):  # type: ignore[misc]
         if not self._stateful:
             return None if sides is None else list(sides)
         of_rows = [None] * self.batch.batch_size if sides is None else sides
+        if len(of_rows) != self.batch.batch_size:
+            raise InvalidArgumentError(
+                f"sides must have one item for each of {self.batch.batch_size} rows, got {len(of_rows)}"
+            )
         return of_layers(of_rows, self._stateful)
 
     def commit(

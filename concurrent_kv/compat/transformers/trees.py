@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..._checks import positive_int
 from ...aio.evaluator import AsyncEvaluator
-from ...errors import InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
+from ...errors import (
+    CapacityError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KeyNotFoundError,
+    WaitTimeoutError,
+    WindowOverflowError,
+    shown,
+)
 from ...evaluation.evaluator import Evaluator
 from ...evaluation.leaves import NO_PARENT, Evaluated, Leaf
 from ...locks.numbers import Numbers
@@ -52,11 +64,13 @@ class Continuation(NamedTuple):
         ids: tokens that it added.
         logprob: the sum of their log-probabilities; nan where that was not asked for.
         has_ended: whether the last one ends the text.
+        is_passed: whether the model keeps states, and was given tokens after the last one, as other rows went on.
     """
 
     ids: tuple[int, ...]
     logprob: float
     has_ended: bool
+    is_passed: bool = False
 
 
 class TextNode:
@@ -69,11 +83,25 @@ class TextNode:
         depth: nodes above it.
         logprob: the sum of the log-probabilities of its own tokens, as the model gave them; 0 for given ones.
         has_ended: whether its last token ends the text; it cannot be expanded then.
+        released: whether the tree has let go of it; it cannot be expanded then.
         children: nodes that continue it, in no order.
         score, data: the caller's.
     """
 
-    __slots__ = ("children", "data", "depth", "has_ended", "ids", "key", "logprob", "parent", "score", "tree")
+    __slots__ = (
+        "children",
+        "data",
+        "depth",
+        "has_ended",
+        "ids",
+        "is_passed",
+        "key",
+        "logprob",
+        "parent",
+        "released",
+        "score",
+        "tree",
+    )
 
     def __init__(
         self, tree: TextTree, parent: TextNode | None, key: Hashable, ids: Sequence[int], logprob: float = 0.0
@@ -85,6 +113,8 @@ class TextNode:
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.logprob = logprob
         self.has_ended = False
+        self.is_passed = False  # see `Continuation`
+        self.released = False
         self.children: list[TextNode] = []
         self.score = 0.0
         self.data: Any = None
@@ -192,23 +222,35 @@ class TextTrees(Handle):
             raise InvalidArgumentError("model must be in evaluation mode: model.eval()")
         self.model, self.tokenizer = model, tokenizer
         self.fits = CacheLayout.of(model, max_tokens=max_tokens)
-        self.generation = _generation(model, generation)
-        if self.generation.num_beams not in (None, 1) or self.generation.num_return_sequences not in (None, 1):
-            raise InvalidArgumentError("generation must have one beam and one sequence: expand(samples=) says how many")
-        self.generation.return_dict_in_generate, self.generation.output_logits = True, logprobs
-        self.new_tokens = positive_int("generation.max_new_tokens", self.generation.max_new_tokens)
+        self._options = _options(model, generation)
+        for name in ("num_beams", "num_return_sequences"):
+            if self._options[name] not in (None, 1):
+                raise InvalidArgumentError(
+                    f"generation must have {name}=1, as expand(samples=) says how many continuations, got "
+                    f"{shown(self._options[name])}"
+                )
+            self._options[name] = 1
+        self._options |= {"return_dict_in_generate": True, "output_logits": logprobs}
+        self.new_tokens = positive_int("generation.max_new_tokens", self._options["max_new_tokens"])
         self._nodes = positive_int("nodes", nodes)
         self._tokens = None if tokens is None else positive_int("tokens", tokens)
         self._logprobs = logprobs
         self._prefill_tokens = positive_int("prefill_tokens", prefill_tokens)
         self._forward = forward or self._generate
-        trees = positive_int("trees", trees)
+        self._trees = trees = positive_int("trees", trees)
         promoted = positive_int("promoted", promoted)
-        ends = self.generation.eos_token_id
-        self._ends = frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+        if self.new_tokens >= self.fits.layout.max_tokens:
+            raise InvalidArgumentError(
+                f"generation.max_new_tokens must leave room for a prompt in max_tokens={self.fits.layout.max_tokens}, "
+                f"got {self.new_tokens}"
+            )
+        ends = self._options["eos_token_id"]
+        self._ends: frozenset[int] = frozenset(() if ends is None else torch.as_tensor(ends).reshape(-1).tolist())
         self._stops = self._ends.union([positive_int("node_ends", token, minimum=0) for token in node_ends])
         if self._stops:
-            self.generation.eos_token_id = sorted(self._stops)
+            self._options["eos_token_id"] = sorted(self._stops)
+            if self._options["pad_token_id"] is None:
+                self._options["pad_token_id"] = min(self._ends, default=0)
         if self._stops != self._ends and self.fits.has_states and max_rows != 1:
             raise UnsupportedModelError(
                 f"max_rows must be 1 with node_ends for {type(model).__name__}, whose states go on past a node's end "
@@ -242,12 +284,13 @@ class TextTrees(Handle):
             InvalidArgumentError: the prompt has no token, or no room for a continuation.
             CapacityError: as many trees are open as there is room for.
         """
-        ids = self.encoded(prompt)
-        tree = TextTree(self, ids)
+        ids, search = self.encoded(prompt), self.opened()
         try:
+            # Of a single token the model is given none before the first expansion.
+            tree = TextTree(self, search, ids, self.next_key() if len(ids) > 1 else NO_PARENT)
             tree.give_root()
         except BaseException:
-            tree.close()
+            search.close()
             raise
         return tree
 
@@ -257,10 +300,17 @@ class TextTrees(Handle):
         Raises:
             KeyNotFoundError: there is none, or others have displaced it, or the weights have changed.
         """
-        side = self.manager.init_pools[0].side(_promoted(name))
-        if side is None:
-            raise KeyNotFoundError(f"no text was promoted under {shown(name)}, or it is not there any more")
-        return TextTree(self, _ids_of(side.side if isinstance(side, TextState) else side), key=_promoted(name))
+        search, key = self.opened(), _promoted(name)
+        try:
+            # From here on the search has it, whatever is promoted under the name meanwhile.
+            with search.gather([key], [0], room=0) as batch:
+                if not batch.hits[0]:
+                    raise KeyNotFoundError(f"no text was promoted under {shown(name)}, or it is not there any more")
+                side = batch.side[0]
+            return TextTree(self, search, _ids_of(side.side if isinstance(side, TextState) else side), key)
+        except BaseException:
+            search.close()
+            raise
 
     def weights_changed(self) -> None:
         """The model's weights are others now: what was computed with the old ones is not used any more.
@@ -285,15 +335,19 @@ class TextTrees(Handle):
 
     # Texts -----------------------------------------------------------------------------------------------------------
 
-    def encoded(self, text: str | Sequence[int] | Tensor) -> tuple[int, ...]:
-        """The tokens of a text; of tokens themselves, these."""
+    def encoded(self, text: str | Sequence[int] | Tensor, *, goes_on: bool = False) -> tuple[int, ...]:
+        """The tokens of a text; of tokens themselves, these. `goes_on`: what begins or ends a text is not added."""
+        name = "text" if goes_on else "prompt"
+        ids: Any = text
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise InvalidArgumentError("tokenizer must be given where texts are strings")
-            return tuple(self.tokenizer(text)["input_ids"])
-        if isinstance(text, Tensor):
-            text = text.flatten().tolist()
-        return tuple([positive_int("prompt", token, minimum=0) for token in text])
+            ids = self.tokenizer(text, **({"add_special_tokens": False} if goes_on else {}))["input_ids"]
+        if isinstance(ids, (Tensor, np.ndarray)):
+            if math.prod(ids.shape[:-1]) != 1:
+                raise InvalidArgumentError(f"{name} must be the tokens of one text, got the shape {tuple(ids.shape)}")
+            ids = ids.reshape(-1).tolist()
+        return tuple([positive_int(name, token, minimum=0) for token in ids])
 
     def decoded(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
@@ -313,7 +367,8 @@ class TextTrees(Handle):
         for row, (_, *ids) in enumerate(sequences.tolist()):
             number = next((place for place, token in enumerate(ids, 1) if token in self._stops), len(ids))
             total = float("nan") if of_rows is None else of_rows[row][number - 1]
-            continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends))
+            is_passed = self.fits.has_states and number < len(ids)
+            continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends, is_passed))
             lengths.append(number)
         if self.fits.has_states:  # of all that the model was given; no text goes on after its end
             lengths = [joint.end - joint.start] * len(lengths)
@@ -322,8 +377,7 @@ class TextTrees(Handle):
         return Evaluated(continued, sides=cache.sides(sides), lengths=lengths)
 
     def _generate(self, cache: BatchCache, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        del inputs["use_cache"]  # or transformers warns that some options are beside the configuration
-        made: Any = self.model.generate(**inputs, generation_config=self.generation)
+        made: Any = self.model.generate(**inputs, **self._options)
         if not self._logprobs:
             return made.sequences, None
         chosen = made.sequences[:, 1:]
@@ -344,7 +398,14 @@ class TextTrees(Handle):
 
     def opened(self) -> Search:
         """A search for a tree."""
-        return self.manager.search([0], entries=self._nodes, tokens=self._tokens)
+        try:
+            return self.manager.search([0], entries=self._nodes, tokens=self._tokens)
+        except CapacityError as error:
+            raise CapacityError(
+                f"no room is left for another tree: close one, or make TextTrees with more than trees={self._trees}",
+                required_entries=error.required_entries,
+                required_slots=error.required_slots,
+            ) from error
 
     def next_key(self) -> int:
         """A key that no node has."""
@@ -361,7 +422,7 @@ class TextTree(Handle):
 
     instead_of_copy = "share the one object between threads and tasks"
 
-    def __init__(self, trees: TextTrees, ids: Sequence[int], key: Hashable = None) -> None:
+    def __init__(self, trees: TextTrees, search: Search, ids: Sequence[int], key: Hashable) -> None:
         if not ids:
             raise InvalidArgumentError("prompt must have at least one token, got none")
         most = trees.fits.layout.max_tokens - trees.new_tokens
@@ -371,9 +432,10 @@ class TextTree(Handle):
                 f"{trees.fits.layout.max_tokens} of a text, got {len(ids)}"
             )
         self.trees = trees
-        self._search = trees.opened()
-        if key is None:  # of a single token the model is given none before the first expansion
-            key = trees.next_key() if len(ids) > 1 else NO_PARENT
+        self._search = search
+        self._lock = threading.RLock()  # for which nodes there are
+        self._coming: dict[Hashable, TextNode] = {}  # parents of the nodes that are being made, by key
+        self._left: set[Hashable] = set()  # of nodes that nobody waits for any more: a call may store them yet
         self.root = TextNode(self, None, key, ids)
 
     # Growing -----------------------------------------------------------------------------------------------------
@@ -391,29 +453,33 @@ class TextTree(Handle):
             WaitTimeoutError: the calls took longer than `timeout` seconds.
         """
         leaves, parents = self._leaves(nodes, samples)
-        made = self.trees.evaluator.evaluate_many(leaves, timeout=timeout)
-        return self._grown(leaves, parents, made)
+        with self._making(leaves, parents):
+            return self._grown(leaves, parents, self.trees.evaluator.evaluate_many(leaves, timeout=timeout))
 
     async def aexpand(
         self, nodes: TextNode | Sequence[TextNode], samples: int = 1, *, timeout: float | None = None
     ) -> list[TextNode]:
         """As `expand`, for a task of any event loop: the loop goes on meanwhile."""
         leaves, parents = self._leaves(nodes, samples)
-        made = await self.trees.for_tasks.evaluate_many(leaves, timeout=timeout)
-        return self._grown(leaves, parents, made)
+        with self._making(leaves, parents):
+            return self._grown(leaves, parents, await self.trees.for_tasks.evaluate_many(leaves, timeout=timeout))
 
     def add(self, parent: TextNode, text: str | Sequence[int] | Tensor) -> TextNode:
-        """Continue a node with a given text (an observation, a hint, the user's answer). Blocks.
+        """Continue a node with a given text (an observation, a hint, the user's answer), as it stands: a string gets no
+        special tokens of the tokenizer's. Blocks.
 
         Raises:
             InvalidArgumentError: no token. Otherwise as `expand`.
+            UnsupportedModelError: the model keeps states, and the node ended before others of its call.
         """
-        ids = self.trees.encoded(text)
+        self._check_not_passed(parent)
+        ids = self.trees.encoded(text, goes_on=True)
         if not ids:
             raise InvalidArgumentError("text must have at least one token, got none")
         node = TextNode(self, parent, self.trees.next_key(), ids)
-        self._give(parent, node)
-        parent.children.append(node)
+        with self._coming_under({node.key: parent}):
+            self._give(parent, node)
+            self._join([node])
         return node
 
     def give_root(self) -> None:
@@ -449,6 +515,68 @@ class TextTree(Handle):
             Leaf(self._search, node.key, key, self._last(node), 0) for node, key in zip(parents, keys, strict=True)
         ], parents
 
+    @contextmanager
+    def _making(self, leaves: Sequence[Leaf[Last]], parents: Sequence[TextNode]) -> Iterator[None]:
+        """While leaves are evaluated: either all are made, or none stays."""
+        with self._lock:
+            before = tuple(self._left)
+        self._discard(before)
+        keys = [leaf.child for leaf in leaves]
+        try:
+            with self._coming_under(dict(zip(keys, parents, strict=True))):
+                yield
+        except WindowOverflowError as error:
+            raise WindowOverflowError(
+                f"a text has too many tokens for {self.trees.new_tokens} more: make TextTrees with more than "
+                f"max_tokens={self.trees.fits.layout.max_tokens}"
+            ) from error
+        except BaseException as error:
+            if isinstance(error, WaitTimeoutError) or not isinstance(error, Exception):
+                with self._lock:
+                    self._left.update(keys)
+            raise
+        if leaves:  # calls are made one by one: those that were under way before are over
+            self._discard(before)
+            with self._lock:
+                self._left.difference_update(before)
+
+    @contextmanager
+    def _coming_under(self, parents: Mapping[Hashable, TextNode]) -> Iterator[None]:
+        """While nodes are made, by their keys: `keep` lets them be; where that fails, what was stored goes."""
+        with self._lock:
+            self._coming |= parents
+        try:
+            yield
+        except CapacityError as error:
+            self._discard(parents)
+            raise CapacityError(
+                f"the tree has no room for {len(parents)} more nodes: release some, or make TextTrees with at least "
+                f"nodes={error.required_entries} and tokens={error.required_slots}",
+                required_entries=error.required_entries,
+                required_slots=error.required_slots,
+            ) from error
+        except BaseException:
+            self._discard(parents)
+            raise
+        finally:
+            with self._lock:
+                for key in parents:
+                    self._coming.pop(key, None)
+
+    def _discard(self, keys: Iterable[Hashable]) -> None:
+        for key in keys:
+            self._search.discard(key)
+
+    def _join(self, grown: Sequence[TextNode]) -> None:
+        """Put new nodes below their parents, or none of them if one was let go of meanwhile."""
+        with self._lock:
+            for node in grown:
+                if node.parent is None or node.parent.released:
+                    raise KeyNotFoundError(f"{node.parent!r} was released while it was continued")
+            for node in grown:
+                if node.parent is not None:
+                    node.parent.children.append(node)
+
     def _last(self, node: TextNode) -> Last:
         return Last(node.ids[-1], (None, node.ids) if node.key is NO_PARENT else None)
 
@@ -458,9 +586,9 @@ class TextTree(Handle):
         grown = []
         for leaf, parent, continued in zip(leaves, parents, made, strict=True):
             node = TextNode(self, parent, leaf.child, continued.ids, continued.logprob)
-            node.has_ended = continued.has_ended
-            parent.children.append(node)
+            node.has_ended, node.is_passed = continued.has_ended, continued.is_passed
             grown.append(node)
+        self._join(grown)
         return grown
 
     # Pruning -----------------------------------------------------------------------------------------------------
@@ -485,33 +613,61 @@ class TextTree(Handle):
 
         Raises:
             InvalidArgumentError: the root, or a node of another tree.
+            KeyNotFoundError: a node was released before; nothing is let go of then.
         """
         going = [nodes] if isinstance(nodes, TextNode) else [*nodes]
-        for node in going:
-            if node.parent is None or node.tree is not self:
-                raise InvalidArgumentError(f"nodes must be of this tree and below its root, got {node!r}")
-        below = {each.key: each for node in going for each in node}
-        self._search.release(below)
-        for node in going:
-            if node.parent is not None and node in node.parent.children:
-                node.parent.children.remove(node)
+        with self._lock:
+            for node in going:
+                if node.parent is None or node is self.root or node.tree is not self:
+                    raise InvalidArgumentError(f"nodes must be of this tree and below its root, got {node!r}")
+            below = {each.key: each for node in going for each in node}
+            if not below:
+                return
+            self._search.release(below)
+            for node in below.values():
+                node.released = True
+            for node in going:
+                if node.parent is not None and node in node.parent.children:
+                    node.parent.children.remove(node)
 
     def keep(self, node: TextNode) -> None:
-        """Make a node the root: let go of all that is not below it. Its text stays whole. May block."""
+        """Make a node the root: let go of all that is not below it. Its text stays whole. May block.
+
+        Raises:
+            KeyNotFoundError: the node was released.
+        """
         if node.tree is not self:
             raise InvalidArgumentError(f"node must be of this tree, got {node!r} of another")
-        self._search.keep([each.key for each in node])
-        self.root = node
+        with self._lock:
+            if node.released:
+                raise KeyNotFoundError(f"{node!r} was released")
+            staying = {each.key: each for each in node}
+            coming = [key for key, parent in self._coming.items() if parent.key in staying]
+            self._search.keep([*staying, *coming])
+            for each in self.root:
+                each.released = each.key not in staying
+            for each in node.path[:-1]:
+                each.children.clear()
+            self.root = node
 
     def promote(self, node: TextNode, name: Hashable) -> None:
         """Keep a node's text when the tree is closed: `TextTrees.promoted_tree(name)` goes on from it. May block.
 
         Raises:
             KeyNotFoundError: the node was released.
+            UnsupportedModelError: the model keeps states, and the node ended before others of its call.
         """
+        self._check_not_passed(node)
         if node.key is NO_PARENT:
             raise InvalidArgumentError(f"node must have more than one token to be promoted, got {node!r}")
         self._search.promote(node.key, 0, as_key=_promoted(name))
+
+    def _check_not_passed(self, node: TextNode) -> None:
+        if node.is_passed:
+            raise UnsupportedModelError(
+                f"{node!r} ended before others of its call, which the model's state went on with: a text that goes on "
+                "after its end needs TextTrees with max_rows=1"
+            )
 
     def close(self) -> None:
         """Let go of all its texts. May block; nothing happens the second time."""
@@ -526,18 +682,23 @@ class TextTree(Handle):
         return f"<TextTree of {sum(1 for _ in self.root)} nodes, {self.tokens_stored} tokens stored>"
 
 
-def _generation(model: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None) -> GenerationConfig:
+def _options(model: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments for `generate()`: what was given and, of what decides where a text ends, what the model says else."""
     if isinstance(given, GenerationConfig):
-        made = GenerationConfig.from_dict(given.to_dict())
+        options = {name: value for name, value in given.to_diff_dict().items() if name != "transformers_version"}
     else:
-        base: Any = getattr(model, "generation_config", None) or GenerationConfig()
-        made = GenerationConfig.from_dict({**base.to_dict(), **(given or {})})
-    if made.max_new_tokens is None:
-        made.max_new_tokens = 32
-    if made.pad_token_id is None:
-        ends = made.eos_token_id
-        made.pad_token_id = 0 if ends is None else ends if isinstance(ends, int) else ends[0]
-    return made
+        options = dict(given or {})
+    if options.get("max_length") is not None:
+        raise InvalidArgumentError(
+            f"generation must have max_new_tokens instead of max_length, got max_length={shown(options['max_length'])}"
+        )
+    base: Any = model.generation_config
+    for name in ("num_beams", "num_return_sequences", "max_new_tokens", "eos_token_id", "pad_token_id"):
+        options.setdefault(name, getattr(base, name))
+    if options["max_new_tokens"] is None:
+        options["max_new_tokens"] = 32
+    options.pop("use_cache", None)  # a batch says so itself
+    return options | {"max_length": None, "cache_implementation": None}  # those of models are for caches of their own
 
 
 def _promoted(name: Hashable) -> tuple[str, Hashable]:
