@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from weakref import ref
 
+import numpy as np
 from torch import Tensor
 
 from .._checks import numbers_or_none, positive_int, sequence_of
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
 from ..device.modes import plain_torch_state, writing_to
+from ..device.moving import upload
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
 from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError, shown
@@ -157,7 +159,7 @@ class Batch(PaddedRows):
         if last > first:
             with writing_to(self.data):
                 of_batch = self.data[:, self.first_row : self.first_row + self.batch_size, :, first:last]
-                of_batch.copy_(of_batch[:, checked])
+                of_batch.copy_(of_batch.index_select(1, upload(np.array(checked, dtype=np.int64), self.data.device)))
         self.entries = [entries[row] for row in checked]
         self.table_rows = [self.table_rows[row] for row in checked]
         self.corrections = [self.corrections[row] for row in checked]

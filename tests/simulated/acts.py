@@ -68,8 +68,12 @@ def _difference(world: GpuWorld, distance: int = 0) -> torch.Tensor:
     return torch.zeros(1, 2, 1, WINDOW - distance, 1).to(world.gpu.devices[0])
 
 
-def overflowing(make: Callable[[GpuWorld], Any]) -> Operation:
-    """A policy is made on one stream, used at once on another, and dropped while the device is at it."""
+def overflowing(make: Callable[[GpuWorld], Any], then: Operation | None = None) -> Operation:
+    """A policy is made on one stream, used at once on another, and dropped while the device is at it.
+
+    Args:
+        then: how the result is read, instead of by a `get`.
+    """
 
     def run(world: GpuWorld) -> None:
         with world.on(3):
@@ -81,9 +85,12 @@ def overflowing(make: Callable[[GpuWorld], Any]) -> Operation:
             with world.noted(Kind.WRITE, [B], [(*value(A + 1, 3)[2:], 55)]) as commit:
                 commit.since, commit.stored = read.began, world.pool.commit([B], batch, overflow=overflow)
             del overflow
-        with world.on(2), world.noted(Kind.READ, [B]) as again:
-            found = world.pool.get(B)
-            world.look_later(again, [found])
+        if then is not None:
+            then(world)
+        else:
+            with world.on(2), world.noted(Kind.READ, [B]) as again:
+                found = world.pool.get(B)
+                world.look_later(again, [found])
         world.clear()  # and with the entry goes what it named of the policy
 
     return run

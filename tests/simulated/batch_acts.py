@@ -143,6 +143,19 @@ def filled_on_another(world: GpuWorld) -> None:
     world.gather([B, C], on=1)
 
 
+def reordered_on_another(world: GpuWorld) -> None:
+    """Rows change places on another stream than the one that gathered and appended to them."""
+    with world.on(1), world.noted(Kind.READ, [A, B]) as read:
+        batch = world.pool.gather([A, B])
+        world.look_at_batch(read, batch)
+        append(world, batch, [71, 72])
+    with world.on(2):
+        batch.reorder([1, 0])
+    with world.on(3), world.noted(Kind.WRITE, [C, D], [(*value(B + 1), 72), (*value(A + 1), 71)]) as commit:
+        commit.since, commit.stored = read.began, world.pool.commit([C, D], batch)
+    world.gather([C, D], on=4)
+
+
 def appended_from_elsewhere(world: GpuWorld, to_all_layers: bool = False) -> None:
     """New tokens are made on another stream than the one they are appended in, and dropped at once."""
     with world.on(1), world.noted(Kind.READ, [A]) as read:

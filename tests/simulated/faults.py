@@ -63,6 +63,7 @@ LEFT_OUT = [
     left_out("padded_rows.py", "_append", "use_here", "appended to all layers from elsewhere"),
     left_out("padded_rows.py", "advance", "use_here", "written in place on another"),
     left_out("batch.py", "fill", "use_here", "filled on another"),
+    left_out("batch.py", "reorder", "use_here", "reordered on another"),
     left_out("padded_rows.py", "use_here", "join", "commit on another, gather again"),
     left_out("padded_rows.py", "use_here", "protect", "appended from elsewhere"),
     left_out("padded_rows.py", "wait", "join", "gather, closed on another, gather again"),
@@ -277,6 +278,16 @@ def correction_left_out_of_what_is_kept(patch: Patch) -> None:
     patch.setattr(StreamClock, "stamp", stamp)
 
 
+def rows_of_a_part_left_out_of_what_is_kept(patch: Patch) -> None:
+    """What is corrected lazily is gathered by itself, and copied from there into the buffer of all."""
+    original = StreamClock.stamp
+
+    def stamp(self: StreamClock, stream: Any, sources: Any = ()) -> Ticks:
+        return original(self, stream, sources[-1:] if sys._getframe(1).f_code.co_name == "gather_together" else sources)
+
+    patch.setattr(StreamClock, "stamp", stamp)
+
+
 def stream_remembered_from_construction(patch: Patch) -> None:
     """Rule 6: whatever stream the caller is in, the first is taken."""
     original = StreamClock.current
@@ -380,6 +391,7 @@ FORGOTTEN = [
     (source_left_out_of_what_is_kept, "corrected"),
     (correction_left_out_of_what_is_kept, "corrected lazily"),
     (correction_left_out_of_what_is_kept, "corrected stepwise"),
+    (rows_of_a_part_left_out_of_what_is_kept, "corrected lazily, gathered together"),
     (stream_remembered_from_construction, "put|get"),
     (wrong_stream_waits, "put|get"),
     (wrong_stream_recorded, "put|get"),

@@ -189,6 +189,7 @@ GPU_PROGRAMS = [
     ),
     gpu_program("written in place on another", batch_acts.written_in_place, before=stored(A)),
     gpu_program("filled on another", batch_acts.filled_on_another, before=stored(A)),
+    gpu_program("reordered on another", batch_acts.reordered_on_another, before=stored(A, B)),
     gpu_program("appended from elsewhere", batch_acts.appended_from_elsewhere, before=stored(A)),
     gpu_program(
         "appended to all layers from elsewhere",
@@ -238,6 +239,12 @@ GPU_PROGRAMS = [
     ),
     gpu_program(
         "corrected stepwise", acts.overflowing(acts.correcting_stepwise), before=stored(A, tokens=3), slots=3 * WINDOW
+    ),
+    gpu_program(
+        "corrected lazily, gathered together",
+        acts.overflowing(acts.correcting_lazily, then=lambda w: batch_acts.together(w, B, A, on=2)),
+        before=stored(A, tokens=3),
+        slots=3 * WINDOW,
     ),
     gpu_program("closed while it works", acts.closed_while_it_works),
     gpu_program("close|get|put", GpuWorld.close, lambda w: w.or_closed(lambda: w.get(A, on=1)), before=stored(A)),

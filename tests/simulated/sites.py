@@ -62,7 +62,8 @@ OF_OTHERS = {
     ("evaluator.py", "finish"),
     ("queue.py", "finish"),
     ("queue.py", "join"),
-}  # other things of the same names
+    ("cache.py", "use_here"),  # for models of transformers, which are not here
+}  # other things of the same names, and what no program can do
 
 
 @cache
