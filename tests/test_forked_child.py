@@ -39,11 +39,11 @@ HARMLESS = {
     "KVCacheManager": {
         "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "version",
     },
-    "Search": {"closed", "held", "abandon", "__len__"},
+    "Search": {"closed", "held", "abandon", "tokens_in_use", "__len__"},
     # Views of a buffer that a fork copies (on a CPU), and what is known of its rows.
     "Batch": {
         "abandon", "batch_size", "check_committable", "closed", "end", "gathered", "gathered_by", "hits", "keys",
-        "layer", "lengths", "padding", "pending_rows", "room", "side", "start", "use_here", "values",
+        "layer", "layer_end", "lengths", "padding", "pending_rows", "room", "side", "start", "use_here", "values",
         "why_closed",
     },
     "Pin": {"abandon"},
