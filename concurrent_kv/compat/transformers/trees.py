@@ -27,6 +27,7 @@ from ...errors import (
 )
 from ...evaluation.evaluator import Evaluator
 from ...evaluation.leaves import NO_PARENT, Evaluated, Leaf
+from ...locks.gate import gate
 from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
 from ...model.config import ManagerConfig
@@ -433,8 +434,7 @@ class TextTree(Handle):
             )
         self.trees = trees
         self._search = search
-        self._lock = threading.RLock()  # for which nodes there are
-        self._coming: dict[Hashable, TextNode] = {}  # parents of the nodes that are being made, by key
+        self._lock = threading.RLock()  # for which nodes there are, and `_left`
         self._left: set[Hashable] = set()  # of nodes that nobody waits for any more: a call may store them yet
         self.root = TextNode(self, None, key, ids)
 
@@ -477,7 +477,7 @@ class TextTree(Handle):
         if not ids:
             raise InvalidArgumentError("text must have at least one token, got none")
         node = TextNode(self, parent, self.trees.next_key(), ids)
-        with self._coming_under({node.key: parent}):
+        with self._discarded_where_it_fails([node.key]):
             self._give(parent, node)
             self._join([node])
         return node
@@ -518,12 +518,12 @@ class TextTree(Handle):
     @contextmanager
     def _making(self, leaves: Sequence[Leaf[Last]], parents: Sequence[TextNode]) -> Iterator[None]:
         """While leaves are evaluated: either all are made, or none stays."""
-        with self._lock:
+        with gate.lock, self._lock:
             before = tuple(self._left)
         self._discard(before)
         keys = [leaf.child for leaf in leaves]
         try:
-            with self._coming_under(dict(zip(keys, parents, strict=True))):
+            with self._discarded_where_it_fails(keys):
                 yield
         except WindowOverflowError as error:
             raise WindowOverflowError(
@@ -532,36 +532,30 @@ class TextTree(Handle):
             ) from error
         except BaseException as error:
             if isinstance(error, WaitTimeoutError) or not isinstance(error, Exception):
-                with self._lock:
+                with gate.lock, self._lock:
                     self._left.update(keys)
             raise
         if leaves:  # calls are made one by one: those that were under way before are over
             self._discard(before)
-            with self._lock:
+            with gate.lock, self._lock:
                 self._left.difference_update(before)
 
     @contextmanager
-    def _coming_under(self, parents: Mapping[Hashable, TextNode]) -> Iterator[None]:
-        """While nodes are made, by their keys: `keep` lets them be; where that fails, what was stored goes."""
-        with self._lock:
-            self._coming |= parents
+    def _discarded_where_it_fails(self, keys: Sequence[Hashable]) -> Iterator[None]:
+        """While nodes are made: where that fails, what was stored of them goes."""
         try:
             yield
         except CapacityError as error:
-            self._discard(parents)
+            self._discard(keys)
             raise CapacityError(
-                f"the tree has no room for {len(parents)} more nodes: release some, or make TextTrees with at least "
+                f"the tree has no room for {len(keys)} more nodes: release some, or make TextTrees with at least "
                 f"nodes={error.required_entries} and tokens={error.required_slots}",
                 required_entries=error.required_entries,
                 required_slots=error.required_slots,
             ) from error
         except BaseException:
-            self._discard(parents)
+            self._discard(keys)
             raise
-        finally:
-            with self._lock:
-                for key in parents:
-                    self._coming.pop(key, None)
 
     def _discard(self, keys: Iterable[Hashable]) -> None:
         for key in keys:
@@ -569,13 +563,10 @@ class TextTree(Handle):
 
     def _join(self, grown: Sequence[TextNode]) -> None:
         """Put new nodes below their parents, or none of them if one was let go of meanwhile."""
-        with self._lock:
-            for node in grown:
-                if node.parent is None or node.parent.released:
-                    raise KeyNotFoundError(f"{node.parent!r} was released while it was continued")
-            for node in grown:
-                if node.parent is not None:
-                    node.parent.children.append(node)
+        with gate.lock, self._lock:
+            overtaken = _put_below(grown)
+        if overtaken is not None:
+            raise KeyNotFoundError(f"{overtaken!r} was released while it was continued")
 
     def _last(self, node: TextNode) -> Last:
         return Last(node.ids[-1], (None, node.ids) if node.key is NO_PARENT else None)
@@ -616,19 +607,16 @@ class TextTree(Handle):
             KeyNotFoundError: a node was released before; nothing is let go of then.
         """
         going = [nodes] if isinstance(nodes, TextNode) else [*nodes]
-        with self._lock:
-            for node in going:
-                if node.parent is None or node is self.root or node.tree is not self:
-                    raise InvalidArgumentError(f"nodes must be of this tree and below its root, got {node!r}")
-            below = {each.key: each for node in going for each in node}
-            if not below:
-                return
-            self._search.release(below)
-            for node in below.values():
-                node.released = True
-            for node in going:
-                if node.parent is not None and node in node.parent.children:
-                    node.parent.children.remove(node)
+        for node in going:
+            if node.parent is None or node is self.root or node.tree is not self:
+                raise InvalidArgumentError(f"nodes must be of this tree and below its root, got {node!r}")
+        with gate.lock, self._lock:
+            below, gone = _leave(going)
+        if gone is not None:
+            raise KeyNotFoundError(f"{gone!r} was released before")
+        self._release(below)
+        with gate.lock, self._lock:
+            _unlink(going)
 
     def keep(self, node: TextNode) -> None:
         """Make a node the root: let go of all that is not below it. Its text stays whole. May block.
@@ -638,17 +626,31 @@ class TextTree(Handle):
         """
         if node.tree is not self:
             raise InvalidArgumentError(f"node must be of this tree, got {node!r} of another")
-        with self._lock:
-            if node.released:
-                raise KeyNotFoundError(f"{node!r} was released")
-            staying = {each.key: each for each in node}
-            coming = [key for key, parent in self._coming.items() if parent.key in staying]
-            self._search.keep([*staying, *coming])
-            for each in self.root:
-                each.released = each.key not in staying
-            for each in node.path[:-1]:
-                each.children.clear()
-            self.root = node
+        with gate.lock, self._lock:
+            before, going, gone = self.root, list[TextNode](), node.released
+            if not gone:
+                going = _leave_but(before, node)
+                self.root = node
+        if gone:
+            raise KeyNotFoundError(f"{node!r} was released")
+        try:
+            self._release(going)
+        except BaseException:
+            self.root = before
+            raise
+        with gate.lock, self._lock:
+            _unlink(going)
+
+    def _release(self, going: Sequence[TextNode]) -> None:
+        """Let go of the entries of nodes that are marked as released; they are not, where that fails."""
+        keys = [node.key for node in going if node.key is not NO_PARENT]
+        try:
+            if keys:
+                self._search.release(keys)
+        except BaseException:
+            with gate.lock, self._lock:
+                _mark(going, released=False)
+            raise
 
     def promote(self, node: TextNode, name: Hashable) -> None:
         """Keep a node's text when the tree is closed: `TextTrees.promoted_tree(name)` goes on from it. May block.
@@ -680,6 +682,47 @@ class TextTree(Handle):
 
     def __repr__(self) -> str:
         return f"<TextTree of {sum(1 for _ in self.root)} nodes, {self.tokens_stored} tokens stored>"
+
+
+def _put_below(grown: Sequence[TextNode]) -> TextNode | None:
+    """Put new nodes below their parents; or none, where one of these was let go of, which is returned."""
+    for node in grown:
+        if node.parent is None or node.parent.released:
+            return node.parent
+    for node in grown:
+        if node.parent is not None:
+            node.parent.children.append(node)
+    return None
+
+
+def _leave(going: Sequence[TextNode]) -> tuple[list[TextNode], TextNode | None]:
+    """Mark nodes and all below them as released, and return them; or one that was so before, and none is marked."""
+    below = [*{each.key: each for node in going for each in node}.values()]
+    gone = next((node for node in (*going, *below) if node.released), None)
+    if gone is None:
+        _mark(below, released=True)
+    return below, gone
+
+
+def _leave_but(root: TextNode, node: TextNode) -> list[TextNode]:
+    """Mark as released what is below the root and not below a node, and return it."""
+    staying = {each.key for each in node}
+    going = [each for each in root if each.key not in staying]
+    _mark(going, released=True)
+    return going
+
+
+def _mark(nodes: Sequence[TextNode], *, released: bool) -> None:
+    for node in nodes:
+        node.released = released
+
+
+def _unlink(gone: Sequence[TextNode]) -> None:
+    """Nodes that were let go of have no children, and are nobody's."""
+    for node in gone:
+        node.children.clear()
+        if node.parent is not None and node in node.parent.children:
+            node.parent.children.remove(node)
 
 
 def _options(model: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None) -> dict[str, Any]:
