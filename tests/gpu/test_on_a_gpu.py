@@ -40,8 +40,8 @@ def test_random_programs_of_several_threads_read_what_they_should(seed: int) -> 
         ("writing.py", "write", "stamp", "read_after_write"),
         ("writing.py", "write", "order_after", "write_after_read"),
         ("reading.py", "gather_entries", "stamp", "write_after_read"),
-        ("batch.py", "close", "finish", "buffer_used_again"),
-        ("batch.py", "use_here", "join", "committed_on_another"),
+        ("batch.py", "_give_buffer_back", "finish", "buffer_used_again"),
+        ("padded_rows.py", "use_here", "join", "committed_on_another"),
     ],
 )
 def test_fault_shows_as_wrong_bytes(
