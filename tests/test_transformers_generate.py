@@ -63,9 +63,9 @@ def test_samples_and_beams_are_those_of_the_whole_text(family: str, options: dic
     forest.check()
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "deepseek_v32"])
 def test_drafts_that_are_rejected_are_taken_back(family: str) -> None:
-    forest, texts = grown(family, (9,))
+    forest, texts = grown(family, (9,), attention="eager")
     text, options = texts[0], {"max_new_tokens": 16, "do_sample": False}
     whole = expected(forest, text, **options)
     draft = language_model("llama", num_hidden_layers=1)
@@ -126,6 +126,32 @@ def test_states_cannot_go_back_nor_end_early_and_say_so(family: str) -> None:
         forest.model(**cache.model_inputs([text[-1:] for text in texts]))
         with pytest.raises(InvalidArgumentError, match="sides must have one item for each of 2 rows, got 1"):
             cache.commit(forest.pool, ["a", "b"], sides=["one"], new_tokens=1)
+
+
+def test_a_commit_that_failed_is_made_again_with_as_many_tokens() -> None:
+    forest, draw = Forest(language_model("mamba")), random.Random(10)
+    new = [words(draw, 4)]
+    cache = forest.gathered(["nothing"])
+    with torch.no_grad():
+        forest.model(**cache.model_inputs(new))
+    with pytest.raises(UnsupportedModelError, match="lengths must be the 4 tokens"):
+        cache.commit(forest.pool, ["a"], lengths=[3], new_tokens=4)
+    cache.commit(forest.pool, ["a"], new_tokens=4)
+    assert forest.gathered(["a"]).batch.lengths == (4,)
+
+
+def test_rows_that_changed_places_have_masks_and_positions_of_their_own() -> None:
+    forest, texts = grown("llama")
+    cache = forest.gathered(["0", "1", "2"])
+    cache.model_inputs([[1]] * 3)  # whatever was asked before
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    moved = [texts[2], texts[0], texts[1]]
+    with torch.no_grad():
+        logits = forest.model(**cache.model_inputs([text[-1:] for text in moved])).logits[:, -1]
+    for row, text in enumerate(moved):
+        assert float((logits[row] - forest.from_scratch(text)[-1]).abs().max()) < 5e-6
+    cache.batch.close()
+    forest.check()
 
 
 def test_a_state_is_a_copy_of_its_own() -> None:

@@ -188,6 +188,53 @@ def test_what_is_released_gives_its_room_back_and_the_rest_stays(make: Callable[
             assert_is_what_the_model_says(node)
 
 
+@pytest.mark.parametrize("change", ["keep", "release"])
+def test_trees_change_at_once_and_each_lets_go_of_its_own(
+    make: Callable[..., TextTrees], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread prunes while the first one, which holds no lock then, lets go of its entries."""
+    with make().tree(PROMPT) as tree:
+        first, second = tree.expand(tree.root, 2)
+        below = tree.expand(first, 2)
+        release = tree._search.release
+
+        def overtaken(keys: Any, **options: Any) -> None:
+            monkeypatch.undo()
+            thread = threading.Thread(target=lambda: tree.keep(second) if change == "keep" else tree.release(first))
+            thread.start()
+            thread.join(HANG_SECONDS)
+            release(keys, **options)
+
+        monkeypatch.setattr(tree._search, "release", overtaken)
+        tree.release(below[0] if change == "release" else first)
+        assert first.released
+        assert all(node.released for node in below)
+        assert tree.nodes == ([second] if change == "keep" else [tree.root, second])
+        assert len(tree._search) == (1 if change == "keep" else 2)
+
+
+@pytest.mark.parametrize("change", ["keep", "release"])
+def test_what_could_not_be_let_go_of_is_in_the_tree_as_before(
+    make: Callable[..., TextTrees], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise WaitTimeoutError("too late")
+
+    with make().tree(PROMPT) as tree:
+        first, second = tree.expand(tree.root, 2)
+        tree.expand(first, 2)
+        before = {node.key for node in tree.nodes}
+        with monkeypatch.context() as patch:
+            patch.setattr(tree._search, "release", refused)
+            with pytest.raises(WaitTimeoutError):
+                tree.keep(second) if change == "keep" else tree.release(first)
+        assert {node.key for node in tree.nodes} == before
+        assert tree.root.parent is None
+        assert not any(node.released for node in tree.nodes)
+        for node in tree.expand([first, second]):
+            assert_is_what_the_model_says(node)
+
+
 def test_a_tree_that_is_full_says_so_and_goes_on(make: Callable[..., TextTrees]) -> None:
     with make(nodes=6).tree(PROMPT) as tree:
         grown = tree.expand(tree.root, 5)  # and the root

@@ -28,7 +28,7 @@ from .loading import claim, heard_by_all
 from .pin import Pin
 from .reading import copy_out, retain
 
-__all__ = ["KVPool", "gather_part_of_pool"]
+__all__ = ["KVPool", "gather_part_of_pool", "read_from_pool"]
 
 R = TypeVar("R")
 
@@ -496,6 +496,14 @@ class KVPool(PoolCore):
         hash_of(key)
         found_in = self._scope(scope)
         return claim(self, found_in, key, found_in.generation, side, priority)[0]
+
+
+def read_from_pool(pool: KVPool, key: Hashable, copied: Callable[[Entry], R]) -> R | None:
+    """As `KVPool.get`, of a copy that `copied` makes of the entry; None on a miss."""
+    found = pool._read(key, None, pool._enter(None), copied, quiet=False)
+    if found is None:
+        pool.count_misses(1)
+    return found
 
 
 def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int) -> Part:

@@ -130,7 +130,7 @@ def new_trees(model: Any, settings: Settings) -> TextTrees:
     return TextTrees(
         model,
         max_tokens=LONGEST_TEXT,
-        nodes=settings.nodes + 1,  # and the root
+        nodes=settings.nodes,
         tokens=LONGEST_TEXT + settings.nodes * LONGEST_STEP,
         trees=settings.threads,
         tokenizer=CHARACTERS,

@@ -16,7 +16,7 @@ from .main_contexts import commit_nodes_of_main, store_roots_of_main, take_token
 from .manager_view import ManagerView
 from .model import ATTACHMENT, check_rows, of_the_search
 
-__all__ = ["make_class_of_main"]
+__all__ = ["begins_of", "make_class_of_main"]
 
 OF_A_SEARCH = ("current_infer_env_ids", "keys_values_wm_token_context_list")
 
@@ -169,7 +169,7 @@ def _roots(
     session.current_infer_env_ids = ready
     observed = {"obs_embeddings": current_obs_embeddings}
     keeps_tokens = world_model.rebuild_kv_window_from_tokens
-    if _begins(world_model, batch_action)[0]:
+    if begins_of(world_model, batch_action)[0]:
         contexts = LightZeroKeysValues.empty(kv.layout, rows)
         world_model.keys_values_wm = contexts
         outputs = world_model.forward(observed, past_keys_values=contexts, is_init_infer=True, start_pos=start_pos)
@@ -204,7 +204,7 @@ def _roots(
     return outputs
 
 
-def _begins(world_model: Any, batch_action: Any) -> list[bool]:
+def begins_of(world_model: Any, batch_action: Any) -> list[bool]:
     """Whether each row begins an episode. With continuous actions the first row says it for all, as in LightZero."""
     if world_model.continuous_action_space:
         return [not isinstance(batch_action[0], np.ndarray)]
@@ -212,7 +212,7 @@ def _begins(world_model: Any, batch_action: Any) -> list[bool]:
 
 
 def _is_mixed(world_model: Any, batch_action: Any) -> bool:
-    return len(set(_begins(world_model, batch_action))) > 1
+    return len(set(begins_of(world_model, batch_action))) > 1
 
 
 def _position(start_pos: Any, row: int) -> int:

@@ -12,6 +12,7 @@ from .attachment import Attachment
 from .containers import LightZeroKeysValues
 from .contexts import generate_contexts, node_contexts, run_on, state_alone
 from .main_contexts import take_tokens
+from .main_model import begins_of
 from .model import ATTACHMENT
 from .views import Entries, KeyIndex, init_views
 
@@ -146,7 +147,7 @@ def _roots(
         "add_task_embed",
     )
     stored_under = world_model.latent_state if is_conditioned else current_obs_embeddings
-    if _begins(world_model, batch_action):
+    if all(begins_of(world_model, batch_action)):
         contexts = LightZeroKeysValues.empty(kv.layout, rows)
         world_model.keys_values_wm = contexts
         outputs = world_model.forward(observed, past_keys_values=contexts, is_init_infer=True, task_id=task_id)
@@ -188,10 +189,3 @@ def _roots(
     session.keys_values_wm_size_list_current = lengths
     world_model.update_cache_context(stored_under, is_init_infer=True, valid_context_lengths=lengths)
     return outputs
-
-
-def _begins(world_model: Any, batch_action: Any) -> bool:
-    """Whether an episode begins: LightZero marks it by an action of -1."""
-    if world_model.continuous_action_space:
-        return not isinstance(batch_action[0], np.ndarray)
-    return bool(max(batch_action) == -1)

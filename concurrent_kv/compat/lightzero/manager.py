@@ -12,7 +12,7 @@ from ...books.records import Entry
 from ...device.buffers import new_buffer
 from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
-from ...pool.pool import KVPool
+from ...pool.pool import KVPool, read_from_pool
 from ...pool.reading import gather_entries
 from ...pool.storage import Domain
 from .containers import LightZeroKeysValues, row_of_lightzero
@@ -105,11 +105,7 @@ class LightZeroPool:
 
     def get(self, cache_key: Hashable) -> LightZeroKeysValues | None:
         """A private copy of the entry of `cache_key`, or None. May block."""
-        pool = self.pool
-        found = pool._read(cache_key, None, pool._enter(None), partial(_window, pool), quiet=False)
-        if found is None:
-            pool.count_misses(1)
-        return found
+        return read_from_pool(self.pool, cache_key, partial(_window, self.pool))
 
     def set(self, cache_key: Hashable, kv_cache: Any) -> int:
         """Store a copy of LightZero's container, one row of some tokens. May block.

@@ -45,8 +45,7 @@ class BatchCache(Cache):  # type: ignore[misc]
         if not isinstance(batch, PaddedRows):
             raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(batch).__name__}")
         self.batch = batch
-        self._made_of: Tensor | None = None  # the padding that what follows was made of
-        self._made: tuple[Tensor, Tensor] = (batch.data, batch.data)
+        self._made: tuple[Tensor, Tensor, Tensor] | None = None  # see `_columns`, and the padding that it was made of
         self._has_gaps = False  # rows were given different numbers of tokens: only a commit puts them in order
         if fits is None:
             layers = [_BatchLayer(self, number) for number in range(batch.keys.shape[0])]
@@ -134,12 +133,13 @@ class BatchCache(Cache):  # type: ignore[misc]
         Where there are states alone, nothing of the tokens before is there to be masked.
         """
         padding = self.batch.padding
-        if self._made_of is not padding:
+        if self._made is None or self._made[2] is not padding:
             columns = torch.arange(self.batch.data.shape[3], device=padding.device)
             of_rows = columns - padding[:, None]
             is_there = of_rows >= 0 if self._keeps_tokens else torch.ones_like(of_rows)
-            self._made_of, self._made = padding, (is_there.long(), of_rows.clamp(min=0))
-        return self._made
+            self._made = is_there.long(), of_rows.clamp(min=0), padding
+        is_there, positions, _ = self._made
+        return is_there, positions
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.batch.room:
@@ -195,7 +195,9 @@ class BatchCache(Cache):  # type: ignore[misc]
         if not isinstance(batch, Batch):
             raise InvalidTypeError(f"batch must be a Batch to be committed here, got {type(batch).__name__}")
         if not self._keeps_tokens:
-            batch.advance(positive_int("new_tokens", new_tokens))
+            new_tokens = positive_int("new_tokens", new_tokens)
+            batch.crop(batch.end - batch.start)  # what an attempt that failed has stated
+            batch.advance(new_tokens)
         new = batch.end - batch.start
         if lengths is None:
             lengths = [new] * batch.batch_size

@@ -79,7 +79,7 @@ class TextNode:
 
     Attributes:
         tree: the tree that it is of.
-        parent: None for the root.
+        parent: None for a prompt.
         ids: its own tokens.
         depth: nodes above it.
         logprob: the sum of the log-probabilities of its own tokens, as the model gave them; 0 for given ones.
@@ -122,7 +122,7 @@ class TextNode:
 
     @property
     def path(self) -> list[TextNode]:
-        """The nodes from the root to this one."""
+        """The nodes from the prompt's to this one; those above the tree's root too, after `keep`."""
         node: TextNode | None = self
         path = []
         while node is not None:
@@ -132,12 +132,12 @@ class TextNode:
 
     @property
     def all_ids(self) -> list[int]:
-        """The tokens of the whole text, the root's included."""
+        """The tokens of the whole text, the prompt's included."""
         return [token for node in self.path for token in node.ids]
 
     @property
     def total_logprob(self) -> float:
-        """The sum of the log-probabilities of all tokens below the root."""
+        """The sum of the log-probabilities of all tokens after the prompt."""
         return sum(node.logprob for node in self.path)
 
     @property
@@ -170,7 +170,7 @@ class TextTrees(Handle):
     Args:
         model: in evaluation mode.
         max_tokens: the most tokens of a text, the prompt's included.
-        nodes: of a tree, at most.
+        nodes: of a tree, beside its root.
         tokens: of a tree, counted once where texts share them; if left out, `nodes` full texts where they have at most
             1,024 tokens, and 1,024 for each node where they may have more.
         trees: that can be open at once.
@@ -258,7 +258,7 @@ class TextTrees(Handle):
                 f"until all rows are done, got {max_rows}"
             )
         self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
-        # One for each tree: a search over "environments" that stand for the trees that are open at once.
+        # Each tree is a search. All are over one environment, whose init pool has the promoted texts.
         config = ManagerConfig(self.fits.layout, 1, self._nodes, trees * (self._nodes + 1))
         recur = None if self._tokens is None else trees * max(self._tokens, max_tokens)
         if recur is None and trees > 1:
@@ -400,7 +400,7 @@ class TextTrees(Handle):
     def opened(self) -> Search:
         """A search for a tree."""
         try:
-            return self.manager.search([0], entries=self._nodes, tokens=self._tokens)
+            return self.manager.search([0], entries=self._nodes + 1, tokens=self._tokens)
         except CapacityError as error:
             raise CapacityError(
                 f"no room is left for another tree: close one, or make TextTrees with more than trees={self._trees}",
@@ -453,7 +453,7 @@ class TextTree(Handle):
             WaitTimeoutError: the calls took longer than `timeout` seconds.
         """
         leaves, parents = self._leaves(nodes, samples)
-        with self._making(leaves, parents):
+        with self._making(leaves):
             return self._grown(leaves, parents, self.trees.evaluator.evaluate_many(leaves, timeout=timeout))
 
     async def aexpand(
@@ -461,7 +461,7 @@ class TextTree(Handle):
     ) -> list[TextNode]:
         """As `expand`, for a task of any event loop: the loop goes on meanwhile."""
         leaves, parents = self._leaves(nodes, samples)
-        with self._making(leaves, parents):
+        with self._making(leaves):
             return self._grown(leaves, parents, await self.trees.for_tasks.evaluate_many(leaves, timeout=timeout))
 
     def add(self, parent: TextNode, text: str | Sequence[int] | Tensor) -> TextNode:
@@ -516,7 +516,7 @@ class TextTree(Handle):
         ], parents
 
     @contextmanager
-    def _making(self, leaves: Sequence[Leaf[Last]], parents: Sequence[TextNode]) -> Iterator[None]:
+    def _making(self, leaves: Sequence[Leaf[Last]]) -> Iterator[None]:
         """While leaves are evaluated: either all are made, or none stays."""
         with gate.lock, self._lock:
             before = tuple(self._left)
@@ -549,7 +549,7 @@ class TextTree(Handle):
             self._discard(keys)
             raise CapacityError(
                 f"the tree has no room for {len(keys)} more nodes: release some, or make TextTrees with at least "
-                f"nodes={error.required_entries} and tokens={error.required_slots}",
+                f"nodes={(error.required_entries or 1) - 1} and tokens={error.required_slots}",
                 required_entries=error.required_entries,
                 required_slots=error.required_slots,
             ) from error
@@ -614,9 +614,13 @@ class TextTree(Handle):
             below, gone = _leave(going)
         if gone is not None:
             raise KeyNotFoundError(f"{gone!r} was released before")
-        self._release(below)
-        with gate.lock, self._lock:
-            _unlink(going)
+        try:
+            self._release(below)
+        except BaseException:
+            cut = [(node.parent, [node]) for node in going if node.parent is not None]
+            with gate.lock, self._lock:
+                _come_back(below, cut)
+            raise
 
     def keep(self, node: TextNode) -> None:
         """Make a node the root: let go of all that is not below it. Its text stays whole. May block.
@@ -627,30 +631,24 @@ class TextTree(Handle):
         if node.tree is not self:
             raise InvalidArgumentError(f"node must be of this tree, got {node!r} of another")
         with gate.lock, self._lock:
-            before, going, gone = self.root, list[TextNode](), node.released
-            if not gone:
-                going = _leave_but(before, node)
-                self.root = node
+            before, gone = self.root, node.released
+            going, cut = ([], []) if gone else _leave_but(before, node)
+            self.root = before if gone else node
         if gone:
             raise KeyNotFoundError(f"{node!r} was released")
         try:
             self._release(going)
         except BaseException:
-            self.root = before
+            with gate.lock, self._lock:
+                _come_back(going, cut)
+                self.root = before
             raise
-        with gate.lock, self._lock:
-            _unlink(going)
 
     def _release(self, going: Sequence[TextNode]) -> None:
-        """Let go of the entries of nodes that are marked as released; they are not, where that fails."""
+        """Let go of the entries of nodes that the tree has let go of. No lock is held: it may block."""
         keys = [node.key for node in going if node.key is not NO_PARENT]
-        try:
-            if keys:
-                self._search.release(keys)
-        except BaseException:
-            with gate.lock, self._lock:
-                _mark(going, released=False)
-            raise
+        if keys:
+            self._search.release(keys)
 
     def promote(self, node: TextNode, name: Hashable) -> None:
         """Keep a node's text when the tree is closed: `TextTrees.promoted_tree(name)` goes on from it. May block.
@@ -695,34 +693,41 @@ def _put_below(grown: Sequence[TextNode]) -> TextNode | None:
     return None
 
 
+# A node is below its parent or released, never both: each of these changes that of all that it is about.
+
+
 def _leave(going: Sequence[TextNode]) -> tuple[list[TextNode], TextNode | None]:
-    """Mark nodes and all below them as released, and return them; or one that was so before, and none is marked."""
+    """Take nodes and all below them out of the tree, and return them; or one that was out before, and none is taken."""
+    gone = next((node for node in going if node.released), None)
+    if gone is not None:
+        return [], gone
     below = [*{each.key: each for node in going for each in node}.values()]
-    gone = next((node for node in (*going, *below) if node.released), None)
-    if gone is None:
-        _mark(below, released=True)
-    return below, gone
-
-
-def _leave_but(root: TextNode, node: TextNode) -> list[TextNode]:
-    """Mark as released what is below the root and not below a node, and return it."""
-    staying = {each.key for each in node}
-    going = [each for each in root if each.key not in staying]
-    _mark(going, released=True)
-    return going
-
-
-def _mark(nodes: Sequence[TextNode], *, released: bool) -> None:
-    for node in nodes:
-        node.released = released
-
-
-def _unlink(gone: Sequence[TextNode]) -> None:
-    """Nodes that were let go of have no children, and are nobody's."""
-    for node in gone:
-        node.children.clear()
+    for node in below:
+        node.released = True
+    for node in going:
         if node.parent is not None and node in node.parent.children:
             node.parent.children.remove(node)
+    return below, None
+
+
+def _leave_but(root: TextNode, node: TextNode) -> tuple[list[TextNode], list[tuple[TextNode, list[TextNode]]]]:
+    """Take all below the root out of the tree but a node and all below it, and return it, and what it was below."""
+    staying = {each.key for each in node}
+    going = [each for each in root if each.key not in staying]
+    cut = [(each, each.children) for each in node.path[:-1] if not each.released]
+    for each in going:
+        each.released = True
+    for each, _ in cut:
+        each.children = []
+    return going, cut
+
+
+def _come_back(below: Sequence[TextNode], cut: Sequence[tuple[TextNode, list[TextNode]]]) -> None:
+    """Put back what was taken out: its entries are there still."""
+    for node in below:
+        node.released = False
+    for parent, children in cut:
+        parent.children += children
 
 
 def _options(model: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None) -> dict[str, Any]:
