@@ -5,14 +5,18 @@
 
 PYTHON ?= python3
 ARGS ?=
+# In a terminal pip shows what it downloads, and how far it is; in a log its failures only.
+PIP_INSTALL := -m pip install $(shell test -t 2 || echo -qq)
+LARGE := torch is the largest: some 200 MB for a CPU, several GB where pip takes a build for CUDA
 VENV := .venv
 BIN := $(VENV)/bin
 LIGHTZERO_VENV := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 TRANSFORMERS_VENV := .venv-transformers
+FREETHREADED := .venv-freethreaded
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench gpu help mutants play test lint lightzero lightzero-main text-tree transformers clean
+.PHONY: bench clean gpu help lightzero lightzero-main lint mutants play test text-tree transformers wheels
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -36,13 +40,19 @@ help:
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
+	@echo 'make wheels  build the wheels, install and use each in an empty environment  (ARGS="--lowest --no-compiler")'
 	@echo 'make clean  remove the environments and what tools left'
 
-play: $(VENV)/play.stamp
+# What draws, and the other event loop, are installed where they are asked for.
+play: $(VENV)/$(if $(findstring --plot,$(ARGS))$(findstring trio,$(ARGS)),play-all,play).stamp
 	@$(BIN)/python -m examples.cartpole $(ARGS)
 
 test: $(VENV)/test.stamp
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The sdist, a wheel for each Python that is found here, and each of them used in an empty environment.
+wheels: $(VENV)/package.stamp
+	@$(BIN)/python release/wheels.py $(ARGS)
 
 # Half an hour to two: docs/mutants.md.
 mutants: $(VENV)/test.stamp
@@ -99,40 +109,49 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "concurrent_kv needs Python 3.10 or later: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 
+# A PYTHON= that an environment was not made with would be passed over in silence: it is said instead. (Never a file.)
+SAME_PYTHON := $(addsuffix /same-python,$(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(FREETHREADED))
+VERSION_OF := -c 'import sys; print(sys.version)'
+.PHONY: $(SAME_PYTHON)
+$(SAME_PYTHON): %/same-python: | %/bin/python
+	@$(if $(filter file,$(origin PYTHON)),:,test "$$($(PYTHON) $(VERSION_OF))" = "$$($*/bin/python $(VERSION_OF))" || { \
+	    echo "$* was made with $$($*/bin/python -V), and PYTHON=$(PYTHON) is $$($(PYTHON) -V): remove $*, or leave PYTHON out" >&2; \
+	    exit 1; })
+
 # One extra a stamp: play.stamp, test.stamp, dev.stamp. The interpreter is order-only because its link carries the time
 # stamp of the system's Python, which would make every stamp look old after an upgrade of that.
-$(VENV)/%.stamp: pyproject.toml constraints.txt $(BUILD) | $(BIN)/python
-	@echo "installing the packages that make $(MAKECMDGOALS) needs ($*)"
+$(VENV)/%.stamp: pyproject.toml constraints.txt $(BUILD) | $(BIN)/python $(VENV)/same-python
+	@echo "installing the packages that make $(MAKECMDGOALS) needs ($*) into $(VENV); $(LARGE)"
 	@$(call forget_module,$(BIN)/python)
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[$*]"
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[$*]"
 	@touch $@
 
 $(LIGHTZERO_VENV)/bin/python:
 	@$(PYTHON) -m venv $(LIGHTZERO_VENV)
 
-$(LIGHTZERO_VENV)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt | $(LIGHTZERO_VENV)/bin/python
-	@echo "installing LightZero 0.2.0 and what it needs"
-	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq -r requirements/lightzero.txt
-	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq --no-deps -r requirements/lightzero-nodeps.txt
+$(LIGHTZERO_VENV)/stamp: requirements/lightzero.txt requirements/lightzero-nodeps.txt | $(LIGHTZERO_VENV)/bin/python $(LIGHTZERO_VENV)/same-python
+	@echo "installing LightZero 0.2.0 and what it needs into $(LIGHTZERO_VENV); $(LARGE)"
+	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) -r requirements/lightzero.txt
+	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/lightzero-nodeps.txt
 	@touch $@
 
 $(LIGHTZERO_VENV)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO_VENV)/stamp
 	@$(call forget_module,$(LIGHTZERO_VENV)/bin/python)
-	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq --no-deps -e .
+	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) --no-deps -e .
 	@touch $@
 
 $(LIGHTZERO_VENV)/main.stamp: requirements/lightzero-main.txt $(LIGHTZERO_VENV)/module.stamp
 	@echo "installing what LightZero's main branch needs beside 0.2.0"
-	@$(LIGHTZERO_VENV)/bin/python -m pip install -qq -r requirements/lightzero-main.txt -c requirements/lightzero.txt
+	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) -r requirements/lightzero-main.txt -c requirements/lightzero.txt
 	@touch $@
 
 $(TRANSFORMERS_VENV)/bin/python:
 	@$(PYTHON) -m venv $(TRANSFORMERS_VENV)
 
-$(TRANSFORMERS_VENV)/stamp: pyproject.toml requirements/transformers.txt $(BUILD) | $(TRANSFORMERS_VENV)/bin/python
-	@echo "installing transformers and what its tests need"
+$(TRANSFORMERS_VENV)/stamp: pyproject.toml requirements/transformers.txt $(BUILD) | $(TRANSFORMERS_VENV)/bin/python $(TRANSFORMERS_VENV)/same-python
+	@echo "installing transformers and what its tests need into $(TRANSFORMERS_VENV); $(LARGE)"
 	@$(call forget_module,$(TRANSFORMERS_VENV)/bin/python)
-	@$(TRANSFORMERS_VENV)/bin/python -m pip install -qq -c requirements/transformers.txt -e ".[transformers]" -r requirements/transformers.txt
+	@$(TRANSFORMERS_VENV)/bin/python $(PIP_INSTALL) -c requirements/transformers.txt -e ".[transformers]" -r requirements/transformers.txt
 	@touch $@
 
 .PHONY: stress stress-full
@@ -148,7 +167,6 @@ stress-full: $(VENV)/stress.stamp
 # Any free-threaded interpreter, 3.13t or later: make test-freethreaded PYTHON=python3.14t. What needs no torch is tested
 # without it; with WHOLE=1 torch is installed too and all tests run that it can import. Torch takes a gigabyte:
 # FREETHREADED=DIRECTORY keeps the environment elsewhere, for several checkouts.
-FREETHREADED := .venv-freethreaded
 WHOLE ?=
 .PHONY: test-freethreaded freethreaded
 test-freethreaded: freethreaded
@@ -169,13 +187,13 @@ $(FREETHREADED)/bin/python:
 	@$(PYTHON) -c 'import sys, sysconfig; sys.exit(not sysconfig.get_config_var("Py_GIL_DISABLED") and "not a free-threaded build: make test-freethreaded PYTHON=python3.14t")'
 	@$(PYTHON) -m venv $(FREETHREADED)
 
-$(FREETHREADED)/parts.stamp: requirements/freethreaded.txt constraints.txt | $(FREETHREADED)/bin/python
+$(FREETHREADED)/parts.stamp: requirements/freethreaded.txt constraints.txt | $(FREETHREADED)/bin/python $(FREETHREADED)/same-python
 	@echo "installing what the tests without torch need"
-	@$(FREETHREADED)/bin/python -m pip install -qq --no-warn-conflicts -c constraints.txt -r requirements/freethreaded.txt
+	@$(FREETHREADED)/bin/python $(PIP_INSTALL) --no-warn-conflicts -c constraints.txt -r requirements/freethreaded.txt
 	@touch $@
 
 $(FREETHREADED)/whole.stamp: $(wildcard requirements/freethreaded-*.txt) requirements/torch_without_cuda.py $(FREETHREADED)/parts.stamp
 	@echo "installing torch and what all tests need"
 	@$(FREETHREADED)/bin/python requirements/torch_without_cuda.py -r requirements/freethreaded-torch.txt
-	@$(FREETHREADED)/bin/python -m pip install -qq --no-warn-conflicts --only-binary :all: -r requirements/freethreaded-whole.txt
+	@$(FREETHREADED)/bin/python $(PIP_INSTALL) --no-warn-conflicts --only-binary :all: -r requirements/freethreaded-whole.txt
 	@touch $@

@@ -1,0 +1,120 @@
+"""What is installed, said and shipped: metadata, the report of an installation, the sdist; a dependency's inside."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from importlib.metadata import metadata, requires
+from pathlib import Path
+
+import pytest
+from readerwriterlock import rwlock
+
+import concurrent_kv
+from concurrent_kv.__main__ import describe
+from release.tag import version_of, why_not
+from tests.support import HANG_SECONDS
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSION = concurrent_kv.__version__
+
+
+def test_the_version_is_the_same_wherever_it_is_said() -> None:
+    assert metadata("concurrent-kv")["Version"] == VERSION
+    assert version_of((ROOT / "concurrent_kv/__init__.py").read_text("utf-8")) == VERSION
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("tag", "changelog", "citation", "wrong"),
+    [
+        ("v1.2.3", "## 1.2.3 - 2026-12-01\n", "version: 1.2.3\n", None),
+        ("v1.2.4", "## 1.2.3\n", "version: 1.2.3\n", "v1.2.3 would do"),
+        ("1.2.3", "## 1.2.3\n", "version: 1.2.3\n", "v1.2.3 would do"),
+        ("v1.2.3", "## 1.2.30\n", "version: 1.2.3\n", "CHANGELOG.md"),
+        ("v1.2.3", "## 1.2.3\n", "version: 1.2.2\n", "CITATION.cff"),
+    ],
+)
+def test_a_tag_that_is_not_the_version_is_refused(tag: str, changelog: str, citation: str, wrong: str | None) -> None:
+    said = why_not(tag, "1.2.3", changelog, citation)
+    assert (said is None) if wrong is None else (said is not None and wrong in said)
+
+
+def test_a_report_names_version_interpreter_torch_devices_and_whether_code_is_compiled() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "concurrent_kv"], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
+    printed = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert printed["concurrent_kv"] == VERSION
+    assert printed["compiled module"] in ("yes", "no")
+    assert {"Python", "torch", "anyio", "numpy", "readerwriterlock", "xxhash", "device 0"} <= set(printed)
+    assert printed.keys() == describe().keys()
+
+
+def test_the_sdist_has_what_a_build_and_the_tests_need_and_no_results(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.so", "*.egg-info", "results")
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    (tree / "benchmarks/results").mkdir()
+    (tree / "benchmarks/results/figures.json").write_text("{}", "utf-8")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "--dist-dir", tmp_path],
+        cwd=tree,
+        capture_output=True,
+        timeout=HANG_SECONDS,
+        check=True,
+    )
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {
+        "Makefile",
+        "constraints.txt",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "release/smoke.py",
+        "tests/conftest.py",
+    }
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "concurrent_kv").rglob("*.[chp]*")
+        if path.suffix in {".c", ".h", ".py", ".pyi"}
+    }
+    assert needed | sources <= names
+    assert not [name for name in names if "/results/" in name or name.endswith(".so")]
+
+
+def test_the_dependency_whose_inside_the_locks_rest_on_is_bounded_above() -> None:
+    (wanted,) = [line for line in requires("concurrent-kv") or () if line.startswith("readerwriterlock")]
+    assert "<1.1" in wanted
+
+
+def test_locks_of_readerwriterlock_have_what_sharded_locks_take_from_them() -> None:
+    """`locks/sharded.py` replaces a lock that an exception tore: it knows whose a handle is, and frees its counter."""
+    made: list[object] = []
+
+    def make() -> threading.Lock:
+        lock = threading.Lock()
+        made.append(lock)
+        return lock
+
+    fair = rwlock.RWLockFair(lock_factory=make)
+    assert made
+    reading, writing = fair.gen_rlock(), fair.gen_wlock()
+    assert reading.c_rw_lock is fair
+    assert writing.c_rw_lock is fair
+    assert not fair.c_lock_read_count.locked()
+    fair.c_lock_read_count.acquire()
+    assert fair.c_lock_read_count.locked()
+    fair.c_lock_read_count.release()
+    with pytest.raises(RuntimeError):
+        reading.release()  # not held: what says that a thread was torn out of it
+    assert reading.acquire(True, 1.0)
+    assert not writing.acquire(False)
+    reading.release()
+    assert writing.acquire(False)
+    writing.release()
