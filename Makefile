@@ -14,9 +14,10 @@ LIGHTZERO_VENV := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 TRANSFORMERS_VENV := .venv-transformers
 FREETHREADED := .venv-freethreaded
+DOCS_VENV := .venv-docs
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench clean gpu help lightzero lightzero-main lint mutants play test text-tree transformers wheels
+.PHONY: bench clean docs gpu help lightzero lightzero-main lint mutants play test text-tree transformers wheels
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -40,6 +41,7 @@ help:
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
+	@echo 'make docs   build the documentation into site/, and open it in a headless browser'
 	@echo 'make wheels  build the wheels, install and use each in an empty environment  (ARGS="--lowest --no-compiler")'
 	@echo 'make clean  remove the environments and what tools left'
 
@@ -53,6 +55,12 @@ test: $(VENV)/test.stamp
 # The sdist, a wheel for each Python that is found here, and each of them used in an empty environment.
 wheels: $(VENV)/package.stamp
 	@$(BIN)/python release/wheels.py $(ARGS)
+
+# The documentation as a site, in site/, opened in a headless browser.
+docs: $(DOCS_VENV)/stamp
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build -q --clean --site-dir site
+	@.ci/chromium
+	@SITE=site $(DOCS_VENV)/bin/python -m pytest -q -p no:cacheprovider -o addopts=-ra --noconftest tests/test_docs_site.py $(ARGS)
 
 # Half an hour to two: docs/mutants.md.
 mutants: $(VENV)/test.stamp
@@ -102,7 +110,7 @@ text-tree: $(TRANSFORMERS_VENV)/stamp
 	@HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m examples.text_tree $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(FREETHREADED) build dist site *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:
@@ -110,7 +118,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # A PYTHON= that an environment was not made with would be passed over in silence: it is said instead. (Never a file.)
-SAME_PYTHON := $(addsuffix /same-python,$(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(FREETHREADED))
+SAME_PYTHON := $(addsuffix /same-python,$(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(FREETHREADED))
 VERSION_OF := -c 'import sys; print(sys.version)'
 .PHONY: $(SAME_PYTHON)
 $(SAME_PYTHON): %/same-python: | %/bin/python
@@ -143,6 +151,14 @@ $(LIGHTZERO_VENV)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO_VENV)/stamp
 $(LIGHTZERO_VENV)/main.stamp: requirements/lightzero-main.txt $(LIGHTZERO_VENV)/module.stamp
 	@echo "installing what LightZero's main branch needs beside 0.2.0"
 	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) -r requirements/lightzero-main.txt -c requirements/lightzero.txt
+	@touch $@
+
+$(DOCS_VENV)/bin/python:
+	@$(PYTHON) -m venv $(DOCS_VENV)
+
+$(DOCS_VENV)/stamp: requirements/docs.txt | $(DOCS_VENV)/bin/python $(DOCS_VENV)/same-python
+	@echo "installing what builds the documentation into $(DOCS_VENV): 60 MB"
+	@$(DOCS_VENV)/bin/python $(PIP_INSTALL) -r requirements/docs.txt
 	@touch $@
 
 $(TRANSFORMERS_VENV)/bin/python:

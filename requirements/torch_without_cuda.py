@@ -80,8 +80,9 @@ def main() -> None:
     install("--no-deps", "--only-binary", ":all:", *what)
     install(*(line for line in requires("torch") or () if not OF_CUDA.match(line) and "extra ==" not in line))
     cuda = re.search(r"^cuda\b.*= '(\d+\.\d+)'", (SITE / "torch/version.py").read_text(), re.MULTILINE)
-    if cuda is not None:
-        install("--no-deps", *(f"nvidia-cuda-{part}=={cuda[1]}.*" for part in ("runtime", "cupti")))
+    named = [line for line in requires("torch") or () if re.match(r"nvidia-cuda-(runtime|cupti)\b", line)]
+    if named or cuda is not None:  # before torch 2.10 it names them itself
+        install("--no-deps", *(named or [f"nvidia-cuda-{part}=={cuda[1]}.*" for part in ("runtime", "cupti") if cuda]))
     wanted: Wanted = defaultdict(lambda: defaultdict(set))
     for library in (SITE / "torch/lib").glob("*.so"):
         for name, by_version in wanted_by(library).items():
