@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,15 @@ from .books.eviction import EvictionPolicy, PolicyFactory
 from .books.integrity import IntegrityReport, RepairReport
 from .books.records import Entry
 from .books.size_arguments import SizeArguments
+from .books.sizing import SizePlan, slots_of_tree
 from .books.stats import NoCounters, PoolStats, StatsSummary
+from .device.layout import KVLayout
 from .errors import InvalidArgumentError, shown
 from .locks.gate import gate
 from .locks.numbers import Numbers
 from .model.config import ManagerConfig
 from .model.kv import KeysValues
-from .model.overflow import Overflow
+from .model.overflow import Overflow, check_overflow
 from .pool.checking import check_integrity, repair
 from .pool.core import bump_versions
 from .pool.handle import Handle
@@ -209,6 +212,98 @@ class KVCacheManager(Handle):
         headroom = headroom_of(headroom_tokens, writers, window, usual_writers=8, roots=settings.env_num)
         total = sum(slots.values()) + headroom
         return Allocation(entries, slots, headroom, total, settings.layout.bytes_per_token, search_tokens)
+
+    @classmethod
+    def plan(
+        cls,
+        config: object,
+        env_num: int,
+        *,
+        simulations: int | None = None,
+        step: int = 2,
+        overflow: Overflow | None = None,
+        searches: int = 1,
+        trees: int | None = None,
+        roots: int = 16,
+        root_tokens: int | Iterable[int] | None = None,
+        threads: int | None = None,
+        wm_entries: int = 1,
+    ) -> SizePlan:
+        """The sizes that such searches need, so that none of them waits, evicts a root that is in use, or runs out.
+
+        Allocates nothing, never blocks. `print` the result, make a manager of it by `KVCacheManager(**plan.arguments)`,
+        and open each search by `manager.search(env_ids, **plan.reservation)`.
+
+        Args:
+            config: as the constructor's; its `max_cache_size` is not looked at, and need not be there.
+            env_num: environments.
+            simulations: nodes of a tree at most, its root apart; `config.num_simulations` if left out. Where a search
+                goes on with a subtree (`keep`), the nodes that stay count too.
+            step: new tokens of a node, at most.
+            overflow: what commits do with rows that outgrow the window; None where none does.
+            searches: searches that are open at once.
+            trees: environments of one search; if left out, `env_num` by `searches`, rounded up.
+            roots: entries that each init pool keeps. 0 where each tree's root is an entry of its search instead, stored
+                there whole or as what a model appended to a row that missed.
+            root_tokens: tokens of a root at most, or the lengths that roots can have, (1, 3, 5) say. If left out what a
+                commit leaves at most: `overflow.limit - 1` where it drops, otherwise the window. (For `DropAndCorrect`,
+                what is stated is counted on: each node then gets `step` tokens exactly.)
+            threads: threads or tasks that store roots at once; `searches` if left out.
+            wm_entries: entries of the world-model pool. It has one at least.
+
+        Not in it: what is put into the recurrent pool beside searches; pins, and batches of init pools that stay open
+        while their entries are replaced; nodes that are filled instead of appended to their parents.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: an argument that no search can have, by name.
+        """
+        if simulations is not None:
+            simulations = positive_int("simulations", simulations)
+        settings = ManagerConfig.read_for(config, env_num, simulations)
+        window, nodes, env_num = settings.layout.max_tokens, settings.num_simulations, settings.env_num
+        step, searches = positive_int("step", step), positive_int("searches", searches)
+        threads = searches if threads is None else positive_int("threads", threads)
+        trees = -(-env_num // searches) if trees is None else positive_int("trees", trees)
+        if trees > env_num:
+            raise InvalidArgumentError(f"trees must be at most env_num={env_num}, got {trees}")
+        roots = positive_int("roots", roots, minimum=0)
+        _check_step(step, overflow, settings.layout)
+        lengths = _root_lengths(root_tokens, overflow, window)
+        longest = max(lengths)
+
+        of_tree = nodes * step
+        if overflow is not None and overflow.corrects:
+            # Longer rows get no child: what a drop leaves has to be below the limit.
+            most = min(window, overflow.limit - 1 + overflow.count) - step
+            if isinstance(root_tokens, Iterable):
+                extended = [length for length in lengths if length <= most]
+            else:  # a shorter root is a step, or several, before one of these
+                extended = list(range(min(longest, most), 0, -1)[:step])
+            of_tree = slots_of_tree(nodes, step, extended, overflow.limit, overflow.count)
+        own_root = roots == 0
+        entries, tokens = trees * (nodes + own_root), trees * (of_tree + own_root * longest)
+        sizes: dict[str, Any] = {
+            "init_entries": max(1, roots),
+            "init_tokens": max(window, roots * longest),
+            "recur_slots": max(window, searches * tokens),
+            "wm_entries": positive_int("wm_entries", wm_entries),
+            "wm_tokens": default_tokens(wm_entries, window),
+            # Of roots that searches hold and that were replaced or evicted, and of what is replaced just now.
+            "headroom_tokens": max(window, 0 if own_root else (searches * trees + threads) * longest),
+        }
+        settings = replace(settings, max_cache_size=max(settings.max_cache_size, searches * entries))
+        return SizePlan(
+            config=settings,
+            searches=searches,
+            trees=trees,
+            simulations=nodes,
+            step=step,
+            threads=threads,
+            entries=entries,
+            tokens=tokens,
+            allocation=KVCacheManager.allocation_for(settings, env_num, **sizes),
+            **sizes,
+        )
 
     # Pools by role ---------------------------------------------------------------------------------------------------
 
@@ -466,3 +561,34 @@ def _size_arguments(entries: str, slots: str, tokens: int | None, window: int) -
     """Whether it is the entries of a pool that bring its slots, or an argument `slots` of their own."""
     is_by_entries = tokens is None and window <= SHORT_WINDOW
     return SizeArguments(entries, slots=None if is_by_entries else slots, window=window)
+
+
+def _check_step(step: int, overflow: Overflow | None, layout: KVLayout) -> None:
+    """Raise unless nodes of `step` tokens can be committed with `overflow`."""
+    check_overflow(overflow, layout)
+    window = layout.max_tokens
+    if step >= window:
+        raise InvalidArgumentError(f"step must be below the window of {window}, which has a root too, got {step}")
+    if overflow is None or not overflow.count:
+        return
+    most = min(overflow.count, window + 1 - overflow.limit)
+    if step > most:
+        raise InvalidArgumentError(
+            f"step must be at most {most} in a window of {window} with overflow.limit={overflow.limit} and "
+            f"overflow.count={overflow.count}: rows of limit - 1 tokens get step more, and drop no fewer; got {step}"
+        )
+
+
+def _root_lengths(root_tokens: int | Iterable[int] | None, overflow: Overflow | None, window: int) -> list[int]:
+    """The lengths that roots may have, or of these the longest alone."""
+    if root_tokens is None:
+        root_tokens = overflow.limit - 1 if overflow is not None and overflow.count else window
+    if isinstance(root_tokens, Iterable):
+        lengths = [positive_int("root_tokens", length) for length in root_tokens]
+        if not lengths:
+            raise InvalidArgumentError("root_tokens must name at least one length, got none")
+    else:
+        lengths = [positive_int("root_tokens", root_tokens)]
+    if max(lengths) > window:
+        raise InvalidArgumentError(f"root_tokens must be at most the window of {window}, got {max(lengths)}")
+    return lengths

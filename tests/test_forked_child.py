@@ -37,7 +37,8 @@ HARMLESS = {
         "version",
     },
     "KVCacheManager": {
-        "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "version",
+        "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "plan",
+        "version",
     },
     "Search": {"closed", "held", "abandon", "tokens_in_use", "__len__"},
     # Views of a buffer that a fork copies (on a CPU), and what is known of its rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,10 @@ def _read(config: object, name: str, default: object = _MISSING) -> object:
     if value is _MISSING:
         raise InvalidArgumentError(f"config must have {name!r}, and {type(config).__name__} has none")
     return value
+
+
+def _is_of_language_model(config: object) -> bool:
+    return _named(config, "num_layers") is _MISSING and _named(config, "num_hidden_layers") is not _MISSING
 
 
 def _check_env_num(env_num: object, stated: object) -> int:
@@ -76,13 +80,37 @@ class ManagerConfig:
         if isinstance(config, cls):
             _check_env_num(env_num, config.env_num)
             return config
+        return cls._checked(config, env_num, {})
+
+    @classmethod
+    def read_for(cls, config: object, env_num: int, num_simulations: int | None) -> ManagerConfig:
+        """As `read`, for so many simulations (the configuration's where None) and one search over all environments.
+
+        The configuration need not have `max_cache_size`; what it says is not looked at.
+        """
+        number = num_simulations
+        if number is None and isinstance(config, cls):
+            number = config.num_simulations
+        if number is None:
+            default = SIMULATIONS if _is_of_language_model(config) else _MISSING
+            number = positive_int("config.num_simulations", _read(config, "num_simulations", default))
+        env_num = positive_int("env_num", env_num)
+        entries = env_num * (number + 1)
+        if isinstance(config, cls):
+            _check_env_num(env_num, config.env_num)
+            return replace(config, num_simulations=number, max_cache_size=entries)
+        return cls._checked(config, env_num, {"num_simulations": number, "max_cache_size": entries})
+
+    @classmethod
+    def _checked(cls, config: object, env_num: int, stated: Mapping[str, int]) -> ManagerConfig:
+        """As `read`, of no `ManagerConfig`; what is `stated` counts instead of what it says."""
         env_num = _check_env_num(env_num, _read(config, "env_num", env_num))
         defaults: dict[str, object] = {}
-        if _named(config, "num_layers") is _MISSING and _named(config, "num_hidden_layers") is not _MISSING:
+        if _is_of_language_model(config):
             number = positive_int("config.num_simulations", _read(config, "num_simulations", SIMULATIONS))
             defaults = {"num_simulations": number, "max_cache_size": env_num * (number + 1), "device": "cpu"}
         sizes = {
-            name: positive_int(f"config.{name}", _read(config, name, defaults.get(name, _MISSING)))
+            name: stated.get(name) or positive_int(f"config.{name}", _read(config, name, defaults.get(name, _MISSING)))
             for name in ("num_layers", "num_heads", "context_length", "num_simulations", "max_cache_size")
         }
         heads, width = sizes["num_heads"], _read(config, "head_dim", None)
