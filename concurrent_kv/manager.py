@@ -509,14 +509,13 @@ class KVCacheManager(Handle):
     def _log(self, what: str, number: int) -> None:
         total = self.get_stats_summary().total
         logger.info(
-            "%s: %s %d: %d entries, %d slots, hit rate %.4f of %d requests, %d evictions, %d stale writes",
+            "%s: %s %d: %d entries, %d slots, %s, %d evictions, %d stale writes",
             self.name,
             what,
             number,
             total.entries,
             total.slots_in_use,
-            total.hit_rate,
-            total.request_count,
+            total.hits_in_words,
             total.eviction_count,
             total.stale_write_count,
         )

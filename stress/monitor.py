@@ -30,7 +30,7 @@ class Sample:
     calls_per_second: dict[str, float]  # by kind
     read_p99_us: float
     write_p99_us: float
-    hit_rate: float
+    hit_rate: float | None  # None where nothing was asked for
     lock_waits_per_second: float
     lock_wait_share: float  # seconds waited for locks in a second, over all actors
     slots_in_use: int
@@ -112,7 +112,7 @@ class Monitor:
                 calls_per_second=calls,
                 read_p99_us=merged(recent, READS).percentile(99) * 1e6,
                 write_p99_us=merged(recent, WRITES).percentile(99) * 1e6,
-                hit_rate=since.hit_rate,
+                hit_rate=since.hit_rate if since.request_count else None,
                 lock_waits_per_second=since.lock_wait_count / passed,
                 lock_wait_share=since.lock_wait_seconds / passed,
                 slots_in_use=stats.slots_in_use,

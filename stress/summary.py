@@ -41,7 +41,7 @@ class LiveFigures:
                 "calls a second", f"{total:,.0f}: " + ", ".join(f"{rate:,.0f} {kind}" for kind, rate in busiest)
             )
             table.add_row("99% within", f"reads {_time(sample.read_p99_us)}, writes {_time(sample.write_p99_us)}")
-            table.add_row("hit rate", f"{sample.hit_rate:.3f}")
+            table.add_row("hit rate", "no requests" if sample.hit_rate is None else f"{sample.hit_rate:.3f}")
             waits = f"{sample.lock_waits_per_second:,.0f} a second, {sample.lock_wait_share:.2f} s of every second"
             table.add_row("waits for locks", waits)
             table.add_row("loop lag", f"at most {_time(sample.loop_lag_us)}")

@@ -18,6 +18,7 @@ from concurrent_kv import (
     KVLayout,
     PoolStats,
     SearchEndedError,
+    StatsSummary,
 )
 from concurrent_kv.model.config import ManagerConfig
 from tests.conftest import MakeManager
@@ -232,6 +233,53 @@ def test_the_summary_as_a_dict_is_flat_and_numeric(manager: KVCacheManager) -> N
     assert values["total/insert_count"] == 4.0
     assert values["init[1]/entries"] == 1.0
     assert all(type(number) is float for number in values.values())
+
+
+def test_a_summary_by_role_has_all_environments_roots_together(manager: KVCacheManager) -> None:
+    filled(manager).get_init_cache(1, "missing")
+    summary = manager.get_stats_summary()
+    roles = summary.by_role()
+    assert list(roles) == ["init", "recur", "wm"]
+    assert roles["init"].entries == 2
+    assert roles["init"].max_entries == sum(pool.account.max_entries for pool in manager.init_pools)
+    assert (roles["init"].miss_count, roles["recur"].request_count) == (1, 0)
+    assert roles["recur"] == summary.pools["recur"]
+    for name in ("entries", "slots_in_use", "max_slots", "bytes_in_use", "insert_count"):
+        assert sum(getattr(stats, name) for stats in roles.values()) == getattr(summary.total, name)
+    # What concerns the storage that they share counts once.
+    assert roles["init"].lock_wait_count == summary.total.lock_wait_count
+
+
+def test_a_printed_summary_has_a_row_for_each_role_and_no_rate_where_nothing_was_asked_for(
+    manager: KVCacheManager,
+) -> None:
+    filled(manager).get_recur_cache("k")
+    lines = str(manager.get_stats_summary()).splitlines()
+    rows = {line.split("  ")[0]: " ".join(line.split()) for line in lines}
+    assert list(rows)[:5] == ["pool", "init (2 pools)", "recur", "wm", "total"]
+    assert rows["pool"] == "pool entries slots full requests hit rate evicted"
+    assert rows["init (2 pools)"].endswith(" 0 no requests 0")
+    assert rows["recur"].endswith(" 1 1.0000 0")
+    assert rows["total"].endswith(" 1 1.0000 0")
+    assert "open searches reserve 0 entries and 0 slots" in lines
+    with manager.search([0], entries=3, tokens=17):
+        assert "open searches reserve 3 entries and 17 slots" in str(manager.get_stats_summary())
+
+
+def test_a_printed_summary_says_that_nothing_is_counted(make_manager: MakeManager) -> None:
+    shown = str(filled(make_manager(enable_stats=False)).get_stats_summary())
+    assert "not counted: enable_stats is False" in shown
+    assert "no requests" not in shown
+
+
+def test_a_printed_summary_of_the_largest_numbers_fits_a_terminal() -> None:
+    # All but the number of pools beyond what any machine has.
+    most = 10**12
+    each = PoolStats(most, most, eviction_count=most, entries=most, slots_in_use=most, max_slots=most)
+    pools = {**{f"init[{env}]": each for env in range(1_000)}, "recur": each, "wm": PoolStats()}
+    lines = str(StatsSummary(pools)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split()[3:5] == ["1,000", "T"]
 
 
 def test_the_difference_of_two_summaries_is_what_happened_between_them(manager: KVCacheManager) -> None:

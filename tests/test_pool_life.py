@@ -83,8 +83,22 @@ def test_a_snapshot_does_not_change(pool: KVPool) -> None:
 def test_a_snapshot_as_a_dict_is_flat_and_numeric(pool: KVPool) -> None:
     values = pool.stats().as_dict("pool/")
     assert values["pool/max_entries"] == 4.0
-    assert values["pool/hit_rate"] == 1.0
+    assert values["pool/request_count"] == 0.0
     assert all(type(number) is float for number in values.values())
+
+
+def test_a_snapshot_as_a_dict_has_rates_where_something_was_asked_for_and_none_elsewhere(pool: KVPool) -> None:
+    assert not {"hit_rate", "miss_rate"} & pool.stats().as_dict().keys()
+    pool.get("missing")
+    values = pool.stats().as_dict()
+    assert (values["hit_rate"], values["miss_rate"]) == (0.0, 1.0)
+
+
+def test_hits_in_words_say_where_nothing_was_asked_for(pool: KVPool) -> None:
+    assert pool.stats().hits_in_words == "no requests"
+    store(pool, ("a", tokens(1, 2)))
+    pool.gather(["a", "a", "a", "x"]).close()
+    assert pool.stats().hits_in_words == "hit rate 0.7500 of 4 requests"
 
 
 def test_an_unused_pool_missed_nothing() -> None:

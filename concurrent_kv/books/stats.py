@@ -5,9 +5,11 @@ A row asked for is one request: a hit counts in the pool that had it, a miss in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
+
+from .columns import in_columns
 
 __all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary"]
 
@@ -86,7 +88,10 @@ class PoolStats:
 
     @property
     def hit_rate(self) -> float:
-        """Hits by requests; 1.0 where nothing was asked for (as Caffeine's `CacheStats.hitRate` has it)."""
+        """Hits by requests; 1.0 where nothing was asked for, as Caffeine's `CacheStats.hitRate` has it.
+
+        `as_dict()` and what is printed say nothing of a rate there.
+        """
         return self.hit_count / self.request_count if self.request_count else 1.0
 
     @property
@@ -105,14 +110,25 @@ class PoolStats:
             }
         )
 
+    @property
+    def hits_in_words(self) -> str:
+        """ "hit rate 0.9950 of 400 requests", or "no requests"."""
+        if not self.request_count:
+            return NO_REQUESTS
+        return f"hit rate {self.hit_rate:.4f} of {self.request_count} requests"
+
     def as_dict(self, prefix: str = "") -> dict[str, float]:
-        """Every number and rate, flat."""
+        """Every number and rate, flat. `hit_rate` and `miss_rate` are left out where nothing was asked for.
+
+        So a plot has no point there, instead of a rate of 1.0 that nothing was measured by.
+        """
         values = {prefix + field.name: float(getattr(self, field.name)) for field in fields(self)}
-        for name in ("request_count", "hit_rate", "miss_rate"):
+        for name in ("request_count", *(("hit_rate", "miss_rate") if self.request_count else ())):
             values[prefix + name] = float(getattr(self, name))
         return values
 
 
+NO_REQUESTS = "no requests"
 # Facts about the storage that pools share: adding them up would count them several times.
 _OF_THE_STORAGE = ("shared_slots", "lock_wait_count", "lock_wait_seconds")
 
@@ -136,7 +152,7 @@ class _PoolsByName(dict[str, PoolStats]):
 
 @dataclass(frozen=True)
 class StatsSummary:
-    """One moment of a manager: its pools by name, and their total. Can be hashed, pickled and copied.
+    """One moment of a manager: its pools by name, and their total. Can be hashed, pickled and copied; `print` shows it.
 
     Attributes:
         pools: the statistics of each pool, by its name without the manager's ("init[0]", "recur", "wm"); a read-only
@@ -153,15 +169,17 @@ class StatsSummary:
     @property
     def total(self) -> PoolStats:
         """All pools together; what concerns the shared storage counts once."""
-        pools = list(self.pools.values())
-        return PoolStats(
-            **{
-                field.name: (max if field.name in _OF_THE_STORAGE else sum)(
-                    [getattr(pool, field.name) for pool in pools] or [0]
-                )
-                for field in fields(PoolStats)
-            }
-        )
+        return _together(self.pools.values())
+
+    def by_role(self) -> dict[str, PoolStats]:
+        """The pools of each role together, as in `total`: all environments' as "init", then "recur" and "wm"."""
+        return {role: _together(self.pools[name] for name in names) for role, names in self._names_by_role().items()}
+
+    def _names_by_role(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in self.pools:
+            names.setdefault(name.partition("[")[0], []).append(name)
+        return names
 
     def __sub__(self, earlier: StatsSummary) -> StatsSummary:
         """What happened since `earlier`, pool by pool."""
@@ -169,8 +187,49 @@ class StatsSummary:
         return StatsSummary(difference, self.stats_enabled)
 
     def as_dict(self) -> dict[str, float]:
-        """Every number of every pool and of the total, flat, under `<pool>/<name>`."""
+        """Every number of every pool and of the total, flat, under `<pool>/<name>`; rates as in `PoolStats.as_dict`."""
         values = self.total.as_dict("total/")
         for name, pool in self.pools.items():
             values.update(pool.as_dict(f"{name}/"))
         return values
+
+    def __str__(self) -> str:
+        """A table of at most 80 columns, a row for each role."""
+        names, total = self._names_by_role(), self.total
+        rows: list[tuple[str, ...]] = [("pool", "entries", "slots", "full", "requests", "hit rate", "evicted")]
+        for role, stats in [*self.by_role().items(), ("total", total)]:
+            count = len(names.get(role, ()))
+            rows.append(self._row(f"{role} ({count} pools)" if count > 1 else role, stats))
+        reserved = f"open searches reserve {total.reserved_entries:,} entries and {total.reserved_slots:,} slots"
+        waits = f"waits for locks: {total.lock_wait_count:,}, {total.lock_wait_seconds:,.3f} s in all"
+        counted = [] if self.stats_enabled else ["requests and evictions are not counted: enable_stats is False"]
+        return "\n".join([in_columns(rows), reserved, waits, *counted])
+
+    def _row(self, name: str, stats: PoolStats) -> tuple[str, ...]:
+        full = f"{stats.slots_in_use / stats.max_slots:.0%}" if stats.max_slots else ""
+        fill = (name, _short(stats.entries), _short(stats.slots_in_use), full)
+        if not self.stats_enabled:
+            return (*fill, "", "", "")
+        rate = f"{stats.hit_rate:.4f}" if stats.request_count else NO_REQUESTS
+        return (*fill, _short(stats.request_count), rate, _short(stats.eviction_count))
+
+
+def _together(pools: Iterable[PoolStats]) -> PoolStats:
+    """Pools of one storage as one."""
+    pools = list(pools)
+    return PoolStats(
+        **{
+            field.name: (max if field.name in _OF_THE_STORAGE else sum)(
+                [getattr(pool, field.name) for pool in pools] or [0]
+            )
+            for field in fields(PoolStats)
+        }
+    )
+
+
+def _short(number: int) -> str:
+    """A number of at most eight characters or so."""
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}" if number < 100 * size else f"{number // size:,} {unit}"
+    return f"{number:,}"

@@ -36,7 +36,8 @@ class LiveFigures:
             _add_calls(table, watched.stats(), tally)
             stats = watched.manager.get_stats_summary()
             recur, total = stats.pools["recur"], stats.total
-            table.add_row("hit rate", f"{total.hit_rate:.4f} of {total.request_count:,} rows")
+            rate = f"{total.hit_rate:.4f} of {total.request_count:,} rows" if total.request_count else "no requests"
+            table.add_row("hit rate", rate)
             table.add_row("pool of searches", _fill(recur.entries, recur.max_entries, recur.slots_in_use))
             roots, most = total.entries - recur.entries, total.max_entries - recur.max_entries
             table.add_row("other pools", _fill(roots, most, total.slots_in_use - recur.slots_in_use))

@@ -258,13 +258,12 @@ class LightZeroKVCacheManager:
         if frequency and number % frequency == 0:
             total = self.manager.get_stats_summary().total
             logger.info(
-                "%s: %s %d: %d entries, hit rate %.4f of %d requests, %d evictions",
+                "%s: %s %d: %d entries, %s, %d evictions",
                 self.manager.name,
                 what,
                 number,
                 total.entries,
-                total.hit_rate,
-                total.request_count,
+                total.hits_in_words,
                 total.eviction_count,
             )
 
