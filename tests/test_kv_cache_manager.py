@@ -246,8 +246,14 @@ def test_a_summary_by_role_has_all_environments_roots_together(manager: KVCacheM
     assert roles["recur"] == summary.pools["recur"]
     for name in ("entries", "slots_in_use", "max_slots", "bytes_in_use", "insert_count"):
         assert sum(getattr(stats, name) for stats in roles.values()) == getattr(summary.total, name)
-    # What concerns the storage that they share counts once.
-    assert roles["init"].lock_wait_count == summary.total.lock_wait_count
+
+
+def test_what_concerns_the_storage_that_pools_share_counts_once_in_a_role() -> None:
+    each = PoolStats(hit_count=1, shared_slots=3, lock_wait_count=2, lock_wait_seconds=0.5)
+    together = StatsSummary({"init[0]": each, "init[1]": each}).by_role()["init"]
+    assert together == StatsSummary({"init[0]": each, "init[1]": each}).total
+    assert (together.hit_count, together.shared_slots) == (2, 3)
+    assert (together.lock_wait_count, together.lock_wait_seconds) == (2, 0.5)
 
 
 def test_a_printed_summary_has_a_row_for_each_role_and_no_rate_where_nothing_was_asked_for(
