@@ -318,9 +318,10 @@ def test_a_quick_run_measures_draws_and_makes_the_page(tmp_path: Path, capsys: p
     page = markdown_of({"before": summary, "after": summary})
     for part in (
         "| step/cartpole/8 | step |",
-        "after: by dict",
-        "before: cartpole, ours",
-        "### Every contestant's step",
+        "## The newest state: after",
+        "| cartpole, ours |",
+        "## Every contestant's step",
+        "| before |",
     ):
         assert part in page
     assert picture.read_text("utf-8").startswith("<?xml")

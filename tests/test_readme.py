@@ -25,7 +25,8 @@ def blocks_of(page: str) -> list[Token]:
     return [token for token in MarkdownIt().parse((ROOT / page).read_text("utf-8")) if token.type == "fence"]
 
 
-README, WINDOWS, PARALLEL = "README.md", "docs/windows.md", "docs/parallel.md"
+README, WINDOWS = "README.md", "docs/windows.md"
+PAGES = [README, WINDOWS, "docs/parallel.md", "docs/tasks.md"]  # whose every block of Python is a program
 BLOCKS = blocks_of(README)
 
 
@@ -62,9 +63,7 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     assert any(re.match(r"make test\b", command) for command in commands)
 
 
-@pytest.mark.parametrize(
-    "code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS), *blocks_in("python", page=PARALLEL)]
-)
+@pytest.mark.parametrize("code", [block for page in PAGES for block in blocks_in("python", page=page)])
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     if "torch.compile(" in code and (reason := why_no_inductor()):
         pytest.skip(reason)

@@ -5,11 +5,21 @@ python -m benchmarks.peers --markdown
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.peers.summary import RECORDS, Summary
-from benchmarks.peers.tables import Grid, by_contestant, calls, case_grid, facts, headline, states, steps_by_ours
+from benchmarks.peers.tables import (
+    Grid,
+    by_contestant,
+    calls,
+    case_grid,
+    facts,
+    headline,
+    history,
+    states,
+    steps_by_ours,
+)
 
 __all__ = ["RESULTS", "markdown_of"]
 
@@ -32,7 +42,7 @@ library returns.
 What a search frees stays with its process (glibc is told to give nothing back), so that stores which allocate for every
 node meet no page faults after their first search: whether they do is chance otherwise, and can cost ten times the step.
 
-**Other work ran beside** where the load average below says so: compare ratios, not microseconds, and processor time
+**Other work ran beside** where the load average says so: compare ratios, not microseconds, and processor time
 before wall time.
 """
 
@@ -43,34 +53,54 @@ all else that the process grew by (books, what is set aside, the batch), and a c
 """
 
 
+EARLIER = """\
+How the library came here; all figures of these states are in `results/peers/*.json`. Other work beside them differed
+from run to run: compare ratios.
+"""
+DATES = ("date", "commit", "load average at the start, at the end", "processor time that other work took", "command")
+
+
 def markdown_of(records: Mapping[str, Summary], folder: Path = RECORDS) -> str:
     """The whole page.
 
     Args:
-        records: states by name, oldest first.
+        records: states by name, oldest first; one at least.
         folder: where their plots may be.
     """
-    parts = [HEAD, "## States\n", states(records).as_markdown()]
-    parts += ["## Ours against the others\n", _sentence(headline(records)), headline(records).as_markdown()]
-    for name, summary in records.items():
-        plot = folder / f"{name}.svg"
-        if plot.exists():
-            parts.append(f"![every contestant's step by ours, {name}](results/peers/{plot.name})\n")
-        steps = steps_by_ours(summary)
-        parts += [f"### Every contestant's step: {name}\n", _sentence(steps), steps.as_markdown()]
-    counted = calls(records)
+    newest = list(records)[-1]
+    last = {newest: records[newest]}
+    summary = records[newest]
+    ours = headline({"": summary})
+    steps = steps_by_ours(summary)
+    parts = [HEAD, f"## The newest state: {newest}\n", states(last).as_markdown()]
+    parts += ["## Ours against the others\n", _sentence(ours), ours.as_markdown()]
+    plot = folder / f"{newest}.svg"
+    if plot.exists():
+        parts.append(f"![every contestant's step by ours, {newest}](results/peers/{plot.name})\n")
+    parts += ["## Every contestant's step\n", _sentence(steps), steps.as_markdown()]
+    counted = calls({"": summary})
     if counted.rows:
-        parts += ["## Functions called\n", _sentence(counted), counted.as_markdown()]
-    for name, summary in records.items():
-        nodes = next((case for case in summary["cases"] if case["name"] == "nodes"), None)
-        if nodes is not None and nodes["facts"]:
-            parts += [f"## Many nodes: {name}\n", NODES, facts(nodes).as_markdown()]
+        parts += ["## Functions called\n", _sentence(counted), _turned(counted).as_markdown()]
+    nodes = next((case for case in summary["cases"] if case["name"] == "nodes"), None)
+    if nodes is not None and nodes["facts"]:
+        parts += ["## Many nodes\n", NODES, facts(nodes).as_markdown()]
     parts.append("## Contestants\n")
-    about = {who: text for summary in records.values() for who, text in summary["contestants"].items()}
+    about = summary["contestants"]
     parts.append(Grid("", ["name", "what"], [[who, text] for who, text in about.items()]).as_markdown())
-    for name, summary in records.items():
-        parts += [f"## All figures: {name}\n", _all_figures(summary)]
+    if len(records) > 1:
+        earlier = history(records)
+        parts += ["## The states before it\n", EARLIER, _sentence(earlier), earlier.as_markdown()]
+        parts.append(_turned(states(records), DATES).as_markdown())
+    parts += ["## All figures\n", _all_figures(summary)]
     return "\n".join(parts)
+
+
+def _turned(grid: Grid, wanted: Sequence[str] = ()) -> Grid:
+    """The table with its columns as rows: many states or contestants are long rather than wide."""
+    rows = [row for row in grid.rows if not wanted or row[0] in wanted]
+    columns = [grid.columns[0], *(row[0] for row in rows)]
+    cells = zip(grid.columns[1:], *[row[1:] for row in rows], strict=True)
+    return Grid(grid.title, columns, [list(row) for row in cells])
 
 
 def _all_figures(summary: Summary) -> str:

@@ -11,7 +11,17 @@ from benchmarks.peers.contestants import CONTESTANTS, OURS
 from benchmarks.peers.measuring import Quartiles
 from benchmarks.peers.summary import CaseSummary, Summary, best_peer, figure, floor_of, times_ours
 
-__all__ = ["Grid", "by_contestant", "calls", "case_grid", "facts", "headline", "states", "steps_by_ours"]
+__all__ = [
+    "Grid",
+    "by_contestant",
+    "calls",
+    "case_grid",
+    "facts",
+    "headline",
+    "history",
+    "states",
+    "steps_by_ours",
+]
 
 DICT, NONE = "dict", "-"
 
@@ -108,6 +118,27 @@ def _against_others(case: CaseSummary, measure: str) -> list[str]:
     ]
 
 
+def history(records: Mapping[str, Summary], measure: str = "step") -> Grid:
+    """The step of each state: our time, and the dict's by it."""
+    grid = Grid(
+        f"ours, microseconds (median); in brackets the time of the {DICT} with one lock by it; a row for each state",
+        ["state"],
+    )
+    cases = [name for name in cases_of(records) if name.startswith("step/")]
+    grid.columns = ["state", *(name.removeprefix("step/") for name in cases)]
+    for state, summary in records.items():
+        cells = []
+        for name in cases:
+            case = case_of(summary, name)
+            ours = figure(case, measure, OURS) if case else None
+            by_dict = times_ours(case, measure, DICT) if case else None
+            cells.append(
+                NONE if ours is None or by_dict is None else f"{number(ours.median)} ({number(by_dict.median)})"
+            )
+        grid.rows.append([state, *cells])
+    return grid
+
+
 def steps_by_ours(summary: Summary, measure: str = "step") -> Grid:
     """Every contestant's step by ours, one column for each workload."""
     cases = [case for case in summary["cases"] if case["name"].startswith("step/")]
@@ -198,7 +229,7 @@ def facts(case: CaseSummary) -> Grid:
 
 def states(records: Mapping[str, Summary]) -> Grid:
     """When, where and of what each state was recorded."""
-    grid = Grid("recorded states", ["", *records])
+    grid = Grid("recorded states", ["state", *records])
     about = [summary["about"] for summary in records.values()]
 
     def row(title: str, *names: str, form: str = "{}") -> None:
