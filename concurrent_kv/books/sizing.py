@@ -125,8 +125,7 @@ class SizePlan:
         for part, (entries, slots, nbytes) in self.parts.items():
             name = f"init ({_counted(env_num, 'pool')})" if part == "init" else part
             parts.append((name, f"{entries:,}" if entries else "", f"{slots:,}", shown_bytes(nbytes)))
-        total = self.allocation
-        parts.append(("storage", "", f"{total.total_slots + 1:,}", shown_bytes(total.nbytes)))
+        parts.append(("total", "", f"{self.allocation.total_slots:,}", shown_bytes(self.allocation.nbytes)))
         return f"{about}\n\n{in_columns(arguments)}\n\n{in_columns(parts)}"
 
 
