@@ -136,6 +136,7 @@ class KVCacheManager(Handle):
             wait_timeout=wait_timeout,
             name=name,
         )
+        self.storage.headroom_argument = "headroom_tokens"
 
         def pool(role: str, arguments: SizeArguments, shard: int | None = None) -> KVPool:
             made = KVPool(

@@ -247,7 +247,7 @@ def test_lookups_name_their_scopes_and_order(manager: KVCacheManager) -> None:
 
 def test_more_environments_than_env_num_is_an_error_that_names_the_argument(manager: KVCacheManager) -> None:
     """20: more ready environments than env_num ended in UnboundLocalError."""
-    with pytest.raises(InvalidArgumentError, match="env_ids must be environments of the manager, got 2"):
+    with pytest.raises(InvalidArgumentError, match="env_ids must be environments of the manager, 0 to 1, got 2"):
         manager.search(range(3))
     with pytest.raises(InvalidArgumentError, match="env_id must be 0 to 1, got 2"):
         manager.set_init_cache(2, "k", tokens(1, 2))

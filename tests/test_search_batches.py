@@ -248,7 +248,9 @@ def test_a_row_that_hit_or_was_filled_cannot_be_filled(search: Search) -> None:
 
 def test_a_fill_longer_than_the_buffer_is_an_error(search: Search) -> None:
     with search.gather(["one", "missing"], [0, 1], room=2) as batch:
-        with pytest.raises(WindowOverflowError, match="kv has 4 tokens, the batch 3 columns"):
+        with pytest.raises(
+            WindowOverflowError, match="kv has 4 tokens, and the batch 3 columns; gather with room=3 or"
+        ):
             batch.fill(1, tokens(7, 4))
         assert batch.lengths == (1, 0)
 

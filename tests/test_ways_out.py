@@ -20,10 +20,13 @@ from concurrent_kv import (
     DropOldest,
     InvalidArgumentError,
     InvalidTypeError,
+    KeyNotFoundError,
     KVCacheManager,
     KVPool,
+    KVStorage,
     PositionSteps,
     PositionTable,
+    RaiseOnOverflow,
     SearchEndedError,
     WaitTimeoutError,
     WindowOverflowError,
@@ -95,6 +98,132 @@ def test_a_search_that_a_pin_leaves_no_room_hears_that_something_is_pinned(manag
         manager.search([0, 1], timeout=0.0)
     assert "other searches" not in str(caught.value)
     assert said(caught) == {"recur_slots": 83}
+
+
+def test_a_replacement_that_roots_in_use_leave_no_headroom_says_which_would_do(make_manager: MakeManager) -> None:
+    sizes: dict[str, Any] = {"init_entries": 2, "init_tokens": 12, "headroom_tokens": WINDOW}
+
+    def replaced(manager: KVCacheManager) -> None:
+        """Both environments' roots, while a search has those before them, and all else is full."""
+        for env_id in (0, 1):
+            for key in ("root", "other"):
+                manager.set_init_cache(env_id, key, tokens(env_id, 6))
+            manager.set_wm_cache(env_id, tokens(9, WINDOW))
+        with manager.search([0, 1]) as search:
+            search.gather(["root", "root"], [0, 1]).close()
+            for env_id in (0, 1):
+                manager.init_pools[env_id].put("root", tokens(5, 6), timeout=0.0)
+
+    with pytest.raises(WaitTimeoutError, match="the headroom of 8 slots is held by searches") as caught:
+        replaced(make_manager(**sizes))
+    assert said(caught) == {"headroom_tokens": 12}
+    replaced(make_manager(**{**sizes, **said(caught)}))
+
+
+def test_a_replacement_in_a_storage_that_was_given_names_the_headroom_of_that() -> None:
+    for headroom in (0, 6):
+        storage = KVStorage(LAYOUT, WINDOW, headroom_slots=headroom)
+        pool = KVPool(LAYOUT, 2, max_slots=WINDOW, storage=storage)
+        pool.put("a", tokens(1, 6))
+        pool.put("b", tokens(1, 2))
+        if headroom:
+            assert pool.put("a", tokens(2, 6), timeout=0.0)
+        else:
+            with pool.pin("a"), pool.pin("b"), pytest.raises(WaitTimeoutError, match="headroom_slots=6 would do"):
+                pool.put("a", tokens(2, 6), timeout=0.0)
+        pool.check_integrity()
+        pool.close()
+        storage.close()
+
+
+def test_a_search_that_replaced_roots_leave_no_slots_hears_which_headroom_would_do(make_manager: MakeManager) -> None:
+    sizes: dict[str, Any] = {"init_entries": 1, "init_tokens": WINDOW, "headroom_tokens": WINDOW}
+
+    def opened(manager: KVCacheManager) -> None:
+        """A search of all that the recurrent pool has, while pins have what was replaced since."""
+        manager.set_wm_cache(0, tokens(9, WINDOW))
+        manager.set_wm_cache(1, tokens(9, WINDOW))
+        held = []
+        for env_id in (0, 1):
+            for value in (1, 2, 3):
+                manager.set_init_cache(env_id, "root", tokens(value, WINDOW))
+                held.append(manager.init_pools[env_id].pin("root"))
+        try:
+            manager.search([0, 1], timeout=0.0).close()
+        finally:
+            for pin in held:
+                pin.close()
+
+    with pytest.raises(CapacityError, match="or a search with fewer") as caught:
+        opened(make_manager(**sizes))
+    assert said(caught) == {"headroom_tokens": 4 * WINDOW}
+    opened(make_manager(**{**sizes, **said(caught)}))
+
+
+def test_a_search_that_others_leave_no_room_may_wait_longer_for_them(manager: KVCacheManager) -> None:
+    with manager.search([0]), pytest.raises(CapacityError, match="or a longer timeout= for those to close"):
+        manager.search([0, 1], timeout=0.0)
+
+
+def test_a_row_that_nothing_drops_for_hears_of_a_policy_that_would(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 5))
+    with manager.search([0], overflow=RaiseOnOverflow(7)) as search:
+        batch = search.gather(["root"], [0])
+        append(batch, [1])
+        with pytest.raises(WindowOverflowError, match="the limit is 6; commit with an overflow policy") as caught:
+            search.commit(["child"], batch)
+        assert said(caught) == {"limit": 7, "count": 2}
+        search.commit(["child"], batch, overflow=DropOldest(**said(caught)))
+
+
+@pytest.mark.parametrize(("step", "has_sizes"), [(3, True), (4, False)])
+def test_a_policy_is_named_with_sizes_that_can_be(manager: KVCacheManager, step: int, has_sizes: bool) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([0], overflow=RaiseOnOverflow(4)) as search:
+        batch = search.gather(["root"], [0])
+        append(batch, [1], step)
+        with pytest.raises(WindowOverflowError) as caught:
+            search.commit(["child"], batch)
+        assert bool(said(caught)) == has_sizes
+
+
+def test_a_fill_longer_than_its_batch_hears_the_room_that_would_do(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([0]) as search:
+        with (
+            search.gather(["root", "new"], [0, 0], room=1) as batch,
+            pytest.raises(WindowOverflowError, match="kv has 6 tokens, and the batch 4 columns") as caught,
+        ):
+            batch.fill(1, tokens(2, 6))
+        with search.gather(["root", "new"], [0, 0], room=said(caught)["room"]) as batch:
+            batch.fill(1, tokens(2, 6))
+
+
+def test_a_claim_that_is_over_and_one_of_anothers_say_so(pool: KVPool) -> None:
+    with pool.try_claim("key") as mine, pool.try_claim("key") as other:
+        with pytest.raises(ClosedError, match=r"computed by another caller; get_or_compute\(\) waits for its result"):
+            other.fulfil(tokens(1, 2))
+        mine.fulfil(tokens(1, 2))
+        with pytest.raises(ClosedError, match="this claim is over: fulfilled, failed or abandoned before"):
+            mine.fulfil(tokens(1, 2))
+
+
+def test_what_cannot_be_promoted_is_said_with_where_it_was_looked_for(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 3))
+    with manager.search([0, 1]) as search:
+        search.gather(["root"], [0]).close()
+        with pytest.raises(KeyNotFoundError, match="'root' to promote, and gathered no root of that key in environ"):
+            search.promote("root", 1)
+
+
+def test_a_search_after_its_end_says_how_to_get_another(manager: KVCacheManager) -> None:
+    closed, bumped = manager.search([0]), manager.search([1])
+    closed.close()
+    with pytest.raises(SearchEndedError, match=r"open another with manager.search\(\)"):
+        closed.keys()
+    manager.bump_version()
+    with pytest.raises(SearchEndedError, match="the weights version was bumped; open a new search"):
+        bumped.keys()
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,10 @@ class ModelCall:
             for row, hit, length in zip(rows, hits, lengths, strict=True):
                 if not hit:
                     row.fail(
-                        KeyNotFoundError(f"there is no entry for the parent {shown(row.leaf.parent)} of this leaf")
+                        KeyNotFoundError(
+                            f"there is no entry for the parent {shown(row.leaf.parent)} of this leaf: store it first, "
+                            "or say NO_PARENT where the model gets all of its tokens"
+                        )
                     )
                 elif length > self._longest:
                     row.fail(self._too_long(row, length))

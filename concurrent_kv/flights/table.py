@@ -423,7 +423,11 @@ class Claim(NeverCopied):
         self._table.check_process()
         gate.check(self._table.name)
         if not self.mine or self.over:
-            raise ClosedError("this claim is over" if self.mine else "this key is being computed by another caller")
+            raise ClosedError(
+                "this claim is over: fulfilled, failed or abandoned before"
+                if self.mine
+                else "this key is being computed by another caller; get_or_compute() waits for its result"
+            )
 
     def __enter__(self) -> Claim:
         return self

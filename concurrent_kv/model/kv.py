@@ -109,7 +109,7 @@ class KeysValues:
     def row(self, index: int) -> KeysValues:
         """Row `index` alone, with its valid tokens only; views, no copy."""
         if not -self.batch_size <= index < self.batch_size:
-            raise IndexError(f"row {index} of a batch of {self.batch_size}")
+            raise IndexError(f"index must be 0 to {self.batch_size - 1}, or as far from the end, got {index}")
         index %= self.batch_size
         rows, columns = slice(index, index + 1), slice(self.end - self.lengths[index], self.end)
         if self.packed is not None:

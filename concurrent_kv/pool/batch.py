@@ -104,7 +104,10 @@ class Batch(PaddedRows):
         kv = check_fits(kv, self._storage.layout, rows=1)
         length = kv.lengths[0]
         if length > self.data.shape[3]:
-            raise WindowOverflowError(f"kv has {length} tokens, the batch {self.data.shape[3]} columns")
+            raise WindowOverflowError(
+                f"kv has {length} tokens, and the batch {self.data.shape[3]} columns; gather with "
+                f"room={length - self._start} or more, or without room="
+            )
         self.use_here(kv.keys, kv.values)
         with plain_torch_state(self.data):
             if length > self._start:

@@ -88,7 +88,7 @@ def _check_out(storage: KVStorage, out: Tensor, batch: int, needed: int) -> Tens
     if out.dtype != layout.dtype or out.device != layout.device:
         raise InvalidArgumentError(f"out must be {layout.dtype} on {layout.device}, got {out.dtype} on {out.device}")
     if not out.is_contiguous():
-        raise InvalidArgumentError("out must be contiguous")
+        raise InvalidArgumentError(f"out must be contiguous, got strides {out.stride()}")
     if out.requires_grad:
         raise InvalidArgumentError("out must not require gradients: a gather writes into it")
     return out

@@ -106,6 +106,8 @@ class PoolCore(PoolState, Handle):
             wait_timeout=wait_timeout,
             name=name,
         )
+        if self.owns_storage:
+            storage.headroom_argument = "headroom_tokens"
         stated = None if max_bytes is None else SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
         account = Account(name, max_entries, max_slots, storage.ledger.tables, candidates, stated)

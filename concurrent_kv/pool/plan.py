@@ -147,7 +147,7 @@ def _shape_of(
     added = np.broadcast_to(np.array(new, dtype=np.int64), gathered.shape)
     total = gathered + added
     over = total >= overflow.limit
-    _check_lengths(total, over, overflow)
+    _check_lengths(total, added, over, overflow)
     whole = ~hits | (over & overflow.corrects)
     # The corrected rows first, so that their tokens are one range of the copy.
     order = np.argsort(~over, kind="stable") if overflow.corrects else np.arange(len(rows))
@@ -193,16 +193,21 @@ def _block_of(rows: Indices, columns: Indices) -> Block | None:
     return block if (rows == row + first).all() and (columns == column + left).all() else None
 
 
-def _check_lengths(total: Indices, over: npt.NDArray[np.bool_], overflow: Overflow) -> None:
+def _check_lengths(total: Indices, added: Indices, over: npt.NDArray[np.bool_], overflow: Overflow) -> None:
     if not overflow.count and over.any():
+        longest, limit = int(total.max()), overflow.limit
+        count = max(int(added.max()), longest - limit + 1)
         raise WindowOverflowError(
-            f"rows reach {int(total.max())} tokens, the limit is {overflow.limit - 1}; "
-            "commit with overflow=DropOldest(...) or another policy that drops tokens"
+            f"rows reach {longest} tokens, the limit is {limit - 1}; commit with an overflow policy that drops"
+            f"{f' (limit={limit}, count={count}, say)' if count < limit else ''}: DropOldest for rotary positions, "
+            "DropLazily or DropAndCorrect for absolute ones"
         )
     if (total - overflow.count >= overflow.limit).any():
+        enough = int(total.max()) - overflow.limit + 1
         raise WindowOverflowError(
             f"rows reach {int(total.max())} tokens: dropping {overflow.count} leaves {overflow.limit} or more; "
-            "append fewer tokens before each commit, or drop more"
+            f"{f'an overflow.count of {enough} would do, or ' if enough < overflow.limit else ''}fewer tokens before "
+            "each commit would"
         )
 
 

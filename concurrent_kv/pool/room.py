@@ -187,7 +187,7 @@ def _take(
                 else:
                     victim, waiter = None, ledger.waiter()
             try:
-                _evict_or_wait(pool, victim, waiter, deadline, of, turn)
+                _evict_or_wait(pool, victim, waiter, deadline, of, turn, need=(entries, slots), wanted=num_slots)
             except BaseException:
                 if victim is not None:
                     ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
@@ -248,7 +248,9 @@ def _take_from_budget(
         try:
             if waiter is not None:
                 _wait_for_both(domain, waiter, lambda: _beyond(ledger, budget, plan, freed) != short)  # noqa: B023
-            _evict_or_wait(pool, victim, waiter, deadline, (count, slots), beside=ledger)
+            _evict_or_wait(
+                pool, victim, waiter, deadline, (count, slots), beside=ledger, need=short, wanted=max(0, lacking)
+            )
         except BaseException:
             if victim is not None:
                 candidates = pool.ledger.candidates
@@ -429,6 +431,7 @@ def _cannot_reserve(pool: Domain, entries: int, slots: int) -> CapacityError:
             # Everything that could be evicted was; what is left is pinned or held.
             need_entries += account.entries + account.pending_entries
             need_slots += account.slots + account.pending_slots
+        headroom = _more_headroom(pool, slots) if account.fits(entries, slots) else ""
     taken = [
         f"{number_entries} and {number_slots} are {how}"
         for number_entries, number_slots, how in (
@@ -441,12 +444,13 @@ def _cannot_reserve(pool: Domain, entries: int, slots: int) -> CapacityError:
         )
         if number_entries or number_slots
     ]
-    enough = account.that_holds(need_entries, need_slots) or "closing what is held"
+    enough = headroom or account.that_holds(need_entries, need_slots) or "closing what is held"
+    waiting = "a longer timeout= for those to close, " if reserved_entries or reserved_slots else ""
     of_which = f", of which {' and '.join(taken)}" if taken else ""
     return CapacityError(
         f"{pool.name} cannot set {entries} entries and {slots} slots aside for this search: it holds at most "
-        f"{account.max_entries} entries and {account.max_slots} slots{of_which}; {enough} would do, or a search with "
-        "fewer environments, or smaller entries= and tokens=",
+        f"{account.max_entries} entries and {account.max_slots} slots{of_which}; {enough} would do, or {waiting}a "
+        "search with fewer environments, or smaller entries= and tokens=",
         required_entries=need_entries,
         required_slots=need_slots,
     )
@@ -620,28 +624,49 @@ def _evict_or_wait(
     of: tuple[int, int],
     turn: Turn | None = None,
     beside: Ledger | None = None,
+    *,
+    need: tuple[int, int] = (0, 0),
+    wanted: int = 0,
 ) -> None:
-    """Make room in one way or the other for `of` entries and slots; `WaitTimeoutError` where the time is over."""
+    """Make room in one way or the other for `of` entries and slots; `WaitTimeoutError` where the time is over.
+
+    For the error: of these, `need` is what the account has to have room for, and `wanted` the slots of the storage.
+    """
     if victim is not None:
         _evict(pool, victim, deadline)
     elif waiter is None:
         deadline.step(pool.name, VICTIMS_PER_HOLD)  # so many were looked at in vain
     else:
-        _wait(pool, waiter, deadline, partial(_no_room, pool, of, deadline.seconds, turn), turn, beside)
+        in_vain = partial(_no_room, pool, of, deadline.seconds, turn, need, wanted)
+        _wait(pool, waiter, deadline, in_vain, turn, beside)
 
 
-def _no_room(pool: Domain, of: tuple[int, int], seconds: float, turn: Turn | None) -> WaitTimeoutError:
-    """What a write of `of` entries and slots hears that waited in vain."""
+def _no_room(
+    pool: Domain, of: tuple[int, int], seconds: float, turn: Turn | None, need: tuple[int, int], wanted: int
+) -> WaitTimeoutError:
+    """What a write of `of` entries and slots hears that waited in vain; `need` and `wanted` as in `_evict_or_wait`."""
     account, (entries, slots) = pool.account, of
     why = "nothing can be evicted (pinned, or held by open batches)"
     if turn is not None and not account.turns.is_first(turn):
         why = "writes that came earlier wait for more room than is free (a search that opens, say)"
+    elif account.fits(*need) and (headroom := _more_headroom(pool, wanted)):
+        why = (
+            f"the headroom of {pool.storage.headroom_slots} slots is held by searches, batches and pins that have "
+            f"entries which were replaced or evicted since; {headroom} would do, or closing some of them"
+        )
     return WaitTimeoutError(
         f"{pool.name}: no room for {entries} entries and {slots} slots within {seconds:g} s: of "
         f"{account.max_entries} entries and {account.max_slots} slots, {account.entries} and {account.slots} are "
         f"stored, {account.reserved_entries} and {account.reserved_slots} reserved by searches, and {why}"
         f"{_room_beside_searches(account, entries, slots)}"
     )
+
+
+def _more_headroom(pool: Domain, wanted: int) -> str:
+    """The argument with which the storage would have `wanted` slots free just now; nothing where it has."""
+    storage = pool.storage
+    missing = wanted - pool.ledger.slots.free_count
+    return f"{storage.headroom_argument}={storage.headroom_slots + missing}" if missing > 0 else ""
 
 
 def _room_beside_searches(account: Account, entries: int, slots: int) -> str:

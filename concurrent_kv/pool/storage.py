@@ -86,6 +86,7 @@ class KVStorage(NeverCopied):
         self.layout = layout
         self.name = name
         self.headroom_slots = headroom_slots
+        self.headroom_argument = "headroom_slots"  # what it was given by, for errors that say what would do
         self.wait_timeout = check_seconds("wait_timeout", wait_timeout)
         self.locks = locks or new_locks(positive_int("shards", shards), name=name, lock_factory=lock_factory)
         self.ledger = Ledger(total, layout.max_tokens, lock_factory=lock_factory, event_factory=event_factory)

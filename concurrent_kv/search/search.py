@@ -359,7 +359,9 @@ class Search(Handle):
         target = init_pool.default_scope
         generation = generation_for(target, deadline)
         if generation.version != state.versions[env_id]:
-            raise SearchEndedError(f"{init_pool.name}: the weights version was bumped since this search was opened")
+            raise SearchEndedError(
+                f"{init_pool.name}: the weights version was bumped since this search was opened; open a new search"
+            )
         check_priorities([priority], 1)
         new_key = key if as_key is SAME_KEY else as_key
         hash_of(new_key, "as_key")
@@ -374,7 +376,10 @@ class Search(Handle):
                     with gate.lock, ledger.mutex:
                         ledger.extend(hold, [entry])
             if entry is None:
-                raise KeyNotFoundError(f"the search has no entry for {shown(key)} to promote")
+                raise KeyNotFoundError(
+                    f"the search has no entry for {shown(key)} to promote, and gathered no root of that key in "
+                    f"environment {shown(env_id)}"
+                )
             as_stored = entry.side if side is SAME_SIDE else side
             plan = plan_promotion(state, entry, new_key, as_stored, priority)
             return write(init_pool, target, generation, plan, deadline)
@@ -405,7 +410,7 @@ class Search(Handle):
             self.abandon()
             return
         storage = state.storage
-        state.end("the search was closed", storage.enter_quietly(timeout))
+        state.end("the search was closed; open another with manager.search()", storage.enter_quietly(timeout))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
         checked = check_env_ids(env_ids)
@@ -484,7 +489,9 @@ def open_search(
         raise InvalidArgumentError("env_ids must name at least one environment, got none")
     unknown = [env_id for env_id in ids if env_id not in init_pools]
     if unknown:
-        raise InvalidArgumentError(f"env_ids must be environments of the manager, got {shown(unknown[0])}")
+        raise InvalidArgumentError(
+            f"env_ids must be environments of the manager, 0 to {len(init_pools) - 1}, got {shown(unknown[0])}"
+        )
     if len(set(ids)) != len(ids):
         raise InvalidArgumentError(f"env_ids must be different, got {shown(ids)}")
     check_order(order)
