@@ -13,6 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from concurrent_kv import KVCacheManager, errors
 from tests.compiling import why_no_inductor
 from tests.support import HANG_SECONDS
 
@@ -25,8 +26,15 @@ def blocks_of(page: str) -> list[Token]:
     return [token for token in MarkdownIt().parse((ROOT / page).read_text("utf-8")) if token.type == "fence"]
 
 
-README, WINDOWS, SIZING = "README.md", "docs/windows.md", "docs/sizing.md"
-PAGES = [README, WINDOWS, SIZING, "docs/parallel.md", "docs/tasks.md"]  # whose every block of Python is a program
+README, WINDOWS, SIZING, WEIGHTS = "README.md", "docs/windows.md", "docs/sizing.md", "docs/weights.md"
+PAGES = [
+    README,
+    WINDOWS,
+    SIZING,
+    WEIGHTS,
+    "docs/parallel.md",
+    "docs/tasks.md",
+]  # whose every block of Python is a program
 BLOCKS = blocks_of(README)
 
 
@@ -83,6 +91,35 @@ def test_what_a_page_says_is_printed_is_printed(page: str, capsys: pytest.Captur
     for code, output in shown:
         exec(code.content, {})
         assert capsys.readouterr().out == output.content
+
+
+def test_the_page_of_errors_shows_what_each_says(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}  # its examples go on from each other
+    blocks, checked = blocks_of("docs/errors.md"), 0
+    for block, after in pairwise([*blocks, blocks[0]]):
+        if language_of(block) == "python":
+            exec(block.content, names)
+            printed = capsys.readouterr().out
+            if language_of(after) == "text":
+                assert printed == after.content
+                checked += 1
+            else:
+                assert not printed
+    assert checked >= 14
+    manager = names["manager"]
+    assert isinstance(manager, KVCacheManager)
+    manager.check_integrity()
+    manager.close()
+
+
+def test_the_page_of_errors_has_each_with_what_to_do() -> None:
+    page = (ROOT / "docs/errors.md").read_text("utf-8")
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        if isinstance(kind, type):
+            assert f"\n## {name}\n" in page
+            builtin = kind.__bases__[-1].__name__
+            assert f"| [`{name}`](#{name.lower()}) | `{builtin}` |" in page
 
 
 @pytest.mark.parametrize("block", blocks_in(*SHELL))

@@ -165,14 +165,17 @@ def test_a_search_that_others_leave_no_room_may_wait_longer_for_them(manager: KV
         manager.search([0, 1], timeout=0.0)
 
 
-def test_a_row_that_nothing_drops_for_hears_of_a_policy_that_would(manager: KVCacheManager) -> None:
+@pytest.mark.parametrize(("step", "limit", "count"), [(2, 7, 2), (1, 5, 2)])
+def test_a_row_that_nothing_drops_for_hears_of_a_policy_that_would(
+    manager: KVCacheManager, step: int, limit: int, count: int
+) -> None:
     manager.set_init_cache(0, "root", tokens(1, 5))
-    with manager.search([0], overflow=RaiseOnOverflow(7)) as search:
+    with manager.search([0], overflow=RaiseOnOverflow(limit)) as search:
         batch = search.gather(["root"], [0])
-        append(batch, [1])
-        with pytest.raises(WindowOverflowError, match="the limit is 6; commit with an overflow policy") as caught:
+        append(batch, [1], step)
+        with pytest.raises(WindowOverflowError, match=f"the limit is {limit - 1}; commit with an overf") as caught:
             search.commit(["child"], batch)
-        assert said(caught) == {"limit": 7, "count": 2}
+        assert said(caught) == {"limit": limit, "count": count}
         search.commit(["child"], batch, overflow=DropOldest(**said(caught)))
 
 

@@ -288,7 +288,11 @@ class Batch(PaddedRows):
     def why_closed(self) -> ClosedError:
         """What is raised where it is used after its end."""
         ended = self.scope.why_ended()
-        return ClosedError("this batch is closed: it was committed or closed before") if ended is None else ended
+        return (
+            ClosedError("this batch is closed: it was committed or closed before; gather its keys for another")
+            if ended is None
+            else ended
+        )
 
     def abandon(self) -> None:
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""

@@ -649,6 +649,8 @@ def _no_room(
     why = "nothing can be evicted (pinned, or held by open batches)"
     if turn is not None and not account.turns.is_first(turn):
         why = "writes that came earlier wait for more room than is free (a search that opens, say)"
+    elif not account.can_ever_fit(entries, slots):
+        why = "that comes back when these close"
     elif account.fits(*need) and (headroom := _more_headroom(pool, wanted)):
         why = (
             f"the headroom of {pool.storage.headroom_slots} slots is held by searches, batches and pins that have "
