@@ -136,6 +136,18 @@ def test_a_replacement_in_a_storage_that_was_given_names_the_headroom_of_that() 
         storage.close()
 
 
+def test_a_pool_for_which_its_storage_is_too_small_says_how_large_it_has_to_be() -> None:
+    def second(num_slots: int) -> None:
+        storage = KVStorage(LAYOUT, num_slots, headroom_slots=WINDOW)
+        for number in (1, 2):
+            KVPool(LAYOUT, number, storage=storage).put("a", tokens(1, 2))
+
+    with pytest.raises(InvalidArgumentError, match="storage must have 16 slots for this pool") as caught:
+        second(2 * WINDOW)
+    assert said(caught) == {"num_slots": 3 * WINDOW}
+    second(said(caught)["num_slots"])
+
+
 def test_a_search_that_replaced_roots_leave_no_slots_hears_which_headroom_would_do(make_manager: MakeManager) -> None:
     sizes: dict[str, Any] = {"init_entries": 1, "init_tokens": WINDOW, "headroom_tokens": WINDOW}
 

@@ -160,7 +160,8 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                 left = until - time.monotonic()
                 if left <= 0:
                     raise WaitTimeoutError(
-                        f"this evaluator had not called the model for all leaves within {seconds:g} s"
+                        f"this evaluator had not called the model for all leaves within {seconds:g} s; timeout= of "
+                        "the evaluator, or of this call, says how long"
                     )
                 with anyio.move_on_after(min(due, left)):
                     await event.wait()

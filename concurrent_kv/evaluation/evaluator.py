@@ -405,4 +405,7 @@ def _leave_run(queue: LeafQueue, group: Group, run: Run) -> None:
 
 
 def _too_late(seconds: float) -> WaitTimeoutError:
-    return WaitTimeoutError(f"this evaluator had not called the model for all leaves within {seconds:g} s")
+    return WaitTimeoutError(
+        f"this evaluator had not called the model for all leaves within {seconds:g} s; timeout= of the evaluator, "
+        "or of this call, says how long"
+    )

@@ -58,7 +58,8 @@ def _check_room(storage: KVStorage, max_slots: int) -> None:
     left = total - sum(pool.account.max_slots for pool in storage.pools)
     if max_slots > left:
         raise InvalidArgumentError(
-            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are no open pool's"
+            f"storage must have {max_slots} slots for this pool, and {left} of its {total} are no open pool's; "
+            f"num_slots={total + max_slots - left} of the storage would do"
         )
 
 
