@@ -27,11 +27,13 @@ def blocks_of(page: str) -> list[Token]:
 
 
 README, WINDOWS, SIZING, WEIGHTS = "README.md", "docs/windows.md", "docs/sizing.md", "docs/weights.md"
+STATISTICS = "docs/reference/statistics.md"
 PAGES = [
     README,
     WINDOWS,
     SIZING,
     WEIGHTS,
+    STATISTICS,
     "docs/parallel.md",
     "docs/tasks.md",
 ]  # whose every block of Python is a program
@@ -83,7 +85,7 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("page", [WINDOWS, SIZING])
+@pytest.mark.parametrize("page", [WINDOWS, SIZING, STATISTICS])
 def test_what_a_page_says_is_printed_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = blocks_of(page)
     shown = [pair for pair in pairwise(blocks) if [language_of(block) for block in pair] == ["python", "text"]]
