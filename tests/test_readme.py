@@ -26,6 +26,7 @@ def blocks_of(page: str) -> list[Token]:
 
 
 README, WINDOWS, PARALLEL = "README.md", "docs/windows.md", "docs/parallel.md"
+CONCEPTS = "docs/concepts.md"
 BLOCKS = blocks_of(README)
 
 
@@ -63,7 +64,13 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [*blocks_in("python"), *blocks_in("python", page=WINDOWS), *blocks_in("python", page=PARALLEL)]
+    "code",
+    [
+        *blocks_in("python"),
+        *blocks_in("python", page=WINDOWS),
+        *blocks_in("python", page=PARALLEL),
+        *blocks_in("python", page=CONCEPTS),
+    ],
 )
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     if "torch.compile(" in code and (reason := why_no_inductor()):
@@ -76,8 +83,9 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_what_a_page_says_is_printed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = blocks_of(WINDOWS)
+@pytest.mark.parametrize("page", [WINDOWS, CONCEPTS])
+def test_what_a_page_says_is_printed_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = blocks_of(page)
     shown = [pair for pair in pairwise(blocks) if [language_of(block) for block in pair] == ["python", "text"]]
     assert shown
     for code, output in shown:
