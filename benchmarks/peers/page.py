@@ -21,7 +21,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE = DOCS / "why.md", DOCS / "why-step.svg"
 RUN = "copies"  # the recorded state that the page shows
 SHOWN = ("dict", "dict-stack", "cachetools", "cachebox", "moka", "theine", "rows", "lightzero")
-IN_TABLE = ("dict", "dict-stack", "cachebox", "rows", "lightzero")  # as many as a page is wide
+IN_TABLE = ("dict", "dict-stack", "rows", "lightzero")  # as many as a page is wide
 COPYING = ("dict", "dict-clone", "cachebox")
 NONE = "-"
 
