@@ -101,6 +101,12 @@ def test_search_finds_a_page_for_words_of_the_library(browser: Any, address: str
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_pictures_say_in_words_what_they_show(page: str) -> None:
+    pictures = re.findall(r"<img\b[^>]*>", (SITE / page).read_text("utf-8"))
+    assert [picture for picture in pictures if not re.search(r'\balt="[^"]+"', picture)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     source = (SITE / page).read_text("utf-8")
     broken = []

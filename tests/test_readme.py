@@ -26,7 +26,7 @@ def blocks_of(page: str) -> list[Token]:
 
 
 README, WINDOWS, PARALLEL = "README.md", "docs/windows.md", "docs/parallel.md"
-CONCEPTS = "docs/concepts.md"
+CONCEPTS, FAQ = "docs/concepts.md", "docs/faq.md"
 BLOCKS = blocks_of(README)
 
 
@@ -70,6 +70,7 @@ def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
         *blocks_in("python", page=WINDOWS),
         *blocks_in("python", page=PARALLEL),
         *blocks_in("python", page=CONCEPTS),
+        *blocks_in("python", page=FAQ),
     ],
 )
 def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("page", [WINDOWS, CONCEPTS])
+@pytest.mark.parametrize("page", [WINDOWS, CONCEPTS, FAQ])
 def test_what_a_page_says_is_printed_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = blocks_of(page)
     shown = [pair for pair in pairwise(blocks) if [language_of(block) for block in pair] == ["python", "text"]]
