@@ -26,7 +26,8 @@ def blocks_of(page: str) -> list[Token]:
 
 
 README, WINDOWS = "README.md", "docs/windows.md"
-PAGES = [README, WINDOWS, "docs/parallel.md", "docs/tasks.md"]  # whose every block of Python is a program
+# Every block of Python in them is a program.
+PAGES = [README, *(f"docs/{name}.md" for name in ("windows", "parallel", "tasks", "concepts", "faq"))]
 BLOCKS = blocks_of(README)
 
 
@@ -75,8 +76,9 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_what_a_page_says_is_printed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = blocks_of(WINDOWS)
+@pytest.mark.parametrize("page", [WINDOWS, "docs/concepts.md", "docs/faq.md"])
+def test_what_a_page_says_is_printed_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = blocks_of(page)
     shown = [pair for pair in pairwise(blocks) if [language_of(block) for block in pair] == ["python", "text"]]
     assert shown
     for code, output in shown:
