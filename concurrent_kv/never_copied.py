@@ -6,11 +6,12 @@ from typing import Any, ClassVar, SupportsIndex
 from weakref import ref
 
 from .errors import InvalidTypeError
+from .internal import ShowsPublic
 
 __all__ = ["NeverCopied", "is_owned_elsewhere"]
 
 
-class NeverCopied:
+class NeverCopied(metaclass=ShowsPublic):
     """Refuses `copy.copy`, `copy.deepcopy` and pickle with an error that says what would do instead.
 
     A copy would own what the original owns: to close or drop either would close both.
@@ -18,6 +19,7 @@ class NeverCopied:
 
     __slots__ = ()
 
+    _internal: ClassVar[frozenset[str]] = frozenset(("instead_of_copy",))  # what `dir()` and `help()` leave out
     instead_of_copy: ClassVar[str]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

@@ -171,7 +171,7 @@ def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any])
 
 @pytest.mark.parametrize("inside", INSIDE)
 def test_every_public_method_is_known_to_these_tests(inside: Callable[[KVPool], Any]) -> None:
-    methods = {name for name in dir(KVPool) if not name.startswith("_") and callable(getattr(KVPool, name))}
+    methods = {name for name in type.__dir__(KVPool) if not name.startswith("_") and callable(getattr(KVPool, name))}
     need_no_lock = {"allocation", "allocation_for", "discard", "stats", "commit"}  # a commit: below, it needs a batch
     internal = {"check_open", "end_searches", "registered_scopes", "renew", "stats_now"}
     assert methods - need_no_lock - internal == set(CALLS)

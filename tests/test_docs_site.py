@@ -93,11 +93,20 @@ def test_search_finds_a_page_for_words_of_the_library(browser: Any, address: str
     WebDriverWait(browser, SECONDS).until(lambda _: box.is_displayed())
     box.send_keys(words)
     box.send_keys(Keys.SPACE)
-    # In one step: the list is made anew while it is looked at.
-    first = "return document.querySelector('.md-search-result__item a')?.href"
-    found = WebDriverWait(browser, SECONDS).until(lambda driver: driver.execute_script(first))
-    assert urlsplit(found).path.endswith(".html")
+    # Addresses, read at one moment: the page draws the results anew as words come in, and an element found may be gone.
+    found = WebDriverWait(browser, SECONDS).until(
+        lambda driver: driver.execute_script(
+            "return [...document.querySelectorAll('.md-search-result__item a')].map(link => link.href)"
+        )
+    )
+    assert urlsplit(found[0]).path.endswith(".html")
     assert errors_of(browser) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_say_in_words_what_they_show(page: str) -> None:
+    pictures = re.findall(r"<img\b[^>]*>", (SITE / page).read_text("utf-8"))
+    assert [picture for picture in pictures if not re.search(r'\balt="[^"]+"', picture)] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

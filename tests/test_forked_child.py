@@ -76,7 +76,7 @@ async def _awaited(coroutine: Any) -> None:
 def public_names(owner: object) -> list[str]:
     return [
         name
-        for name in dir(type(owner))
+        for name in type.__dir__(type(owner))  # what only the package calls, too
         if (not name.startswith("_") or name in ("__len__", "__contains__", "__iter__"))
         and (callable(getattr(type(owner), name)) or isinstance(inspect.getattr_static(type(owner), name), property))
     ]

@@ -12,6 +12,7 @@ ROOT = Path(concurrent_kv.__file__).parent
 # From the ground up: each may import what stands before it. `docs/design.md` says what each is about.
 LAYERS = (
     "errors",
+    "internal",
     "never_copied",
     "native",
     "_checks",
@@ -27,8 +28,8 @@ LAYERS = (
     "aio",
     "compat",
 )
-FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere
-FREE_OF_TORCH = ("errors", "never_copied", "native", "_checks", "locks", "books")
+FACADES = {"__init__", "__main__", "eviction"}  # they gather what users import, from everywhere
+FREE_OF_TORCH = ("errors", "internal", "never_copied", "native", "_checks", "locks", "books")
 
 
 def modules() -> dict[str, Path]:

@@ -21,6 +21,7 @@ from benchmarks.peers.contestants.base import UnfitError
 from benchmarks.peers.crew import Crew, FailedError, Member, UnfitHereError
 from benchmarks.peers.markdown import RESULTS, markdown_of
 from benchmarks.peers.measuring import Quartiles, Reading, Stopwatch, paired_ratios, quartiles
+from benchmarks.peers.page import PAGE, PICTURE, RUN, page_with, picture_of
 from benchmarks.peers.rounds import Result, run_case
 from benchmarks.peers.shapes import Shape, Trees
 from benchmarks.peers.summary import RECORDS, best_peer, figure, floor_of, read_records, summary_of, times_ours
@@ -356,6 +357,18 @@ def test_the_library_of_another_checkout_takes_its_turns_beside() -> None:
 
 def test_the_page_is_what_the_records_make() -> None:
     assert RESULTS.read_text("utf-8") == markdown_of(read_records())
+
+
+def test_the_figures_of_the_page_for_users_are_what_the_record_makes() -> None:
+    record = read_records()[RUN]
+    page = PAGE.read_text("utf-8")
+    assert page == page_with(page, record)
+    assert PICTURE.read_text("utf-8") == picture_of(record)
+
+
+def test_a_page_without_a_place_for_a_table_is_an_error() -> None:
+    with pytest.raises(KeyError, match="'steps'"):
+        page_with("nothing", read_records()[RUN])
 
 
 def test_records_stay_small() -> None:

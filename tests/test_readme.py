@@ -26,17 +26,10 @@ def blocks_of(page: str) -> list[Token]:
     return [token for token in MarkdownIt().parse((ROOT / page).read_text("utf-8")) if token.type == "fence"]
 
 
-README, WINDOWS, SIZING, WEIGHTS = "README.md", "docs/windows.md", "docs/sizing.md", "docs/weights.md"
-STATISTICS = "docs/reference/statistics.md"
-PAGES = [
-    README,
-    WINDOWS,
-    SIZING,
-    WEIGHTS,
-    STATISTICS,
-    "docs/parallel.md",
-    "docs/tasks.md",
-]  # whose every block of Python is a program
+README = "README.md"
+# Every block of Python in them is a program; of the pages in PRINTED, what stands below one is what it prints.
+PRINTED = [f"docs/{name}.md" for name in ("windows", "sizing", "concepts", "faq", "reference/statistics")]
+PAGES = [README, *PRINTED, *(f"docs/{name}.md" for name in ("parallel", "tasks", "weights"))]
 BLOCKS = blocks_of(README)
 
 
@@ -85,7 +78,7 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("page", [WINDOWS, SIZING, STATISTICS])
+@pytest.mark.parametrize("page", PRINTED)
 def test_what_a_page_says_is_printed_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = blocks_of(page)
     shown = [pair for pair in pairwise(blocks) if [language_of(block) for block in pair] == ["python", "text"]]

@@ -49,6 +49,8 @@ def modules() -> list[ModuleType]:
     """Every module of the package that can be imported here."""
     found = [concurrent_kv]
     for module in pkgutil.walk_packages(concurrent_kv.__path__, "concurrent_kv."):
+        if module.name.endswith("__main__"):  # a program, which nobody imports
+            continue
         try:
             found.append(importlib.import_module(module.name))
         except ModuleNotFoundError as error:

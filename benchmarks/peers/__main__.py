@@ -4,7 +4,7 @@ make bench ARGS="--quick"           two minutes, to see that everything runs
 make bench ARGS="--record NAME"     the full form; its summary is kept, and RESULTS.md made anew
 make bench ARGS="--only 'step/*' --contestants dict rows floor"
 make bench ARGS="--beside before=../other-checkout"   this library from another checkout, in the same turns
-make bench ARGS="--markdown"        RESULTS.md from what is recorded, without a run
+make bench ARGS="--markdown"        RESULTS.md, and the figures of docs/why.md, from what is recorded, without a run
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.peers.contestants import CONTESTANTS, OURS
 from benchmarks.peers.crew import Crew
 from benchmarks.peers.machine import About
 from benchmarks.peers.markdown import RESULTS, markdown_of
+from benchmarks.peers.page import PAGE, PICTURE, RUN, page_with, picture_of
 from benchmarks.peers.plots import plot
 from benchmarks.peers.rounds import Result, run_case
 from benchmarks.peers.summary import RECORDS, Summary, read_records, summary_of, with_samples
@@ -127,7 +128,10 @@ def _compact(summary: Summary) -> str:
 
 
 def _write_markdown() -> None:
-    RESULTS.write_text(markdown_of(read_records()), "utf-8")
+    records = read_records()
+    RESULTS.write_text(markdown_of(records), "utf-8")
+    PAGE.write_text(page_with(PAGE.read_text("utf-8"), records[RUN]), "utf-8")
+    PICTURE.write_text(picture_of(records[RUN]), "utf-8")
 
 
 def _place(text: str) -> tuple[str, Path]:

@@ -38,6 +38,8 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
             a worker thread otherwise. (Not where the evaluator has a thread of its own: that makes all calls.)
     """
 
+    _internal = frozenset(("wait", "wait_for_walks"))
+
     instead_of_copy = "share the one object between tasks"
 
     def __init__(self, sync: Evaluator[Inputs, Output], *, on_loop: bool = False) -> None:

@@ -173,6 +173,22 @@ class Scope(NeverCopied):
     write locks.
     """
 
+    _internal = frozenset(
+        (
+            "account",
+            "budget",
+            "ended",
+            "entries",
+            "generation",
+            "locate",
+            "number",
+            "part_of",
+            "parts_of",
+            "shards",
+            "why_ended",
+        )
+    )
+
     __slots__ = ("account", "budget", "ended", "entries", "generation", "name", "number", "shards")
 
     instead_of_copy = "pass its name, and ask the pool for it with scope(name)"

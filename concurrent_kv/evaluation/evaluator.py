@@ -71,6 +71,8 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         InvalidArgumentError, InvalidTypeError: an argument that cannot work.
     """
 
+    _internal = frozenset(("check", "check_caller", "queue", "seconds_left", "take", "wait", "wait_for_walks", "work"))
+
     instead_of_copy = "share the one object between threads"
 
     def __init__(

@@ -63,6 +63,8 @@ class Worker(Handle):
     One thread or task at a time may use it.
     """
 
+    _internal = frozenset(("registered", "seat"))
+
     instead_of_copy = "register another with evaluator.worker()"
 
     _joined = False

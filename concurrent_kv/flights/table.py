@@ -335,6 +335,8 @@ class Claim(NeverCopied):
             look it up again instead of taking what the flight carries.
     """
 
+    _internal = frozenset(("abandon", "over"))
+
     instead_of_copy = "share the one object, or ask for another with try_claim()"
 
     flight: Flight

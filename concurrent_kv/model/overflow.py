@@ -9,7 +9,6 @@ window when a search or a commit is given it: rows of up to limit - 1 tokens get
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -23,6 +22,7 @@ from ..device.layout import KVLayout
 from ..device.moving import upload
 from ..device.positions import Correction, PositionSteps, PositionTable, packed_difference
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
+from ..internal import ShowsPublic
 
 __all__ = [
     "DropAndCorrect",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-class _Policy(ABC):
+class _Policy(metaclass=ShowsPublic):
     """What a commit asks a policy; each says what it does otherwise.
 
     Attributes:
@@ -43,6 +43,10 @@ class _Policy(ABC):
         corrects: whether the tokens that stay get slots of their own.
         corrects_lazily: whether entries may need corrections on reading.
     """
+
+    _internal = frozenset(
+        ("corrections", "corrects", "corrects_lazily", "difference_of", "foreign", "made_for", "most_appended")
+    )
 
     limit: int
     count: int

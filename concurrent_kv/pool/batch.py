@@ -41,6 +41,19 @@ class Batch(PaddedRows):
         first_row: where its rows begin in the buffer, which they may have in common with other batches'.
     """
 
+    _internal = frozenset(
+        (
+            "abandon",
+            "check_committable",
+            "end_commit",
+            "first_row",
+            "gathered",
+            "gathered_by",
+            "pending_rows",
+            "why_closed",
+        )
+    )
+
     first_row = 0
 
     instead_of_copy = "gather once more, or clone its `data`"

@@ -66,6 +66,8 @@ def _check_room(storage: KVStorage, max_slots: int) -> None:
 class PoolCore(PoolState, Handle):
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
 
+    _internal = frozenset(("end_searches", "registered_scopes", "renew", "stats_now"))
+
     instead_of_copy = "share the one object between threads; in another process make a pool there, and send entries"
 
     def __init__(

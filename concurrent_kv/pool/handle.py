@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ __all__ = ["Handle"]
 H = TypeVar("H", bound="Handle")
 
 
-class Handle(NeverCopied, ABC):
+class Handle(NeverCopied):
     """Something that is owned until it is closed, once; closing it again does nothing."""
 
     @abstractmethod

@@ -103,6 +103,8 @@ class JointBatch(PaddedRows):
         parts: batches over the same buffer, one after the other, each of one search or pool.
     """
 
+    _internal = frozenset(("pad", "settle", "uses"))
+
     instead_of_copy = "evaluate the leaves once more, or clone its `data`"
 
     def __init__(

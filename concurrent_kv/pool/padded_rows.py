@@ -41,6 +41,8 @@ class PaddedRows(Handle):
         entries: what each row was gathered from; None for a miss.
     """
 
+    _internal = frozenset(("check_open", "use_here"))
+
     # Set by what makes it: a call more would be felt in every gather.
     data: Tensor
     entries: Sequence[Entry | None]

@@ -26,6 +26,8 @@ class Pin(Handle):
         length: its tokens.
     """
 
+    _internal = frozenset(("abandon",))
+
     instead_of_copy = "pin the key once more, or take a copy of its tokens with get()"
 
     def __init__(self, pool: PoolState, entry: Entry, hold: Hold) -> None:

@@ -64,6 +64,8 @@ class KVPool(PoolCore):
     `KVPool.allocation_for(...)`, with the same arguments, says before anything is allocated how much it will be.
     """
 
+    _internal = frozenset(("count_misses",))
+
     # Reading -------------------------------------------------------------------------------------------------------
 
     def get(

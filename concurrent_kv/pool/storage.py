@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import ref
 
 from .._checks import check_seconds, positive_int
@@ -63,6 +63,18 @@ class KVStorage(NeverCopied):
         lock_factory, event_factory, locks, search_locks, tensor, backend: replaceable parts, for schedulers and
             simulated devices; `search_locks` makes the one shard of a search.
     """
+
+    _internal = frozenset(
+        (
+            "check_call",
+            "check_process",
+            "checked_overflow",
+            "drain_abandoned",
+            "enter",
+            "enter_quietly",
+            "zero_slot_is_zero",
+        )
+    )
 
     instead_of_copy = "share the one object between pools; in another process make one there"
 
@@ -233,6 +245,8 @@ class Domain:
         locks: the locks of its keys' shards.
         buffers: for its gathers.
     """
+
+    _internal: ClassVar[frozenset[str]] = frozenset(("check_open", "counters", "pool"))
 
     def __init__(
         self, storage: KVStorage, account: Account, ledger: Ledger, locks: ShardLocks, buffers: FreeBuffers

@@ -61,6 +61,8 @@ class Search(Handle):
         env_ids: the environments it is for.
     """
 
+    _internal = frozenset(("abandon",))
+
     instead_of_copy = "share the one object between threads, or open another with manager.search()"
 
     def __init__(
