@@ -30,6 +30,7 @@ from concurrent_kv import (
 )
 from concurrent_kv.books.sizing import SizePlan
 from concurrent_kv.model.overflow import Overflow
+from concurrent_kv.pool import room
 from tests.support import HANG_SECONDS
 
 Nodes = dict[int, list[tuple[Any, int]]]  # of each environment, keys and lengths; the root comes first
@@ -175,7 +176,17 @@ def test_searches_of_any_shape_run_to_their_end_at_the_planned_size(data: st.Dat
         manager.check_integrity()
 
 
-def test_threads_that_search_and_replace_roots_at_once_neither_wait_nor_evict() -> None:
+def test_threads_that_search_and_replace_roots_at_once_neither_wait_for_room_nor_evict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[str] = []
+    wait = room._wait
+
+    def noted(pool: Any, *arguments: Any) -> None:
+        waited.append(pool.name)
+        wait(pool, *arguments)
+
+    monkeypatch.setattr(room, "_wait", noted)
     env_num, threads, rounds, window = 4, 4, 10, 8
     overflow = DropOldest(7, 2, step=2)
     plan = KVCacheManager.plan(
@@ -205,6 +216,7 @@ def test_threads_that_search_and_replace_roots_at_once_neither_wait_nor_evict() 
         for thread in running:
             thread.join(HANG_SECONDS)
         assert not errors
+        assert not waited
         assert manager.get_stats_summary().total.eviction_count == 0
         manager.check_integrity()
 
