@@ -77,7 +77,8 @@ class KVCacheManager(Handle):
 
     Tokens that are left out, here and in `search()`, are full windows for every entry where a window is at most 1,024
     tokens. Where it is longer they are 1,024 tokens for every entry, and one window at least: entries can be as long as
-    the window, but not all of them at once. `allocation_for()` says before anything is allocated how much it will be.
+    the window, but not all of them at once. Before anything is allocated, `plan()` says which sizes your searches need,
+    and `allocation_for()` how much is allocated with these arguments.
     """
 
     instead_of_copy = "share the one object between threads; in another process make one there, and send entries"
