@@ -20,6 +20,7 @@ LAYERS = (
     "model",
     "books",
     "flights",
+    "snapshots",
     "pool",
     "search",
     "manager",
