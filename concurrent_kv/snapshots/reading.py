@@ -137,18 +137,22 @@ class SnapshotFile:
             )
         if metadata.get("checksum") != header_checksum(metadata, shapes):
             self._refuse("its header is not what was written")
-        if list(shapes) != list(TENSORS) or any(
+        # One without bytes is where the next begins: those have no order.
+        filled = [name for name, (_, shape) in shapes.items() if 0 not in shape]
+        if {*shapes} != {*TENSORS} or filled != [name for name in TENSORS if name in filled]:
+            self._refuse("its tensors are not those of a snapshot")
+        if any(
             dtype != (TENSORS[name] or dtype) or len(shape) != (1 if TENSORS[name] else 4)
             for name, (dtype, shape) in shapes.items()
         ):
-            self._refuse("its tensors are not those of a snapshot")
+            self._refuse("its tensors are of other dtypes and dimensions than those of a snapshot")
         if shapes["slots"][0] not in DTYPES:
             self._refuse(f"its slots are of the dtype {shapes['slots'][0]}")
         begin = 8 + int.from_bytes(self._read_at(0, 8), "little")
         self._begins = {}
-        for name, (dtype, shape) in shapes.items():
+        for name in TENSORS:
             self._begins[name] = begin
-            begin += nbytes_of(dtype, shape)
+            begin += nbytes_of(*shapes[name])
         if begin != os.fstat(self._file.fileno()).st_size:
             self._refuse("it has another size than its header says")
 
