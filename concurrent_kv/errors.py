@@ -19,6 +19,12 @@ __all__ = [
     "RecursiveComputationError",
     "ReentrantCallError",
     "SearchEndedError",
+    "SnapshotContentError",
+    "SnapshotDamagedError",
+    "SnapshotError",
+    "SnapshotMismatchError",
+    "SnapshotVersionError",
+    "SnapshotWriteError",
     "StreamCaptureError",
     "WaitTimeoutError",
     "WindowOverflowError",
@@ -134,3 +140,53 @@ class IntegrityError(KVCacheError, RuntimeError):
 
 class StreamCaptureError(KVCacheError, RuntimeError):
     """A stream that an operation would use, or wait for, is being captured into a CUDA graph; nothing has happened."""
+
+
+class SnapshotError(KVCacheError, RuntimeError):
+    """Base of what goes wrong with the file of a pool or manager; neither has changed.
+
+    Attributes:
+        path: the file's.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class SnapshotContentError(SnapshotError):
+    """A key, a name of a scope or side data cannot be in a file; none was written."""
+
+
+class SnapshotDamagedError(SnapshotError):
+    """The file is cut short or changed, or no snapshot at all."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """What the file holds does not go into this pool or manager as it is."""
+
+
+class SnapshotVersionError(SnapshotError):
+    """The file is of a later format than this version of the package reads.
+
+    Attributes:
+        version: of the file.
+        readable: the latest that can be read.
+    """
+
+    def __init__(self, message: str, *, path: str = "", version: int = 0, readable: int = 0) -> None:
+        super().__init__(message, path=path)
+        self.version = version
+        self.readable = readable
+
+
+class SnapshotWriteError(SnapshotError):
+    """The file could not be written: the disk is full, say. The older file is as it was, if there was one.
+
+    Attributes:
+        errno: the system's number for what went wrong.
+    """
+
+    def __init__(self, message: str, *, path: str = "", errno: int | None = None) -> None:
+        super().__init__(message, path=path)
+        self.errno = errno

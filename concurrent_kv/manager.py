@@ -6,6 +6,7 @@ import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
+from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,11 @@ from .pool.checking import check_integrity, repair
 from .pool.core import bump_versions
 from .pool.handle import Handle
 from .pool.pool import KVPool
+from .pool.restoring import Loaded, load_pools
+from .pool.saving import Saved, save_pools
 from .pool.storage import KVStorage
 from .search.search import LookupOrder, Search, open_search
+from .snapshots.contents import SideCodec
 
 if TYPE_CHECKING:
     import torch
@@ -472,6 +476,46 @@ class KVCacheManager(Handle):
             for pool in (self.recur_pool, self.wm_pool, *self._init_pools):
                 pool.close()
         self.storage.close()
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def _pools_by_role(self) -> dict[str, KVPool]:
+        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
+        return {pool.name.removeprefix(f"{self.name}."): pool for pool in pools}
+
+    def save(self, path: str | PathLike[str], *, side: SideCodec | None = None, timeout: float | None = None) -> Saved:
+        """Write every pool, as they all are at one moment, into one file; see `KVPool.save`. May block.
+
+        Entries of open searches are not saved: promote what should stay.
+        """
+        deadline = self.storage.enter(timeout)
+        return save_pools(self.storage, self._pools_by_role(), path, side, deadline)
+
+    def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        side: SideCodec | None = None,
+        on_mismatch: str = "error",
+        replace: bool = False,
+        overflow: Overflow | None = None,
+        timeout: float | None = None,
+    ) -> Loaded:
+        """Store the entries of a file that a manager's `save` wrote, pool after pool, each in one moment. May block.
+
+        See `KVPool.load`. What does not fit into one of the pools is found before the first is written; with
+        `on_mismatch="convert"` pools that this manager does not have are left out, too.
+        """
+        return load_pools(
+            self._pools_by_role(),
+            self.name,
+            path,
+            side=side,
+            on_mismatch=on_mismatch,
+            replace=replace,
+            overflow=overflow,
+            timeout=timeout,
+        )
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
-MISSING = frozenset(name for name in ("greenlet",) if find_spec(name) is None)
+MISSING = frozenset(name for name in ("greenlet", "safetensors") if find_spec(name) is None)
 
 
 class NoWheel:

@@ -122,6 +122,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "get": ("old",),
     "get_or_compute": ("old", lambda: tokens(1, 3)),
     "keys": (),
+    "load": ("never.snapshot",),
     "peek": ("old",),
     "pin": ("old",),
     "pop": ("old",),
@@ -129,6 +130,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "put_many": (["new"], tokens(2, 3)),
     "repair": (),
     "reset_stats": (),
+    "save": ("never.snapshot",),
     "scope": ("other",),
     "scopes": (),
     "side": ("old",),
@@ -192,6 +194,8 @@ def test_the_calls_of_a_manager_raise_or_work(manager: KVCacheManager, inside: C
         manager.reset_stats,
         manager.check_integrity,
         manager.repair,
+        lambda: manager.save("never.snapshot"),
+        lambda: manager.load("never.snapshot"),
     )
     for call in raising:
         assert isinstance(from_inside(inside, pool, call), ReentrantCallError)

@@ -131,6 +131,7 @@ def walk() -> dict[str, set[str]]:
         "cache_key": 1,
         "batch": batch,
         "name": "scope",
+        "path": "never.snapshot",
         "compute": lambda: tokens(3, 2),
         "error": ValueError("failed"),
         "row": 0,

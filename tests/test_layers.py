@@ -21,6 +21,7 @@ LAYERS = (
     "model",
     "books",
     "flights",
+    "snapshots",
     "pool",
     "search",
     "manager",

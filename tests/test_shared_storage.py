@@ -43,6 +43,8 @@ OPERATIONS: dict[str, Callable[[KVPool], object]] = {
     "clear": lambda pool: pool.clear(),
     "bump_version": lambda pool: pool.bump_version(),
     "drop_scope": lambda pool: pool.drop_scope("none"),
+    "save": lambda pool: pool.save("never.snapshot"),
+    "load": lambda pool: pool.load("never.snapshot"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ from ..manager import KVCacheManager
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
 from ..never_copied import NeverCopied
+from ..pool.restoring import Loaded
+from ..pool.saving import Saved
 from ..search.search import LookupOrder
+from ..snapshots.contents import SideCodec
 from .offload import INLINE_BYTES, INLINE_ENTRIES, INLINE_WAIT_SECONDS, MAX_WORKERS, Offload, OffloadStats
 from .pool import AsyncKVPool
 from .search import AsyncSearch
@@ -173,6 +177,34 @@ class AsyncKVCacheManager(NeverCopied):
     async def bump_version(self) -> None:
         """See `KVCacheManager.bump_version`."""
         await self._offload.in_worker_whole(self.sync.bump_version)
+
+    async def save(
+        self, path: str | PathLike[str], *, side: SideCodec | None = None, timeout: float | None = None
+    ) -> Saved:
+        """See `KVCacheManager.save`; always in a worker thread."""
+        return await self._offload.in_worker_whole(partial(self.sync.save, path, side=side, timeout=timeout), timeout)
+
+    async def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        side: SideCodec | None = None,
+        on_mismatch: str = "error",
+        replace: bool = False,
+        overflow: Overflow | None = None,
+        timeout: float | None = None,
+    ) -> Loaded:
+        """See `KVCacheManager.load`; always in a worker thread."""
+        operation = partial(
+            self.sync.load,
+            path,
+            side=side,
+            on_mismatch=on_mismatch,
+            replace=replace,
+            overflow=overflow,
+            timeout=timeout,
+        )
+        return await self._offload.in_worker_whole(operation, timeout)
 
     @property
     def version(self) -> int:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,6 +29,9 @@ from ..pool.batch import Batch
 from ..pool.loading import claim, heard_by_all
 from ..pool.pin import Pin
 from ..pool.pool import KVPool
+from ..pool.restoring import Loaded
+from ..pool.saving import Saved
+from ..snapshots.contents import SideCodec
 from .awaiting import forget, gives_awaitables, remember
 from .offload import (
     INLINE_BYTES,
@@ -270,6 +274,34 @@ class AsyncKVPool(NeverCopied):
     async def bump_version(self, *, timeout: float | None = None) -> None:
         """See `KVPool.bump_version`; always in a worker thread."""
         await self._offload.in_worker_whole(partial(self.sync.bump_version, timeout=timeout), timeout)
+
+    async def save(
+        self, path: str | PathLike[str], *, side: SideCodec | None = None, timeout: float | None = None
+    ) -> Saved:
+        """See `KVPool.save`; always in a worker thread."""
+        return await self._offload.in_worker_whole(partial(self.sync.save, path, side=side, timeout=timeout), timeout)
+
+    async def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        side: SideCodec | None = None,
+        on_mismatch: str = "error",
+        replace: bool = False,
+        overflow: Overflow | None = None,
+        timeout: float | None = None,
+    ) -> Loaded:
+        """See `KVPool.load`; always in a worker thread."""
+        operation = partial(
+            self.sync.load,
+            path,
+            side=side,
+            on_mismatch=on_mismatch,
+            replace=replace,
+            overflow=overflow,
+            timeout=timeout,
+        )
+        return await self._offload.in_worker_whole(operation, timeout)
 
     # One computation for each missing key ----------------------------------------------------------------------------
 

@@ -63,6 +63,12 @@ class Candidates:
             scope.account.policy.give_back(victim)
             victim.place = HELD
 
+    def in_order(self, account: Account, published: list[Entry]) -> list[Entry]:
+        """Entries of an account, the next victim first; those that are set aside come before the others. Mutex held."""
+        ordered, known = account.policy.in_order(), set(published)
+        aside = known.difference(ordered)
+        return [entry for entry in published if entry in aside] + [entry for entry in ordered if entry in known]
+
     # Set aside -------------------------------------------------------------------------------------------------------
 
     def set_aside(self, victim: Entry, *, want_slots: bool) -> bool:

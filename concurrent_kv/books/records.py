@@ -53,6 +53,7 @@ __all__ = [
     "Hold",
     "Place",
     "Scope",
+    "Scopes",
     "sorted_shards",
 ]
 
@@ -242,6 +243,79 @@ class Scope(NeverCopied):
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
+
+
+class Scopes:
+    """Several scopes of one account that one write stores into: what the write asks of a scope.
+
+    Args:
+        scopes: of some of the entries each, in the order of their shards all alike.
+        scope_of: which of them, of each key.
+        renewal: epochs and weights version to begin with the write, so that all else in the account is older; None
+            where nothing ends.
+
+    Attributes:
+        coming: the generation of each scope's entries.
+    """
+
+    budget = None
+
+    def __init__(self, scopes: list[Scope], scope_of: list[int], renewal: tuple[int, int] | None = None) -> None:
+        self.account = scopes[0].account
+        self.shards = scopes[0].shards
+        self.scopes = scopes
+        self._scope_of = scope_of
+        self._renewal = renewal
+        self._present = [scope.generation for scope in scopes]
+        self.coming = [generation if renewal is None else self._next(generation) for generation in self._present]
+
+    def _next(self, generation: Generation) -> Generation:
+        assert self._renewal is not None
+        epochs, version = self._renewal
+        return Generation(generation.epoch + epochs, version)
+
+    @property
+    def generation(self) -> Generation:
+        """That of the first scope as long as none of them has another than at first; then one that no scope has."""
+        for scope, present in zip(self.scopes, self._present, strict=True):
+            if scope.generation is not present:
+                return Generation(scope.epoch, scope.version)
+        return self._present[0]
+
+    @property
+    def ended(self) -> str | None:
+        """Why one of them has ended."""
+        return next((scope.ended for scope in self.scopes if scope.ended is not None), None)
+
+    def why_ended(self) -> ClosedError | None:
+        """As of a scope."""
+        ended = self.ended
+        return None if ended is None else ClosedError(ended)
+
+    def generations(self) -> list[Generation]:
+        """That of each key's entry."""
+        return [self.coming[number] for number in self._scope_of]
+
+    def locate(self, hashes: Sequence[int]) -> list[tuple[Scope, int]]:
+        """Scope and part of each key."""
+        scopes = [self.scopes[number] for number in self._scope_of]
+        return [(scope, scope.part_of(key_hash)) for scope, key_hash in zip(scopes, hashes, strict=True)]
+
+    def parts_of(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
+        """The part of the index that each key belongs to."""
+        return [scope.entries[part] for scope, part in located]
+
+    def renew(self) -> None:
+        """Begin the coming generations, and the next ones in every other scope of the account. Mutex held.
+
+        In the hold that publishes the write: what it stores is then all that is current.
+        """
+        if self._renewal is None:
+            return
+        own = {*self.scopes}
+        others = [(scope, self._next(scope.generation)) for scope in self.account.scopes.values() if scope not in own]
+        for scope, generation in (*zip(self.scopes, self.coming, strict=True), *others):
+            scope.generation = generation
 
 
 def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:

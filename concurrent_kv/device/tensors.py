@@ -317,6 +317,22 @@ class SlotTensor:
         else:
             torch.add(tokens, difference.unsqueeze(1), out=into)
 
+    def read_slots(self, slots: Indices) -> Tensor:
+        """The tokens of some slots, in host memory: contiguous `[slots, 2 * layers, heads, head_dim]`. Blocks."""
+        with plain_torch_state():
+            data = self.data
+            found = torch.index_select(_in_units(data).transpose(0, 1), 0, self._index(slots))
+            return found.contiguous().cpu().view(data.dtype).view(len(slots), data.shape[0], *data.shape[2:])
+
+    def write_slots(self, slots: Slots, tokens: Tensor) -> None:
+        """Copy tokens in host memory, of any dtype, `[slots, 2 * layers, heads, head_dim]`, into some slots. Blocks."""
+        with plain_torch_state():
+            planes = tokens.to(self.layout.device, self.layout.dtype).transpose(0, 1)
+            if type(slots) is range:
+                self.data[:, slots.start : slots.stop].copy_(planes)
+            else:
+                _in_units(self.data).index_copy_(1, self._index(as_array(slots)), _in_units(planes.contiguous()))
+
     def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
         """Add the differences of tokens that moved to a gathered buffer.
 

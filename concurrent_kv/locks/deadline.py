@@ -151,6 +151,10 @@ class Deadline:
         """A deadline in `seconds`, if that is sooner: for something that this operation only does on its way."""
         return Deadline(min(seconds, self.left()))
 
+    def extend(self, seconds: float) -> None:
+        """Allow for work of so many seconds that was no wait: a copy from a disk, say."""
+        self._at += seconds
+
     def wait_on(self, event: Any, at_most: float | None = None) -> bool:
         """Wait for an event, or for the caller to leave; False when the time, or `at_most` seconds, are over.
 

@@ -24,7 +24,7 @@ from .clearing import sweep_if, sweep_scopes
 from .handle import Handle
 from .storage import KVStorage, PoolState
 
-__all__ = ["PoolCore", "bump_versions"]
+__all__ = ["PoolCore", "bump_versions", "end_older"]
 
 
 def check_shared_storage(storage: object, layout: KVLayout) -> None:
@@ -390,10 +390,27 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
         sweep_scopes(pool, pool.scopes(), deadline)
 
 
+def end_older(pool: PoolCore, version: int, is_newer: bool, deadline: Deadline) -> None:
+    """Sweep what is older than a load that renewed a pool; where its `version` is newer, end the searches too."""
+    if is_newer:
+        pool.end_searches(f"{pool.name}: a snapshot of newer weights was loaded; open a new search", deadline)
+    scopes = pool.scopes()
+    with gate.lock, pool.storage.ledger.mutex:
+        _catch_up(scopes, version)
+    sweep_scopes(pool, scopes, deadline)
+
+
 def _begin_epoch(scopes: Iterable[Scope]) -> None:
     """Mutex held."""
     for scope in scopes:
         scope.generation = Generation(scope.epoch + 1, scope.version)
+
+
+def _catch_up(scopes: Iterable[Scope], version: int) -> None:
+    """Have scopes that were made meanwhile be of this version, too. Mutex held."""
+    for scope in scopes:
+        if scope.version < version:
+            scope.generation = Generation(scope.epoch, version)
 
 
 def _begin_version(pools: Sequence[PoolCore], reason: str) -> None:

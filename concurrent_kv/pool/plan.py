@@ -5,7 +5,7 @@ A `WritePlan` is made for one write. As far as lengths alone decide it, it is a 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..books.ledger import Ledger
-from ..books.records import Entry
+from ..books.records import Entry, Scopes
 from ..books.tables import Tables
 from ..device.modes import plain_torch_state
 from ..device.moving import joined_on
@@ -224,6 +224,7 @@ class WritePlan:
         parents: rows in the tables of the entries that they share slots with, which the caller keeps alive.
         source: contiguous `[2 * layers, batch, heads, columns, head_dim]`; None: nothing is copied.
         parts: `[layers, batch, heads, columns, head_dim]`: keys and values that are copied as they are, not `source`.
+        fill: writes the tokens into the slots taken for them, in the stead of a copy of `source`.
         difference: `[2 * layers, kept, heads, head_dim]`, added to the first `runs` runs of as many tokens.
         shared_writes: writes of the shared slots, where nothing is copied: what copies comes after the gather, and so
             after them.
@@ -237,6 +238,7 @@ class WritePlan:
     """
 
     parts: tuple[Tensor, Tensor] | None = None
+    fill: Callable[[Slots], None] | None = None
     difference: Tensor | None = None
     runs = 0
     shared_writes: Ticks = NO_TICKS
@@ -299,6 +301,24 @@ class WritePlan:
         """For `Tables.enter`, rows of what is shared alone: the parents, how much of each stays, and nothing new."""
         sharing = [(parent, kept) for parent, kept in zip(self.parents, self.shape.kept, strict=True) if kept]
         return [parent for parent, _ in sharing], [kept for _, kept in sharing], [0] * len(sharing)
+
+    def entries_in(self, scopes: Scopes, written: Ticks) -> list[Entry]:
+        """The new entries, of several scopes."""
+        of_each = zip(
+            self.keys,
+            scopes.locate(self.hashes),
+            scopes.generations(),
+            self.shape.lengths,
+            self.sides,
+            self.priorities,
+            self.hashes,
+            self.corrections,
+            strict=True,
+        )
+        return [
+            Entry(key, scope, generation, length, side, priority, key_hash, correction, written)
+            for key, (scope, _), generation, length, side, priority, key_hash, correction in of_each
+        ]
 
     def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> None:
         """Give the new entries their parents' slots and those taken for them; see `Ledger.make`. Mutex held."""

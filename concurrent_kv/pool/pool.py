@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
+from os import PathLike
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues
 from ..model.overflow import Overflow
+from ..snapshots.contents import SideCodec
 from .batch import Batch
 from .clearing import discard, remove
 from .committing import commit_batch, open_batch, put_row, put_rows
@@ -27,10 +29,13 @@ from .joint import Part, open_part
 from .loading import claim, heard_by_all
 from .pin import Pin
 from .reading import copy_out, retain
+from .restoring import Loaded, load_pools
+from .saving import Saved, save_pools
 
 __all__ = ["KVPool", "gather_part_of_pool", "read_from_pool"]
 
 R = TypeVar("R")
+ALONE = "pool"  # the role of a pool that has a file to itself
 
 
 class KVPool(PoolCore):
@@ -498,6 +503,69 @@ class KVPool(PoolCore):
         hash_of(key)
         found_in = self._scope(scope)
         return claim(self, found_in, key, found_in.generation, side, priority)[0]
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str], *, side: SideCodec | None = None, timeout: float | None = None) -> Saved:
+        """Write every entry of every scope, as they are at one moment, into one file. May block.
+
+        Other threads go on meanwhile; entries of open searches are not saved. The file is written beside `path` and
+        renamed when it is complete and on the disk: until then an older one is as it was. See `docs/snapshots.md`.
+
+        Args:
+            path: of the file.
+            side: makes bytes of side data and back, with `encode` and `decode`; needed where there are any.
+            timeout: seconds to wait for the locks. Copying and writing take as long as they take.
+
+        Raises:
+            SnapshotContentError: a key, a scope's name or side data cannot be in a file.
+            SnapshotWriteError: the system said no: a full disk, say.
+            ImportError: safetensors is not installed.
+            WaitTimeoutError, ClosedError.
+        """
+        deadline = self._enter(timeout)
+        return save_pools(self.storage, {ALONE: self}, path, side, deadline)
+
+    def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        side: SideCodec | None = None,
+        on_mismatch: str = "error",
+        replace: bool = False,
+        overflow: Overflow | None = None,
+        timeout: float | None = None,
+    ) -> Loaded:
+        """Store the entries of a file that a pool's `save` wrote; all become visible at once, or none. May block.
+
+        Slots that they share in the file are shared here, and the order in which they are evicted is the same. What the
+        pool has under other keys stays. See `docs/snapshots.md`.
+
+        Args:
+            path: of the file.
+            side: as in `save`, the same.
+            on_mismatch: "error" where the file's dtype is another, or its entries do not fit; "convert" to round to the
+                dtype of this pool, and to leave out what is too long, and the oldest of what is too much.
+            replace: whether everything that the pool has goes in the same moment.
+            overflow: the policy that entries were committed with whose tokens are corrected on reading.
+            timeout: seconds to wait for locks and room.
+
+        Raises:
+            SnapshotDamagedError, SnapshotVersionError: the file cannot be read.
+            SnapshotMismatchError: it does not go into this pool.
+            OSError: there is no such file. ImportError: safetensors is not installed.
+            WaitTimeoutError, ClosedError: as `put_many`.
+        """
+        return load_pools(
+            {ALONE: self},
+            self.name,
+            path,
+            side=side,
+            on_mismatch=on_mismatch,
+            replace=replace,
+            overflow=overflow,
+            timeout=timeout,
+        )
 
 
 def read_from_pool(pool: KVPool, key: Hashable, copied: Callable[[Entry], R]) -> R | None:

@@ -21,6 +21,7 @@ from ..books.records import (
     Generation,
     Grant,
     Scope,
+    Scopes,
     sorted_shards,
 )
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
@@ -52,7 +53,7 @@ DRAIN_SECONDS = 0.02  # a thread that waits for room looks so often whether what
 
 def reserve(
     domain: Domain,
-    scope: Scope,
+    scope: Scope | Scopes,
     generation: Generation,
     plan: WritePlan,
     located: Sequence[tuple[Scope, int]],
@@ -106,17 +107,17 @@ def reserve(
 
 
 def _freed_by(
-    domain: Domain, scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    domain: Domain, scope: Scope | Scopes, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
-    replaced = _present(scope, plan, located)
+    replaced = _present(plan, located)
     if not replaced:
         return 0, 0
     with gate.lock, domain.ledger.mutex:
         freed = _freed_of(domain, scope, plan, replaced)
     if freed is None:  # another writer replaced one of them since
         with gate.lock, domain.locks.read(sorted_shards(located), deadline):
-            replaced = _present(scope, plan, located)
+            replaced = _present(plan, located)
             with gate.lock, domain.ledger.mutex:
                 freed = _freed_of(domain, scope, plan, replaced)
     if freed is None:
@@ -124,13 +125,13 @@ def _freed_by(
     return freed
 
 
-def _present(scope: Scope, plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
+def _present(plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
     """The entries that a plan's keys have, just now where their shards are not held."""
     keys = zip(located, plan.keys, plan.hashes, strict=True)
-    return [entry for (_, part), key, key_hash in keys if (entry := scope.entries[part].get(key, key_hash)) is not None]
+    return [entry for (of, part), key, key_hash in keys if (entry := of.entries[part].get(key, key_hash)) is not None]
 
 
-def _freed_of(domain: Domain, scope: Scope, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
+def _freed_of(domain: Domain, scope: Scope | Scopes, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
     """How many entries these are, and their slots that no others name; None unless all are published. Mutex held.
 
     Of a search, whose own alone can make up for what it lacks: nor what `plan` makes of them.
@@ -780,7 +781,7 @@ def unpublish(domain: Domain, entries: list[Entry], *, told: bool = False) -> li
     return dead
 
 
-def cancel(domain: Domain, scope: Scope, grant: Grant, used: Ticks) -> None:
+def cancel(domain: Domain, scope: Scope | Scopes, grant: Grant, used: Ticks) -> None:
     """Give back what a write took and did not publish."""
     ledger, account, budget = domain.ledger, domain.account, scope.budget
     dead: list[Entry] = []

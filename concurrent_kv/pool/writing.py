@@ -11,7 +11,7 @@ from torch import Tensor
 from ..books.entries import new_entries, occupy, row_of
 from ..books.index import find_places, take_away
 from ..books.ledger import Ledger, wake
-from ..books.records import EXEMPT, HELD, Account, Entry, Generation, Grant, Scope, sorted_shards
+from ..books.records import EXEMPT, HELD, Account, Entry, Generation, Grant, Scope, Scopes, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -44,7 +44,7 @@ def generation_for(scope: Scope, deadline: Deadline) -> Generation:
     return generation
 
 
-def write(domain: Domain, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
+def write(domain: Domain, scope: Scope | Scopes, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
     """Store what `plan` says, all of it or nothing.
 
     Returns False, with nothing stored, if `scope` was cleared or its version bumped since `generation`.
@@ -85,7 +85,10 @@ def write(domain: Domain, scope: Scope, generation: Generation, plan: WritePlan,
             written = merge(written, plan.shared_writes)
         shape = plan.shape
         of_each = (shape.lengths, plan.sides, plan.priorities, plan.hashes, plan.corrections)
-        entries = new_entries(plan.keys, scope, generation, *of_each, written)
+        if isinstance(scope, Scopes):
+            entries = plan.entries_in(scope, written)
+        else:
+            entries = new_entries(plan.keys, scope, generation, *of_each, written)
         while True:
             outcome, missing = _publish(domain, scope, generation, entries, plan, located, grant, deadline)
             if outcome is not Outcome.NO_ROOM:
@@ -108,13 +111,16 @@ def write(domain: Domain, scope: Scope, generation: Generation, plan: WritePlan,
     return outcome is Outcome.PUBLISHED
 
 
-def _cancel_later(domain: Domain, scope: Scope, grant: Grant, used: Ticks, deadline: Deadline) -> None:
+def _cancel_later(domain: Domain, scope: Scope | Scopes, grant: Grant, used: Ticks, deadline: Deadline) -> None:
     cancel(domain, scope, grant, used)
 
 
 def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> tuple[Tensor, ...]:
     """Copy a plan's tokens into the slots taken for them; returns what has to live until that is done."""
     shape = plan.shape
+    if plan.fill is not None:
+        plan.fill(grant.taken)
+        return ()
     if plan.parts is not None:
         storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, grant.taken)
         return ()
@@ -127,7 +133,7 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> 
 
 def _publish(
     domain: Domain,
-    scope: Scope,
+    scope: Scope | Scopes,
     generation: Generation,
     entries: list[Entry],
     plan: WritePlan,
@@ -155,6 +161,11 @@ def _publish(
         try:
             with gate.lock, ledger.mutex:
                 missing = _admit(domain, scope, entries, cells, replaced, plan, old, grant)
+                if grant.spent and isinstance(scope, Scopes):
+                    try:
+                        scope.renew()
+                    except Exception:  # no memory, no frames; what was written is current a little later
+                        ledger.abandoned.append(partial(ledger.again, [scope.renew]))
                 if grant.spent and old:
                     try:
                         dead = unpublish(domain, old, told=True)
@@ -181,7 +192,7 @@ def _publish(
 
 def _admit(
     domain: Domain,
-    scope: Scope,
+    scope: Scope | Scopes,
     entries: list[Entry],
     cells: list[list[Entry]],
     replaced: list[Entry | None],

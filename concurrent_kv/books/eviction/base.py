@@ -106,6 +106,13 @@ class EvictionPolicy(ABC, Generic[E]):
     def __iter__(self) -> Iterator[E]:
         """Every held entry once, in any order; the policy must not change meanwhile."""
 
+    def in_order(self) -> list[E]:
+        """Every held entry, the next victim first as far as there is an order; for snapshots.
+
+        What was given out and not given back may be among them, where it would come back to.
+        """
+        return list(self)
+
     @abstractmethod
     def __len__(self) -> int:
         """How many entries are held."""

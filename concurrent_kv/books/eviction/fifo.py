@@ -89,6 +89,10 @@ class FIFO(EvictionPolicy[E]):
         self._numbered.clear()
         self._oldest.clear()
 
+    def in_order(self) -> list[E]:
+        numbers = {**self._out, **self._back, **self._queue}
+        return sorted(numbers, key=numbers.__getitem__)
+
     def __contains__(self, entry: object) -> bool:
         return entry in self._queue or entry in self._back
 

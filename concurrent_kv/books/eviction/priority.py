@@ -92,6 +92,9 @@ class Priority(EvictionPolicy[E]):
             heapify(heap)
             self._buckets, self._heap = buckets, heap
 
+    def in_order(self) -> list[E]:
+        return [entry for priority in sorted(self._buckets) for entry in self._buckets[priority]]
+
     def __contains__(self, entry: object) -> bool:
         return entry in self._priorities
 
