@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from inspect import signature
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -381,11 +381,20 @@ class KVCacheManager(Handle):
     def get_stats_summary(self) -> StatsSummary:
         """The statistics of every pool and their total, as numbers. Never waits for a shard."""
         self.storage.check_process()
-        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
         contention = self.storage.locks.contention.read()
+        return self._summary(lambda pool: pool.stats_now(contention))
+
+    def lifetime_stats(self) -> StatsSummary:
+        """As `get_stats_summary`, with the counts since it was made, whatever was reset. Never waits for a shard."""
+        self.storage.check_process()
+        contention = self.storage.locks.contention.read_lifetime()
+        return self._summary(lambda pool: pool.lifetime_now(contention))
+
+    def _summary(self, stats_of: Callable[[KVPool], PoolStats]) -> StatsSummary:
+        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
 
         def stats_now() -> dict[str, PoolStats]:
-            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
+            return {pool.name.removeprefix(f"{self.name}."): stats_of(pool) for pool in pools}
 
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them

@@ -25,6 +25,7 @@ LAYERS = (
     "manager",
     "evaluation",
     "aio",
+    "metrics",
     "compat",
 )
 FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere

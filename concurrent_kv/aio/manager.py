@@ -183,6 +183,10 @@ class AsyncKVCacheManager(NeverCopied):
         """See `KVCacheManager.get_stats_summary`; it never waits."""
         return self.sync.get_stats_summary()
 
+    def lifetime_stats(self) -> StatsSummary:
+        """See `KVCacheManager.lifetime_stats`; it never waits."""
+        return self.sync.lifetime_stats()
+
     def offload_stats(self) -> OffloadStats:
         """How many operations ran inline, and how many in worker threads."""
         return self._offload.stats()

@@ -200,6 +200,11 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         """What waits."""
         return self._queue
 
+    @property
+    def storage(self) -> KVStorage:
+        """What the leaves' searches and pools are over."""
+        return self._call.storage
+
     def check_caller(self) -> None:
         """Raises if what calls must not wait for a call of the model."""
         self._call.storage.check_process()
