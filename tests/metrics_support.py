@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from concurrent_kv import KVCacheManager
 from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.metrics import METRICS, Distribution, KVMetrics
-from concurrent_kv.metrics.prometheus import KVCollector
+from concurrent_kv.metrics.prometheus import KVCollector, serve
 from tests import evaluating
 from tests.support import HANG_SECONDS, append, tokens
 
@@ -54,18 +53,9 @@ def new_evaluator(manager: KVCacheManager, **options: Any) -> Evaluator[int, int
     return Evaluator(manager, evaluating.model, **options)
 
 
-@contextmanager
-def served(collector: KVCollector) -> Iterator[str]:
-    """The URL under which a collector is served over HTTP."""
-    registry = CollectorRegistry()
-    registry.register(collector)
-    server, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/metrics"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(HANG_SECONDS)
+def served(collector: KVCollector) -> AbstractContextManager[str]:
+    """The URL under which a collector's numbers are served over HTTP."""
+    return serve(collector.metrics, 0)
 
 
 def scraped(url: str) -> Found:

@@ -1,9 +1,11 @@
-"""`KVCollector`: a collector of Prometheus' client. Needs `prometheus_client`, the extra `prometheus`."""
+"""`KVCollector`: a collector of Prometheus' client, and `serve`. Needs `prometheus_client`, the extra `prometheus`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
@@ -13,7 +15,7 @@ from .samples import Distribution
 from .sources import KVMetrics, Source
 from .table import METRICS, Kind, Metric
 
-__all__ = ["KVCollector"]
+__all__ = ["KVCollector", "serve"]
 
 
 class KVCollector(Collector):
@@ -67,3 +69,25 @@ _KINDS: dict[Kind, Callable[..., Family]] = {
 
 def _family(metric: Metric) -> Family:
     return _KINDS[metric.kind](metric.family, metric.about, labels=metric.labels, unit=metric.unit)
+
+
+@contextmanager
+def serve(metrics: KVMetrics, port: int, *, addr: str = "127.0.0.1") -> Iterator[str]:
+    """Serve these numbers, and no others, over HTTP until the `with` is left; gives their URL.
+
+    Args:
+        port: 0 stands for any that is free.
+        addr: of this machine, where scrapes come in; as it is, from this machine alone.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    registry = CollectorRegistry()
+    registry.register(KVCollector(metrics=metrics))
+    server, thread = start_http_server(port, addr=addr, registry=registry)
+    try:
+        yield f"http://{addr}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
