@@ -307,6 +307,7 @@ class KVCacheManager(Handle):
         tokens: int | None = None,
         order: LookupOrder = "own_first",
         overflow: Overflow | None = None,
+        record_tree: bool = False,
         timeout: float | None = None,
     ) -> Search:
         """Open a search: a scope of its own in the recurrent pool, kept whole until it closes. May block.
@@ -319,6 +320,7 @@ class KVCacheManager(Handle):
                 `env * (window + 2 * simulations)` is enough for two tokens a step that never copy.)
             order: where parents are looked up first: "own_first" or "init_first".
             overflow: what commits do with rows that outgrow the window, unless they say otherwise.
+            record_tree: whether it notes whose child each entry is, for `Search.tree()`. Where not, that costs nothing.
             timeout: seconds to wait for other searches to close, if their room is needed.
 
         Raises:
@@ -336,6 +338,7 @@ class KVCacheManager(Handle):
             tokens=tokens,
             order=order,
             overflow=overflow,
+            record_tree=record_tree,
             deadline=deadline,
         )
 

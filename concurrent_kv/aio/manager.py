@@ -145,6 +145,7 @@ class AsyncKVCacheManager(NeverCopied):
         tokens: int | None = None,
         order: LookupOrder = "own_first",
         overflow: Overflow | None = None,
+        record_tree: bool = False,
         timeout: float | None = None,
     ) -> AsyncSearch:
         """See `KVCacheManager.search`; it opens when the `async with` is entered."""
@@ -155,6 +156,7 @@ class AsyncKVCacheManager(NeverCopied):
             tokens=tokens,
             order=order,
             overflow=overflow,
+            record_tree=record_tree,
         )
         return AsyncSearch(opening, self._offload, timeout)
 
