@@ -26,6 +26,7 @@ LAYERS = (
     "evaluation",
     "aio",
     "metrics",
+    "top",
     "compat",
 )
 FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere
