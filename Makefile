@@ -12,7 +12,10 @@ LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_l
 TRANSFORMERS_VENV := .venv-transformers
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench gpu help mutants play test lint lightzero lightzero-main text-tree transformers clean
+# A Prometheus that the tests of the dashboard ask: what .ci/prometheus finds, or fetches, if left out.
+PROMETHEUS ?=
+
+.PHONY: bench gpu help metrics mutants play test lint lightzero lightzero-main text-tree transformers clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -36,6 +39,7 @@ help:
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
+	@echo 'make metrics  what is published, as Prometheus, Grafana, OpenTelemetry and TensorBoard have it'
 	@echo 'make clean  remove the environments and what tools left'
 
 play: $(VENV)/play.stamp
@@ -86,6 +90,11 @@ endif
 # Nothing is downloaded but packages: the models are tiny, and random.
 transformers: $(TRANSFORMERS_VENV)/stamp
 	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) $(ARGS)
+
+# TensorBoard joins the environment here. Without a Prometheus, what asks one is skipped, which is said.
+metrics: $(VENV)/metrics-test.stamp
+	@PROMETHEUS="$$(PROMETHEUS='$(PROMETHEUS)' .ci/prometheus)" PYTHONPATH=. $(BIN)/python -m pytest -rs \
+	    $(wildcard tests/test_metrics*.py) tests/test_top.py tests/test_search_trees.py $(ARGS)
 
 # A search over a tree of text: countdown puzzles, and a tiny model that is in the repository.
 text-tree: $(TRANSFORMERS_VENV)/stamp
