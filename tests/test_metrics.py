@@ -32,7 +32,10 @@ from concurrent_kv.metrics.samples import distribution_of
 from tests import evaluating
 from tests.conftest import MakeManager, MakePool
 from tests.metrics_support import evaluate_leaves, new_evaluator, numbers_of, search_once, values_of
+from tests.simulated.fixtures import gpu as gpu
+from tests.simulated.gpu import SimGPU
 from tests.support import HANG_SECONDS, append, config, tokens
+from tests.test_manager_streams import manager_on
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 RECUR, INIT, WM = [("cache", role, role) for role in ("recur", "init", "wm")]
@@ -146,6 +149,13 @@ def test_a_pool_by_itself_and_pools_that_share_a_storage_are_told_apart(make_poo
     found = values_of(KVMetrics(first))
     assert found["concurrent_kv_entries", ("first", "first", "alone")] == 1
     assert found["concurrent_kv_lock_waits_total", ("first",)] == 0
+
+
+def test_what_several_sources_have_in_common_is_there_once(make_manager: MakeManager) -> None:
+    manager = make_manager(name="cache")
+    samples = KVMetrics(manager, manager.wm_pool, manager.recur_pool).read()
+    assert len({(sample.metric, sample.labels) for sample in samples}) == len(samples)
+    assert sum(sample.metric.name == "lock_waits" for sample in samples) == 1
 
 
 # Counts only grow ----------------------------------------------------------------------------------------------------
@@ -347,6 +357,18 @@ def test_durations_count_what_returned_by_role_and_no_search_of_before(make_mana
     assert found["concurrent_kv_gather_duration_seconds", RECUR].total > 0
 
 
+def test_an_operation_on_a_stream_that_it_is_given_is_timed_once(gpu: SimGPU) -> None:
+    manager = manager_on(gpu)
+    metrics = KVMetrics(manager, durations=True)
+    with manager.search([0]) as search:
+        search.gather(["init"], [0], stream=gpu.stream(2)).close()  # type: ignore[arg-type]
+    manager.recur_pool.gather(["recur"], stream=gpu.stream(2)).close()  # type: ignore[arg-type]
+    gpu.queues.run_until(lambda: gpu.queues.idle)
+    assert values_of(metrics)["concurrent_kv_gather_duration_seconds", RECUR].count == 2
+    manager.check_integrity()
+    manager.close()
+
+
 def test_lock_waits_are_timed(make_pool: MakePool) -> None:
     pool = make_pool(name="pool", shards=1)
     metrics = KVMetrics(pool, durations=True)
@@ -358,9 +380,11 @@ def test_parts_of_calls_are_timed_once_a_call() -> None:
     manager = evaluating.new_manager()
     evaluator: Evaluator[int, int] = new_evaluator(manager)
     metrics = KVMetrics(manager, evaluator, durations=True)
-    for rows in (2, 3):
-        evaluate_leaves(manager, evaluator, rows)
+    evaluate_leaves(manager, evaluator, 2)
+    with manager.search([0]) as search:
+        evaluator.run(evaluating.tree_walk(search, 0, 7, steps=1))  # led on, which is no call
     found, stats = values_of(metrics), evaluator.stats()
+    assert stats.walk_seconds > 0
     for part in ("gather", "model", "commit"):
         timed = found["concurrent_kv_evaluator_call_duration_seconds", ("cache", "0", part)]
         assert timed.count == stats.calls == 2

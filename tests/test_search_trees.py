@@ -23,6 +23,7 @@ from concurrent_kv import (
     SearchEndedError,
 )
 from concurrent_kv.books.ledger import Ledger
+from concurrent_kv.search import recording
 from concurrent_kv.search.state import SearchState
 from concurrent_kv.search.tree import SearchTree
 from tests import evaluating
@@ -193,6 +194,35 @@ async def test_a_task_hears_the_same(make_manager: MakeManager) -> None:
         append(batch, [1], 1)
         await search.commit(["a"], batch)
         assert edges(await search.tree()) == {"root": None, "a": "root"}
+
+
+def test_a_record_that_cannot_be_made_leaves_the_search_as_it_was(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager()
+    manager.set_init_cache(0, "root", tokens(1, 2))
+
+    def no_memory(*_: object) -> object:
+        raise MemoryError
+
+    record = recording.Record
+    with manager.search([0], record_tree=True) as search:
+        monkeypatch.setattr(recording, "Record", no_memory)
+        with pytest.raises(MemoryError):
+            search.gather(["root"], [0])
+        assert search.held == 0
+        manager.check_integrity()
+        monkeypatch.setattr(recording, "Record", record)
+        grow(search, ["root"], ["a"])
+        before, in_use = edges(search.tree()), search.tokens_in_use
+        with search.gather(["a"], [0]) as batch:
+            append(batch, [1], 1)
+            monkeypatch.setattr(recording, "Record", no_memory)
+            with pytest.raises(MemoryError):
+                search.commit(["b"], batch)
+            monkeypatch.setattr(recording, "Record", record)
+        assert (edges(search.tree()), search.tokens_in_use) == (before, in_use)
+        manager.check_integrity()
 
 
 def test_a_search_that_does_not_record_has_no_step_more(make_manager: MakeManager) -> None:
