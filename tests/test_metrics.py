@@ -225,9 +225,10 @@ def _wait_for_a_shard(pool: KVPool) -> None:
 # Whose they are ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_closed_keeps_its_counts_and_what_is_dropped_has_no_series() -> None:
+@pytest.mark.parametrize("durations", [False, True])
+def test_what_is_closed_keeps_its_counts_and_what_is_dropped_has_no_series(durations: bool) -> None:
     manager = KVCacheManager(config(), 1)
-    metrics = KVMetrics(manager)
+    metrics = KVMetrics(manager, durations=durations)
     search_once(manager)
     before = numbers_of(metrics)
     manager.check_integrity()
@@ -323,6 +324,32 @@ def test_a_histogram_counts_exactly_from_many_threads() -> None:
     found = histogram.read()
     assert found.count == 16000
     assert found.counts[1] == found.counts[-1] == 8000  # at most 10 us; beyond every bound
+
+
+def test_a_histogram_changes_under_its_lock() -> None:
+    histogram, seen = Histogram(), []
+
+    class Watched(list[int]):
+        def __setitem__(self, place: Any, value: Any) -> None:
+            seen.append(histogram._lock.locked())
+            super().__setitem__(place, value)
+
+    histogram._counts = Watched(histogram._counts)
+    histogram.record(1.0)
+    assert seen == [True]
+
+
+def test_inside_a_critical_section_a_histogram_is_read_without_its_lock() -> None:
+    histogram, found = Histogram(), list[Distribution]()
+
+    def read() -> None:
+        with gate.lock, histogram._lock:  # a finaliser may run here
+            found.append(histogram.read())
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(HANG_SECONDS)
+    assert len(found) == 1
 
 
 def test_a_value_on_a_bound_is_in_its_bucket() -> None:
