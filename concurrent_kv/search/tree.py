@@ -11,9 +11,9 @@ from .recording import Record
 
 __all__ = ["SearchTree", "TreeNode", "tree_of"]
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 34, 40, 8, 16  # of the picture, in pixels
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 200, 34, 40, 8, 16  # of the picture, in pixels
 ROOT_COLOR, COLOR, PARTED_COLOR = "#fff3cd", "#e8f0fe", "#f8d7da"
-LONGEST_KEY = 24  # characters of a key that are shown
+LONGEST_TITLE = 28  # characters of a key that are shown
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,13 @@ class TreeNode:
     def about(self) -> str:
         """Its tokens and its age, in words."""
         tokens = f"{self.tokens} tokens" if self.is_root else f"{self.own} own, {self.shared} shared"
-        return f"{tokens}, {self.age:.1f} s{', parent released' if self.parent_released else ''}"
+        return f"{tokens}, {self.age:.1f} s"
 
     @property
     def title(self) -> str:
         """Its key, and a root's environment, in words."""
-        key = repr(self.key)
-        key = key if len(key) <= LONGEST_KEY else key[: LONGEST_KEY - 1] + "…"
-        return key if self.env_id is None else f"{key} of {self.env_id!r}"
+        title = repr(self.key) if self.env_id is None else f"{self.key!r} of {self.env_id!r}"
+        return title if len(title) <= LONGEST_TITLE else title[: LONGEST_TITLE - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class SearchTree:
         while waiting:  # no recursion: a path may be longer than the stack
             place, before, below = waiting.pop()
             node = self.nodes[place]
-            lines.append(f"{before}{node.title}  {node.about}")
+            lines.append(f"{before}{node.title}  {node.about}{', parent released' if node.parent_released else ''}")
             inner = children.get(place, [])
             for number, child in reversed(list(enumerate(inner, 1))):
                 last = number == len(inner)
@@ -104,7 +103,7 @@ class SearchTree:
         return "\n".join([*lines, "}\n"])
 
     def svg(self) -> str:
-        """The tree as a picture, roots at the left."""
+        """The tree as a picture, roots at the left; what has lost its parent is red, as in `dot`."""
         places = self._places()
         width = 2 * MARGIN + max((x for x, _ in places), default=0) + WIDTH
         height = 2 * MARGIN + max((y for _, y in places), default=0) + HEIGHT
