@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
+from markdown_it import MarkdownIt
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry
@@ -127,6 +129,13 @@ def test_a_collection_reads_once_for_all_instruments_and_the_next_reads_anew(job
     provider.shutdown()
 
 
+def python_blocks() -> list[list[str]]:
+    """The Python blocks of the page, line by line."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text("utf-8")
+    tokens = [token for token in MarkdownIt().parse(page) if token.type == "fence" and token.info == "python"]
+    return [token.content.splitlines() for token in tokens]
+
+
 class Board:
     """Keeps what TensorBoard's writer is given."""
 
@@ -193,6 +202,25 @@ def test_event_files_of_tensorboard_read_back_as_they_were_written(job: Job, tmp
         assert [event.step for event in events.Scalars(tag)] == [10, 20]
         assert events.Scalars(tag)[-1].step == step
         assert events.Scalars(tag)[-1].value == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_the_pages_examples_run(job: Job, block: list[str]) -> None:
+    manager, evaluator = job
+    names = {"manager": manager, "evaluator": evaluator, "writer": Board(), "step": 1}
+    lines = ["import prometheus_client", "prometheus_client.REGISTRY = prometheus_client.CollectorRegistry()"]
+    lines += [line.replace("start_http_server(9100)", "served = start_http_server(0, '127.0.0.1')") for line in block]
+    before = prometheus_client.REGISTRY
+    try:
+        exec("\n".join(lines), names)
+    finally:
+        prometheus_client.REGISTRY = before
+    served_by: Any = names.get("served")
+    if served_by is not None:
+        server, thread = served_by
+        server.shutdown()
+        server.server_close()
+        thread.join(HANG_SECONDS)
 
 
 def test_the_core_imports_no_client_and_the_numbers_need_none() -> None:
