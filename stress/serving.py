@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from weakref import ref
+from contextlib import contextmanager, nullcontext
 
-from concurrent_kv import KVCacheManager
 from concurrent_kv.metrics import KVMetrics
 from concurrent_kv.metrics.prometheus import serve
 from stress.monitor import Monitor
@@ -19,18 +17,19 @@ __all__ = ["serving"]
 def serving(port: int, watch: Watch | None) -> Iterator[tuple[str, Watch]]:
     """Serve them from here on; gives the URL, and what is watched then beside `watch`.
 
-    A profile's manager takes the place of the one before. Nothing is timed: what is attacked stays as it is.
+    With the end of a profile its series end. Nothing is timed: what is attacked stays as it is.
     """
-    metrics, latest = KVMetrics(), list[ref[KVCacheManager]]()
+    metrics = KVMetrics()
 
-    def watched_and_served(monitor: Monitor) -> AbstractContextManager[object]:
+    @contextmanager
+    def watched_and_served(monitor: Monitor) -> Iterator[None]:
         manager = monitor.run.world.manager
-        before = latest.pop()() if latest else None
-        if before is not None:  # open still, perhaps, where a run was stuck
-            metrics.remove(before)
         metrics.add(manager)
-        latest.append(ref(manager))
-        return nullcontext() if watch is None else watch(monitor)
+        try:
+            with nullcontext() if watch is None else watch(monitor):
+                yield
+        finally:
+            metrics.remove(manager)
 
     with serve(metrics, port) as url:
         yield url, watched_and_served

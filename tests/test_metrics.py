@@ -283,8 +283,17 @@ def test_evaluators_are_told_apart_by_number_or_by_name() -> None:
     assert found["concurrent_kv_evaluator_waiting_rows", ("cache", "1")] == 0
     metrics.remove(second)
     assert not [key for key in values_of(metrics) if key[1] == ("cache", "1")]
-    with pytest.raises(InvalidArgumentError, match="watched"):
+    with pytest.raises(InvalidArgumentError, match="one that is watched"):
         metrics.remove(second)
+    with pytest.raises(InvalidArgumentError, match="not watched yet"):
+        metrics.add(third)
+    with pytest.raises(InvalidArgumentError, match=r"another evaluator called cache\.value is watched"):
+        metrics.add(second, name="value")
+    fourth = new_evaluator(manager)
+    metrics.add(second)  # the first number that is free
+    metrics.add(fourth)
+    labels = {key[1] for key in values_of(metrics) if key[0] == "concurrent_kv_evaluator_calls_total"}
+    assert labels == {("cache", name) for name in ("0", "1", "2", "value")}
     manager.check_integrity()
     manager.close()
 
@@ -300,7 +309,7 @@ def test_arguments_that_cannot_work_are_named(make_manager: MakeManager) -> None
 def test_a_facade_stands_for_what_it_is_of(make_manager: MakeManager) -> None:
     manager = make_manager()
     metrics = KVMetrics(AsyncKVCacheManager(manager))
-    with pytest.raises(InvalidArgumentError, match="is watched"):
+    with pytest.raises(InvalidArgumentError, match="not watched yet"):
         metrics.add(manager)
 
 

@@ -64,7 +64,7 @@ def test_a_stress_run_serves_its_pools(capsys: pytest.CaptureFixture[str]) -> No
     _nothing_is_served(capsys.readouterr().out)
 
 
-def test_a_stress_run_replaces_the_profile_before() -> None:
+def test_each_profile_of_a_stress_run_is_served_in_its_turn() -> None:
     seen: list[Found] = []
 
     def looking(monitor: Monitor) -> AbstractContextManager[object]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any, TypeAlias
 from weakref import ref
 
@@ -47,7 +48,7 @@ ALONE = "alone"  # the role of a pool that is no manager's
 
 
 class _Pools:
-    """A manager, or a pool by itself."""
+    """A manager, or a pool by itself; of which it keeps none alive."""
 
     def __init__(self, target: KVCacheManager | KVPool, *, by_environment: bool, durations: bool) -> None:
         self.target = ref(target)
@@ -99,6 +100,13 @@ class _Pools:
             of_role.setdefault(name if role == ALONE else role, {})[name] = stats
         return [(role, StatsSummary(pools).total) for role, pools in of_role.items()]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is there, and not closed."""
+        target = self.target()
+        closed = target is None or target.storage.closed
+        return not (closed or (isinstance(target, KVPool) and target.closed))
+
     def stop(self) -> None:
         if self._timed is not None:
             self._timed.stop()
@@ -126,6 +134,11 @@ class _Evaluator:
         if self._timed is not None:
             for part, histogram in self._timed.parts.items():
                 yield Sample(CALL_DURATION, (*labels, part), histogram.read())
+
+    @property
+    def is_open(self) -> bool:
+        target = self.target()
+        return target is not None and not target.closed
 
     def stop(self) -> None:
         if self._timed is not None:
@@ -158,8 +171,8 @@ class KVMetrics:
         """Watch one more from now on; in the place of one of the same name that is closed or gone.
 
         Args:
-            name: what an evaluator is called; its number among those of its manager if left out. Pools and managers
-                have names of their own.
+            name: what an evaluator is called; if left out the first number that no open one of its manager has. Pools
+                and managers have names of their own.
 
         Raises:
             InvalidArgumentError: another that is open is watched under its name; or this one is watched already.
@@ -171,17 +184,28 @@ class KVMetrics:
                 f"name must be left out for what has a name of its own, {watched.name!r}, got {shown(name)}"
             )
         with gate.lock, self._lock:
-            key = self._key_of(watched, name)
-            known = self._sources.get(key)
-            if known is not None:
-                _check_replaced(known.target(), key)
-                known.stop()
-            made: _Pools | _Evaluator
-            if isinstance(watched, Evaluator):
-                made = _Evaluator(watched, key[1:], durations=self.durations)
-            else:
-                made = _Pools(watched, by_environment=self.by_environment, durations=self.durations)
-            self._sources = {**self._sources, key: made}
+            self._add(watched, name)
+
+    def _add(self, watched: Watched, name: str | None) -> None:
+        """`_lock` held."""
+        if any(known.target() is watched for known in self._sources.values()):
+            raise InvalidArgumentError(f"source must be one that is not watched yet, got {shown(watched)}")
+        key = self._key_of(watched, name)
+        known = self._sources.get(key)
+        if known is not None:
+            if known.is_open:
+                raise InvalidArgumentError(
+                    f"source must have a name of its own: another {key[0]} called {'.'.join(key[1:])} is watched, "
+                    "which is open; give one of them another name=, or remove that one"
+                )
+            known.stop()
+        made: _Pools | _Evaluator
+        if isinstance(watched, Evaluator):
+            made = _Evaluator(watched, key[1:], durations=self.durations)
+        else:
+            made = _Pools(watched, by_environment=self.by_environment, durations=self.durations)
+        staying = {key: known for key, known in self._sources.items() if known.target() is not None}
+        self._sources = {**staying, key: made}
 
     def remove(self, source: Source) -> None:
         """Watch it no longer: its series end.
@@ -237,10 +261,13 @@ class KVMetrics:
         if isinstance(watched, KVPool):
             return ("pool", watched.storage.name, watched.name)
         manager = watched.storage.name
-        if name is None:
-            known = sum(key[:2] == ("evaluator", manager) for key in self._sources)
-            name = str(known)
-        return ("evaluator", manager, name)
+        names = [name] if name is not None else map(str, count())
+        keys = (("evaluator", manager, each) for each in names)
+        return next(key for key in keys if name is not None or not self._is_taken(key))
+
+    def _is_taken(self, key: Name) -> bool:
+        known = self._sources.get(key)
+        return known is not None and known.is_open
 
 
 def role_of(pool: str) -> str:
@@ -256,14 +283,3 @@ def _sync(source: object) -> Watched:
             f"source must be a manager, a pool or an evaluator (or a facade of one), got {type(source).__name__}"
         )
     return found
-
-
-def _check_replaced(known: Watched | None, key: Name) -> None:
-    closed: Callable[[Watched], bool] = lambda each: (  # noqa: E731
-        each.storage.closed if isinstance(each, KVCacheManager) else each.closed
-    )
-    if known is not None and not closed(known):
-        raise InvalidArgumentError(
-            f"source must have a name of its own: another {key[0]} called {'.'.join(key[1:])} is watched, which is "
-            "open; give one of them another name=, or remove that one"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 
 from concurrent_kv.metrics import KVMetrics
 from concurrent_kv.metrics.prometheus import serve
@@ -20,12 +20,17 @@ def serving(port: int, watch: Watch | None) -> Generator[tuple[str, Watch], None
     """
     metrics, others = KVMetrics(durations=True), watch or unwatched
 
-    def watched_and_served(watched: Watched) -> AbstractContextManager[object]:
-        if watched.manager is not None:
-            metrics.add(watched.manager)
+    @contextmanager
+    def watched_and_served(watched: Watched) -> Generator[None, None, None]:
+        with ExitStack() as stack:
+            if watched.manager is not None:
+                metrics.add(watched.manager)
+                stack.callback(metrics.remove, watched.manager)
             for group, evaluator in enumerate(watched.evaluators):
                 metrics.add(evaluator, name=str(group))
-        return others(watched)
+                stack.callback(metrics.remove, evaluator)
+            with others(watched):
+                yield
 
     with serve(metrics, port) as url:
         yield url, watched_and_served
