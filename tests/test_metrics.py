@@ -194,6 +194,39 @@ def test_a_reset_while_a_search_is_open_loses_and_repeats_nothing(make_manager: 
     assert manager.get_stats_summary().pools["init[0]"].hit_count == 1
 
 
+def test_no_count_goes_down_while_threads_search_and_statistics_are_reset(make_manager: MakeManager) -> None:
+    manager = make_manager(4, name="cache")
+    metrics, barrier, errors = KVMetrics(manager), threading.Barrier(5), list[BaseException]()
+    searches, over = 30, threading.Event()
+
+    def search(env: int) -> None:
+        try:
+            barrier.wait(HANG_SECONDS)
+            for _ in range(searches):
+                search_once(manager, env)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=search, args=(env,)) for env in range(4)]
+    for thread in threads:
+        thread.start()
+    barrier.wait(HANG_SECONDS)
+    before: dict[Any, float] = {}
+    counted = {metric.prometheus for metric in COUNTERS}
+    while not over.is_set():
+        if not any(thread.is_alive() for thread in threads):
+            over.set()
+        now = {key: value for key, value in numbers_of(metrics).items() if key[0] in counted}
+        assert not {key for key, value in before.items() if now[key] < value}
+        before = now
+        manager.reset_stats()
+    assert not errors
+    assert before["concurrent_kv_queries_total", RECUR] == 2 * 4 * searches
+    assert before["concurrent_kv_hits_total", INIT] == 4 * searches
+    assert before["concurrent_kv_inserts_total", RECUR] == 2 * 4 * searches
+
+
 def test_lock_waits_of_before_a_reset_still_count(make_pool: MakePool) -> None:
     pool = make_pool(name="pool", shards=1)
     _wait_for_a_shard(pool)
