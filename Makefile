@@ -17,7 +17,10 @@ FREETHREADED := .venv-freethreaded
 DOCS_VENV := .venv-docs
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench clean docs gpu help lightzero lightzero-main lint mutants play test text-tree transformers wheels
+# A Prometheus that the tests of the dashboard ask: what .ci/prometheus finds, or fetches, if left out.
+PROMETHEUS ?=
+
+.PHONY: bench clean docs gpu help lightzero lightzero-main lint metrics mutants play test text-tree transformers wheels
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -41,12 +44,13 @@ help:
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
+	@echo 'make metrics  what is published, as Prometheus, Grafana, OpenTelemetry and TensorBoard have it'
 	@echo 'make docs   build the documentation into site/, and open it in a headless browser'
 	@echo 'make wheels  build the wheels, install and use each in an empty environment  (ARGS="--lowest --no-compiler")'
 	@echo 'make clean  remove the environments and what tools left'
 
-# What draws, and the other event loop, are installed where they are asked for.
-play: $(VENV)/$(if $(findstring --plot,$(ARGS))$(findstring trio,$(ARGS)),play-all,play).stamp
+# What draws, what serves numbers, and the other event loop, are installed where they are asked for.
+play: $(VENV)/$(if $(findstring --plot,$(ARGS))$(findstring --metrics,$(ARGS))$(findstring trio,$(ARGS)),play-all,play).stamp
 	@$(BIN)/python -m examples.cartpole $(ARGS)
 
 test: $(VENV)/test.stamp
@@ -104,6 +108,11 @@ endif
 # Nothing is downloaded but packages: the models are tiny, and random.
 transformers: $(TRANSFORMERS_VENV)/stamp
 	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) $(ARGS)
+
+# TensorBoard joins the environment here. Without a Prometheus, what asks one is skipped, which is said.
+metrics: $(VENV)/metrics-test.stamp
+	@PROMETHEUS="$$(PROMETHEUS='$(PROMETHEUS)' .ci/prometheus)" PYTHONPATH=. $(BIN)/python -m pytest -rs \
+	    $(wildcard tests/test_metrics*.py) tests/test_top.py tests/test_search_trees.py $(ARGS)
 
 # A search over a tree of text: countdown puzzles, and a tiny model that is in the repository.
 text-tree: $(TRANSFORMERS_VENV)/stamp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from os import PathLike
@@ -408,6 +408,7 @@ class KVCacheManager(Handle):
         tokens: int | None = None,
         order: LookupOrder = "own_first",
         overflow: Overflow | None = None,
+        record_tree: bool = False,
         timeout: float | None = None,
     ) -> Search:
         """Open a search: a scope of its own in the recurrent pool, kept whole until it closes. May block.
@@ -420,6 +421,7 @@ class KVCacheManager(Handle):
                 `env * (window + 2 * simulations)` is enough for two tokens a step that never copy.)
             order: where parents are looked up first: "own_first" or "init_first".
             overflow: what commits do with rows that outgrow the window, unless they say otherwise.
+            record_tree: whether it notes whose child each entry is, for `Search.tree()`. Where not, that costs nothing.
             timeout: seconds to wait for other searches to close, if their room is needed.
 
         Raises:
@@ -437,6 +439,7 @@ class KVCacheManager(Handle):
             tokens=tokens,
             order=order,
             overflow=overflow,
+            record_tree=record_tree,
             deadline=deadline,
         )
 
@@ -522,11 +525,20 @@ class KVCacheManager(Handle):
     def get_stats_summary(self) -> StatsSummary:
         """The statistics of every pool and their total, as numbers. Never waits for a shard."""
         self.storage.check_process()
-        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
         contention = self.storage.locks.contention.read()
+        return self._summary(lambda pool: pool.stats_now(contention))
+
+    def lifetime_stats(self) -> StatsSummary:
+        """As `get_stats_summary`, with the counts since it was made, whatever was reset. Never waits for a shard."""
+        self.storage.check_process()
+        contention = self.storage.locks.contention.read_lifetime()
+        return self._summary(lambda pool: pool.lifetime_now(contention))
+
+    def _summary(self, stats_of: Callable[[KVPool], PoolStats]) -> StatsSummary:
+        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
 
         def stats_now() -> dict[str, PoolStats]:
-            return {pool.name.removeprefix(f"{self.name}."): pool.stats_now(contention) for pool in pools}
+            return {pool.name.removeprefix(f"{self.name}."): stats_of(pool) for pool in pools}
 
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them

@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
@@ -23,7 +23,7 @@ from stress.faults.plan import FAULTS, parse_faults
 from stress.operations import MOST_ROWS
 from stress.profiles import OPERATIONS, PROFILES, parse_mix
 from stress.results import as_json, summary_of
-from stress.runner import ProfileResult, run_profile
+from stress.runner import ProfileResult, Watch, run_profile
 from stress.summary import failure_texts, live_watch, outcome, summary
 from stress.workloads import POSITIONS, WORKLOADS
 from stress.world import Settings
@@ -44,19 +44,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profiles = _settings(parser, options)
     if options.report is not None:
         try:
-            from stress.report import write_report  # matplotlib and jinja2, which nothing else needs
+            import stress.report  # noqa: F401  (matplotlib and jinja2, which nothing else needs)
         except ImportError as error:
             parser.error(f"argument --report: {error}; it comes with the extra `stress`")
-    console, errors = Console(), Console(stderr=True)
+    console = Console()
     # Of calls that were interrupted between being made and being awaited.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     torch.set_num_threads(1)  # the parallelism is that of the actors
+    watch = live_watch(console) if options.progress else None
+    with ExitStack() as stack:
+        if options.metrics is not None:
+            from stress.serving import serving  # what serves is not needed otherwise
+
+            try:
+                url, watch = stack.enter_context(serving(options.metrics, watch))
+            except OSError as error:
+                parser.error(f"argument --metrics: {error}")
+            console.print(f"metrics: {url}", highlight=False)
+        return _attack(profiles, options, arguments, watch)
+
+
+def _attack(
+    profiles: Sequence[Settings],
+    options: argparse.Namespace,
+    arguments: Sequence[str] | None,
+    watch: Watch | None,
+) -> int:
+    console, errors = Console(), Console(stderr=True)
     results: list[ProfileResult] = []
     interrupted = False
     try:
         for settings in profiles:
             with _ends_for_sure(2 * settings.seconds + BOUNDS_TO_END * settings.bound_seconds):
-                result = run_profile(settings, live_watch(console) if options.progress else None)
+                result = run_profile(settings, watch)
             results.append(result)
             console.print(outcome(result))
             if result.interrupted:
@@ -73,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.summary is not None:
             options.summary.write_text(json.dumps(summary_of(document), indent=1) + "\n", "utf-8")
         if options.report is not None:
+            from stress.report import write_report
+
             write_report(document, options.report)
     for text in failure_texts(results):
         errors.print(f"FAILED: {text}", style="red", markup=False, highlight=False)
@@ -168,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write every figure there")
     add("--summary", type=Path, metavar="FILE", help="write the figures without their course over time there")
     add("--report", type=Path, metavar="FILE", help="write a page with plots there")
+    add(
+        "--metrics",
+        type=_checked(_whole(0, 65535)),
+        metavar="PORT",
+        help="serve the cache's numbers to Prometheus there, from this machine; 0: any port that is free",
+    )
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
     return parser
 

@@ -33,8 +33,8 @@ HANG_SECONDS = 3
 HARMLESS = {
     "KVStorage": {"zero_slot_is_zero", "checked_overflow"},
     "KVPool": {
-        "allocation", "allocation_for", "check_open", "closed", "counters", "pool", "registered_scopes", "stats_now",
-        "version",
+        "allocation", "allocation_for", "check_open", "closed", "counters", "lifetime_now", "pool", "registered_scopes",
+        "stats_now", "version",
     },
     "KVCacheManager": {
         "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "plan",
@@ -49,7 +49,7 @@ HARMLESS = {
     },
     "Pin": {"abandon"},
     "Claim": {"abandon", "computing", "over"},
-    "Evaluator": {"closed", "queue", "seconds_left"},
+    "Evaluator": {"closed", "queue", "seconds_left", "storage"},
     "EvaluatorWorker": {"registered", "seat"},
 }  # fmt: skip
 

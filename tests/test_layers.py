@@ -27,6 +27,8 @@ LAYERS = (
     "manager",
     "evaluation",
     "aio",
+    "metrics",
+    "top",
     "compat",
 )
 FACADES = {"__init__", "__main__", "eviction"}  # they gather what users import, from everywhere

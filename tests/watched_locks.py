@@ -179,8 +179,8 @@ class Watch:
         self.mutex = self._watch_ledger(ledger, "the mutex")
         of_search = Ledger.of_search
 
-        def watched(this: Ledger) -> Ledger:
-            made = of_search(this)
+        def watched(this: Ledger, kind: type[Ledger]) -> Ledger:
+            made = of_search(this, kind)
             self._watch_ledger(made, "a search's mutex")
             return made
 

@@ -149,6 +149,7 @@ class AsyncKVCacheManager(NeverCopied):
         tokens: int | None = None,
         order: LookupOrder = "own_first",
         overflow: Overflow | None = None,
+        record_tree: bool = False,
         timeout: float | None = None,
     ) -> AsyncSearch:
         """See `KVCacheManager.search`; it opens when the `async with` is entered."""
@@ -159,6 +160,7 @@ class AsyncKVCacheManager(NeverCopied):
             tokens=tokens,
             order=order,
             overflow=overflow,
+            record_tree=record_tree,
         )
         return AsyncSearch(opening, self._offload, timeout)
 
@@ -214,6 +216,10 @@ class AsyncKVCacheManager(NeverCopied):
     def get_stats_summary(self) -> StatsSummary:
         """See `KVCacheManager.get_stats_summary`; it never waits."""
         return self.sync.get_stats_summary()
+
+    def lifetime_stats(self) -> StatsSummary:
+        """See `KVCacheManager.lifetime_stats`; it never waits."""
+        return self.sync.lifetime_stats()
 
     def offload_stats(self) -> OffloadStats:
         """How many operations ran inline, and how many in worker threads."""

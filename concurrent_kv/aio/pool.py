@@ -431,6 +431,10 @@ class AsyncKVPool(NeverCopied):
         """See `KVPool.stats`; it never waits."""
         return self.sync.stats()
 
+    def lifetime_stats(self) -> PoolStats:
+        """See `KVPool.lifetime_stats`; it never waits."""
+        return self.sync.lifetime_stats()
+
     def offload_stats(self) -> OffloadStats:
         """How many operations ran inline, and how many in worker threads."""
         return self._offload.stats()

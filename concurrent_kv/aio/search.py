@@ -15,6 +15,7 @@ from ..model.overflow import Overflow
 from ..never_copied import NeverCopied
 from ..pool.batch import Batch
 from ..search.search import SAME_KEY, SAME_SIDE, LookupOrder, Search
+from ..search.tree import SearchTree
 from .offload import Offload
 
 __all__ = ["AsyncSearch"]
@@ -155,6 +156,13 @@ class AsyncSearch(NeverCopied):
         search = self.sync
         return await self._offload.run(
             lambda seconds: search.keys(timeout=seconds), entries=len(search), timeout=timeout
+        )
+
+    async def tree(self, *, timeout: float | None = None) -> SearchTree:
+        """See `Search.tree`."""
+        search = self.sync
+        return await self._offload.run(
+            lambda seconds: search.tree(timeout=seconds), entries=search.held, timeout=timeout
         )
 
     async def __aiter__(self) -> AsyncIterator[Hashable]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from .slots import SlotAllocator
 from .tables import Tables, new_tables
 
 __all__ = ["Ledger", "wake"]
+
+L = TypeVar("L", bound="Ledger")
 
 SPARE_TABLES = 4  # of searches that have ended
 SPARE_NOTES = 1000
@@ -102,9 +104,9 @@ class Ledger:
             tables.keep([])
             self._spare_tables.append(tables)
 
-    def of_search(self) -> Ledger:
+    def of_search(self, kind: type[L]) -> L:
         """One for a search over this storage."""
-        return Ledger(
+        return kind(
             self.num_slots,
             self.window,
             lock_factory=self._lock_factory,

@@ -338,6 +338,7 @@ class Account:
     Attributes:
         arguments: what its size was given by.
         uses: of its entries' rows.
+        before: what it had counted by the last reset.
         budgets: of open searches, set aside of it.
         guests: budgets of open searches that have adopted roots of it.
         scopes: by name, without those of searches.
@@ -365,6 +366,7 @@ class Account:
         self.turns = Turns()
         self.policy = policy
         self.counters = Counters()
+        self.before = Counters()
         self.closed = False
         self.budgets: set[Budget] = set()
         self.guests: set[Budget] = set()
@@ -376,11 +378,18 @@ class Account:
         self._add_searches(counted, 1)
         return counted
 
+    def count_of_lifetime(self) -> Counters:
+        """As `count`, likewise, whatever was reset."""
+        counted = self.count()
+        counted.add(self.before)
+        return counted
+
     def count_from_zero(self) -> None:
         """Start counting anew. What open searches have counted is taken off, and so stays theirs. Mutex held."""
+        before = self.count_of_lifetime()
         counters = type(self.counters)()
         self._add_searches(counters, -1)
-        self.counters = counters
+        self.before, self.counters = before, counters
 
     def _add_searches(self, counters: Counters, times: int) -> None:
         for budget in self.budgets.copy():  # in one call: where a finaliser asks, no lock is held

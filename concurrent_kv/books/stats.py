@@ -57,6 +57,7 @@ class PoolStats:
         bytes_in_use, max_bytes: the same in bytes.
         shared_slots: slots that two or more entries of the storage, or of one of its open searches, name.
         reserved_entries, reserved_slots: set aside by open searches.
+        open_searches: searches that take their room from the pool. waiters: operations that wait for room in it.
         lock_wait_count, lock_wait_seconds: how often, and how long in all, a lock shard had to be waited for
             (of the whole storage).
     """
@@ -78,6 +79,8 @@ class PoolStats:
     shared_slots: int = 0
     reserved_entries: int = 0
     reserved_slots: int = 0
+    open_searches: int = 0
+    waiters: int = 0
     lock_wait_count: int = 0
     lock_wait_seconds: float = 0.0
 

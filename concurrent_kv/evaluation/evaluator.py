@@ -71,7 +71,9 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         InvalidArgumentError, InvalidTypeError: an argument that cannot work.
     """
 
-    _internal = frozenset(("check", "check_caller", "queue", "seconds_left", "take", "wait", "wait_for_walks", "work"))
+    _internal = frozenset(
+        ("check", "check_caller", "queue", "seconds_left", "storage", "take", "wait", "wait_for_walks", "work")
+    )
 
     instead_of_copy = "share the one object between threads"
 
@@ -201,6 +203,11 @@ class Evaluator(Handle, Generic[Inputs, Output]):
     def queue(self) -> LeafQueue:
         """What waits."""
         return self._queue
+
+    @property
+    def storage(self) -> KVStorage:
+        """What the leaves' searches and pools are over."""
+        return self._call.storage
 
     def check_caller(self) -> None:
         """Raises if what calls must not wait for a call of the model."""

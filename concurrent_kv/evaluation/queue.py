@@ -292,6 +292,11 @@ class LeafQueue:
         self.closed = True
         self.wake_unlocked()
 
+    @property
+    def counters(self) -> EvaluatorCounters:
+        """What it counts, under its lock."""
+        return self._counters
+
     def stats(self) -> EvaluatorStats:
         """What was counted so far. Takes no lock inside a critical section, and may be a moment old there."""
         self._check_process()

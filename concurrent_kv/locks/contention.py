@@ -30,6 +30,7 @@ class Contention:
         self._lock = lock_factory()
         self._count = 0
         self._seconds = 0.0
+        self._before = 0, 0.0  # by the last reset
 
     def read(self) -> tuple[int, float]:
         """How often a shard had to be waited for, and for how many seconds in all."""
@@ -38,9 +39,21 @@ class Contention:
         with gate.lock, self._lock:
             return self._count, self._seconds
 
+    def read_lifetime(self) -> tuple[int, float]:
+        """As `read`, whatever was reset."""
+        if gate.is_inside:
+            return self._since_made()
+        with gate.lock, self._lock:
+            return self._since_made()
+
+    def _since_made(self) -> tuple[int, float]:
+        count, seconds = self._before
+        return count + self._count, seconds + self._seconds
+
     def reset(self) -> None:
         """Start both counters from zero."""
         with gate.lock, self._lock:
+            self._before = self._since_made()
             self._count, self._seconds = 0, 0.0
 
     def wait_until(self, is_free: Callable[[float], bool], shard: int, write: bool, deadline: Deadline) -> None:

@@ -14,7 +14,7 @@ from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Account, Entry, Generation, Scope
 from ..books.size_arguments import SizeArguments
-from ..books.stats import PoolStats
+from ..books.stats import Counters, PoolStats
 from ..device.layout import KVLayout, slots_of_capacity
 from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
 from ..locks.deadline import Deadline
@@ -66,7 +66,7 @@ def _check_room(storage: KVStorage, max_slots: int) -> None:
 class PoolCore(PoolState, Handle):
     """A quota, a policy and scopes over a storage. See `KVPool`, whose constructor this is."""
 
-    _internal = frozenset(("end_searches", "registered_scopes", "renew", "stats_now"))
+    _internal = frozenset(("end_searches", "lifetime_now", "registered_scopes", "renew", "stats_now"))
 
     instead_of_copy = "share the one object between threads; in another process make a pool there, and send entries"
 
@@ -315,10 +315,24 @@ class PoolCore(PoolState, Handle):
         with gate.lock, mutex:
             return self.stats_now(contention)
 
+    def lifetime_stats(self) -> PoolStats:
+        """As `stats`, with the counts since the pool was made, whatever was reset. Never waits for a shard."""
+        self.storage.check_process()
+        contention = self.storage.locks.contention.read_lifetime()
+        mutex = self.storage.ledger.mutex_for_numbers()
+        with gate.lock, mutex:
+            return self.lifetime_now(contention)
+
     def stats_now(self, contention: tuple[int, float]) -> PoolStats:
         """As `stats`, with the mutex held already, and with what the locks counted looked up before."""
+        return self._stats_of(self.account.count(), contention)
+
+    def lifetime_now(self, contention: tuple[int, float]) -> PoolStats:
+        """As `lifetime_stats`, likewise."""
+        return self._stats_of(self.account.count_of_lifetime(), contention)
+
+    def _stats_of(self, counted: Counters, contention: tuple[int, float]) -> PoolStats:
         account, searches = self.account, self.searches.copy()
-        counted = account.count()
         in_use = account.slots + sum(search.slots_in_use for search in searches)
         return PoolStats(
             **vars(counted),
@@ -331,6 +345,8 @@ class PoolCore(PoolState, Handle):
             shared_slots=self.storage.ledger.tables.shared + sum(search.shared_slots for search in searches),
             reserved_entries=account.reserved_entries,
             reserved_slots=account.reserved_slots,
+            open_searches=len(searches),
+            waiters=len(account.turns),
             lock_wait_count=contention[0],
             lock_wait_seconds=contention[1],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -31,7 +32,9 @@ from ..pool.storage import KVStorage
 from ..pool.writing import generation_for, write
 from .promoting import plan_promotion
 from .reading import adopt, adopted, disown, own, own_or_adopted, retain_here, retain_roots
+from .recording import RecordingState
 from .state import RootKey, SearchState
+from .tree import SearchTree, tree_of
 
 __all__ = ["LookupOrder", "Search", "gather_part_of_search", "storage_of"]
 
@@ -216,6 +219,22 @@ class Search(Handle):
     def tokens_in_use(self) -> int:
         """Slots that its own entries take, those that they share counted once; its roots' are not. Never blocks."""
         return self._state.slots_in_use
+
+    def tree(self, *, timeout: float | None = None) -> SearchTree:
+        """What it holds as a tree: whose child each entry is, its own and its shared tokens, its age. May block.
+
+        Raises:
+            InvalidArgumentError: the search was opened without `record_tree=True`.
+        """
+        state = self._state
+        deadline = state.storage.enter(timeout)
+        if not isinstance(state, RecordingState):
+            raise InvalidArgumentError("record_tree must be True in manager.search() for a search that tells its tree")
+        with gate.lock, state.locks.read(state.scope.shards, deadline):
+            state.check_open()
+            with gate.lock, state.ledger.mutex:
+                recorded = state.recorded()
+        return tree_of(recorded, time.monotonic())
 
     # Writing -------------------------------------------------------------------------------------------------------
 
@@ -483,6 +502,7 @@ def open_search(
     tokens: int | None,
     order: LookupOrder,
     overflow: Overflow | None,
+    record_tree: bool = False,
     deadline: Deadline,
 ) -> Search:
     """Reserve room in `pool` and open a search over `env_ids`; see `KVCacheManager.search`."""
@@ -502,7 +522,8 @@ def open_search(
     tokens = positive_int("tokens", tokens) if tokens is not None else default_tokens(entries, pool.layout.max_tokens)
     budget = reserve_budget(pool, entries, tokens, deadline)
     try:
-        return _opened(pool, init_pools, ids, number, budget, order, overflow)
+        kind = RecordingState if record_tree else SearchState
+        return _opened(kind, pool, init_pools, ids, number, budget, order, overflow)
     except BaseException:
         pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(_give_back, pool, budget)]))
         raise
@@ -520,6 +541,7 @@ def _give_back(pool: KVPool, budget: Budget) -> None:
 
 
 def _opened(
+    kind: type[SearchState],
     pool: KVPool,
     init_pools: Mapping[Hashable, KVPool],
     ids: tuple[Hashable, ...],
@@ -528,7 +550,7 @@ def _opened(
     order: LookupOrder,
     overflow: Overflow | None,
 ) -> Search:
-    state = SearchState(pool, init_pools, number, budget, budget.runs or [])
+    state = kind(pool, init_pools, number, budget, budget.runs or [])
     # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.
     search = Search(state, ids, order, overflow)
     ledger = pool.ledger

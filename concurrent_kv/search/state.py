@@ -33,7 +33,7 @@ from ..books.integrity import (
     slots_of_entries,
     summed,
 )
-from ..books.ledger import wake
+from ..books.ledger import Ledger, wake
 from ..books.records import Budget, Entry, Hold, Scope
 from ..books.slots import Run, SlotAllocator, runs_of
 from ..books.stats import Counters
@@ -77,10 +77,12 @@ class SearchState(Domain):
         finished: whether nothing is left of it. Under the mutex; read without.
     """
 
+    ledger_kind: type[Ledger] = Ledger
+
     def __init__(
         self, pool: KVPool, init_pools: Mapping[Hashable, KVPool], number: int, budget: Budget, runs: list[Run]
     ) -> None:
-        ledger = pool.ledger.of_search()
+        ledger = pool.ledger.of_search(self.ledger_kind)
         buffers = FreeBuffers(pool.layout, pool.buffers)
         super().__init__(pool.storage, pool.account, ledger, pool.storage.search_locks(), buffers)
         self._pool = pool
@@ -313,7 +315,7 @@ class SearchState(Domain):
                 ledger.holds.add(self.stand_ins)
             found[:] = every  # as long as it was
             ledger.extend(hold, held)  # of which who releases the hold lets go, also where this fails
-            self._hold_roots(origins)
+            self._hold_roots(origins, made)
         except Exception:
             found[:] = before
             ledger.leave(rows)
@@ -322,8 +324,11 @@ class SearchState(Domain):
         self.stand_ins.entries, self.origins, self.roots = stand_ins, origins_of, roots
         return made
 
-    def _hold_roots(self, origins: list[Entry]) -> None:
-        """Hold roots in the books of the storage, whose policies hear of the hits. Mutex held."""
+    def _hold_roots(self, origins: list[Entry], stand_ins: list[Entry]) -> None:
+        """Hold roots in the books of the storage, whose policies hear of the hits. Mutex held.
+
+        Where it raises, nothing is held.
+        """
         storage = self.storage.ledger
         with gate.lock, storage.mutex:
             self.budget.visit(origins)

@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from concurrent_kv.books.eviction.registry import POLICIES
-from examples.cartpole.job import JobSettings, run_job, usual_groups
+from examples.cartpole.job import JobSettings, Watch, run_job, usual_groups
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.report import as_json, closing_table, live_figures
@@ -51,10 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify=options.verify,
         steps_without_cache=options.no_cache_steps,
     )
-    if options.scaling:
-        return _scale(settings, options, console)
+    watch = live_figures(console) if options.progress else None
+    with ExitStack() as stack:
+        if options.metrics is not None:
+            from examples.cartpole.serving import serving  # what serves is not needed to play
+
+            try:
+                url, watch = stack.enter_context(serving(options.metrics, watch))
+            except OSError as error:
+                errors.print(f"--metrics {options.metrics}: {error}", markup=False)
+                return 2
+            console.print(f"metrics: {url}", highlight=False)
+        if options.scaling:
+            return _scale(settings, options, console, watch)
+        return _play(settings, options, console, watch)
+
+
+def _play(settings: JobSettings, options: argparse.Namespace, console: Console, watch: Watch | None) -> int:
+    errors = Console(stderr=True)
     try:
-        report = run_job(load_model(), settings, live_figures(console) if options.progress else None)
+        report = run_job(load_model(), settings, watch)
     except BaseException as error:
         if not _is_interrupt(error):
             raise
@@ -69,11 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def _scale(settings: JobSettings, options: argparse.Namespace, console: Console) -> int:
+def _scale(settings: JobSettings, options: argparse.Namespace, console: Console, watch: Watch | None) -> int:
     # Here: what draws the plot is not needed to play.
     from examples.cartpole.scaling import measure, plot, scaling_table
 
-    watch = live_figures(console) if options.progress else None
     steps = options.max_steps or SCALING_STEPS
     result = measure(load_model(), settings, turns=options.turns, steps=steps, watch=watch)
     console.print(scaling_table(result))
@@ -161,6 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=_positive, default=TURNS, metavar="N", help=f"of --scaling ({DEFAULT})")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the scaling there, as SVG or PNG")
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="end episodes after so many steps")
+    parser.add_argument(
+        "--metrics",
+        type=_not_negative,
+        metavar="PORT",
+        help="serve the cache's numbers to Prometheus there, from this machine; 0: any port that is free",
+    )
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
     return parser
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -55,6 +55,7 @@ class Watched:
     tally: Tally
     manager: KVCacheManager | None = None
     stats: Callable[[], EvaluatorStats] | None = None
+    evaluators: Sequence[Evaluator[Asked, Evaluation]] = ()
 
 
 Watch = Callable[[Watched], AbstractContextManager[object]]
@@ -175,7 +176,7 @@ def play_cached(model: WorldModel, settings: JobSettings, watch: Watch, title: s
                 await play_episodes(lambda episode: decisions[episode.env_id % play.groups](episode), play, tally)
 
         tally = Tally(play.simulations)
-        with watch(Watched(title, play, tally, manager, calls)):
+        with watch(Watched(title, play, tally, manager, calls, evaluators)):
             anyio.run(play_all, backend=settings.backend)
         stack.close()
         stats, integrity, allocated = manager.get_stats_summary(), _integrity_of(manager), manager.allocation().nbytes
