@@ -646,13 +646,15 @@ def _no_room(
     pool: Domain, of: tuple[int, int], seconds: float, turn: Turn | None, need: tuple[int, int], wanted: int
 ) -> WaitTimeoutError:
     """What a write of `of` entries and slots hears that waited in vain; `need` and `wanted` as in `_evict_or_wait`."""
-    account, (entries, slots) = pool.account, of
+    ledger, account, (entries, slots) = pool.ledger, pool.account, of
+    with gate.lock, ledger.mutex:
+        headroom = _more_headroom(pool, wanted) if account.fits(*need) else ""
     why = "nothing can be evicted (pinned, or held by open batches)"
     if turn is not None and not account.turns.is_first(turn):
         why = "writes that came earlier wait for more room than is free (a search that opens, say)"
     elif not account.can_ever_fit(entries, slots):
         why = "that comes back when these close"
-    elif account.fits(*need) and (headroom := _more_headroom(pool, wanted)):
+    elif headroom:
         why = (
             f"the headroom of {pool.storage.headroom_slots} slots is held by searches, batches and pins that have "
             f"entries which were replaced or evicted since; {headroom} would do, or closing some of them"
@@ -666,7 +668,7 @@ def _no_room(
 
 
 def _more_headroom(pool: Domain, wanted: int) -> str:
-    """The argument with which the storage would have `wanted` slots free just now; nothing where it has."""
+    """The argument with which the storage would have `wanted` slots free now; nothing where it has. Mutex held."""
     storage = pool.storage
     missing = wanted - pool.ledger.slots.free_count
     return f"{storage.headroom_argument}={storage.headroom_slots + missing}" if missing > 0 else ""
