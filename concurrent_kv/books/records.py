@@ -84,7 +84,19 @@ SHARED: Final = Place.SHARED
 EXEMPT: Final = Place.EXEMPT
 
 
-class Entry:
+class Mover:
+    """What an entry is, whether it is in its pool or in the tier beneath it.
+
+    Attributes:
+        line: one object for all the entries that one write has been as it moved; not set before its first move.
+    """
+
+    __slots__ = ("line",)
+
+    line: object
+
+
+class Entry(Mover):
     """An immutable record, reference-counted as a whole. `refs`, `pins`, `place`, `ticks` belong to the mutex.
 
     Attributes:
@@ -171,9 +183,24 @@ class Scope(NeverCopied):
 
     `ended` says why nothing can be stored in it any more (its search is over, or it was dropped); set under its shards'
     write locks.
+
+    Attributes:
+        below: of a pool's scope, what the tier beneath the pool has of it, if there is a tier; of the same shards.
+        above: of what a tier has, the pool's scope that it belongs to.
     """
 
-    __slots__ = ("account", "budget", "ended", "entries", "generation", "name", "number", "shards")
+    __slots__ = (
+        "above",
+        "account",
+        "below",
+        "budget",
+        "ended",
+        "entries",
+        "generation",
+        "name",
+        "number",
+        "shards",
+    )
 
     instead_of_copy = "pass its name, and ask the pool for it with scope(name)"
 
@@ -187,6 +214,8 @@ class Scope(NeverCopied):
         self.budget = budget
         self.ended: str | None = None
         self.generation = Generation(0, 0)
+        self.below: Scope | None = None
+        self.above: Scope | None = None
         # One part for each shard, guarded by that shard's lock.
         self.entries: tuple[Index[Entry], ...] = tuple(Index() for _ in shards)
 
@@ -199,6 +228,12 @@ class Scope(NeverCopied):
     def version(self) -> int:
         """Weights version."""
         return self.generation.version
+
+    def renew(self, generation: Generation) -> None:
+        """Begin a new generation, here and in what a tier has of it. The storage's mutex held."""
+        self.generation = generation
+        if self.below is not None:
+            self.below.generation = generation
 
     def why_ended(self) -> ClosedError | None:
         """What is raised where it is used after its end; None before that."""
@@ -376,7 +411,7 @@ class Budget:
     def count_roots(self, roots: list[Entry]) -> None:
         """Note hits of adopted roots."""
         for entry in roots:
-            account = entry.scope.account
+            account = (entry.scope.above or entry.scope).account
             self.root_hits[account] = self.root_hits.get(account, 0) + 1
 
 

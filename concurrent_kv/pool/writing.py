@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ..books.entries import new_entries, occupy, row_of
-from ..books.index import find_places, take_away
+from ..books.index import find_in, find_places, take_away
 from ..books.ledger import Ledger, wake
 from ..books.records import EXEMPT, HELD, Account, Entry, Generation, Grant, Scope, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
@@ -138,6 +138,7 @@ def _publish(
     """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
     ledger = domain.ledger
     dead: list[Entry] = []
+    dead_beneath: list[Entry] = []
     shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
     with gate.lock, domain.locks.write(shards, deadline):
         if deadline.caller is not None:
@@ -151,8 +152,13 @@ def _publish(
             with gate.lock, ledger.mutex:
                 domain.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
+        below = scope.below
+        sunken = None if below is None else find_in(below.parts_of(located), plan.keys, plan.hashes)
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
+            if sunken is not None:
+                # Before the new ones are there: cut off in between, these are gone, and no old value comes back.
+                _drop_beneath(domain, sunken, dead_beneath)
             with gate.lock, ledger.mutex:
                 missing = _admit(domain, scope, entries, cells, replaced, plan, old, grant)
                 if grant.spent and old:
@@ -175,8 +181,15 @@ def _publish(
     if waiters:
         wake(waiters)
     outcome = Outcome.PUBLISHED if grant.spent else Outcome.NO_ROOM
-    del dead, old, replaced, cells
+    del dead, dead_beneath, sunken, old, replaced, cells
     return outcome, missing
+
+
+def _drop_beneath(domain: Domain, sunken: list[Entry | None], dead: list[Entry]) -> None:
+    """Take what the tier has of keys that are written anew out of it. The shards held."""
+    tier, going = domain.storage.tier, list(filter(None, sunken))
+    if going and tier is not None:
+        tier.drop(going, dead)
 
 
 def _admit(
