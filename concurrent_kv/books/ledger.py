@@ -122,9 +122,9 @@ class Ledger:
         return made
 
     def forget_copies(self) -> None:
-        """Know of no slot that another ledger has its bytes. Mutex held."""
+        """Know of no free slot that another ledger has its bytes. Mutex held."""
         if self.copies is not None:
-            self.copies.fill(0)
+            self.copies.put(self.slots.free_slots(), 0)
 
     def mutex_for_numbers(self) -> AbstractContextManager[object]:
         """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""

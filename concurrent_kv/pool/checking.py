@@ -76,11 +76,12 @@ def _check_tier(tier: LowerTier) -> tuple[list[Problem], IntegrityReport]:
 
 
 def _repair_tier(tier: LowerTier, above: Ledger, used: Ticks, kept: list[object]) -> RepairReport:
-    """As `rebuild`, of a tier; no slot is known as a copy of another then. All locks held but the tier's mutex."""
+    """As `rebuild`, of a tier beneath rebuilt books. All locks held but the tier's mutex."""
     with gate.lock, tier.ledger.mutex:
+        report = rebuild(tier.ledger, [tier.account], used, np.zeros(tier.ledger.num_slots + 1, dtype=np.bool_), kept)
         above.forget_copies()
         tier.ledger.forget_copies()
-        return rebuild(tier.ledger, [tier.account], used, np.zeros(tier.ledger.num_slots + 1, dtype=np.bool_), kept)
+        return report
 
 
 def _open_searches(storage: KVStorage) -> list[OpenSearch]:

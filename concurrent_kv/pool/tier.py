@@ -21,7 +21,7 @@ from ..books.eviction import LRU
 from ..books.index import Index, find_in
 from ..books.integrity import IntegrityReport, Problem, compare, compare_accounts, recount_of, scopes_of
 from ..books.ledger import Ledger, wake
-from ..books.records import CLAIMED, HELD, NO_PLACE, Account, Entry, Generation, Hold, Scope
+from ..books.records import CLAIMED, HELD, NO_PLACE, PINNED, Account, Entry, Generation, Hold, Scope
 from ..books.stats import TierStats
 from ..books.tables import slots_of_row
 from ..device.host_slots import HostSlots
@@ -170,14 +170,16 @@ class Tier(LowerTier):
         try:
             made = _copy_of(victim, below)
             with gate.lock, pool.ledger.mutex:
+                if _is_over(victim):
+                    return True
                 pool.ledger.extend(hold, [victim])
             way = self._room_for(pool, victim, made, deadline)
-            if way is None:
-                return False
-            moved = False
+            if isinstance(way, bool):
+                return way
+            is_over = False
             try:
                 self._copy_down(pool, victim, way)
-                moved = self._publish_down(pool, victim, way, deadline)
+                is_over = self._publish_down(pool, victim, way, deadline)
             except WaitTimeoutError:  # the victim's shard is busy
                 raise
             except Exception:  # the device, or memory: the victim goes as without a tier
@@ -185,23 +187,23 @@ class Tier(LowerTier):
             finally:
                 if not way.spent:
                     self._cancel(self.ledger, way.made)
-            return moved
+            return is_over
         finally:
             _release(pool.ledger, hold)
 
-    def _room_for(self, pool: Domain, victim: Entry, made: Entry, deadline: Deadline) -> _Way | None:
-        """Room in the tier for a victim; its oldest go for it. None if it cannot be had, or is not wanted any more."""
+    def _room_for(self, pool: Domain, victim: Entry, made: Entry, deadline: Deadline) -> _Way | bool:
+        """Room in the tier for a victim; its oldest go for it. False if it cannot be had, True if it is not wanted."""
         while True:
             with gate.lock, pool.ledger.mutex, self.ledger.mutex:
-                if victim.place is not CLAIMED or victim.pins:
-                    return None
+                if _is_over(victim):
+                    return True
                 way = _enter(pool.ledger, self.ledger, victim, made)
                 if way is not None and way.shares:
                     made.written = self._stored
             if way is not None:
                 return way
             if not evict_next(self, deadline):
-                return None
+                return False
 
     def _copy_down(self, pool: Domain, victim: Entry, way: _Way) -> None:
         """In the caller's stream, after the writes of what is read and every earlier use of the slots taken."""
@@ -224,18 +226,14 @@ class Tier(LowerTier):
                 pool.ledger.stamp_reads([victim], written)
 
     def _publish_down(self, pool: Domain, victim: Entry, way: _Way, deadline: Deadline) -> bool:
-        """The move itself; False, with nothing changed, if the victim must not move any more."""
+        """The move itself, or nothing if the victim is none any more; False if it has to go, and must not move."""
         scope, ledger = victim.scope, pool.ledger
         part = scope.part_of(victim.key_hash)
         dead: list[Entry] = []
         with gate.lock, self.locks.write((scope.shards[part],), deadline), ledger.mutex, self.ledger.mutex:
-            if (
-                victim.pins
-                or scope.ended is not None
-                or pool.account.closed
-                or victim.generation is not scope.generation
-                or not scope.entries[part].holds(victim)
-            ):
+            if _is_over(victim) or not scope.entries[part].holds(victim):
+                return True
+            if scope.ended is not None or pool.account.closed or victim.generation is not scope.generation:
                 return False
             self._admit(self, way, part, scope.entries[part], victim)
             _note_copies(ledger, self.ledger, way)
@@ -498,6 +496,13 @@ class Tier(LowerTier):
                 eviction_count=counters.eviction_count,
                 removal_count=counters.removal_count,
             )
+
+
+def _is_over(victim: Entry) -> bool:
+    """Whether a claimed victim is none any more: it is pinned, and set aside, or has left the index. Mutex held."""
+    if victim.pins and victim.place is CLAIMED:
+        victim.place = PINNED
+    return victim.place is not CLAIMED
 
 
 def _copy_of(entry: Entry, scope: Scope) -> Entry:
