@@ -15,6 +15,7 @@ from concurrent_kv import (
     HostTier,
     InvalidArgumentError,
     InvalidTypeError,
+    KeysValues,
     KVCacheManager,
     KVPool,
     PositionSteps,
@@ -23,9 +24,13 @@ from concurrent_kv import (
 from concurrent_kv.books.records import CLAIMED, Entry, Hold
 from concurrent_kv.device.host_slots import HostSlots
 from concurrent_kv.errors import KeyNotFoundError
+from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.locks.gate import gate
+from concurrent_kv.pool.joint import open_together
+from concurrent_kv.pool.pool import gather_part_of_pool
 from concurrent_kv.pool.tier import Tier
-from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, row_of, store, tokens
+from tests import evaluating
+from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, packed, row_of, store, tokens
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -122,6 +127,44 @@ def test_a_longer_row_in_the_tier_makes_the_batch_as_long(pool: KVPool) -> None:
         assert batch.data.shape[3] == 7
         assert_same(row_of(batch, 1), tokens(7, 6))
         assert_same(row_of(batch, 0), tokens(8, 1))
+
+
+def test_rows_of_a_joint_gather_come_from_the_tier_too(pool: KVPool) -> None:
+    first = gather_part_of_pool(pool, ["new"], 1)
+    second = gather_part_of_pool(pool, ["old", "nothing", "older"], 3)
+    with open_together(pool.storage, [first, second]) as joint:
+        assert joint.hits == (True, True, False, True)
+        assert joint.side == ("side of new", "side of old", None, "side of older")
+        for row, number in ((0, 2), (1, 1), (3, 0)):
+            assert_same(KeysValues.from_packed(joint.data[:, row : row + 1, :, : joint.end].clone()), tokens(number, 3))
+        end = joint.end
+        joint.data[:, :, :, end : end + 2] = 7.0
+        joint.advance(2)
+        joint.settle()
+        assert pool.commit(["child"], second, rows=[0])
+        found = pool.get("child")
+        assert found is not None
+        assert found.lengths == (5,)
+        assert_same(KeysValues.from_packed(packed(found)[:, :, :, :3].clone()), tokens(1, 3))
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["no room", "room"])
+def test_an_evaluator_says_of_roots_in_the_tier_what_it_says_of_others(room: bool) -> None:
+    manager = evaluating.new_manager(init_entries=1, tier=HostTier(64 * 1024 * 1024))
+    for env in range(evaluating.ENVS):
+        manager.set_init_cache(env, "other", KeysValues.from_packed(torch.zeros(4, 1, 2, 3, 3)))
+        if room:
+            manager.init_pools[env].pop("other")
+    with manager.search(range(evaluating.ENVS)) as search, Evaluator(manager, evaluating.model) as evaluator:
+        for number in (3, 4):
+            leaves = [Leaf(search, "root", (number, env), number, env) for env in range(evaluating.ENVS)]
+            expected = [evaluating.value_after(evaluating.root_sum(env), number) for env in range(evaluating.ENVS)]
+            assert evaluator.evaluate_many(leaves) == [value for value, _ in expected]
+            below = [Leaf(search, (number, env), (number, env, 5), 5, env) for env in range(evaluating.ENVS)]
+            assert evaluator.evaluate_many(below) == [evaluating.value_after(total, 5)[0] for _, total in expected]
+    assert manager.get_stats_summary().total.move_up_count == (evaluating.ENVS if room else 0)
+    manager.check_integrity()
+    manager.close()
 
 
 # Sharing -------------------------------------------------------------------------------------------------------------
