@@ -271,7 +271,7 @@ def test_a_read_whose_copy_fails_leaves_the_entry_where_it_was(monkeypatch: pyte
 
     pool.pop("new")
     with monkeypatch.context() as patch:
-        patch.setattr(HostSlots, "load", failing)
+        patch.setattr(HostSlots, "restore", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             pool.get("old")
     pool.check_integrity()

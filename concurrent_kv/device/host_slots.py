@@ -13,17 +13,22 @@ from .layout import KVLayout
 from .modes import plain_torch_state
 from .moving import upload
 from .slot_numbers import SlotArray
-from .tensors import SlotTensor
+from .tensors import SlotTensor, in_units
 
 __all__ = ["HostSlots"]
 
+FEW_RUNS = 8  # of slots that follow each other, each a copy of its own
+
 
 class HostSlots:
-    """Slots for tokens in host memory, `[slots + 1, 2 * layers, heads, head_dim]`. Slot 0 is not used.
+    """Slots for tokens in host memory. Slot 0 is not used.
 
-    A token is contiguous: tokens in slots that follow each other are copied to and from a GPU in one piece. Only copies
-    of streams touch them, in the order in which those run: the host never reads or writes a byte by itself, unless the
-    device is the host. Allocated once, and not written to before a token is stored.
+    Beside a GPU they are `[slots + 1, 2 * layers, heads, head_dim]`. A token is contiguous: tokens in slots that follow
+    each other are copied to and from the GPU in one piece. Only copies of streams touch them, in the order in which
+    those run: the host never reads or writes a byte by itself. Where the device is the host, they are
+    `[2 * layers, slots + 1, heads, head_dim]`, as the slots of the pool.
+
+    Allocated once, and not written to before a token is stored.
 
     Args:
         layout: shapes and dtype of the tokens, and the device that they come from.
@@ -36,7 +41,10 @@ class HostSlots:
         self.num_slots = num_slots
         self.freed = False
         self._on_host = layout.device.type == "cpu"
-        shape = (num_slots + 1, 2 * layout.num_layers, layout.num_heads, layout.head_dim)
+        planes = 2 * layout.num_layers
+        sizes = (planes, num_slots + 1) if self._on_host else (num_slots + 1, planes)
+        shape = (*sizes, layout.num_heads, layout.head_dim)
+        self._heads: SlotArray = np.arange(layout.num_heads, dtype=np.int64)[:, None]
         with plain_torch_state():
             self.data: Tensor = torch.empty(shape, dtype=layout.dtype, pin_memory=pinned)
 
@@ -46,15 +54,15 @@ class HostSlots:
         Returns what has to live until the copies are done.
         """
         with plain_torch_state():
-            index = upload(source, self.layout.device)
-            tokens = tensor.data.index_select(1, index).transpose(0, 1)  # [tokens, 2 * layers, heads, head_dim]
             if self._on_host:
-                self.data.index_copy_(0, torch.from_numpy(slots), tokens)
+                _copy_slots(tensor.data, source, self.data, slots)
                 return ()
-            whole = tokens.contiguous()
+            index = upload(source, self.layout.device)
+            found = tensor.data.index_select(1, index)  # [2 * layers, tokens, heads, head_dim]
+            tokens = found.transpose(0, 1).contiguous()
             for first, last, slot in _runs_of(slots):
-                self.data[slot : slot + last - first].copy_(whole[first:last], non_blocking=True)
-            return index, tokens, whole
+                self.data[slot : slot + last - first].copy_(tokens[first:last], non_blocking=True)
+            return index, found, tokens
 
     def load(self, slots: SlotArray) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A copy of the tokens in some slots, on the device: `[2 * layers, 1, heads, tokens, head_dim]`, contiguous.
@@ -63,20 +71,43 @@ class HostSlots:
         """
         with plain_torch_state():
             if self._on_host:
-                tokens = self.data.index_select(0, torch.from_numpy(slots))
-            else:
-                tokens = torch.empty(
-                    (len(slots), *self.data.shape[1:]), dtype=self.layout.dtype, device=self.layout.device
-                )
-                for first, last, slot in _runs_of(slots):
-                    tokens[first:last].copy_(self.data[slot : slot + last - first], non_blocking=True)
+                planes, _, heads, head_dim = self.data.shape
+                by_head = torch.from_numpy((slots * heads + self._heads).ravel())
+                found = self.data.view(planes, -1, head_dim).index_select(1, by_head)
+                return found.view(planes, 1, heads, len(slots), head_dim), ()
+            shape = (len(slots), *self.data.shape[1:])
+            tokens = torch.empty(shape, dtype=self.layout.dtype, device=self.layout.device)
+            for first, last, slot in _runs_of(slots):
+                tokens[first:last].copy_(self.data[slot : slot + last - first], non_blocking=True)
             row = tokens.permute(1, 2, 0, 3).contiguous().unsqueeze(1)
-        return row, () if self._on_host else (tokens, row)
+        return row, (tokens, row)
+
+    def restore(self, slots: SlotArray, tensor: SlotTensor, target: SlotArray) -> tuple[Tensor, ...]:
+        """Copy slot `slots[i]` into slot `target[i]` of `tensor`, for every `i`; otherwise as `store`."""
+        if self._on_host:
+            with plain_torch_state():
+                _copy_slots(self.data, slots, tensor.data, target)
+            return ()
+        row, temporaries = self.load(slots)
+        rows, columns = np.zeros(len(slots), dtype=np.int64), np.arange(len(slots), dtype=np.int64)
+        return temporaries + tensor.scatter(row, rows, columns, target)
 
     def free(self) -> None:
         """Give the memory back; nothing may still use it."""
         self.freed = True
         self.data = self.data.new_empty(0)
+
+
+def _copy_slots(source: Tensor, slots: SlotArray, target: Tensor, into: SlotArray) -> None:
+    """Copy slots of one tensor of planes into slots of another one, both of the host."""
+    edges = np.flatnonzero((slots[1:] - slots[:-1] != 1) | (into[1:] - into[:-1] != 1)) + 1
+    if len(edges) < FEW_RUNS:  # no copy on the way
+        for first, last in pairwise([0, *edges.tolist(), len(slots)]):
+            from_slot, to_slot = int(slots[first]), int(into[first])
+            target[:, to_slot : to_slot + last - first].copy_(source[:, from_slot : from_slot + last - first])
+    else:
+        found = source.index_select(1, torch.from_numpy(slots))
+        in_units(target).index_copy_(1, torch.from_numpy(into), in_units(found))
 
 
 def _runs_of(slots: SlotArray) -> Iterator[tuple[int, int, int]]:

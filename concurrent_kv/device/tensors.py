@@ -24,7 +24,7 @@ from .moving import upload
 from .positions import Correction, PositionSteps, PositionTable
 from .slot_numbers import Slots, as_array
 
-__all__ = ["Block", "SlotTensor"]
+__all__ = ["Block", "SlotTensor", "in_units"]
 
 LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
 UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
@@ -57,7 +57,7 @@ class _Together:
         return np.concatenate([part.view(np.int64).reshape(-1, columns) for part in found])
 
 
-def _in_units(tokens: Tensor) -> Tensor:
+def in_units(tokens: Tensor) -> Tensor:
     """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
 
     `index_copy_` moves its numbers one by one: the fewer they are, the sooner it is done.
@@ -299,7 +299,7 @@ class SlotTensor:
             corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
             corrected = corrected.view(data.shape[0], runs, *difference.shape[1:])
             corrected.add_(difference.unsqueeze(1))
-        _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
+        in_units(data).index_copy_(1, slot_index, in_units(tokens))
         return source_index, slot_index, tokens
 
     def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:

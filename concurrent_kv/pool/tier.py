@@ -324,21 +324,17 @@ class Tier(LowerTier):
 
     def _copy_up(self, entry: Entry, way: _Way) -> None:
         """As `_copy_down`, the other way."""
-        storage, clock, made = self.storage, self.storage.clock, way.made
-        tensor, count = storage.tensor, len(way.source)
-        if not count:
+        if not len(way.source):
             return
-        rows, columns = np.zeros(count, dtype=np.int64), np.arange(count, dtype=np.int64)
+        storage, clock, made = self.storage, self.storage.clock, way.made
         if clock.backend is None:
-            source, _ = self.host.load(way.source)
-            tensor.scatter(source, rows, columns, way.target)
+            self.host.restore(way.source, storage.tensor, way.target)
             return
         stream = clock.current()
         clock.order_after(stream, merge(merge(made.ticks, entry.written), storage.zeroed))
         temporaries: tuple[Tensor, ...] = ()
         try:
-            source, temporaries = self.host.load(way.source)
-            temporaries += tensor.scatter(source, rows, columns, way.target)
+            temporaries = self.host.restore(way.source, storage.tensor, way.target)
         finally:
             written = clock.stamp(stream, temporaries)
             made.written = merge(made.written, written)
