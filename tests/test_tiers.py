@@ -22,6 +22,7 @@ from concurrent_kv import (
     TierStats,
 )
 from concurrent_kv.books.records import CLAIMED, Entry, Hold
+from concurrent_kv.books.turns import Turn
 from concurrent_kv.device.host_slots import HostSlots
 from concurrent_kv.errors import KeyNotFoundError
 from concurrent_kv.evaluation import Evaluator, Leaf
@@ -290,6 +291,41 @@ def test_lazily_corrected_entries_are_dropped() -> None:
     assert "a" not in pool
     assert pool.stats().tier_drop_count == 1
     pool.check_integrity()
+
+
+def test_an_entry_that_came_back_is_corrected_as_it_would_have_been() -> None:
+    difference = torch.randn(2, 2, 2, WINDOW, 3)
+    rule = DropLazily(6, 2, PositionSteps(LAYOUT, 2, difference))
+
+    def grown_child(pool: KVPool, *, moved: bool) -> KeysValues:
+        pool.put("a", tokens(1, 5))
+        if moved:
+            pool.put("b", tokens(2, 1))
+            pool.pop("b")
+        with pool.gather(["a"]) as batch:
+            append(batch, [3], 2)
+            pool.pop("a")
+            pool.commit(["child"], batch, overflow=rule)
+        found = pool.get("child")
+        assert found is not None
+        assert pool.stats().move_up_count == moved
+        pool.check_integrity()
+        return found
+
+    assert_same(grown_child(tiered(1), moved=True), grown_child(KVPool(LAYOUT, 1), moved=False))
+
+
+def test_a_read_takes_no_room_that_an_operation_waits_for(pool: KVPool) -> None:
+    pool.pop("new")
+    turn = Turn(0.0)
+    with gate.lock, pool.storage.ledger.mutex:
+        pool.account.turns.join(turn, pool.storage.ledger.stir)
+    assert_same(pool.get("old"), tokens(1, 3))
+    assert pool.stats().move_up_count == 0
+    with gate.lock, pool.storage.ledger.mutex:
+        pool.account.turns.leave(turn)
+    pool.get("old")
+    assert pool.stats().move_up_count == 1
 
 
 # Ends ----------------------------------------------------------------------------------------------------------------
