@@ -464,6 +464,41 @@ def test_a_closed_pool_of_a_manager_leaves_nothing_in_its_tier() -> None:
     manager.close()
 
 
+ENDS_MEANWHILE: dict[str, Callable[[KVPool], object]] = {
+    "dropped": lambda pool: pool.drop_scope("other"),
+    "cleared": lambda pool: pool.clear(pool.scope("other")),
+    "bumped": lambda pool: pool.bump_version(),
+    "popped": lambda pool: pool.pop("a", scope=pool.scope("other")),
+}
+
+
+@pytest.mark.parametrize("way", ["down", "up"])
+@pytest.mark.parametrize("name", ENDS_MEANWHILE)
+def test_what_ends_while_it_is_copied_arrives_nowhere(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = tiered(1)
+    scope = pool.scope("other")
+    pool.put("a", tokens(1, 3), scope=scope)
+    if way == "up":
+        pool.put("b", tokens(2, 3))
+        pool.pop("b")
+    copy = getattr(Tier, f"_copy_{way}")
+
+    def ending(*arguments: Any) -> None:
+        copy(*arguments)
+        monkeypatch.undo()
+        ENDS_MEANWHILE[name](pool)
+
+    monkeypatch.setattr(Tier, f"_copy_{way}", ending)
+    if way == "up":
+        assert_same(pool.get("a", scope=scope), tokens(1, 3))  # as it was when it was looked up
+    else:
+        pool.put("b", tokens(2, 3))
+    assert scope.below is not None
+    assert not [entry for of in (scope, scope.below) for part in of.entries for entry in part.values()]
+    assert pool.get("a", scope=pool.scope("other")) is None
+    pool.check_integrity()
+
+
 # Searches ------------------------------------------------------------------------------------------------------------
 
 

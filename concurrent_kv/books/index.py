@@ -98,9 +98,15 @@ class Index(Generic[E]):
             # memory.
             any(steps)
         except Exception:
-            into._drop(new_place)
+            del into.cells[new_place]
             raise
-        self._drop(place)
+        # Nothing that fails from here on may be heard: it has happened.
+        del self.cells[place]
+        if type(place) is tuple:
+            try:
+                self._drop_extra(place)
+            except Exception:  # no memory, no frames: it is there, and empty
+                return True
         return True
 
     def chosen_of(self, hashed: int, condition: Callable[[E], bool]) -> list[E]:

@@ -199,7 +199,11 @@ class KVPool(PoolCore):
                 entry = tier.move_up(self, entry, hold, deadline) or entry
             return None if entry is None else use(entry)
         finally:
-            release_both(self.storage, hold, lower)
+            try:
+                release_both(hold, lower)
+            except BaseException:
+                self.storage.ledger.abandoned += (hold, lower)
+                raise
 
     def _retain(
         self,
@@ -292,11 +296,11 @@ class KVPool(PoolCore):
         found_in = self._scope(scope)
         generation = found_in.generation
         hold = Hold("batch", [])
+        lower = None if self.storage.tier is None else Hold("read", [])
         try:
             hashes = list(map(hash, keys))
             located = found_in.locate(hashes)
             looked_up = located, keys, hashes, {found_in: generation}, deadline
-            lower = None if self.storage.tier is None else Hold("read", [])
             entries = retain(self.storage, *looked_up, hold=hold, lower=lower)
             self.count_misses(entries.count(None))
             if lower is not None:
@@ -304,6 +308,8 @@ class KVPool(PoolCore):
                 return _opened_in_both(self, found_in, generation, held, entries, deadline, open_batch, room, out)
             return open_batch(self, found_in, generation, hold, entries, room, out)
         except BaseException:
+            if lower is not None:
+                self.storage.ledger.abandoned.append(lower)
             try:
                 self.storage.ledger.release(hold)
             except BaseException:
@@ -565,6 +571,7 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
     scope = pool._scope(None)
     generation = scope.generation
     hold = Hold("batch", [])
+    lower = None if pool.storage.tier is None else Hold("read", [])
     try:
         entries: list[Entry | None] = [None] * rows
         if keys is None:
@@ -574,7 +581,6 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
             keys = check_keys(keys)
             hashes = list(map(hash, keys))
             located = scope.locate(hashes)
-            lower = None if pool.storage.tier is None else Hold("read", [])
             looked_up = located, keys, hashes, {scope: generation}, deadline
             entries = retain(pool.storage, *looked_up, hold=hold, lower=lower)
             pool.count_misses(entries.count(None))
@@ -582,6 +588,8 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
                 return _opened_in_both(pool, scope, generation, (hold, lower), entries, deadline, open_part)
         return open_part(pool, scope, generation, hold, entries)
     except BaseException:
+        if lower is not None:
+            pool.ledger.abandoned.append(lower)
         try:
             pool.ledger.release(hold)
         except BaseException:
@@ -600,12 +608,17 @@ def _opened_in_both(
     opened: Callable[..., B],
     *how: object,
 ) -> B:
-    """What `opened` makes of entries of which some may be in the tier; they move up where there is room."""
+    """What `opened` makes of entries of which some may be in the tier; they move up where there is room.
+
+    Where it raises, the caller releases both of the `holds`.
+    """
     hold, lower = holds
     tier = pool.storage.tier
     assert tier is not None
+    move_up_each(tier, [pool] * len(entries), entries, hold, deadline)
+    batch = opened(pool, scope, generation, hold, entries, *how)
     try:
-        move_up_each(tier, [pool] * len(entries), entries, hold, deadline)
-        return opened(pool, scope, generation, hold, entries, *how)
-    finally:
-        release_both(pool.storage, lower)
+        release_both(lower)
+    except Exception:  # no memory, no frames: the next operation does it
+        pool.storage.ledger.abandoned.append(lower)
+    return batch

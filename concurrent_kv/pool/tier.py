@@ -20,7 +20,7 @@ from ..books.entries import Described
 from ..books.eviction import LRU
 from ..books.index import Index, find_in
 from ..books.integrity import IntegrityReport, Problem, compare, compare_accounts, recount_of, scopes_of
-from ..books.ledger import Ledger, wake
+from ..books.ledger import Ledger
 from ..books.records import CLAIMED, HELD, NO_PLACE, PINNED, Account, Entry, Generation, Hold, Scope
 from ..books.stats import TierStats
 from ..books.tables import slots_of_row
@@ -179,17 +179,27 @@ class Tier(LowerTier):
             is_over = False
             try:
                 self._copy_down(pool, victim, way)
-                is_over = self._publish_down(pool, victim, way, deadline)
+                self._publish_down(pool, victim, way, deadline)
+                is_over = True
             except WaitTimeoutError:  # the victim's shard is busy
                 raise
             except Exception:  # the device, or memory: the victim goes as without a tier
                 logger.warning("%s: an entry could not be copied, and is dropped", self.name, exc_info=True)
             finally:
                 if not way.spent:
-                    self._cancel(self.ledger, way.made)
+                    # Made here: where this fails too, the next operation does it.
+                    cancel = partial(self.ledger.again, [partial(self.ledger.let_go, [way.made])])
+                    try:
+                        cancel(Deadline(0.0))
+                    except Exception:
+                        self.ledger.abandoned.append(cancel)
             return is_over
         finally:
-            _release(pool.ledger, hold)
+            try:
+                pool.ledger.release(hold)
+            except BaseException:
+                pool.ledger.abandoned.append(hold)
+                raise
 
     def _room_for(self, pool: Domain, victim: Entry, made: Entry, deadline: Deadline) -> _Way | bool:
         """Room in the tier for a victim; its oldest go for it. False if it cannot be had, True if it is not wanted."""
@@ -225,30 +235,31 @@ class Tier(LowerTier):
             with gate.lock, pool.ledger.mutex:
                 pool.ledger.stamp_reads([victim], written)
 
-    def _publish_down(self, pool: Domain, victim: Entry, way: _Way, deadline: Deadline) -> bool:
-        """The move itself, or nothing if the victim is none any more; False if it has to go, and must not move."""
+    def _publish_down(self, pool: Domain, victim: Entry, way: _Way, deadline: Deadline) -> None:
+        """The move itself, or nothing if the victim is none any more."""
         scope, ledger = victim.scope, pool.ledger
         part = scope.part_of(victim.key_hash)
         dead: list[Entry] = []
         with gate.lock, self.locks.write((scope.shards[part],), deadline), ledger.mutex, self.ledger.mutex:
             if _is_over(victim) or not scope.entries[part].holds(victim):
-                return True
-            if scope.ended is not None or pool.account.closed or victim.generation is not scope.generation:
-                return False
+                return
+            # What a clear or the end of its scope is about to sweep is swept here: the tier comes after the pool.
+            stored = merge(self._stored, way.made.written)
             self._admit(self, way, part, scope.entries[part], victim)
-            _note_copies(ledger, self.ledger, way)
-            self._stored = merge(self._stored, way.made.written)
+            self._stored = stored
+            counters = pool.account.counters
+            counters.eviction_count += 1
+            counters.move_down_count += 1
+            try:
+                _note_copies(ledger, self.ledger, way)
+            except Exception:
+                dead = []  # no memory, no frames: the two are not known to be the same
             try:
                 dead = unpublish(pool, [victim])
             except Exception:
                 ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [victim])]))
-            counters = pool.account.counters
-            counters.eviction_count += 1
-            counters.move_down_count += 1
-            waiters = ledger.take_waiters()
-        wake(waiters)
+        # Who waits for the room is woken when the caller lets go of the victim, which is when its slots are free.
         del dead
-        return True
 
     @staticmethod
     def _admit(domain: Domain, way: _Way, part: int, leaving: Index[Entry], entry: Entry) -> None:
@@ -266,22 +277,20 @@ class Tier(LowerTier):
                     raise LookupError("an entry that was there is not")
             except Exception:
                 way.spent = False
-                account.policy.remove(made)
+                try:
+                    account.policy.remove(made)
+                except Exception:  # no memory, no frames: a little later
+                    domain.ledger.abandoned.append(partial(domain.ledger.again, [partial(account.policy.remove, made)]))
                 raise
         except Exception:
-            account.uses.remove([made.row])
+            rows = [made.row]
+            try:
+                account.uses.remove(rows)
+            except Exception:  # as above
+                domain.ledger.abandoned.append(partial(domain.ledger.again, [partial(account.uses.remove, rows)]))
             raise
         made.place = HELD
         account.entries += 1
-
-    @staticmethod
-    def _cancel(ledger: Ledger, made: Entry) -> None:
-        """Give back what was taken for an entry that is not published."""
-        release = partial(ledger.again, [partial(ledger.let_go, [made])])
-        try:
-            release(Deadline(0.0))
-        except Exception:  # no memory, no frames: a little later
-            ledger.abandoned.append(release)
 
     # Up ------------------------------------------------------------------------------------------------------------
 
@@ -302,7 +311,11 @@ class Tier(LowerTier):
             return None
         finally:
             if not way.spent:
-                self._cancel_up(pool, made)
+                cancel = partial(pool.ledger.again, [partial(_give_back, pool.account, pool.ledger, made)])
+                try:
+                    cancel(Deadline(0.0))
+                except Exception:  # no memory, no frames: the next operation does it
+                    pool.ledger.abandoned.append(cancel)
         return None
 
     def _free_room_for(self, pool: Domain, entry: Entry, made: Entry, pins: int) -> _Way | None:
@@ -310,7 +323,7 @@ class Tier(LowerTier):
         account, ledger = pool.account, pool.ledger
         with gate.lock, ledger.mutex, self.ledger.mutex:
             # A shared token may leave the quota meanwhile: room for all of them.
-            if account.closed or len(account.turns) or entry.place is NO_PLACE or not account.fits(1, entry.length):
+            if len(account.turns) or entry.place is NO_PLACE or not account.fits(1, entry.length):
                 return None
             if entry.pins > pins:
                 return None
@@ -353,11 +366,11 @@ class Tier(LowerTier):
             if (
                 entry.pins > pins
                 or scope.ended is not None
-                or account.closed
                 or entry.generation is not scope.generation
                 or not below.entries[part].holds(entry)
             ):
                 return False
+            raised = merge(self._raised, made.written)
             ledger.extend(hold, [made])
             try:
                 self._admit(pool, way, part, below.entries[part], entry)
@@ -366,12 +379,15 @@ class Tier(LowerTier):
                 made.refs -= 1
                 made.pins -= hold.pinning
                 raise
+            self._raised = raised
             account.pending_entries -= 1
             account.pending_slots -= entry.length
-            _note_copies(self.ledger, ledger, way)
-            self._raised = merge(self._raised, made.written)
             account.counters.move_up_count += 1
             self.account.counters.removal_count += 1
+            try:
+                _note_copies(self.ledger, ledger, way)
+            except Exception:
+                dead = []  # no memory, no frames: the two are not known to be the same
             try:
                 dead = unpublish(self, [entry])
             except Exception:
@@ -379,14 +395,6 @@ class Tier(LowerTier):
                 self.ledger.abandoned.append(again)
         del dead
         return True
-
-    def _cancel_up(self, pool: Domain, made: Entry) -> None:
-        """As `_cancel`, of an entry that has a place in the quota of its pool."""
-        account, ledger = pool.account, pool.ledger
-        with gate.lock, ledger.mutex:
-            account.pending_entries -= 1
-            account.pending_slots -= made.length
-        self._cancel(ledger, made)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -549,6 +557,14 @@ def _note_copies(ledger: Ledger, other: Ledger, way: _Way) -> None:
         other.copies.put(way.target, way.source)
 
 
+def _give_back(account: Account, ledger: Ledger, made: Entry) -> list[Entry]:
+    """Give back what was taken in a pool for an entry that is not published; returns it. Mutex held."""
+    dead = ledger.let_go([made])
+    account.pending_entries -= 1
+    account.pending_slots -= made.length
+    return dead
+
+
 def _count_hits(counted: dict[Account, int]) -> None:
     """Note hits that were found in the tier. The storage's mutex held."""
     for account, number in counted.items():
@@ -556,22 +572,13 @@ def _count_hits(counted: dict[Account, int]) -> None:
         account.counters.tier_hit_count += number
 
 
-def _release(ledger: Ledger, hold: Hold) -> None:
-    try:
-        ledger.release(hold)
-    except BaseException:
-        ledger.abandoned.append(hold)
-        raise
+def release_both(*holds: Hold) -> None:
+    """Release holds of the storage's ledger and of its tier's, as far as they were registered.
 
-
-def release_both(storage: KVStorage, *holds: Hold) -> None:
-    """Release holds of the storage's ledger and of its tier's, as far as they were registered."""
+    Where it raises, the caller leaves all of them to the next operation: nothing happens the second time.
+    """
     for hold in holds:
-        try:
-            hold(Deadline(0.0))
-        except BaseException:
-            storage.ledger.abandoned.append(hold)
-            raise
+        hold(Deadline(0.0))
 
 
 def move_up_each(

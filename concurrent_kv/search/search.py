@@ -157,7 +157,7 @@ class Search(Handle):
                 state.storage.ledger.release(of_roots)
             batch = opened(state, state.scope, generation, hold, found, room, out)
             if lower is not None:
-                release_both(state.storage, lower)
+                release_both(lower)
             # Only now, as a gather that fails must leave the search as it was.
             with gate.lock, ledger.mutex:
                 state.track(batch)
@@ -393,11 +393,10 @@ class Search(Handle):
             return write(init_pool, target, generation, plan, deadline)
         finally:
             del entry
-            release_both(storage, lower)
             try:
-                ledger.release(hold)
+                release_both(hold, lower)
             except BaseException:
-                ledger.abandoned.append(hold)
+                ledger.abandoned += (hold, lower)
                 raise
 
     # Life ----------------------------------------------------------------------------------------------------------

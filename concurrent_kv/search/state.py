@@ -184,7 +184,11 @@ class SearchState(Domain):
                 roots, self.roots = self.roots, {}
                 dead = self._end_holds()
                 waiters = ledger.take_waiters()
-            below = self._end_below()
+            try:
+                below = self._end_below()
+            except Exception:  # no memory, no frames: the next operation does it
+                below = []
+                ledger.abandoned.append(self.below_hold)
         wake(waiters)
         self.buffers.leave()
         del roots, below, dead, taken, going, cells

@@ -70,6 +70,14 @@ TIER_PROGRAMS = [
         evicting=True,
     ),
     tier_program(
+        "evict, evict|pin, room for one below",
+        lambda w: (w.put(B, value(9, 4)), w.put(C, value(7, 4))),
+        pinned,
+        before=lambda w: w.store({A: value(1, 4)}),
+        tier=1,
+        evicting=True,
+    ),
+    tier_program(
         "child of an entry that moves|get",
         lambda w: w.extend({B: (A, 91)}),
         lambda w: w.get(A),
