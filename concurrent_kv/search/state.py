@@ -175,6 +175,11 @@ class SearchState(Domain):
             # From here on no batch is opened, no child published and no root adopted.
             if self.scope.ended is None:
                 self.scope.ended = reason
+            try:
+                below = self._end_below()
+            except Exception:  # no memory, no frames: the next operation does it
+                below = []
+                ledger.abandoned.append(self.below_hold)
             going = [*self.own.values()]
             with gate.lock, ledger.mutex:
                 self.gone += going  # first: what is in it twice does no harm
@@ -184,11 +189,6 @@ class SearchState(Domain):
                 roots, self.roots = self.roots, {}
                 dead = self._end_holds()
                 waiters = ledger.take_waiters()
-            try:
-                below = self._end_below()
-            except Exception:  # no memory, no frames: the next operation does it
-                below = []
-                ledger.abandoned.append(self.below_hold)
         wake(waiters)
         self.buffers.leave()
         del roots, below, dead, taken, going, cells
