@@ -1,7 +1,7 @@
 """A thread-safe, stream-aware key/value cache for parallel tree search over transformer world models."""
 
 from .books.records import Scope
-from .books.stats import PoolStats, StatsSummary
+from .books.stats import PoolStats, StatsSummary, TierStats
 from .errors import (
     CapacityError,
     ClosedError,
@@ -40,6 +40,7 @@ try:
     from .pool.pin import Pin
     from .pool.pool import KVPool
     from .pool.storage import KVStorage
+    from .pool.tier import HostTier
     from .search.search import Search
 
     keep_out_of_graphs(__name__)
@@ -66,6 +67,7 @@ __all__ = [
     "DropAndCorrect",
     "DropLazily",
     "DropOldest",
+    "HostTier",
     "IntegrityError",
     "IntegrityReport",
     "InvalidArgumentError",
@@ -96,6 +98,7 @@ __all__ = [
     "SnapshotWriteError",
     "StatsSummary",
     "StreamCaptureError",
+    "TierStats",
     "WaitTimeoutError",
     "WindowOverflowError",
     "WrongProcessError",

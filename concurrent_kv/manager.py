@@ -17,7 +17,7 @@ from .books.integrity import IntegrityReport, RepairReport
 from .books.records import Entry
 from .books.size_arguments import SizeArguments
 from .books.sizing import SizePlan, slots_of_tree
-from .books.stats import NoCounters, PoolStats, StatsSummary
+from .books.stats import NoCounters, PoolStats, StatsSummary, TierStats
 from .device.layout import KVLayout
 from .errors import InvalidArgumentError, shown
 from .locks.gate import gate
@@ -32,6 +32,7 @@ from .pool.pool import KVPool
 from .pool.restoring import Loaded, load_pools
 from .pool.saving import Saved, save_pools
 from .pool.storage import KVStorage
+from .pool.tier import HostTier, put_beneath, tier_bytes
 from .search.search import LookupOrder, Search, open_search
 from .snapshots.contents import SideCodec
 
@@ -75,6 +76,8 @@ class KVCacheManager(Handle):
         log_every_clears, log_every_steps: log the statistics at every N-th clear and at every N-th `step()`; never if
             left out.
         name: what messages call it.
+        tier: a `HostTier`: host memory, one for all pools, that entries move down to where they are evicted; they are
+            lost if left out.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: a setting is missing, impossible or contradicts another; by name.
@@ -106,6 +109,7 @@ class KVCacheManager(Handle):
         log_every_clears: int | None = None,
         log_every_steps: int | None = None,
         name: str = "cache",
+        tier: HostTier | None = None,
     ) -> None:
         if isinstance(policy, EvictionPolicy):
             raise InvalidArgumentError(
@@ -123,6 +127,7 @@ class KVCacheManager(Handle):
             wm_tokens=wm_tokens,
             writers=writers,
             headroom_tokens=headroom_tokens,
+            tier=tier,
         )
         self.config = settings
         self.layout = layout
@@ -142,6 +147,8 @@ class KVCacheManager(Handle):
             name=name,
         )
         self.storage.headroom_argument = "headroom_tokens"
+        if tier is not None:
+            put_beneath(self.storage, tier)
 
         def pool(role: str, arguments: SizeArguments, shard: int | None = None) -> KVPool:
             made = KVPool(
@@ -184,13 +191,14 @@ class KVCacheManager(Handle):
         wm_tokens: int | None = None,
         writers: int | None = None,
         headroom_tokens: int | None = None,
+        tier: HostTier | None = None,
         **others: Any,
     ) -> Allocation:
         """What a manager made with these arguments allocates, in slots and bytes; allocates nothing. Never blocks.
 
         Args:
-            config, env_num, init_entries, init_tokens, recur_slots, wm_entries, wm_tokens, writers, headroom_tokens:
-                see the constructor.
+            config, env_num, init_entries, init_tokens, recur_slots, wm_entries, wm_tokens, writers, headroom_tokens,
+                tier: see the constructor.
             enable_stats, others: its other arguments; they change no size, and their values are not looked at.
 
         Raises:
@@ -217,7 +225,8 @@ class KVCacheManager(Handle):
         # Beside the writers' windows, one for each environment: a root that a search keeps after it was replaced.
         headroom = headroom_of(headroom_tokens, writers, window, usual_writers=8, roots=settings.env_num)
         total = sum(slots.values()) + headroom
-        return Allocation(entries, slots, headroom, total, settings.layout.bytes_per_token, search_tokens)
+        per_slot, below = settings.layout.bytes_per_token, tier_bytes(tier, settings.layout)
+        return Allocation(entries, slots, headroom, total, per_slot, search_tokens, below)
 
     @classmethod
     def plan(
@@ -544,6 +553,10 @@ class KVCacheManager(Handle):
         with gate.lock, mutex:  # one hold: one moment of all of them
             stats = stats_now()
         return StatsSummary(stats, self.stats_enabled)
+
+    def tier_stats(self) -> TierStats | None:
+        """One moment of the tier beneath all pools; None without one. Never waits for a shard."""
+        return self.recur_pool.tier_stats()
 
     def reset_stats(self) -> None:
         """Start every count from zero."""

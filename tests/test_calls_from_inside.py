@@ -155,6 +155,7 @@ def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any])
     calls: tuple[Callable[[], object], ...] = (
         lambda: len(pool),
         pool.stats,
+        pool.tier_stats,
         lambda: pool.closed,
         lambda: repr(pool),
         pool.allocation,
@@ -181,6 +182,7 @@ def test_every_public_method_is_known_to_these_tests(inside: Callable[[KVPool], 
         "discard",
         "lifetime_stats",
         "stats",
+        "tier_stats",
         "commit",
     }  # a commit: below, it needs a batch
     internal = {"check_open", "end_searches", "lifetime_now", "registered_scopes", "renew", "stats_now"}

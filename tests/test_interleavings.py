@@ -16,8 +16,9 @@ from tests.explorer.random_programs import random_pool_program, random_search_pr
 from tests.explorer.scheduler import DeadlockError, Scheduler
 from tests.explorer.search import explore, replay, sample
 from tests.explorer.search_programs import SEARCH_PROGRAMS
+from tests.explorer.tier_programs import TIER_PROGRAMS
 
-EVERY_PROGRAM = [*POOL_PROGRAMS, *SEARCH_PROGRAMS]
+EVERY_PROGRAM = [*POOL_PROGRAMS, *SEARCH_PROGRAMS, *TIER_PROGRAMS]
 Tasks = Callable[[Scheduler], list[Callable[[], object]]]
 
 

@@ -11,10 +11,11 @@ from tests.simulated.lagging import DrawnLag, RandomLag
 from tests.simulated.programs import GPU_PROGRAMS
 from tests.simulated.random_programs import gpu_programs
 from tests.simulated.random_searches import search_programs
+from tests.simulated.tier_programs import TIER_GPU_PROGRAMS
 from tests.simulated.world import GpuProgram
 
 
-@pytest.mark.parametrize("program", GPU_PROGRAMS, ids=lambda program: program.name)
+@pytest.mark.parametrize("program", [*GPU_PROGRAMS, *TIER_GPU_PROGRAMS], ids=lambda program: program.name)
 def test_reads_see_what_they_should_in_every_order_of_streams(program: GpuProgram) -> None:
     failure = sample(program, schedules=15, seed=1, chooser=RandomLag).failure
     assert failure is None, str(failure)

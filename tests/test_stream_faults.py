@@ -14,8 +14,9 @@ from tests.simulated.lagging import DrawnLag, RandomLag
 from tests.simulated.programs import GPU_PROGRAMS
 from tests.simulated.random_searches import search_programs
 from tests.simulated.sites import Fault, sites
+from tests.simulated.tier_programs import TIER_GPU_PROGRAMS
 
-PROGRAMS = {program.name: program for program in GPU_PROGRAMS}
+PROGRAMS = {program.name: program for program in [*GPU_PROGRAMS, *TIER_GPU_PROGRAMS]}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name}, in {fault.program}")

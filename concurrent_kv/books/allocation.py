@@ -56,6 +56,7 @@ class Allocation:
         total_slots: slots of the storage that is made: the quotas and the headroom. 0 for a pool over a storage that is
             there already, as that pool allocates none.
         bytes_per_slot: bytes of one slot: keys and values of one token over all layers.
+        tier_bytes: bytes of host memory of the tier beneath; 0 without one.
         search_tokens: slots that a search over all environments reserves if its `tokens` is left out; None for a pool.
     """
 
@@ -65,6 +66,7 @@ class Allocation:
     total_slots: int
     bytes_per_slot: int
     search_tokens: int | None = None
+    tier_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +84,8 @@ class Allocation:
             lines.append(f"storage: {self.total_slots:,} slots and the zero slot, {self.nbytes:,} bytes")
         else:
             lines.append("storage: the one given; no slots of its own")
+        if self.tier_bytes:
+            lines.append(f"tier: {self.tier_bytes:,} bytes of host memory")
         if self.search_tokens is not None:
             lines.append(f"a search over all environments: {self.search_tokens:,} slots, if its tokens is left out")
         return "\n".join(lines)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, setitem
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from ..native import lookup, native
@@ -78,6 +79,41 @@ class Index(Generic[E]):
             return False
         self._drop(place)
         return True
+
+    def move(self, entry: E, other: E, into: Index[E]) -> bool:
+        """Take this very entry out, and put another into an index that has none of its key, as one step.
+
+        False if it is not in it. Nothing has changed where it raises. Looks at no key.
+        """
+        place = self._place_of(entry)
+        if place is None:
+            return False
+        leaving: list[E] = self.cells[place]
+        coming: list[E] = []
+        new_place = into.new_place(other.key_hash)
+        into.cells[new_place] = coming
+        steps = map(setitem, (coming, leaving), repeat(slice(None)), ((other,), ()))
+        try:
+            # In one call of C functions: what cuts in from outside comes before both, or after. The second needs no
+            # memory.
+            any(steps)
+        except Exception:
+            del into.cells[new_place]
+            raise
+        # Nothing that fails from here on may be heard: it has happened.
+        del self.cells[place]
+        if type(place) is tuple:
+            try:
+                self._drop_extra(place)
+            except Exception:  # no memory, no frames: it is there, and empty
+                return True
+        return True
+
+    def chosen_of(self, hashed: int, condition: Callable[[E], bool]) -> list[E]:
+        """The entries of this hash that meet a condition. Looks at no key."""
+        places: list[Place] = [hashed, *self.extra.get(hashed, ())]
+        cells = filter(None, [lookup(self.cells, place) for place in places])
+        return [cell[0] for cell in cells if condition(cell[0])]
 
     def remove_each(self, entries: Iterable[E]) -> list[E]:
         """Take those of some entries out that are in it; returns them. All of them, or none where it raises."""

@@ -50,11 +50,14 @@ class Ledger:
     Attributes:
         borrowed: of the slots of a search, how many it gives back as soon as they are free.
         grants: of a search, its writes under way.
+        copies: where there is a tier, of each slot the one in the other ledger (the tier's, or the storage's above it)
+            that may have the same bytes, or 0. It has them where the other ledger's array names this one.
         when_idle: of a search that has ended, what is done, once, when it has no hold and no grant any more; returns
             what died of it. Under the mutex.
         parted: of a search, entries that it lets go of as soon as it can, by `part`, which returns what died.
     """
 
+    copies: SlotArray | None = None
     when_idle: Callable[[], list[Entry]] | None = None
     parted: frozenset[Entry] = frozenset()
     part: Callable[[], list[Entry]] | None = None
@@ -113,6 +116,17 @@ class Ledger:
             event_factory=self._event_factory,
             storage=self,
         )
+
+    def beneath(self, num_slots: int) -> Ledger:
+        """One for a tier beneath this storage, whose notes the storage's operations work off."""
+        made = Ledger(num_slots, self.window, lock_factory=self._lock_factory, event_factory=self._event_factory)
+        made.abandoned = self.abandoned
+        return made
+
+    def forget_copies(self) -> None:
+        """Know of no free slot that another ledger has its bytes. Mutex held."""
+        if self.copies is not None:
+            self.copies.put(self.slots.free_slots(), 0)
 
     def mutex_for_numbers(self) -> AbstractContextManager[object]:
         """What to hold while numbers are read: the mutex, or nothing inside a critical section of this thread."""
@@ -194,6 +208,9 @@ class Ledger:
         """Free what `Tables.leave` returned; once, however often it is called. Mutex held."""
         slots, others_left = freed
         if slots is not None:
+            if self.copies is not None:
+                # First: a slot that is given out may have other bytes.
+                self.copies.put(np.frombuffer(slots, dtype=np.int64), 0)
             self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
             freed[0] = None
         if self.borrowed:

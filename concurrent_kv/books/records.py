@@ -85,7 +85,19 @@ SHARED: Final = Place.SHARED
 EXEMPT: Final = Place.EXEMPT
 
 
-class Entry:
+class Mover:
+    """What an entry is, whether it is in its pool or in the tier beneath it.
+
+    Attributes:
+        line: one object for all the entries that one write has been as it moved; not set before its first move.
+    """
+
+    __slots__ = ("line",)
+
+    line: object
+
+
+class Entry(Mover):
     """An immutable record, reference-counted as a whole. `refs`, `pins`, `place`, `ticks` belong to the mutex.
 
     Attributes:
@@ -172,11 +184,17 @@ class Scope(NeverCopied):
 
     `ended` says why nothing can be stored in it any more (its search is over, or it was dropped); set under its shards'
     write locks.
+
+    Attributes:
+        below: of a pool's scope, what the tier beneath the pool has of it, if there is a tier; of the same shards.
+        above: of what a tier has, the pool's scope that it belongs to.
     """
 
     _internal = frozenset(
         (
+            "above",
             "account",
+            "below",
             "budget",
             "ended",
             "entries",
@@ -184,13 +202,26 @@ class Scope(NeverCopied):
             "locate",
             "number",
             "part_of",
+            "parts_below",
             "parts_of",
+            "renew",
             "shards",
             "why_ended",
         )
     )
 
-    __slots__ = ("account", "budget", "ended", "entries", "generation", "name", "number", "shards")
+    __slots__ = (
+        "above",
+        "account",
+        "below",
+        "budget",
+        "ended",
+        "entries",
+        "generation",
+        "name",
+        "number",
+        "shards",
+    )
 
     instead_of_copy = "pass its name, and ask the pool for it with scope(name)"
 
@@ -204,6 +235,8 @@ class Scope(NeverCopied):
         self.budget = budget
         self.ended: str | None = None
         self.generation = Generation(0, 0)
+        self.below: Scope | None = None
+        self.above: Scope | None = None
         # One part for each shard, guarded by that shard's lock.
         self.entries: tuple[Index[Entry], ...] = tuple(Index() for _ in shards)
 
@@ -216,6 +249,12 @@ class Scope(NeverCopied):
     def version(self) -> int:
         """Weights version."""
         return self.generation.version
+
+    def renew(self, generation: Generation) -> None:
+        """Begin a new generation, here and in what a tier has of it. The storage's mutex held."""
+        self.generation = generation
+        if self.below is not None:
+            self.below.generation = generation
 
     def why_ended(self) -> ClosedError | None:
         """What is raised where it is used after its end; None before that."""
@@ -241,6 +280,11 @@ class Scope(NeverCopied):
             return [entries[0]] * len(located)
         return [entries[part] for _, part in located]
 
+    def parts_below(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
+        """The part of the tier's index that each key belongs to; of a scope that has one below."""
+        assert self.below is not None
+        return self.below.parts_of(located)
+
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
 
@@ -263,6 +307,7 @@ class Scopes:
     def __init__(self, scopes: list[Scope], scope_of: list[int], renewal: tuple[int, int] | None = None) -> None:
         self.account = scopes[0].account
         self.shards = scopes[0].shards
+        self.below = scopes[0].below  # all have one, or none
         self.scopes = scopes
         self._scope_of = scope_of
         self._renewal = renewal
@@ -305,6 +350,10 @@ class Scopes:
         """The part of the index that each key belongs to."""
         return [scope.entries[part] for scope, part in located]
 
+    def parts_below(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
+        """The part of the tier's index that each key belongs to."""
+        return [scope.below.entries[part] for scope, part in located if scope.below is not None]
+
     def renew(self) -> None:
         """Begin the coming generations, and the next ones in every other scope of the account. Mutex held.
 
@@ -315,7 +364,7 @@ class Scopes:
         own = {*self.scopes}
         others = [(scope, self._next(scope.generation)) for scope in self.account.scopes.values() if scope not in own]
         for scope, generation in (*zip(self.scopes, self.coming, strict=True), *others):
-            scope.generation = generation
+            scope.renew(generation)
 
 
 def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
@@ -475,7 +524,7 @@ class Budget:
     def count_roots(self, roots: list[Entry]) -> None:
         """Note hits of adopted roots."""
         for entry in roots:
-            account = entry.scope.account
+            account = (entry.scope.above or entry.scope).account
             self.root_hits[account] = self.root_hits.get(account, 0) + 1
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from .columns import in_columns
 
-__all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary"]
+__all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary", "TierStats"]
 
 
 @dataclass
@@ -26,6 +26,10 @@ class Counters:
     removal_count: int = 0
     clear_count: int = 0
     stale_write_count: int = 0
+    tier_hit_count: int = 0
+    move_down_count: int = 0
+    move_up_count: int = 0
+    tier_drop_count: int = 0
 
     def add(self, other: Counters, times: int = 1) -> None:
         """Count what another has counted, too, so many times."""
@@ -52,6 +56,9 @@ class PoolStats:
         insert_count: entries stored under a new key. replace_count: entries that replaced another.
         eviction_count: entries evicted to make room. removal_count: entries popped, released or swept by a clear.
         clear_count: clears. stale_write_count: entries not stored because their epoch or version was over.
+        tier_hit_count: hits that were found in the tier beneath the pool. move_down_count: entries that were evicted
+            into it. move_up_count: entries that came back. tier_drop_count: entries that were evicted and that it did
+            not take. All 0 without a tier.
         entries, max_entries: entries stored now (those of open searches included), and the quota.
         slots_in_use, max_slots: slots of the pool's own entries and of its open searches, and the quota.
         bytes_in_use, max_bytes: the same in bytes.
@@ -70,6 +77,10 @@ class PoolStats:
     removal_count: int = 0
     clear_count: int = 0
     stale_write_count: int = 0
+    tier_hit_count: int = 0
+    move_down_count: int = 0
+    move_up_count: int = 0
+    tier_drop_count: int = 0
     entries: int = 0
     max_entries: int = 0
     slots_in_use: int = 0
@@ -129,6 +140,29 @@ class PoolStats:
         for name in ("request_count", *(("hit_rate", "miss_rate") if self.request_count else ())):
             values[prefix + name] = float(getattr(self, name))
         return values
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One moment of a tier. Counts since it was made; everything is a number.
+
+    Attributes:
+        entries: entries that it has.
+        slots_in_use, max_slots: slots that they name, and all.
+        bytes_in_use, max_bytes: the same in bytes.
+        shared_slots: slots that two or more of its entries name.
+        eviction_count: entries that it evicted, for good, to make room.
+        removal_count: entries written anew, popped, moved up, or swept by a clear.
+    """
+
+    entries: int = 0
+    slots_in_use: int = 0
+    max_slots: int = 0
+    bytes_in_use: int = 0
+    max_bytes: int = 0
+    shared_slots: int = 0
+    eviction_count: int = 0
+    removal_count: int = 0
 
 
 NO_REQUESTS = "no requests"

@@ -24,7 +24,7 @@ from .moving import upload
 from .positions import Correction, PositionSteps, PositionTable
 from .slot_numbers import Slots, as_array
 
-__all__ = ["Block", "SlotTensor"]
+__all__ = ["Block", "SlotTensor", "in_units"]
 
 LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
 UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
@@ -57,7 +57,7 @@ class _Together:
         return np.concatenate([part.view(np.int64).reshape(-1, columns) for part in found])
 
 
-def _in_units(tokens: Tensor) -> Tensor:
+def in_units(tokens: Tensor) -> Tensor:
     """Contiguous `[2 * layers, tokens, heads, head_dim]` as `[2 * layers, tokens, units]` of 16 bytes, if possible.
 
     `index_copy_` moves its numbers one by one: the fewer they are, the sooner it is done.
@@ -299,7 +299,7 @@ class SlotTensor:
             corrected = tokens if runs * difference.shape[1] == len(slots) else tokens[:, : runs * difference.shape[1]]
             corrected = corrected.view(data.shape[0], runs, *difference.shape[1:])
             corrected.add_(difference.unsqueeze(1))
-        _in_units(data).index_copy_(1, slot_index, _in_units(tokens))
+        in_units(data).index_copy_(1, slot_index, in_units(tokens))
         return source_index, slot_index, tokens
 
     def _copy_block(self, source: Tensor, block: Block, first_slot: int, difference: Tensor | None) -> None:
@@ -321,7 +321,7 @@ class SlotTensor:
         """The tokens of some slots, in host memory: contiguous `[slots, 2 * layers, heads, head_dim]`. Blocks."""
         with plain_torch_state():
             data = self.data
-            found = torch.index_select(_in_units(data).transpose(0, 1), 0, self._index(slots))
+            found = torch.index_select(in_units(data).transpose(0, 1), 0, self._index(slots))
             return found.contiguous().cpu().view(data.dtype).view(len(slots), data.shape[0], *data.shape[2:])
 
     def write_slots(self, slots: Slots, tokens: Tensor) -> None:
@@ -331,7 +331,7 @@ class SlotTensor:
             if type(slots) is range:
                 self.data[:, slots.start : slots.stop].copy_(planes)
             else:
-                _in_units(self.data).index_copy_(1, self._index(as_array(slots)), _in_units(planes.contiguous()))
+                in_units(self.data).index_copy_(1, self._index(as_array(slots)), in_units(planes.contiguous()))
 
     def correct(self, out: Tensor, moved: Indices, positions: Indices, table: PositionTable) -> tuple[Tensor, ...]:
         """Add the differences of tokens that moved to a gathered buffer.

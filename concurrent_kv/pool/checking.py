@@ -19,11 +19,13 @@ from ..books.integrity import (
     scopes_of,
     summed,
 )
-from ..books.ledger import wake
+from ..books.ledger import Ledger, wake
 from ..books.tables import named_slots
+from ..device.streams import Ticks
 from ..errors import IntegrityError
 from ..locks.gate import gate
-from .storage import KVStorage, OpenSearch
+from .storage import KVStorage, LowerTier, OpenSearch
+from .tier import check_tier
 
 __all__ = ["check_integrity", "repair"]
 
@@ -47,12 +49,16 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
         problems += compare_accounts(ledger, recount)
         named = named_slots(ledger.tables)
         free = ledger.slots.free_slots()
+        of_tier = None if storage.tier is None else _check_tier(storage.tier)
     del recount  # here, where no lock is held: keys and side data may be finalised
     has = [named, free, *(found.slots for found in of_searches)]
     owners = np.bincount(np.concatenate(has), minlength=ledger.num_slots + 1)
     for found in of_searches:
         problems += found.problems
         report = summed(report, found.report)
+    if of_tier is not None:
+        problems += of_tier[0]
+        report = summed(report, of_tier[1])
     if not zero_slot_is_zero:
         problems.append(Problem("slot 0, which serves all padding, is not zero"))
     wrong = np.flatnonzero(owners[1:] != 1) + 1
@@ -61,6 +67,21 @@ def check_integrity(storage: KVStorage) -> IntegrityReport:
     if problems:
         raise IntegrityError(tuple([problem.text() for problem in problems]))
     return report
+
+
+def _check_tier(tier: LowerTier) -> tuple[list[Problem], IntegrityReport]:
+    """What contradicts a recount of a tier, and what it counted. All locks held but the tier's mutex."""
+    with gate.lock, tier.ledger.mutex:
+        return check_tier(tier)
+
+
+def _repair_tier(tier: LowerTier, above: Ledger, used: Ticks, kept: list[object]) -> RepairReport:
+    """As `rebuild`, of a tier beneath rebuilt books. All locks held but the tier's mutex."""
+    with gate.lock, tier.ledger.mutex:
+        report = rebuild(tier.ledger, [tier.account], used, np.zeros(tier.ledger.num_slots + 1, dtype=np.bool_), kept)
+        above.forget_copies()
+        tier.ledger.forget_copies()
+        return report
 
 
 def _open_searches(storage: KVStorage) -> list[OpenSearch]:
@@ -82,6 +103,8 @@ def repair(storage: KVStorage) -> RepairReport:
     accounts = [pool.account for pool in storage.pools]
     with gate.lock, storage.locks.write(range(storage.locks.count), deadline), ledger.mutex:
         report = rebuild(ledger, accounts, used, taken, kept)
+        if storage.tier is not None:
+            report = summed(report, _repair_tier(storage.tier, ledger, used, kept))
     for search in _open_searches(storage):
         search.top_up()
     for of_search, _ in of_searches:

@@ -47,9 +47,45 @@ def remove(domain: Domain, scope: Scope, entry: Entry, deadline: Deadline) -> bo
 def discard(domain: Domain, scope: Scope, key: Hashable) -> None:
     """Have the next operation remove the entry that `key` has now. Takes no lock: finalisers come here."""
     # A look without the shard: what is stored under the key later is another entry, and stays.
-    entry = scope.entries[scope.part_of(hash(key))].get(key)
-    if entry is not None:
+    part = scope.part_of(hash(key))
+    entry = scope.entries[part].get(key)
+    if scope.below is not None:
+        # It may have moved by then, and have been moving just now.
+        entry = entry or scope.below.entries[part].get(key) or scope.entries[part].get(key)
+        if entry is not None:
+            domain.ledger.abandon(partial(_remove_wherever, domain, scope, entry))
+    elif entry is not None:
         domain.ledger.abandon(partial(remove, domain, scope, entry))
+
+
+def _remove_wherever(domain: Domain, scope: Scope, entry: Entry, deadline: Deadline) -> None:
+    """As `remove`, of an entry of a pool or of the tier beneath it, which may have moved to the other meanwhile."""
+    part = scope.part_of(entry.key_hash)
+    dead: list[Entry] = []
+    going: list[Entry] = []
+    with gate.lock, domain.locks.write((scope.shards[part],), deadline):
+        deadline.check(domain.name)
+        waiters = _take_line_out(domain, scope, part, entry, going, dead)
+    wake(waiters)
+    del dead, going
+
+
+def _take_line_out(
+    domain: Domain, scope: Scope, part: int, entry: Entry, going: list[Entry], dead: list[Entry]
+) -> list[Any]:
+    """Take out what an entry is now, which joins `going`; returns whom to wake. The shard's write lock held."""
+
+    def is_same(other: Entry) -> bool:
+        return other is entry or (line is not None and getattr(other, "line", None) is line)
+
+    line = getattr(entry, "line", None)
+    waiters: list[Any] = []
+    for owner, where in ((domain, scope), (domain.storage.tier, scope.below)):
+        if owner is not None and where is not None:
+            found = where.entries[part].chosen_of(entry.key_hash, is_same)
+            going += found
+            waiters += take_out(owner, where.entries[part], found, dead)
+    return waiters
 
 
 def take_out(domain: Domain, index: Index[Entry], going: Sequence[Entry | None], dead: list[Entry]) -> list[Any]:

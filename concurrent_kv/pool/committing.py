@@ -21,7 +21,7 @@ from ..model.kv import KeysValues, check_fits
 from ..model.overflow import Overflow
 from .batch import Batch
 from .plan import WritePlan, plan_commit, plan_put
-from .reading import gather_entries
+from .reading import fill_rows, gather_entries
 from .storage import Domain, KVStorage, PoolState
 from .writing import generation_for, write
 
@@ -43,6 +43,7 @@ def open_batch(
     # Before anything is allocated, which a capture would take into its graph.
     stream = None if clock.backend is None else clock.current()
     described = describe(entries, scope)
+    sunken = [] if storage.tier is None else storage.tier.read_rows(entries, described)
     _, lengths, _, _ = described
     longest, window = max(lengths), storage.layout.max_tokens
     if room is not None and (type(room) is not int or not 0 <= room <= window - longest):
@@ -57,7 +58,10 @@ def open_batch(
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    read = gather_entries(domain, entries, data, longest, ready, described, whole=own)
+    gathered = entries if not sunken else [None if entry is None or entry.scope.above else entry for entry in entries]
+    read = gather_entries(domain, gathered, data, longest, ready, described, whole=own)
+    if sunken:
+        read = fill_rows(storage, sunken, data, longest, read)
     uses = StreamUses(clock, stream, read) if read else None
     return Batch(domain, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
 

@@ -14,7 +14,7 @@ from ..books.guarded import guarded
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Account, Entry, Generation, Scope
 from ..books.size_arguments import SizeArguments
-from ..books.stats import Counters, PoolStats
+from ..books.stats import Counters, PoolStats, TierStats
 from ..device.layout import KVLayout, slots_of_capacity
 from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError, shown
 from ..locks.deadline import Deadline
@@ -23,6 +23,7 @@ from .checking import check_integrity, repair
 from .clearing import sweep_if, sweep_scopes
 from .handle import Handle
 from .storage import KVStorage, PoolState
+from .tier import HostTier, Tier, put_beneath, tier_bytes
 
 __all__ = ["PoolCore", "bump_versions", "end_older"]
 
@@ -85,6 +86,7 @@ class PoolCore(PoolState, Handle):
         name: str = "pool",
         storage: KVStorage | None = None,
         scope_shards: Sequence[int] | None = None,
+        tier: HostTier | None = None,
     ) -> None:
         self._allocation = self.allocation_for(
             layout,
@@ -94,6 +96,7 @@ class PoolCore(PoolState, Handle):
             writers=writers,
             headroom_tokens=headroom_tokens,
             storage=storage,
+            tier=tier,
         )
         max_entries, max_slots = self._allocation.entries["pool"], self._allocation.slots["pool"]
         own_policy: EvictionPolicy[Entry] = make_policy(policy, capacity=max_entries)
@@ -111,6 +114,8 @@ class PoolCore(PoolState, Handle):
         )
         if self.owns_storage:
             storage.headroom_argument = "headroom_tokens"
+        if tier is not None:
+            put_beneath(storage, tier)
         stated = None if max_bytes is None else SizeArguments(slots="max_bytes", per_slot=layout.bytes_per_token)
         candidates = guarded(own_policy, storage.ledger.abandoned.append, str(name))
         account = Account(name, max_entries, max_slots, storage.ledger.tables, candidates, stated)
@@ -120,6 +125,8 @@ class PoolCore(PoolState, Handle):
         self.account.scopes[name] = self.default_scope
         with gate.lock, storage.ledger.mutex:
             _check_room(storage, max_slots)
+            if storage.tier is not None:
+                storage.tier.add_scope(self.default_scope)
             storage.pools.append(self)
 
     @classmethod
@@ -133,12 +140,13 @@ class PoolCore(PoolState, Handle):
         writers: int | None = None,
         headroom_tokens: int | None = None,
         storage: KVStorage | None = None,
+        tier: HostTier | None = None,
         **others: Any,
     ) -> Allocation:
         """What a pool made with these arguments allocates, in slots and bytes; allocates nothing. Never blocks.
 
         Args:
-            layout, max_entries, max_slots, max_bytes, writers, headroom_tokens, storage: see the constructor.
+            layout, max_entries, max_slots, max_bytes, writers, headroom_tokens, storage, tier: see the constructor.
             others: its other arguments; they change no size, and their values are not looked at.
 
         Raises:
@@ -151,6 +159,9 @@ class PoolCore(PoolState, Handle):
         max_entries = positive_int("max_entries", max_entries)
         slots = slots_of_capacity(layout, max_entries, max_slots, max_bytes)
         headroom = total = 0
+        below = tier_bytes(tier, layout)
+        if tier is not None and storage is not None:
+            raise InvalidArgumentError("tier must be left out where a storage is given, which has its own or none")
         if storage is None:
             headroom = headroom_of(headroom_tokens, writers, layout.max_tokens, usual_writers=4)
             total = slots + headroom
@@ -159,7 +170,9 @@ class PoolCore(PoolState, Handle):
                 "headroom_tokens must be left out where a storage is given, which has its own headroom "
                 f"(headroom_slots), got {shown(headroom_tokens)}"
             )
-        return Allocation({"pool": max_entries}, {"pool": slots}, headroom, total, layout.bytes_per_token)
+        return Allocation(
+            {"pool": max_entries}, {"pool": slots}, headroom, total, layout.bytes_per_token, tier_bytes=below
+        )
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
@@ -173,6 +186,8 @@ class PoolCore(PoolState, Handle):
             if scope is None:
                 scope = self.account.scopes[name] = Scope(self.account, name, self.default_scope.shards)
                 scope.generation = Generation(0, self.default_scope.version)
+                if self.storage.tier is not None:
+                    self.storage.tier.add_scope(scope)
             return scope
 
     def drop_scope(self, scope: Scope | Hashable, *, timeout: float | None = None) -> int:
@@ -207,6 +222,9 @@ class PoolCore(PoolState, Handle):
             found.ended = reason
         self.flights.close_scope(found.number)
         removed = sweep_if(self, found, lambda entry: True, deadline)
+        if found.below is not None and self.storage.tier is not None:
+            removed += sweep_if(self.storage.tier, found.below, lambda entry: True, deadline)
+            self.storage.tier.forget_scope(found)
         # Last: what is cut off before this is found, and finished, by the next call.
         with gate.lock, self.storage.ledger.mutex:
             if self.account.scopes.get(name) is found:
@@ -274,7 +292,14 @@ class PoolCore(PoolState, Handle):
         with gate.lock, self.storage.ledger.mutex:
             _begin_epoch(scopes)
             self.account.counters.clear_count += 1
+        self._sweep(scopes, deadline)
+
+    def _sweep(self, scopes: Sequence[Scope], deadline: Deadline) -> None:
+        """Remove what is older than its scope, from the pool and the tier beneath it."""
         sweep_scopes(self, scopes, deadline)
+        if self.storage.tier is not None:
+            below = [scope.below for scope in scopes if scope.below is not None]
+            sweep_scopes(self.storage.tier, below, deadline)
 
     def close(self, *, timeout: float | None = None) -> None:
         """End every search, drop every entry and, for a pool made alone, free the storage. Closing twice is fine.
@@ -298,6 +323,10 @@ class PoolCore(PoolState, Handle):
             # What handles still hold of it comes back when they let go.
             with gate.lock, self.storage.ledger.mutex, suppress(ValueError):  # of two closes at once
                 self.storage.pools.remove(self)
+            tier = self.storage.tier
+            for scope in () if tier is None else self.scopes():
+                assert tier is not None
+                tier.forget_scope(scope)
         self._emptied = True  # a close that timed out before this is finished by the next
         if self.owns_storage:
             self.storage.close(deadline.left())
@@ -351,6 +380,12 @@ class PoolCore(PoolState, Handle):
             lock_wait_seconds=contention[1],
         )
 
+    def tier_stats(self) -> TierStats | None:
+        """One moment of the tier beneath the pool, which is that of all pools of its storage; None without one."""
+        self.storage.check_process()
+        tier = self.storage.tier
+        return tier.stats() if isinstance(tier, Tier) else None
+
     def reset_stats(self) -> None:
         """Start every counter from zero."""
         self.storage.check_call()
@@ -403,7 +438,7 @@ def bump_versions(pools: Sequence[PoolCore], name: str, deadline: Deadline) -> N
     for pool in pools:
         pool.end_searches(reason, deadline)
     for pool in pools:
-        sweep_scopes(pool, pool.scopes(), deadline)
+        pool._sweep(pool.scopes(), deadline)
 
 
 def end_older(pool: PoolCore, version: int, is_newer: bool, deadline: Deadline) -> None:
@@ -413,26 +448,26 @@ def end_older(pool: PoolCore, version: int, is_newer: bool, deadline: Deadline) 
     scopes = pool.scopes()
     with gate.lock, pool.storage.ledger.mutex:
         _catch_up(scopes, version)
-    sweep_scopes(pool, scopes, deadline)
+    pool._sweep(scopes, deadline)
 
 
 def _begin_epoch(scopes: Iterable[Scope]) -> None:
     """Mutex held."""
     for scope in scopes:
-        scope.generation = Generation(scope.epoch + 1, scope.version)
+        scope.renew(Generation(scope.epoch + 1, scope.version))
 
 
 def _catch_up(scopes: Iterable[Scope], version: int) -> None:
     """Have scopes that were made meanwhile be of this version, too. Mutex held."""
     for scope in scopes:
         if scope.version < version:
-            scope.generation = Generation(scope.epoch, version)
+            scope.renew(Generation(scope.epoch, version))
 
 
 def _begin_version(pools: Sequence[PoolCore], reason: str) -> None:
     """In every scope; open searches are told that they are over. Mutex held."""
     for pool in pools:
         for scope in pool.registered_scopes():
-            scope.generation = Generation(scope.epoch, scope.version + 1)
+            scope.renew(Generation(scope.epoch, scope.version + 1))
         for search in pool.searches:
             search.budget.ended = reason

@@ -16,7 +16,7 @@ from ..errors import ClosedError, InvalidArgumentError
 from ..locks.gate import gate
 from .batch import Batch
 from .padded_rows import PaddedRows
-from .reading import gather_together
+from .reading import fill_rows, gather_together
 from .storage import Domain, KVStorage
 
 __all__ = ["JointBatch", "Part", "open_part", "open_together"]
@@ -29,6 +29,7 @@ class Part(Batch):
     """
 
     _in_use = False
+    sunken: list[tuple[int, Tensor]]  # the tokens of rows that are in the tier
 
     def begin(self) -> Part:
         """Keep what it reads; before its search knows of it, which could end it."""
@@ -43,6 +44,13 @@ class Part(Batch):
     def ledger(self) -> Ledger:
         """The books of its entries."""
         return self._ledger
+
+    @property
+    def gathered_entries(self) -> list[Entry | None]:
+        """Its entries but those in the tier."""
+        if not self.sunken:
+            return list(self.entries)
+        return [None if entry is None or entry.scope.above is not None else entry for entry in self.entries]
 
     @property
     def described(self) -> Described:
@@ -90,8 +98,12 @@ def open_part(
 ) -> Part:
     """As `open_batch`, of rows that `open_together` copies: a batch without a buffer yet."""
     described = describe(entries, scope)
+    tier = domain.storage.tier
+    sunken = [] if tier is None else tier.read_rows(entries, described)
     nowhere = domain.storage.tensor.data
-    return Part(domain, scope, generation, hold, entries, described, nowhere, 0, owns_buffer=False).begin()
+    part = Part(domain, scope, generation, hold, entries, described, nowhere, 0, owns_buffer=False)
+    part.sunken = sunken
+    return part.begin()
 
 
 class JointBatch(PaddedRows):
@@ -208,15 +220,28 @@ def open_together(
             clock.protect(data)
     start = longest if out is None else out.shape[3] - room
     joint = JointBatch(storage, parts, data, start, owns_buffer=out is None)
-    sources = [(part.ledger, part.entries, about) for part, about in zip(parts, described, strict=True)]
+    sources = [(part.ledger, part.gathered_entries, about) for part, about in zip(parts, described, strict=True)]
     spare = rows - count
     if spare:
         sources.append((storage.ledger, [None] * spare, ([0] * spare, [0] * spare, [None] * spare, [])))
         joint.pad(spare)
     read = gather_together(storage, sources, data, start, ready)
+    if storage.tier is not None:
+        read = _fill_parts(storage, parts, data, start, read)
     joint.uses = StreamUses(clock, stream, read) if read else None
     first = 0
     for part in parts:
         part.place(data, first, start, joint.uses)
         first += len(part.entries)
     return joint
+
+
+def _fill_parts(storage: KVStorage, parts: Sequence[Part], data: Tensor, start: int, read: Ticks) -> Ticks:
+    """Copy what is in the tier into the rows of each part; returns `read`, and the ticks of it."""
+    first = 0
+    for part in parts:
+        if part.sunken:
+            read = fill_rows(storage, part.sunken, data, start, read, first)
+            part.sunken = []
+        first += len(part.entries)
+    return read

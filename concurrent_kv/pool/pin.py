@@ -6,6 +6,7 @@ from weakref import ref
 
 import torch
 
+from ..books.ledger import Ledger
 from ..books.records import Entry, Hold
 from ..errors import ClosedError
 from ..locks.gate import gate
@@ -30,8 +31,9 @@ class Pin(Handle):
 
     instead_of_copy = "pin the key once more, or take a copy of its tokens with get()"
 
-    def __init__(self, pool: PoolState, entry: Entry, hold: Hold) -> None:
+    def __init__(self, pool: PoolState, entry: Entry, hold: Hold, ledger: Ledger | None = None) -> None:
         self._pool = pool
+        self._ledger = ledger or pool.ledger
         self._storage = pool.storage
         self._entry = entry
         self._hold = hold
@@ -64,13 +66,13 @@ class Pin(Handle):
         if gate.is_inside:
             self.abandon()
         else:
-            self._storage.ledger.release(self._hold)
+            self._ledger.release(self._hold)
 
     def abandon(self) -> None:
         """Leave it to the next operation to close this. Takes no lock: finalisers come here, at any point."""
         hold = getattr(self, "_hold", None)
         if hold is not None and not hold.released:
-            self._storage.ledger.abandon(hold)
+            self._ledger.abandon(hold)
 
     def __del__(self) -> None:
         hold = getattr(self, "_hold", None)

@@ -385,6 +385,9 @@ def plan_commit(
         foreign = overflow.foreign(inherited)
         if foreign:
             hits = tuple([hit and other not in foreign for hit, other in zip(hits, inherited, strict=True)])
+    if storage.tier is not None:
+        # Of a row that was read from the tier no slot is here: its children own all of their tokens.
+        hits = tuple([hit and row > 0 for hit, row in zip(hits, table_rows, strict=True)])
     in_buffer, first = rows, batch.first_row
     if first:
         in_buffer = range(first, first + len(rows)) if type(rows) is range else tuple([first + row for row in rows])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_keys, hash_of
-from ..books.records import Entry, Hold, Scope
+from ..books.records import Entry, Generation, Hold, Scope
 from ..errors import InvalidTypeError, KeyNotFoundError, shown
 from ..flights.table import Claim, FlightState
 from ..flights.waiting import outcome, wait_in_thread
@@ -31,9 +31,12 @@ from .pin import Pin
 from .reading import copy_out, retain
 from .restoring import Loaded, load_pools
 from .saving import Saved, save_pools
+from .storage import LowerTier
+from .tier import move_up_each, release_both
 
 __all__ = ["KVPool", "gather_part_of_pool", "read_from_pool"]
 
+B = TypeVar("B", bound=Batch)
 R = TypeVar("R")
 ALONE = "pool"  # the role of a pool that has a file to itself
 
@@ -60,8 +63,9 @@ class KVPool(PoolCore):
             if left out. What is replaced needs them until the new entry is stored and no handle reads the old one.
         name: what messages and statistics call it.
         storage: the storage to share, with room made for this quota by its owner; its own if left out. `writers` and
-            `headroom_tokens` are of a storage of its own.
+            `headroom_tokens` are of a storage of its own, and so is `tier`.
         scope_shards: numbers of the lock shards that guard its keys, ascending; all if left out.
+        tier: a `HostTier`: host memory that entries move down to where they are evicted; they are lost if left out.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
@@ -145,9 +149,11 @@ class KVPool(PoolCore):
         looked_in = self._scope(scope)
         generation = looked_in.generation
         found: list[Hashable] = []
-        for shard, part in zip(looked_in.shards, looked_in.entries, strict=True):
+        for number, (shard, part) in enumerate(zip(looked_in.shards, looked_in.entries, strict=True)):
             with gate.lock, self.storage.locks.read((shard,), deadline):
                 items = part.listed()
+                if looked_in.below is not None:
+                    items += looked_in.below.entries[number].listed()
             self.check_open()  # after the look: a close, or a drop of the scope, may have swept this shard
             self._scope(looked_in)
             found += [key for key, entry in items if entry.generation is generation]
@@ -159,14 +165,17 @@ class KVPool(PoolCore):
         return iter(self.keys())
 
     def __len__(self) -> int:
-        """Entries stored, without those of searches. Takes no lock."""
+        """Entries stored, without those of searches; those in the tier too. Takes no lock."""
         self.storage.check_process()
-        return self.account.entries
+        tier = self.storage.tier
+        return self.account.entries + (0 if tier is None else tier.entries_below(self.account))
 
     def _read(
         self, key: Hashable, scope: Scope | None, deadline: Deadline, use: Callable[[Entry], R], *, quiet: bool = True
     ) -> R | None:
         """What `use` makes of the entry of `key`, which is kept alive meanwhile; None on a miss."""
+        if self.storage.tier is not None:
+            return self._read_in_both(self.storage.tier, key, scope, deadline, use, quiet=quiet)
         hold = Hold("read", [])
         ledger = self.storage.ledger
         try:
@@ -179,15 +188,47 @@ class KVPool(PoolCore):
                 ledger.abandoned.append(hold)
                 raise
 
+    def _read_in_both(
+        self,
+        tier: LowerTier,
+        key: Hashable,
+        scope: Scope | None,
+        deadline: Deadline,
+        use: Callable[[Entry], R],
+        *,
+        quiet: bool,
+    ) -> R | None:
+        """As `_read`, of an entry that may be in the tier; it moves up where there is room, unless `quiet`."""
+        hold, lower = Hold("read", []), Hold("read", [])
+        try:
+            entry = self._retain(key, scope, deadline, hold, quiet=quiet, lower=lower)
+            if entry is not None and lower.entries and not quiet:
+                entry = tier.move_up(self, entry, hold, deadline) or entry
+            return None if entry is None else use(entry)
+        finally:
+            try:
+                release_both(hold, lower)
+            except BaseException:
+                self.storage.ledger.abandoned += (hold, lower)
+                raise
+
     def _retain(
-        self, key: Hashable, scope: Scope | None, deadline: Deadline, hold: Hold, *, quiet: bool
+        self,
+        key: Hashable,
+        scope: Scope | None,
+        deadline: Deadline,
+        hold: Hold,
+        *,
+        quiet: bool,
+        lower: Hold | None = None,
     ) -> Entry | None:
-        """The entry of `key`, which joins `hold`; None on a miss."""
+        """The entry of `key`, which joins `hold`, or `lower` if it is in the tier; None on a miss."""
         key_hash = hash_of(key)
         found_in = self._scope(scope)
         located = ((found_in, found_in.part_of(key_hash)),)
         generations = {found_in: found_in.generation}
-        return retain(self.storage, located, [key], [key_hash], generations, deadline, hold=hold, quiet=quiet)[0]
+        looked_up = located, [key], [key_hash], generations, deadline
+        return retain(self.storage, *looked_up, hold=hold, quiet=quiet, lower=lower)[0]
 
     def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """A handle that keeps the entry of `key` from being evicted until it is closed (leaving its `with`). May block.
@@ -199,12 +240,22 @@ class KVPool(PoolCore):
         """
         deadline = self._enter(timeout)
         hold = Hold("pin", [], pinning=True)
+        tier = self.storage.tier
+        lower = None if tier is None else Hold("pin", [], pinning=True)
         try:
-            entry = self._retain(key, scope, deadline, hold, quiet=True)
+            entry = self._retain(key, scope, deadline, hold, quiet=True, lower=lower)
             if entry is None:
                 raise KeyNotFoundError(f"{self.name} has no entry for {shown(key)} to pin")
+            if tier is not None and lower is not None and lower.entries:
+                made = tier.move_up(self, entry, hold, deadline, pins=1)
+                if made is None:
+                    return Pin(self, entry, lower, tier.ledger)
+                tier.ledger.release(lower)
+                entry = made
             return Pin(self, entry, hold)
         except BaseException:
+            if tier is not None and lower is not None:
+                tier.ledger.abandoned.append(lower)
             try:
                 self.storage.ledger.release(hold)
             except BaseException:
@@ -252,13 +303,20 @@ class KVPool(PoolCore):
         found_in = self._scope(scope)
         generation = found_in.generation
         hold = Hold("batch", [])
+        lower = None if self.storage.tier is None else Hold("read", [])
         try:
             hashes = list(map(hash, keys))
             located = found_in.locate(hashes)
-            entries = retain(self.storage, located, keys, hashes, {found_in: generation}, deadline, hold=hold)
+            looked_up = located, keys, hashes, {found_in: generation}, deadline
+            entries = retain(self.storage, *looked_up, hold=hold, lower=lower)
             self.count_misses(entries.count(None))
+            if lower is not None:
+                held = hold, lower
+                return _opened_in_both(self, found_in, generation, held, entries, deadline, open_batch, room, out)
             return open_batch(self, found_in, generation, hold, entries, room, out)
         except BaseException:
+            if lower is not None:
+                self.storage.ledger.abandoned.append(lower)
             try:
                 self.storage.ledger.release(hold)
             except BaseException:
@@ -393,7 +451,8 @@ class KVPool(PoolCore):
 
         def taken(entry: Entry) -> tuple[KeysValues, bool]:
             # Copied before it is removed: if the copy fails, the pool is as it was.
-            return copy_out(self, entry, to), remove(self, entry.scope, entry, deadline)
+            owner = self.storage.tier if entry.scope.above is not None else None
+            return copy_out(self, entry, to), remove(owner or self, entry.scope, entry, deadline)
 
         while (found := self._read(key, scope, deadline, taken)) is not None:
             kv, removed = found
@@ -582,6 +641,7 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
     scope = pool._scope(None)
     generation = scope.generation
     hold = Hold("batch", [])
+    lower = None if pool.storage.tier is None else Hold("read", [])
     try:
         entries: list[Entry | None] = [None] * rows
         if keys is None:
@@ -591,13 +651,44 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
             keys = check_keys(keys)
             hashes = list(map(hash, keys))
             located = scope.locate(hashes)
-            entries = retain(pool.storage, located, keys, hashes, {scope: generation}, deadline, hold=hold)
+            looked_up = located, keys, hashes, {scope: generation}, deadline
+            entries = retain(pool.storage, *looked_up, hold=hold, lower=lower)
             pool.count_misses(entries.count(None))
+            if lower is not None:
+                return _opened_in_both(pool, scope, generation, (hold, lower), entries, deadline, open_part)
         return open_part(pool, scope, generation, hold, entries)
     except BaseException:
+        if lower is not None:
+            pool.ledger.abandoned.append(lower)
         try:
             pool.ledger.release(hold)
         except BaseException:
             pool.ledger.abandoned.append(hold)
             raise
         raise
+
+
+def _opened_in_both(
+    pool: KVPool,
+    scope: Scope,
+    generation: Generation,
+    holds: tuple[Hold, Hold],
+    entries: list[Entry | None],
+    deadline: Deadline,
+    opened: Callable[..., B],
+    *how: object,
+) -> B:
+    """What `opened` makes of entries of which some may be in the tier; they move up where there is room.
+
+    Where it raises, the caller releases both of the `holds`.
+    """
+    hold, lower = holds
+    tier = pool.storage.tier
+    assert tier is not None
+    move_up_each(tier, [pool] * len(entries), entries, hold, deadline)
+    batch = opened(pool, scope, generation, hold, entries, *how)
+    try:
+        release_both(lower)
+    except Exception:  # no memory, no frames: the next operation does it
+        pool.storage.ledger.abandoned.append(lower)
+    return batch

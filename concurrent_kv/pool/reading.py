@@ -24,7 +24,7 @@ from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
 from .storage import Domain, KVStorage
 
-__all__ = ["copy_out", "gather_entries", "gather_together", "retain"]
+__all__ = ["copy_out", "fill_rows", "gather_entries", "gather_together", "retain"]
 
 Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
@@ -41,6 +41,7 @@ def retain(
     *,
     hold: Hold,
     quiet: bool = False,
+    lower: Hold | None = None,
 ) -> list[Entry | None]:
     """Look keys up and add what was found to `hold`, atomically with respect to every write of those keys.
 
@@ -52,13 +53,17 @@ def retain(
         located: scope and part of each key.
         hashes: of the keys.
         generations: of the scopes, read once at the start of the operation.
+        lower: what is found in the tier instead joins this hold, of the tier's ledger; left out, nothing is looked up
+            there.
     """
     ledger = storage.ledger
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
         found = _look_up(located, keys, hashes, generations)
+        hits = list(filter(None, found))
         if None in found:
             _check_open(storage, located)  # under the shard: what a close has swept from here, no operation removed
-        hits = list(filter(None, found))
+            if lower is not None and storage.tier is not None:
+                storage.tier.look_up(located, keys, hashes, generations, found, lower, quiet=quiet)
         if hits or not quiet:
             with gate.lock, ledger.mutex:
                 ledger.extend(hold, hits)
@@ -176,6 +181,23 @@ def gather_together(
     return read
 
 
+def fill_rows(
+    storage: KVStorage, rows: Sequence[tuple[int, Tensor]], out: Tensor, end: int, read: Ticks, first_row: int = 0
+) -> Ticks:
+    """Copy tokens of their own into rows of `out` that were gathered as misses; returns `read`, and the ticks of it."""
+    clock = storage.clock
+    stream = None if clock.backend is None else clock.current()
+    try:
+        with plain_torch_state(out):
+            for row, tokens in rows:
+                at = first_row + row
+                out[:, at : at + 1, :, end - tokens.shape[3] : end].copy_(tokens)
+    finally:
+        if stream is not None:
+            read = merge(read, clock.stamp(stream, [out, *[tokens for _, tokens in rows]]))
+    return read
+
+
 def _gather(
     storage: KVStorage,
     tables: Tables,
@@ -232,6 +254,8 @@ def _correct(
 def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
     storage = domain.storage
+    if entry.scope.above is not None:
+        return _copy_from_tier(storage, entry, to)
     if storage.clock.backend is not None:
         storage.clock.current()  # before anything is allocated, which a capture would take into its graph
     length = entry.length
@@ -241,6 +265,15 @@ def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None)
     else:
         gather_entries(domain, [entry], out, length)
     found = whole_row(out)
+    if to is None:
+        return found
+    with plain_torch_state():
+        return found.to(to)
+
+
+def _copy_from_tier(storage: KVStorage, entry: Entry, to: torch.device | str | None) -> KeysValues:
+    assert storage.tier is not None
+    found = whole_row(storage.tier.read(entry))
     if to is None:
         return found
     with plain_torch_state():

@@ -39,6 +39,7 @@ __all__ = [
     "Queued",
     "cancel",
     "check_budget",
+    "evict_next",
     "make_room",
     "reserve",
     "reserve_budget",
@@ -617,6 +618,22 @@ def _victim_or_waiter(pool: Domain, *, want_slots: bool) -> tuple[Entry | None, 
     return None, None
 
 
+def evict_next(domain: Domain, deadline: Deadline) -> bool:
+    """Evict the next entry whose end frees slots; False if there is none. Waits for a shard, and not for room."""
+    ledger = domain.ledger
+    with gate.lock, ledger.mutex:
+        victim, waiter = _victim_or_waiter(domain, want_slots=True)
+        if waiter is not None:
+            ledger.forget_waiter(waiter)
+    if victim is not None:
+        try:
+            _evict(domain, victim, deadline)
+        except BaseException:
+            ledger.abandoned.append(partial(ledger.again, [partial(ledger.candidates.give_back, victim)]))
+            raise
+    return waiter is None
+
+
 def _evict_or_wait(
     pool: Domain,
     victim: Entry | None,
@@ -723,13 +740,17 @@ def _wait(
 
 
 def _evict(pool: Domain, victim: Entry, deadline: Deadline) -> None:
-    """Take a claimed victim out of the index, if it is still there and no pin has it."""
+    """Take a claimed victim out of the index, if it is still there and no pin has it; into a tier, if there is one."""
     ledger, scope = pool.ledger, victim.scope
     dead: list[Entry] = []
     waiters: list[Any] = []
     try:
         deadline.step(pool.name)  # a long entry may take the room of many short ones, a search that of a pool
         part = scope.part_of(victim.key_hash)
+        if scope.below is not None:
+            tier = pool.storage.tier
+            if tier is not None and tier.move_down(pool, victim, deadline):
+                return
         with gate.lock, pool.locks.write((scope.shards[part],), deadline), ledger.mutex:
             if victim.pins:
                 if victim.place is CLAIMED:  # or it was removed meanwhile, and is no candidate any more
@@ -743,6 +764,7 @@ def _evict(pool: Domain, victim: Entry, deadline: Deadline) -> None:
                 ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [victim])]))
                 raise
             pool.account.counters.eviction_count += 1
+            pool.account.counters.tier_drop_count += scope.below is not None
             waiters = ledger.take_waiters()
     except BaseException:
         with gate.lock, ledger.mutex:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import ref
 
+from torch import Tensor
+
 from .._checks import check_seconds, positive_int
+from ..books.entries import Described
 from ..books.integrity import IntegrityReport, Problem, RepairReport
 from ..books.ledger import Ledger, wake
-from ..books.records import Account, Budget, Scope
+from ..books.records import Account, Budget, Entry, Generation, Hold, Scope
 from ..books.stats import Counters
 from ..device.buffers import FreeBuffers
 from ..device.cuda import backend_for
@@ -33,7 +37,7 @@ from ..locks.signal import Signal
 from ..model.overflow import Overflow, RaiseOnOverflow, check_overflow
 from ..never_copied import NeverCopied
 
-__all__ = ["Domain", "KVStorage", "OpenSearch", "PoolState", "SearchCheck"]
+__all__ = ["Domain", "KVStorage", "LowerTier", "OpenSearch", "PoolState", "SearchCheck"]
 
 logger = logging.getLogger("concurrent_kv")
 
@@ -112,6 +116,7 @@ class KVStorage(NeverCopied):
         # Zeroing the slots was a write like any other: the first use of a slot, on whatever stream, waits for it.
         self.zeroed = self.clock.stamp(stream)
         self.closed = False
+        self.tier: LowerTier | None = None  # beneath its pools; set once, before the first of them is made
         self.corrects_lazily = False  # whether an entry may need corrections on reading; never again False
         self.no_overflow = RaiseOnOverflow(layout.max_tokens + 1)  # where no policy was given
         self._checked_overflow: Callable[[], Overflow | None] = lambda: None  # a weak reference: it has tensors
@@ -171,6 +176,8 @@ class KVStorage(NeverCopied):
             raise WaitTimeoutError(f"{self.name}: the device still used the slots after {seconds:g} s; close again")
         self.clock.drop_shared()
         self.tensor.free()
+        if self.tier is not None:
+            self.tier.free()
 
     def zero_slot_is_zero(self) -> bool:
         """Whether the slot that serves all padding is still zeros. Waits for the device."""
@@ -273,6 +280,63 @@ class Domain:
         """Raise `ClosedError` if the pool or its storage is closed, or the search has ended."""
         if self.account.closed or self.storage.closed:
             raise ClosedError(f"{self.name} is closed")
+
+
+class LowerTier(Domain):
+    """What the pools of a storage know of the tier beneath them: where entries go that are evicted from the pools."""
+
+    @abstractmethod
+    def add_scope(self, scope: Scope) -> None:
+        """Have a place for what moves down from a pool's scope. The storage's mutex held."""
+
+    @abstractmethod
+    def forget_scope(self, scope: Scope) -> None:
+        """Have none any more: the scope was dropped."""
+
+    @abstractmethod
+    def move_down(self, pool: Domain, victim: Entry, deadline: Deadline) -> bool:
+        """Have a claimed victim in the tier instead of in its pool; False if it is where it was."""
+
+    @abstractmethod
+    def move_up(self, pool: Domain, entry: Entry, hold: Hold, deadline: Deadline, *, pins: int = 0) -> Entry | None:
+        """Have an entry of the tier in its pool again, if that has free room just now; it joins `hold` then.
+
+        The caller keeps `entry`, and pins it so many times.
+        """
+
+    @abstractmethod
+    def look_up(
+        self,
+        located: Sequence[tuple[Scope, int]],
+        keys: list[Hashable],
+        hashes: list[int],
+        generations: dict[Scope, Generation],
+        found: list[Entry | None],
+        hold: Hold,
+        *,
+        quiet: bool,
+    ) -> None:
+        """Look up what is missing in `found`; what is there joins `hold`, of the tier's ledger. The shards held."""
+
+    @abstractmethod
+    def drop(self, entries: Sequence[Entry], dead: list[Entry]) -> None:
+        """Take entries of one scope out that are written anew; the dead join `dead`. The shards held."""
+
+    @abstractmethod
+    def read(self, entry: Entry) -> Tensor:
+        """The tokens of an entry that the caller keeps: `[2 * layers, 1, heads, tokens, head_dim]`, its own."""
+
+    @abstractmethod
+    def read_rows(self, entries: Sequence[Entry | None], described: Described) -> list[tuple[int, Tensor]]:
+        """The tokens of those that are in the tier, by row; `described` says of them then that no slot has them."""
+
+    @abstractmethod
+    def entries_below(self, account: Account) -> int:
+        """How many entries of a pool it has. Takes no lock."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give the memory back; the storage was closed, and nothing uses it."""
 
 
 class SearchCheck(NamedTuple):

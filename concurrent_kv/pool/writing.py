@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ..books.entries import new_entries, occupy, row_of
-from ..books.index import find_places, take_away
+from ..books.index import Index, find_in, find_places, take_away
 from ..books.ledger import Ledger, wake
 from ..books.records import EXEMPT, HELD, Account, Entry, Generation, Grant, Scope, Scopes, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
@@ -20,6 +20,9 @@ from .room import cancel, check_budget, make_room, reserve, unpublish
 from .storage import Domain, KVStorage
 
 __all__ = ["generation_for", "write"]
+
+
+OVER = Generation(-1, -1)  # of what a tier has of a key that is written anew: no scope's
 
 
 class Outcome(Enum):
@@ -144,6 +147,7 @@ def _publish(
     """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
     ledger = domain.ledger
     dead: list[Entry] = []
+    dead_beneath: list[Entry] = []
     shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
     with gate.lock, domain.locks.write(shards, deadline):
         if deadline.caller is not None:
@@ -157,8 +161,13 @@ def _publish(
             with gate.lock, ledger.mutex:
                 domain.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
+        below = scope.below
+        sunken = None if below is None else _find_beneath(scope.parts_below(located), plan)
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
+            if sunken is not None:
+                # Before the new ones are there: cut off in between, it leaves no old value that could be read again.
+                _set_generations(sunken)
             with gate.lock, ledger.mutex:
                 missing = _admit(domain, scope, entries, cells, replaced, plan, old, grant)
                 if grant.spent and isinstance(scope, Scopes):
@@ -183,11 +192,37 @@ def _publish(
         finally:
             if not grant.spent:
                 take_away(added)
+            if sunken is not None:
+                _drop_beneath(domain, sunken, dead_beneath, is_over=grant.spent)
     if waiters:
         wake(waiters)
     outcome = Outcome.PUBLISHED if grant.spent else Outcome.NO_ROOM
-    del dead, old, replaced, cells
+    del dead, dead_beneath, sunken, old, replaced, cells
     return outcome, missing
+
+
+def _find_beneath(parts: list[Index[Entry]], plan: WritePlan) -> list[tuple[Entry, Generation]]:
+    """What the tier has of a plan's keys, and of which generation. The shards held."""
+    found = filter(None, find_in(parts, plan.keys, plan.hashes))
+    return [(entry, entry.generation) for entry in found]
+
+
+def _set_generations(entries: list[tuple[Entry, Generation]], over: Generation | None = OVER) -> None:
+    """Have entries of the tier be misses, or with None be what they were. The shards held."""
+    for entry, before in entries:
+        entry.generation = before if over is None else over
+
+
+def _drop_beneath(domain: Domain, entries: list[tuple[Entry, Generation]], dead: list[Entry], *, is_over: bool) -> None:
+    """Take what was written anew out of the tier, or leave it there where nothing was written. The shards held."""
+    tier = domain.storage.tier
+    if not is_over:
+        _set_generations(entries, None)
+    elif entries and tier is not None:
+        try:
+            tier.drop([entry for entry, _ in entries], dead)
+        except Exception:  # no memory, no frames: they are misses, and go as the oldest of the tier or with a clear
+            return
 
 
 def _admit(

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from ..books.records import Entry
 from ..locks.gate import gate
-from ..pool.plan import WritePlan, plan_share, shape_of
+from ..pool.plan import WritePlan, plan_put, plan_share, shape_of
 from ..pool.reading import copy_out
 from .state import SearchState
 
@@ -20,6 +20,8 @@ def plan_promotion(state: SearchState, entry: Entry, key: Hashable, side: object
     search's, which ends before the init pool lets go of it.
     """
     storage = state.storage
+    if entry.scope.above is not None:  # a root that stayed in the tier
+        return plan_put(storage, [key], copy_out(state, entry), (0,), [side], [priority])
     with gate.lock, state.ledger.mutex:
         root, shared = (state.origins[entry], entry.length) if entry in state.origins else state.root_under(entry)
     if root is not None and shared == entry.length == root.length:

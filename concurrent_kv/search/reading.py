@@ -10,6 +10,7 @@ from ..books.records import Entry, Hold, Scope
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..pool.reading import retain
+from ..pool.tier import move_up_each
 from .state import RootKey, SearchState
 
 __all__ = ["adopt", "adopted", "disown", "own", "own_or_adopted", "retain_here", "retain_roots"]
@@ -44,6 +45,22 @@ def adopted(
     return present
 
 
+def adopted_below(
+    state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable], lower: Hold
+) -> None:
+    """Find rows that have no entry yet among the roots that stayed in the tier; they join `lower`. The shard held."""
+    tier, roots = state.storage.tier, state.roots_below
+    present: list[Entry] = []
+    for row, entry in enumerate(found) if roots else ():
+        if entry is None:
+            root = found[row] = roots.get((env_ids[row], keys[row]))
+            if root is not None:
+                present.append(root)
+    if present and tier is not None:
+        with gate.lock, tier.ledger.mutex:
+            tier.ledger.extend(lower, present)
+
+
 def own_or_adopted(
     state: SearchState, found: list[Entry | None], keys: list[Hashable], env_ids: Sequence[Hashable]
 ) -> list[Entry]:
@@ -62,12 +79,13 @@ def retain_here(
     look_up: Lookup,
     hold: Hold,
     deadline: Deadline,
+    lower: Hold | None = None,
 ) -> None:
-    """Look missing rows up in what the search owns."""
+    """Look missing rows up in what the search owns; roots that stayed in the tier join `lower`."""
     if None not in found:
         return
-    if not state.roots and not len(state.own):  # nothing just now: what comes later need not be found
-        state.check_open()
+    if not state.roots and not len(state.own) and not state.roots_below:
+        state.check_open()  # nothing just now: what comes later need not be found
         return
     ledger = state.ledger
     with gate.lock, state.locks.read(state.scope.shards, deadline):
@@ -75,6 +93,8 @@ def retain_here(
         present = look_up(state, found, keys, env_ids)
         with gate.lock, ledger.mutex:
             ledger.extend(hold, present)
+        if lower is not None and look_up is not own:
+            adopted_below(state, found, keys, env_ids, lower)
 
 
 def retain_roots(
@@ -84,10 +104,11 @@ def retain_roots(
     env_ids: Sequence[Hashable],
     hold: Hold,
     deadline: Deadline,
+    lower: Hold | None = None,
 ) -> dict[RootKey, Entry]:
     """Look missing rows up in their environments' init pools; returns what was found there, for `adopt`.
 
-    `hold` is one of the storage's ledger.
+    `hold` is one of the storage's ledger, `lower` one of the tier's. What is in the tier moves up where there is room.
     """
     missing = [row for row, entry in enumerate(found) if entry is None] if None in found else []
     if not missing:
@@ -99,7 +120,11 @@ def retain_roots(
         scope = state.init_pools[env_ids[row]].default_scope
         located.append((scope, key_hash % len(scope.shards)))
     generations = {scope: scope.generation for scope, _ in located}
-    entries = retain(state.storage, located, wanted, hashes, generations, deadline, hold=hold, quiet=True)
+    looked_up = located, wanted, hashes, generations, deadline
+    entries = retain(state.storage, *looked_up, hold=hold, quiet=True, lower=lower)
+    tier = state.storage.tier
+    if lower is not None and lower.entries and tier is not None:
+        move_up_each(tier, [state.init_pools[env_ids[row]] for row in missing], entries, hold, deadline)
     new: dict[RootKey, Entry] = {}
     for row, entry in zip(missing, entries, strict=True):
         found[row] = entry
@@ -109,11 +134,18 @@ def retain_roots(
 
 
 def adopt(
-    state: SearchState, new: dict[RootKey, Entry], found: list[Entry | None], hold: Hold, deadline: Deadline
+    state: SearchState,
+    new: dict[RootKey, Entry],
+    found: list[Entry | None],
+    hold: Hold,
+    deadline: Deadline,
+    lower: Hold | None = None,
 ) -> list[Entry]:
     """Keep what `retain_roots` found until the search ends; see `SearchState.adopt`."""
     with gate.lock, state.locks.write(state.scope.shards, deadline):
         state.check_open()
+        if lower is not None:
+            state.adopt_below(new, found, lower)
         with gate.lock, state.ledger.mutex:
             return state.adopt(new, found, hold)
 

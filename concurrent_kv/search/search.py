@@ -29,9 +29,10 @@ from ..pool.joint import Part, open_part
 from ..pool.pool import KVPool
 from ..pool.room import reserve_budget
 from ..pool.storage import KVStorage
+from ..pool.tier import release_both
 from ..pool.writing import generation_for, write
 from .promoting import plan_promotion
-from .reading import adopt, adopted, disown, own, own_or_adopted, retain_here, retain_roots
+from .reading import adopt, adopted, adopted_below, disown, own, own_or_adopted, retain_here, retain_roots
 from .recording import RecordingState
 from .state import RootKey, SearchState
 from .tree import SearchTree, tree_of
@@ -77,7 +78,7 @@ class Search(Handle):
         # Made here: a finaliser may get no memory.
         self._end_later = partial(state.end, "the search was dropped without being closed")
         self._state = state
-        state.roots_hold.owner = ref(self)
+        state.roots_hold.owner = state.below_hold.owner = ref(self)
         self._order = order
         self._overflow = overflow
 
@@ -144,26 +145,31 @@ class Search(Handle):
         hold, of_roots = Hold("batch", []), None
         found: list[Entry | None] = [None] * len(keys)
         new: dict[RootKey, Entry] = {}
+        lower = None if state.storage.tier is None else Hold("read", [])
         try:
             if own_first:
-                retain_here(state, found, keys, env_ids, own_or_adopted, hold, deadline)
+                retain_here(state, found, keys, env_ids, own_or_adopted, hold, deadline, lower)
                 if None in found:
                     of_roots = Hold("read", [])
-                    new = retain_roots(state, found, keys, env_ids, of_roots, deadline)
+                    new = retain_roots(state, found, keys, env_ids, of_roots, deadline, lower)
             else:
-                retain_here(state, found, keys, env_ids, adopted, hold, deadline)
+                retain_here(state, found, keys, env_ids, adopted, hold, deadline, lower)
                 of_roots = Hold("read", [])
-                new = retain_roots(state, found, keys, env_ids, of_roots, deadline)
+                new = retain_roots(state, found, keys, env_ids, of_roots, deadline, lower)
                 retain_here(state, found, keys, env_ids, own, hold, deadline)
             if new and of_roots is not None:
-                new_roots = adopt(state, new, found, hold, deadline)
+                new_roots = adopt(state, new, found, hold, deadline, lower)
                 state.storage.ledger.release(of_roots)
             batch = opened(state, state.scope, generation, hold, found, room, out)
+            if lower is not None:
+                release_both(lower)
             # Only now, as a gather that fails must leave the search as it was.
             with gate.lock, ledger.mutex:
                 state.track(batch)
             return batch
         except BaseException:
+            if lower is not None:
+                ledger.abandoned.append(lower)
             for owner, held in ((ledger, hold), (state.storage.ledger, of_roots)):
                 if held is None:
                     continue
@@ -213,7 +219,7 @@ class Search(Handle):
     @property
     def held(self) -> int:
         """Number of entries that it keeps alive: its own and its adopted roots. Never blocks."""
-        return len(self._state.own) + len(self._state.roots)
+        return len(self._state.own) + len(self._state.roots) + len(self._state.roots_below)
 
     @property
     def tokens_in_use(self) -> int:
@@ -299,7 +305,9 @@ class Search(Handle):
             # Every key that is looked at is looked at before anything goes.
             found, before = state.own.find_each(going), state.roots
             roots, leaving, missing = state.parted_from_roots(going, found)
+            missing = state.not_below(missing)
             if not missing:
+                state.part_below(lambda key: key in going)
                 waiters = take_out(state, state.own, found, dead)
                 if leaving:
                     with gate.lock, ledger.mutex:
@@ -335,6 +343,7 @@ class Search(Handle):
             before = state.roots
             # Every key that is looked at is looked at before anything goes.
             roots, leaving = state.parted_roots(staying)
+            state.part_below(lambda key: key not in staying)
             going = state.own_beside(staying)
             waiters = take_out(state, state.own, going, dead)
             with gate.lock, ledger.mutex:
@@ -386,7 +395,7 @@ class Search(Handle):
         check_priorities([priority], 1)
         new_key = key if as_key is SAME_KEY else as_key
         hash_of(new_key, "as_key")
-        hold = Hold("commit", [])
+        hold, lower = Hold("commit", []), Hold("commit", [])
         ledger = state.ledger
         entry: Entry | None = None
         try:
@@ -396,6 +405,10 @@ class Search(Handle):
                 if entry is not None:
                     with gate.lock, ledger.mutex:
                         ledger.extend(hold, [entry])
+                elif state.roots_below:
+                    in_tier: list[Entry | None] = [None]
+                    adopted_below(state, in_tier, [key], [env_id], lower)
+                    (entry,) = in_tier
             if entry is None:
                 raise KeyNotFoundError(
                     f"the search has no entry for {shown(key)} to promote, and gathered no root of that key in "
@@ -407,9 +420,9 @@ class Search(Handle):
         finally:
             del entry
             try:
-                ledger.release(hold)
+                release_both(hold, lower)
             except BaseException:
-                ledger.abandoned.append(hold)
+                ledger.abandoned += (hold, lower)
                 raise
 
     # Life ----------------------------------------------------------------------------------------------------------

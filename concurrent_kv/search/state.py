@@ -72,6 +72,8 @@ class SearchState(Domain):
         stand_ins: a hold of all of them. Under the mutex.
         roots_hold: a hold, in the storage's ledger, of their roots. It does not pin: a root may be evicted from its
             init pool like any other.
+        roots_below: the tier's entries of roots that could not move up, by environment and key. Under the shard.
+        below_hold: a hold, in the tier's ledger, of these. Under the tier's mutex.
         batches: the holds of open ones. Under the mutex.
         gone: entries taken out of the index by its end. Under the mutex.
         finished: whether nothing is left of it. Under the mutex; read without.
@@ -94,6 +96,8 @@ class SearchState(Domain):
         self.origins: dict[Entry, Entry] = {}
         self.stand_ins = Hold("roots", [])
         self.roots_hold = Hold("search", [])
+        self.roots_below: dict[RootKey, Entry] = {}
+        self.below_hold = Hold("search", [])
         self.batches: list[Hold] = []
         self.gone: list[Entry] = []
         self.finished = False
@@ -173,6 +177,11 @@ class SearchState(Domain):
             # From here on no batch is opened, no child published and no root adopted.
             if self.scope.ended is None:
                 self.scope.ended = reason
+            try:
+                below = self._end_below()
+            except Exception:  # no memory, no frames: the next operation does it
+                below = []
+                ledger.abandoned.append(self.below_hold)
             going = [*self.own.values()]
             with gate.lock, ledger.mutex:
                 self.gone += going  # first: what is in it twice does no harm
@@ -184,7 +193,15 @@ class SearchState(Domain):
                 waiters = ledger.take_waiters()
         wake(waiters)
         self.buffers.leave()
-        del roots, dead, taken, going, cells
+        del roots, below, dead, taken, going, cells
+
+    def _end_below(self) -> list[Entry]:
+        """Let go of the roots in the tier; returns what may die. The scope's shard held."""
+        tier, self.roots_below = self.storage.tier, {}
+        if tier is None:
+            return []
+        with gate.lock, tier.ledger.mutex:
+            return tier.ledger.end(self.below_hold)
 
     def _end_holds(self) -> list[Entry]:
         """Let go of what open batches read, and of everything if nothing else is in use. Mutex held.
@@ -323,6 +340,46 @@ class SearchState(Domain):
         # No call from here on, and nothing that needs memory.
         self.stand_ins.entries, self.origins, self.roots = stand_ins, origins_of, roots
         return made
+
+    def adopt_below(self, new: dict[RootKey, Entry], found: list[Entry | None], lower: Hold) -> None:
+        """As `adopt`, of those of `new` that are in the tier, which leave it; `lower` holds what `found` has of them.
+
+        The scope's shard held.
+        """
+        tier = self.storage.tier
+        if tier is None:
+            return
+        stayed = {root: self.roots_below[root] for root in new if root in self.roots_below}  # others' by now
+        standing: dict[Entry | None, Entry] = {new[root]: entry for root, entry in stayed.items()}
+        fresh = {
+            root: entry
+            for root, entry in new.items()
+            if entry.scope.above is not None and root not in self.roots and root not in stayed
+        }
+        with gate.lock, tier.ledger.mutex:
+            tier.ledger.extend(self.below_hold, list(fresh.values()))
+            tier.ledger.extend(lower, list(standing.values()))
+        self.roots_below = self.roots_below | fresh
+        found[:] = [standing.get(entry, entry) for entry in found]
+        for root in (*stayed, *fresh):
+            del new[root]
+
+    def not_below(self, keys: list[Hashable]) -> list[Hashable]:
+        """Those of some keys of which no root stayed in the tier. The scope's shard held."""
+        known = {key for _, key in self.roots_below}
+        return [key for key in keys if key not in known]
+
+    def part_below(self, condition: Callable[[Hashable], bool]) -> None:
+        """Let go of the roots in the tier whose keys meet a condition. The scope's shard held."""
+        tier = self.storage.tier
+        leaving = {root: entry for root, entry in self.roots_below.items() if condition(root[1])}
+        if not leaving or tier is None:
+            return
+        staying = {root: entry for root, entry in self.roots_below.items() if root not in leaving}
+        with gate.lock, tier.ledger.mutex:
+            self.roots_below = staying
+            dead = tier.ledger.drop_from(self.below_hold, list(leaving.values()))
+        del dead
 
     def _hold_roots(self, origins: list[Entry], stand_ins: list[Entry]) -> None:
         """Hold roots in the books of the storage, whose policies hear of the hits. Mutex held.

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from concurrent_kv import Batch, KeysValues, KVLayout, KVPool, KVStorage
+from concurrent_kv import Batch, HostTier, KeysValues, KVLayout, KVPool, KVStorage
 from concurrent_kv.books.records import Entry, Scope
 from concurrent_kv.errors import ClosedError
+from concurrent_kv.pool.tier import put_beneath
 from tests.support import ledgers_of, searches_of, slots_named
 
 from .history import Call, Kind, State, Value, check_linearizable
@@ -72,6 +73,7 @@ class World:
         real_locks: whether the shards have the real reader-writer locks, made of model locks.
         policy: the pool's eviction policy.
         more_slots: slots of the storage for other pools.
+        tier: windows of a tier beneath it; none if 0.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class World:
         real_locks: bool = False,
         policy: str = "fifo",
         more_slots: int = 0,
+        tier: int = 0,
     ) -> None:
         slots = entries * WINDOW if slots is None else slots
         total = slots + more_slots + headroom
@@ -101,6 +104,8 @@ class World:
             search_locks=None if real_locks else partial(ModelShards, scheduler, 1),
             tensor=ModelTensor(scheduler, LAYOUT, total),
         )
+        if tier:
+            put_beneath(self.storage, HostTier(tier * LAYOUT.bytes_per_entry))
         self.pool = KVPool(LAYOUT, entries, max_slots=slots, storage=self.storage, name="pool", policy=policy)
         self.calls: list[Call] = []
         self.before: State = {}
@@ -229,13 +234,15 @@ class World:
         asked = sum(len(call.keys) for call in self.calls if call.kind is Kind.READ and call.ended >= 0)
         if not self.pool.closed and stats.request_count != asked:
             raise BrokenPromiseError(f"{asked} rows were asked for, {stats.request_count} counted")
-        if stats.insert_count - stats.eviction_count - stats.removal_count != stats.entries:
+        if stats.insert_count + stats.move_up_count - stats.eviction_count - stats.removal_count != stats.entries:
             raise BrokenPromiseError(f"{stats} do not add up")
 
     def _check_holds(self) -> None:
         searches = searches_of(self.storage)
         known = {hold for search in searches for hold in (search.roots_hold, search.stand_ins)}
-        left = {hold for ledger in ledgers_of(self.storage) for hold in ledger.holds} - known
+        tier = self.storage.tier
+        ledgers = [*ledgers_of(self.storage), *([] if tier is None else [tier.ledger])]
+        left = {hold for ledger in ledgers for hold in ledger.holds} - known
         if left:
             raise BrokenPromiseError(f"{len(left)} references were never let go: {[hold.what for hold in left]}")
         for pool in self.pools():

@@ -20,12 +20,13 @@ from concurrent_kv.device import streams
 from concurrent_kv.device.buffers import FreeBuffers
 from concurrent_kv.device.stream_uses import StreamUses
 from concurrent_kv.device.streams import NO_TICKS, StreamClock, Ticks, _Known, _Mark
-from concurrent_kv.pool import writing
+from concurrent_kv.pool import tier, writing
 from concurrent_kv.pool.storage import KVStorage
+from concurrent_kv.pool.tier import Tier
 from concurrent_kv.search.state import SearchState
 
 from .backend import SimStreams
-from .sites import Fault, left_out
+from .sites import Fault, Plant, left_out
 
 __all__ = ["FAULTS"]
 
@@ -402,4 +403,49 @@ FORGOTTEN = [
     (copied_straight_from_the_callers_memory, "put from the host"),
 ]
 
-FAULTS = [*LEFT_OUT, *(Fault(plant.__name__.replace("_", " "), program, plant) for plant, program in FORGOTTEN)]
+OF_TIERS = [
+    left_out("reading.py", "fill_rows", "stamp", "tier: gathered from below, waited for by the host"),
+    left_out("tier.py", "_copy_down", "order_after", "tier: down after the write"),
+    left_out("tier.py", "_copy_down", "stamp", "tier: read after the move down"),
+    left_out("tier.py", "_copy_up", "order_after", "tier: put, popped, up into its slots"),
+    left_out("tier.py", "_copy_up", "stamp", "tier: up, its room below reused"),
+    left_out("tier.py", "read", "order_after", "tier: read after the move down"),
+    left_out("tier.py", "read", "stamp", "tier: read below, popped, its room reused"),
+]
+
+
+def _nothing_noted_of(name: str) -> Plant:
+    """Copies of tokens that are shared with earlier ones are not told to their readers."""
+
+    def plant(patch: Patch) -> None:
+        patch.setattr(Tier, name, property(lambda tier: NO_TICKS, lambda tier, ticks: None), raising=False)
+
+    plant.__name__ = f"nothing_noted_of{name}"
+    return plant
+
+
+def uses_of_slots_forgotten_by_moves(patch: Patch) -> None:
+    """A move does not hear what used the slots that it takes."""
+    original = tier._enter
+
+    def enter(*arguments: Any) -> Any:
+        way = original(*arguments)
+        if way is not None:
+            way.made.ticks = NO_TICKS
+        return way
+
+    patch.setattr(tier, "_enter", enter)
+
+
+FORGOTTEN += [
+    (_nothing_noted_of("_stored"), "tier: shared tokens down on one, the rest on another"),
+    (_nothing_noted_of("_raised"), "tier: shared tokens up on one, the rest on another"),
+    (uses_of_slots_forgotten_by_moves, "tier: read below, popped, its room reused"),
+    (uses_of_slots_forgotten_by_moves, "tier: put, popped, up into its slots"),
+]
+
+FAULTS = [
+    *LEFT_OUT,
+    *OF_TIERS,
+    *(Fault(plant.__name__.replace("_", " "), program, plant) for plant, program in FORGOTTEN),
+]

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import KeysValues, KVPool, KVStorage
+from concurrent_kv import HostTier, KeysValues, KVPool, KVStorage
 from concurrent_kv.errors import ClosedError
 from concurrent_kv.flights.table import Flight, FlightState
+from concurrent_kv.pool.tier import put_beneath
 from tests.explorer.history import Call, Kind, State, Value, check_linearizable
 from tests.explorer.parts import ModelEvent, ModelLock, ModelShards
 from tests.explorer.programs import Program
@@ -54,6 +55,8 @@ class GpuWorld:
         home: the stream that the pool is made on.
         more_slots: of other pools over its storage.
         devices: how many there are.
+        tier: windows of a tier beneath it; none if 0.
+        pinned: whether the tier is in pinned memory.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class GpuWorld:
         evicting: bool = False,
         home: int = 0,
         more_slots: int = 0,
+        tier: int = 0,
+        pinned: bool = True,
     ) -> None:
         slots = entries * WINDOW if slots is None else slots
         self.scheduler = scheduler
@@ -89,6 +94,8 @@ class GpuWorld:
                 search_locks=partial(ModelShards, scheduler, 1),
                 backend=self.backend,
             )
+            if tier:
+                put_beneath(self.storage, HostTier(tier * self.storage.layout.bytes_per_entry, pinned))
         self.pool = KVPool(
             self.storage.layout, entries, max_slots=slots, storage=self.storage, name="pool", policy=policy
         )
