@@ -40,6 +40,7 @@ from concurrent_kv import (
     SnapshotMismatchError,
     WaitTimeoutError,
 )
+from concurrent_kv.books.index import FEW
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.eviction import FIFO
 from concurrent_kv.snapshots import describe, reading
@@ -535,6 +536,20 @@ def test_loading_over_what_was_saved_replaces_all_of_it(pool: KVPool, path: Path
         assert slots_in_use(pool) == 9
     for key, kv in entries.items():
         assert_same(pool.get(key), kv)
+
+
+def test_more_entries_than_are_compared_in_pairs_replace_each_other_and_none_twice(
+    make_pool: MakePool, path: Path
+) -> None:
+    number = FEW + 44
+    pool, other = make_pool(number), make_pool(number)
+    for each, value in ((pool, 1), (other, 2)):
+        for key in range(number):
+            each.put((key, "key"), tokens(value, 1), scope=each.scope(key % 3))
+    pool.save(path)
+    assert other.load(path).entries == len(other) == number
+    for key in range(number):
+        assert_same(other.get((key, "key"), scope=other.scope(key % 3)), tokens(1, 1))
 
 
 def test_a_full_pool_takes_a_full_file(make_pool: MakePool, path: Path) -> None:
