@@ -43,6 +43,7 @@ from concurrent_kv import (
 from concurrent_kv.books.index import FEW
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.eviction import FIFO
+from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.snapshots import describe, reading
 from concurrent_kv.snapshots import keys as key_forms
 from tests.conftest import MakeManager, MakePool
@@ -288,6 +289,18 @@ def test_an_entry_that_was_set_aside_keeps_its_age(make_pool: MakePool, path: Pa
     assert victims(other) == ["a", "c", "d"]
 
 
+def test_entries_that_were_given_back_in_another_order_keep_their_ages(make_pool: MakePool, path: Path) -> None:
+    pool, other = make_pool(3, shards=1), make_pool(3)
+    store(pool, *((key, tokens(1, WINDOW)) for key in ("b", "a", "c")))
+    pins = [pool.pin("b"), pool.pin("a")]
+    pool.put("d", tokens(2, WINDOW))
+    for pin in reversed(pins):
+        pin.close()
+    pool.save(path)
+    other.load(path)
+    assert victims(other) == ["b", "a", "d"]
+
+
 class Reversed(FIFO[Any]):
     """A policy of the user's, with the age in the wrong order."""
 
@@ -412,6 +425,15 @@ def test_a_file_has_a_pair_that_is_written_together_whole_whatever_other_threads
             if first is not None and second is not None:
                 assert_same(second, tokens(int(first.keys.flatten()[0]) // (16 * 128), 2))
         other.check_integrity()
+
+
+def test_a_save_waits_for_the_writer_of_any_shard(make_pool: MakePool, path: Path) -> None:
+    pool = make_pool(shards=3)
+    tree(pool)
+    for shard in range(3):
+        with pool.storage.locks.write((shard,), Deadline(BOUND_SECONDS)), pytest.raises(WaitTimeoutError):
+            Background(lambda: pool.save(path, timeout=0.02)).result()
+    assert pool.save(path).entries == 4
 
 
 def test_the_pools_of_a_manager_are_saved_at_one_moment(make_manager: MakeManager, path: Path) -> None:
