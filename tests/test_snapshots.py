@@ -41,8 +41,10 @@ from concurrent_kv import (
     SnapshotMismatchError,
     WaitTimeoutError,
 )
+from concurrent_kv.books.index import FEW
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.eviction import FIFO
+from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.snapshots import describe, reading
 from concurrent_kv.snapshots import keys as key_forms
 from tests.conftest import MakeManager, MakePool
@@ -288,6 +290,18 @@ def test_an_entry_that_was_set_aside_keeps_its_age(make_pool: MakePool, path: Pa
     assert victims(other) == ["a", "c", "d"]
 
 
+def test_entries_that_were_given_back_in_another_order_keep_their_ages(make_pool: MakePool, path: Path) -> None:
+    pool, other = make_pool(3, shards=1), make_pool(3)
+    store(pool, *((key, tokens(1, WINDOW)) for key in ("b", "a", "c")))
+    pins = [pool.pin("b"), pool.pin("a")]
+    pool.put("d", tokens(2, WINDOW))
+    for pin in reversed(pins):
+        pin.close()
+    pool.save(path)
+    other.load(path)
+    assert victims(other) == ["b", "a", "d"]
+
+
 class Reversed(FIFO[Any]):
     """A policy of the user's, with the age in the wrong order."""
 
@@ -414,6 +428,15 @@ def test_a_file_has_a_pair_that_is_written_together_whole_whatever_other_threads
         other.check_integrity()
 
 
+def test_a_save_waits_for_the_writer_of_any_shard(make_pool: MakePool, path: Path) -> None:
+    pool = make_pool(shards=3)
+    tree(pool)
+    for shard in range(3):
+        with pool.storage.locks.write((shard,), Deadline(BOUND_SECONDS)), pytest.raises(WaitTimeoutError):
+            Background(lambda: pool.save(path, timeout=0.02)).result()
+    assert pool.save(path).entries == 4
+
+
 def test_the_pools_of_a_manager_are_saved_at_one_moment(make_manager: MakeManager, path: Path) -> None:
     manager, other = make_manager(), make_manager()
     stop = threading.Event()
@@ -536,6 +559,20 @@ def test_loading_over_what_was_saved_replaces_all_of_it(pool: KVPool, path: Path
         assert slots_in_use(pool) == 9
     for key, kv in entries.items():
         assert_same(pool.get(key), kv)
+
+
+def test_more_entries_than_are_compared_in_pairs_replace_each_other_and_none_twice(
+    make_pool: MakePool, path: Path
+) -> None:
+    number = FEW + 44
+    pool, other = make_pool(number), make_pool(number)
+    for each, value in ((pool, 1), (other, 2)):
+        for key in range(number):
+            each.put((key, "key"), tokens(value, 1), scope=each.scope(key % 3))
+    pool.save(path)
+    assert other.load(path).entries == len(other) == number
+    for key in range(number):
+        assert_same(other.get((key, "key"), scope=other.scope(key % 3)), tokens(1, 1))
 
 
 def test_a_full_pool_takes_a_full_file(make_pool: MakePool, path: Path) -> None:

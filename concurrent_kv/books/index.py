@@ -24,6 +24,8 @@ class Indexed(Protocol):
         """What later keys are compared with."""
 
 
+FEW = 256  # keys of which compiled code looks at every pair sooner than this does at each
+
 E = TypeVar("E", bound=Indexed)
 # A cell's place in the dict: the hash of its key or, where another key of that hash is in that place, (hash, number).
 Place: TypeAlias = "int | tuple[int, int]"
@@ -256,7 +258,7 @@ def find_places(
 
     Returns the places, what each holds or None, what is held, and the parts in which places are new.
     """
-    if native is not None:
+    if native is not None and len(keys) <= FEW:
         for index in dict.fromkeys(indexes):
             if index.extra:
                 break
