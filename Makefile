@@ -1,6 +1,6 @@
 # make play, make test, make lint: each makes the environment it needs in .venv; what is there already is kept.
 # make lightzero makes one of its own in .venv-lightzero: LightZero's packages do not go with ours. make transformers
-# too, in .venv-transformers, so that the others stay small.
+# too, in .venv-transformers, and make ray in .venv-ray, so that the others stay small.
 # Options go through ARGS: make play ARGS="--verify", make test ARGS="-k scopes".
 
 PYTHON ?= python3
@@ -10,9 +10,10 @@ BIN := $(VENV)/bin
 LIGHTZERO_VENV := .venv-lightzero
 LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
 TRANSFORMERS_VENV := .venv-transformers
+RAY_VENV := .venv-ray
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
-.PHONY: bench gpu help mutants play test lint lightzero lightzero-main text-tree transformers clean
+.PHONY: bench gpu help mutants play play-ray ray test lint lightzero lightzero-main text-tree transformers clean
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -36,6 +37,8 @@ help:
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
+	@echo 'make ray    searches on a cluster of processes, under Ray: the tests of that'
+	@echo 'make play-ray  play CartPole with the searches in two Ray actors   (ARGS="--actors 4 --verify", ARGS="--help")'
 	@echo 'make clean  remove the environments and what tools left'
 
 play: $(VENV)/play.stamp
@@ -91,8 +94,16 @@ transformers: $(TRANSFORMERS_VENV)/stamp
 text-tree: $(TRANSFORMERS_VENV)/stamp
 	@HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m examples.text_tree $(ARGS)
 
+# Ray reports its use to its makers unless told not to.
+ray play-ray: export RAY_USAGE_STATS_ENABLED = 0
+ray: $(RAY_VENV)/stamp
+	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) $(ARGS)
+
+play-ray: $(RAY_VENV)/stamp
+	@$(RAY_VENV)/bin/python -m examples.cartpole --ray $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(RAY_VENV) .venv-freethreaded build dist *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:
@@ -133,6 +144,15 @@ $(TRANSFORMERS_VENV)/stamp: pyproject.toml requirements/transformers.txt $(BUILD
 	@echo "installing transformers and what its tests need"
 	@$(call forget_module,$(TRANSFORMERS_VENV)/bin/python)
 	@$(TRANSFORMERS_VENV)/bin/python -m pip install -qq -c requirements/transformers.txt -e ".[transformers]" -r requirements/transformers.txt
+	@touch $@
+
+$(RAY_VENV)/bin/python:
+	@$(PYTHON) -m venv $(RAY_VENV)
+
+$(RAY_VENV)/stamp: pyproject.toml requirements/ray.txt $(BUILD) | $(RAY_VENV)/bin/python
+	@echo "installing Ray and what its tests need"
+	@$(call forget_module,$(RAY_VENV)/bin/python)
+	@$(RAY_VENV)/bin/python -m pip install -qq -c requirements/ray.txt -e ".[ray,play]" -r requirements/ray.txt
 	@touch $@
 
 .PHONY: stress stress-full

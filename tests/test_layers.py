@@ -25,6 +25,8 @@ LAYERS = (
     "manager",
     "evaluation",
     "aio",
+    "cluster",
+    "ray",
     "compat",
 )
 FACADES = {"__init__", "eviction"}  # they gather what users import, from everywhere

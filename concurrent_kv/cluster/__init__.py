@@ -1,0 +1,24 @@
+"""Whole searches on hosts that own a device each: `LocalCluster` in this process, `concurrent_kv.ray.RayCluster` over
+several.
+"""
+
+from .cluster import Cluster
+from .errors import HostLostError, NoHostError, NotHereError, PlannerError, QueueFullError
+from .host import Host
+from .local import LocalCluster
+from .requests import ClusterStats, HostParts, HostStats, SearchContext
+
+__all__ = [
+    "Cluster",
+    "ClusterStats",
+    "Host",
+    "HostLostError",
+    "HostParts",
+    "HostStats",
+    "LocalCluster",
+    "NoHostError",
+    "NotHereError",
+    "PlannerError",
+    "QueueFullError",
+    "SearchContext",
+]
