@@ -141,4 +141,4 @@ class _Launcher:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip()

@@ -54,8 +54,8 @@ class RayCluster(Cluster):
         super().__init__(timeout=timeout, retries=retries, start_timeout=start_timeout)
         positive_int("actors", actors)
         _check_initialized()
-        # Where its maker is: it ends with that anyway.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Where its maker is, with whom it ends anyway; softly, it was found on machines that went before.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         named = {} if name is None else {"name": name, "namespace": NAMESPACE}
         router = (
             ray.remote(RouterActor)
