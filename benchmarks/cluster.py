@@ -38,11 +38,14 @@ from examples.cartpole.job import JobSettings
 from examples.cartpole.play import ENVIRONMENT, PlaySettings
 from examples.cartpole.search import TreeSearch
 
-ENVS = 16
+ENVS = 16  # of each host, and threads
 STEPS = 4  # of an environment in one call, where the host has it
 SIMULATIONS = 25
 WEIGHTS_BYTES = (0, 64 * 2**20)  # beside those of the model
 CALLS = 200
+QUIET = 0.85  # processors that a host's process has got in a turn in which the machine did little else
+THREADS, ONE, TWICE = "threads of one process, 16 environments", "1 actor, 16 environments", "1 actor, 32 environments"
+TWO, ELSEWHERE = "2 actors, 16 environments each", "2 actors, 32 environments in 2 others"
 
 
 @dataclass
@@ -125,8 +128,8 @@ async def keep_busy(seconds: float, one: Callable[[Hashable], Any], envs: Sequen
     return sum(counts) / (time.perf_counter() - began)
 
 
-def in_hosts(cluster: Cluster, seconds: float) -> float:
-    envs = range(ENVS)
+def in_hosts(cluster: Cluster, number: int, seconds: float) -> float:
+    envs = range(number)
     return asyncio.run(keep_busy(seconds, lambda env: cluster.search_async(env, play_steps), envs))
 
 
@@ -162,25 +165,22 @@ def measured(turns: int, seconds: float) -> dict[str, Any]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    settings = JobSettings(PlaySettings(envs=2 * ENVS, simulations=SIMULATIONS, max_rows=ENVS))
+    settings = JobSettings(PlaySettings(envs=4 * ENVS, simulations=SIMULATIONS, max_rows=ENVS))
     parts = partial(new_parts, settings)
     with ExitStack() as stack:
         stack.callback(ray.shutdown)
-        local = stack.enter_context(LocalCluster(parts, threads=8))
-        one = stack.enter_context(RayCluster(parts, actors=1, threads=8))
-        one_16 = stack.enter_context(RayCluster(parts, actors=1, threads=16))
-        two = stack.enter_context(RayCluster(parts, actors=2, threads=8))
-        players = [ray.remote(num_cpus=0)(Player).remote(two, range(first, ENVS, 2)) for first in range(2)]
+        local = stack.enter_context(LocalCluster(parts, threads=ENVS))
+        one = stack.enter_context(RayCluster(parts, actors=1, threads=ENVS))
+        two = stack.enter_context(RayCluster(parts, actors=2, threads=ENVS))
+        players = [ray.remote(num_cpus=0)(Player).remote(two, range(first, 2 * ENVS, 2)) for first in range(2)]
         ways: dict[str, Callable[[float], float]] = {
-            "8 threads of one process": partial(in_hosts, local),
-            "1 actor, 8 threads": partial(in_hosts, one),
-            "1 actor, 16 threads": partial(in_hosts, one_16),
-            "2 actors, 8 threads each": partial(in_hosts, two),
-            "2 actors, environments in 2 others": lambda seconds: sum(
-                ray.get([player.play.remote(seconds) for player in players])
-            ),
+            THREADS: partial(in_hosts, local, ENVS),
+            ONE: partial(in_hosts, one, ENVS),
+            TWICE: partial(in_hosts, one, 2 * ENVS),
+            TWO: partial(in_hosts, two, 2 * ENVS),
+            ELSEWHERE: lambda seconds: sum(ray.get([player.play.remote(seconds) for player in players])),
         }
-        clusters = [local, one, one_16, two, two]
+        clusters = [local, one, one, two, two]
         rates: dict[str, list[float]] = {name: [] for name in ways}
         processors: dict[str, list[float]] = {name: [] for name in ways}
         loads = []
@@ -193,6 +193,12 @@ def measured(turns: int, seconds: float) -> dict[str, Any]:
                 rates[name].append(way(seconds))
                 processors[name].append((processor_seconds(cluster) - used) / (time.perf_counter() - began))
             loads.append(os.getloadavg()[0])
+        ratios = [rates[TWO][turn] / max(rates[ONE][turn], rates[TWICE][turn]) for turn in range(turns)]
+        quiet = [
+            ratio
+            for turn, ratio in enumerate(ratios)
+            if min(processors[ONE][turn], processors[TWICE][turn], processors[TWO][turn] / 2) >= QUIET
+        ]
         stats = two.stats().total
         assert stats.evaluator is not None
         return {
@@ -210,17 +216,9 @@ def measured(turns: int, seconds: float) -> dict[str, Any]:
             },
             "simulations_per_second": {name: summary(found) for name, found in rates.items()},
             "processors_of_hosts": {name: summary(found) for name, found in processors.items()},
-            "two_by_one": summary(
-                [
-                    two_rate / max(one_rate, other_rate)
-                    for two_rate, one_rate, other_rate in zip(
-                        rates["2 actors, 8 threads each"],
-                        rates["1 actor, 8 threads"],
-                        rates["1 actor, 16 threads"],
-                        strict=True,
-                    )
-                ]
-            ),
+            "two_by_one": summary(ratios),
+            "two_by_one_of_quiet_turns": summary(quiet) if quiet else None,
+            "quiet_turns": len(quiet),
             "rows_per_call_of_two": stats.evaluator.rows_per_call,
             "empty_call_seconds": {
                 "in this process": summary(calls(local)),
@@ -266,7 +264,7 @@ def weight_loads(cluster: Cluster, size: int) -> list[float]:
 
 
 def summary(found: list[float]) -> dict[str, Any]:
-    first, _, third = statistics.quantiles(found, n=4, method="inclusive")
+    first, _, third = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return {"median": statistics.median(found), "quartiles": [first, third], "all": found[:20]}
 
 
@@ -275,6 +273,8 @@ def table(result: dict[str, Any]) -> Table:
     for name, each in result["simulations_per_second"].items():
         shown.add_row(name, number(each, ",.0f"), number(result["processors_of_hosts"][name], ".2f"))
     shown.add_row("2 actors by 1 (the better)", number(result["two_by_one"], ".2f"))
+    if result["two_by_one_of_quiet_turns"]:
+        shown.add_row(f"of {result['quiet_turns']} quiet turns", number(result["two_by_one_of_quiet_turns"], ".2f"))
     for what in ("empty_call_seconds", "load_weights_seconds"):
         for name, each in result[what].items():
             shown.add_row(f"{what}: {name}", number(each, ".2g"))
