@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -139,6 +140,27 @@ def expected(env_id: int, weights: int = 0, steps: int = 4) -> tuple[int, ...]:
         values.append(value_of(total, step, weights))
         total += values[-1] * OF_A_VALUE
     return tuple(values)
+
+
+def plan_between_loads(context: SearchContext, begun: Path, go_on: Path) -> Found:
+    """As `plan`; but between its root and its search it waits for `go_on`, once."""
+    env_id: Any = context.env_id
+    packed = torch.full((2 * LAYERS, 1, HEADS, ROOT_TOKENS, HEAD_DIM), float(root_of(env_id)))
+    pool = context.manager.init_pools[context.local_id]
+    pool.put(("root", env_id), KeysValues.from_packed(packed), side=("of", env_id))
+    if not begun.exists():
+        begun.touch()
+        until_there(go_on)
+    with context.manager.search([context.local_id]) as search:
+        values = context.evaluator.run(_chain(search, context, ("root", env_id), 4, lambda step: None))
+    return Found(context.host, context.local_id, context.version, context.model.weights, values, False, os.getpid())
+
+
+def store_what_cannot_travel(context: SearchContext) -> None:
+    plan(context)
+    packed = torch.ones(2 * LAYERS, 1, HEADS, ROOT_TOKENS, HEAD_DIM)
+    pool = context.manager.init_pools[context.local_id]
+    pool.put("other", KeysValues.from_packed(packed), side=threading.Lock())
 
 
 STEPS = ("start", "between gather and commit", "after commit", "before the answer")

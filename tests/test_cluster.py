@@ -21,6 +21,7 @@ from tests.cluster_support import (
     failing,
     grow_until,
     plan,
+    plan_between_loads,
     refusing,
     setup,
     until_there,
@@ -145,6 +146,34 @@ def test_a_full_queue_refuses_and_does_not_stop_other_hosts(make: Callable[..., 
     assert all(future.result(HANG_SECONDS).values == expected(slow) for future in futures)
 
 
+def test_an_environment_that_floods_its_host_does_not_have_others_refused(
+    make: Callable[..., LocalCluster], tmp_path: Path
+) -> None:
+    cluster = make(threads=1, max_waiting=2)
+    futures = [cluster.submit("greedy", waiting_of_another, tmp_path / "begun", tmp_path / "go on")]
+    until_there(tmp_path / "begun")
+    futures += [cluster.submit("greedy", number_of, number) for number in range(2)]
+    until(lambda: cluster.stats().total.waiting == 2)
+    with pytest.raises(QueueFullError):
+        cluster.search("greedy", number_of, 2)
+    futures += [cluster.submit("modest", number_of, 7)]
+    until(lambda: cluster.stats().total.waiting == 3)
+    with pytest.raises(QueueFullError):
+        cluster.search("modest", number_of, 8)
+    (tmp_path / "go on").touch()
+    assert [future.result(HANG_SECONDS) for future in futures] == [None, 0, 1, 7]
+    assert cluster.stats().total.refused == 2
+
+
+def waiting_of_another(context: Any, begun: Path, go_on: Path) -> None:
+    begun.touch()
+    until_there(go_on)
+
+
+def number_of(context: Any, number: int) -> int:
+    return number
+
+
 def test_requests_that_no_caller_waits_for_make_room_and_are_not_run(
     make: Callable[..., LocalCluster], tmp_path: Path
 ) -> None:
@@ -196,6 +225,21 @@ def test_a_search_that_a_load_ends_is_run_again_with_the_new_weights(
     assert loaded == [1]
     assert (found.version, found.values) == (1, expected(3, 9))
     assert cluster.stats().total.reruns == 1
+
+
+def test_a_planner_whose_root_a_load_made_a_miss_is_run_again(
+    make: Callable[..., LocalCluster], tmp_path: Path
+) -> None:
+    cluster = make()
+    search = cluster.submit(3, plan_between_loads, tmp_path / "begun", tmp_path / "go on")
+    until_there(tmp_path / "begun")
+    loading = threading.Thread(target=lambda: cluster.load_weights(9))
+    loading.start()
+    until(lambda: cluster.stats().total.cache.entries == 0)  # the version was bumped
+    (tmp_path / "go on").touch()
+    loading.join(HANG_SECONDS)
+    found = search.result(HANG_SECONDS)
+    assert (found.version, found.values) == (1, expected(3, 9))
 
 
 def test_weights_that_a_host_refuses_change_nothing(make: Callable[..., LocalCluster]) -> None:

@@ -40,6 +40,7 @@ from tests.cluster_support import (
     plan,
     search_in_a_task,
     setup,
+    store_what_cannot_travel,
     until_there,
     waiting,
 )
@@ -123,6 +124,25 @@ def test_a_search_that_kills_its_actor_each_time_is_a_typed_error(cluster: RayCl
         cluster.search(0, always_dying, retries=1)
     assert (caught.value.host, caught.value.attempts) == (host, 2)
     assert cluster.search(0, plan).values == expected(0, cluster.search(1, plan).weights)
+
+
+def test_a_planner_that_must_not_run_twice_does_not(cluster: RayCluster, tmp_path: Path) -> None:
+    cluster.search(0, plan)
+    with pytest.raises(HostLostError) as caught:
+        cluster.search(0, dying, "start", tmp_path / "killed", retries=0)
+    assert caught.value.attempts == 1
+    found = cluster.search(0, plan)  # the host is made again, whoever asks next
+    assert found.values == expected(0, found.weights)
+
+
+def test_entries_that_cannot_travel_stay_where_they_are(cluster: RayCluster) -> None:
+    before = cluster.search(0, plan)
+    cluster.search(0, store_what_cannot_travel)
+    target = next(host for host in cluster.stats(timeout=HANG_SECONDS).hosts if host != before.host)
+    with pytest.raises(TypeError, match="pickle"):
+        cluster.move(0, target)
+    after = cluster.search(0, plan)
+    assert (after.host, after.values, after.root_was_there) == (before.host, before.values, False)
 
 
 def test_errors_keep_their_type_and_fields(cluster: RayCluster) -> None:

@@ -3,7 +3,7 @@ several.
 """
 
 from .cluster import Cluster
-from .errors import HostLostError, NoHostError, NotHereError, PlannerError, QueueFullError
+from .errors import HostLostError, NoAnswerError, NoHostError, NotHereError, PlannerError, QueueFullError
 from .host import Host
 from .local import LocalCluster
 from .requests import ClusterStats, HostParts, HostStats, SearchContext
@@ -16,6 +16,7 @@ __all__ = [
     "HostParts",
     "HostStats",
     "LocalCluster",
+    "NoAnswerError",
     "NoHostError",
     "NotHereError",
     "PlannerError",

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from .._checks import check_seconds, hash_of, positive_int
-from ..errors import InvalidTypeError, ReentrantCallError, WaitTimeoutError, shown
+from ..errors import InvalidTypeError, ReentrantCallError, shown
 from ..pool.handle import Handle
-from .errors import HostLostError, NotHereError
+from .errors import HostLostError, NoAnswerError, NotHereError
 from .requests import ClusterStats, Planner, Request
 from .router import Route
 
@@ -67,8 +67,8 @@ class Cluster(Handle):
             timeout: seconds until the answer.
             retries: where the host is lost: 0 for a planner that must not run twice.
 
-        The future's errors: what the planner raises; `QueueFullError`, `NoHostError`, `ClosedError`;
-            `HostLostError`: the host was lost once more than `retries`. `WaitTimeoutError`: no answer came in time.
+        The future's errors: what the planner raises; `QueueFullError`, `NoHostError`, `ClosedError`; `HostLostError`:
+            the host was lost once more than `retries`; `NoAnswerError`, a `WaitTimeoutError`: no answer came in time.
         """
         hash_of(env_id, "env_id")
         if not callable(planner):
@@ -108,7 +108,7 @@ class Cluster(Handle):
         def left() -> float:
             remaining = until - time.monotonic()
             if remaining <= 0:
-                raise WaitTimeoutError(f"the search of {env_id!r} had no answer within {seconds:g} s")
+                raise NoAnswerError(f"the search of {env_id!r} had no answer within {seconds:g} s")
             return remaining
 
         while True:
@@ -175,9 +175,14 @@ class Cluster(Handle):
         seconds = self._seconds(timeout)
         self._call("move", env_id, host, seconds, waits=seconds + self.start_timeout)
 
-    def forget(self, env_id: Hashable) -> None:
-        """Let go of an environment that has ended: its host has room for another. May block."""
-        self._call("forget", env_id, waits=self.timeout + self.start_timeout)
+    def forget(self, env_id: Hashable, *, timeout: float | None = None) -> None:
+        """Let go of an environment that has ended: its host has room for another. Waits for its search. May block.
+
+        Raises:
+            WaitTimeoutError: its search did not end in time; it stays.
+        """
+        seconds = self._seconds(timeout)
+        self._call("forget", env_id, seconds, waits=seconds + self.start_timeout)
 
     def add_host(self) -> str:
         """The name of one host more, for environments that are new or moved to it. May block."""
@@ -245,7 +250,7 @@ def waited_for(future: Future[T]) -> T:
 
 
 async def in_time(awaitable: asyncio.Future[T], seconds: float, what: str) -> T:
-    """The result of a future, or `WaitTimeoutError`; then, or where the caller is cancelled, it is cancelled."""
+    """The result of a future, or `NoAnswerError`; then, or where the caller is cancelled, it is cancelled."""
     try:
         # Not wait_for: a TimeoutError that the future itself has could not be told from its own.
         done, _ = await asyncio.wait({awaitable}, timeout=seconds)
@@ -254,5 +259,5 @@ async def in_time(awaitable: asyncio.Future[T], seconds: float, what: str) -> T:
         raise
     if not done:
         awaitable.cancel()
-        raise WaitTimeoutError(f"{what} had not answered within {seconds:.3g} s")
+        raise NoAnswerError(f"{what} had not answered within {seconds:.3g} s")
     return awaitable.result()

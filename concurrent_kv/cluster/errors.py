@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import KVCacheError
+from ..errors import KVCacheError, WaitTimeoutError
 
-__all__ = ["HostLostError", "NoHostError", "NotHereError", "PlannerError", "QueueFullError"]
+__all__ = ["HostLostError", "NoAnswerError", "NoHostError", "NotHereError", "PlannerError", "QueueFullError"]
 
 
 class HostLostError(KVCacheError, RuntimeError):
@@ -37,6 +37,10 @@ class QueueFullError(KVCacheError, RuntimeError):
 
 class NoHostError(KVCacheError, RuntimeError):
     """No host has room for one more environment."""
+
+
+class NoAnswerError(WaitTimeoutError):
+    """A host, or the router, had not answered in time: whether it did what it was asked is not known."""
 
 
 class NotHereError(KVCacheError, LookupError):

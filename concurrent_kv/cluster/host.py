@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from .._checks import positive_int
-from ..errors import ClosedError, InvalidTypeError, SearchEndedError, WaitTimeoutError, shown
+from ..errors import ClosedError, InvalidTypeError, KVCacheError, WaitTimeoutError, shown
 from ..pool.handle import Handle
 from .errors import HostLostError, NoHostError, NotHereError, PlannerError, QueueFullError
 from .requests import HostParts, HostStats, Request, Roots, SearchContext, Setup
@@ -49,7 +49,7 @@ class Host(Handle):
         name: what errors call it.
         setup: makes its parts.
         threads: searches that run side by side.
-        max_waiting: requests that may wait, over all environments.
+        max_waiting: requests that may wait, over all environments. One that has none waiting may always have one more.
         env_ids: environments that it has from the beginning.
         weights, version: loaded before it serves, unless the version is 0.
     """
@@ -107,9 +107,9 @@ class Host(Handle):
             env_id = request.env_id
             if env_id not in self._local or env_id in self._leaving:
                 raise self._not_here(env_id)
-            if self._number_waiting() >= self._max_waiting:
+            if self._is_full_for(env_id):
                 self._drop_unwanted()
-            if self._number_waiting() >= self._max_waiting:
+            if self._is_full_for(env_id):
                 self._counts["refused"] += 1
                 raise QueueFullError(
                     f"{self._max_waiting} requests wait at {self.name} already, which is max_waiting: ask again later, "
@@ -125,6 +125,10 @@ class Host(Handle):
 
     def _number_waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
+
+    def _is_full_for(self, env_id: Hashable) -> bool:
+        # An environment that asks for one search after the other is not refused because of one that floods its host.
+        return bool(self._waiting.get(env_id)) and self._number_waiting() >= self._max_waiting
 
     def _note_turn(self, env_id: Hashable) -> None:
         is_busy = env_id in self._running or env_id in self._leaving
@@ -208,8 +212,8 @@ class Host(Handle):
             if self._lost is not None and isinstance(error, ClosedError):
                 error = self._lost_error()
             del self._running[request.env_id]
-            # The weights changed under it: what ended it was not its caller's doing.
-            again = isinstance(error, SearchEndedError) and pending.loads != self._loads and self._lost is None
+            # The weights changed under it: its search was ended, or a root that it had just stored was a miss.
+            again = isinstance(error, KVCacheError) and pending.loads != self._loads and self._lost is None
             if again:
                 self._counts["reruns"] += 1
                 self._waiting.setdefault(request.env_id, deque()).appendleft(pending)
@@ -291,6 +295,11 @@ class Host(Handle):
                 self._note_turn(env_id)
                 self._changed.notify_all()
         return Roots(version, tuple(entries))
+
+    def discard(self, env_id: Hashable, timeout: float) -> None:
+        """As `release`, and its entries are gone; nothing if it is not here. May block."""
+        with suppress(NotHereError):
+            self.release(env_id, timeout)
 
     # Weights ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .._checks import positive_int
 from .cluster import Cluster, in_time, started, waited_for
+from .errors import HostLostError, NoAnswerError
 from .host import Host, answer_of
 from .requests import Setup
 from .router import Link, Router
@@ -80,7 +81,12 @@ class _Launcher:
                 version=version,
             )
 
-        return _Link(await in_time(asyncio.ensure_future(asyncio.to_thread(made)), seconds, f"the setup of {name}"))
+        making = asyncio.ensure_future(asyncio.to_thread(made))
+        try:
+            return _Link(await in_time(asyncio.shield(making), seconds, f"the setup of {name}"))
+        except NoAnswerError as error:
+            making.add_done_callback(_closed_when_made)
+            raise HostLostError(str(error), host=name) from None
 
     async def end(self, link: Link) -> None:
         assert isinstance(link, _Link)
@@ -96,3 +102,8 @@ class _Link:
 
     async def ask(self, method: str, *args: Any, seconds: float) -> Any:
         return await in_time(asyncio.ensure_future(answer_of(self.host, method, *args)), seconds, self.host.name)
+
+
+def _closed_when_made(making: asyncio.Future[Host]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ClosedError, InvalidArgumentError, WaitTimeoutError, shown
-from .errors import HostLostError, NoHostError, NotHereError
+from .errors import HostLostError, NoAnswerError, NoHostError, NotHereError
 from .requests import ClusterStats, HostStats, Roots
 
 __all__ = ["Launcher", "Link", "Route", "Router"]
@@ -26,7 +26,7 @@ class Link(Protocol):
 
         Raises:
             HostLostError: the host is gone; it may have worked on this.
-            WaitTimeoutError: no answer came in so many seconds.
+            NoAnswerError: no answer came in so many seconds.
         """
         ...
 
@@ -111,7 +111,11 @@ class Router:
                 member = self._emptiest()
                 self._routes[env_id] = member
                 member.env_ids[env_id] = None
-                await self._admit(member, env_id, None)
+                try:
+                    await self._admit(member, env_id, None)
+                except BaseException:  # it is nowhere
+                    del self._routes[env_id], member.env_ids[env_id]
+                    raise
         return Route(member.name, member.incarnation, member.link)
 
     def _emptiest(self, *, but: _Member | None = None) -> _Member:
@@ -131,19 +135,23 @@ class Router:
         except (HostLostError, WaitTimeoutError):
             await self._make_again(member, incarnation)
 
-    async def forget(self, env_id: Hashable) -> None:
-        """Let go of an environment that has ended, with its entries. Nothing if it is nowhere."""
+    async def forget(self, env_id: Hashable, timeout: float) -> None:
+        """Let go of an environment that has ended, with its entries. Nothing if it is nowhere.
+
+        Raises:
+            WaitTimeoutError: a search of it did not end within `timeout`; it stays.
+        """
         self._check_open()
         async with self._changes, self._env_locks.setdefault(env_id, asyncio.Lock()):
-            member = self._routes.pop(env_id, None)
+            member = self._routes.get(env_id)
             if member is not None:
-                del member.env_ids[env_id]
-                incarnation = member.incarnation
+                incarnation, lost = member.incarnation, False
                 try:
-                    await member.link.ask("release", env_id, PING_SECONDS, seconds=PING_SECONDS + MARGIN_SECONDS)
-                except NotHereError:
-                    pass
-                except (HostLostError, WaitTimeoutError):  # it has it no more when it is made again
+                    await member.link.ask("discard", env_id, timeout, seconds=timeout + MARGIN_SECONDS)
+                except (HostLostError, NoAnswerError):
+                    lost = True
+                del self._routes[env_id], member.env_ids[env_id]
+                if lost:  # it has it no more when it is made again
                     await self._make_again(member, incarnation)
         self._env_locks.pop(env_id, None)
 
@@ -171,8 +179,10 @@ class Router:
                 incarnation = source.incarnation
                 try:
                     roots = await source.link.ask("release", env_id, timeout, seconds=timeout + MARGIN_SECONDS)
-                except HostLostError:
+                except (HostLostError, NoAnswerError):  # what it still has of it ends with it
                     lost = True
+                except NotHereError:
+                    pass
                 except WaitTimeoutError:
                     raise
                 except Exception:  # its entries cannot travel: it stays where it was
@@ -268,10 +278,14 @@ class Router:
                 if env_id in member.env_ids:
                     await member.link.ask("admit", env_id, None, seconds=PING_SECONDS)
                 else:
-                    await member.link.ask("release", env_id, PING_SECONDS, seconds=PING_SECONDS)
+                    await member.link.ask("discard", env_id, PING_SECONDS, seconds=PING_SECONDS)
 
     async def _start(self, name: str, env_ids: Iterable[Hashable]) -> Link:
-        return await self._launcher.start(name, env_ids, self._weights, self._version, seconds=self._start_seconds)
+        link = await self._launcher.start(name, env_ids, self._weights, self._version, seconds=self._start_seconds)
+        if self._closed:
+            await self._launcher.end(link)
+            self._check_open()
+        return link
 
     # Weights ---------------------------------------------------------------------------------------------------------
 

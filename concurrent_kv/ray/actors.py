@@ -13,17 +13,16 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ..cluster.answers import Answer, Pickler
 from ..cluster.cluster import in_time
-from ..cluster.errors import HostLostError
+from ..cluster.errors import HostLostError, NoAnswerError
 from ..cluster.host import Host, answer_of
 from ..cluster.requests import Setup
 from ..cluster.router import Link, Router
-from ..errors import WaitTimeoutError
 
 __all__ = ["ActorLink", "HostActor", "RouterActor"]
 
-# Of an actor with coroutines: calls at once, the rest waits where no bound of ours counts it. So it is more than wait
-# at a host, which refuses what is too much.
-SPARE_CALLS = 100
+# An actor with coroutines has so many calls at once, and the rest waits where the host's bound does not count it. So it
+# is more than wait at a host, which refuses what is too much.
+SPARE_CALLS = 1000
 
 PICKLER = Pickler(cloudpickle.dumps, cloudpickle.loads)
 
@@ -86,11 +85,16 @@ class ActorLink:
         """What the method returns or raises; an argument that is an `ObjectRef` arrives as what it stands for.
 
         Raises:
-            HostLostError: the actor is gone, or cannot be reached. WaitTimeoutError: no answer came in time.
+            HostLostError: the actor is gone, or cannot be reached. NoAnswerError: no answer came in time.
         """
         try:
-            future = asyncio.wrap_future(self.actor.ask.remote(method, *args).future())
-            answer: Answer = await in_time(future, seconds, self.name)
+            ref = self.actor.ask.remote(method, *args)
+            answer: Answer = await in_time(asyncio.wrap_future(ref.future()), seconds, self.name)
+        except asyncio.CancelledError:
+            if method == "submit":  # whatever else is asked for goes on
+                with suppress(Exception):
+                    ray.cancel(ref)
+            raise
         except RayActorError as error:
             raise HostLostError(f"{self.name} is gone: {_first_line(error)}", host=self.name) from None
         except RayTaskError as error:
@@ -119,7 +123,7 @@ class _Launcher:
         link = ActorLink(actor, name)
         try:
             await link.ask("stats", seconds=seconds)
-        except WaitTimeoutError:
+        except NoAnswerError:
             await self.end(link)
             raise HostLostError(
                 f"{name} did not serve within start_timeout={seconds:g} s; are there resources for one more actor?",
