@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from concurrent_kv import ClosedError, InvalidArgumentError, InvalidTypeError, WaitTimeoutError
-from concurrent_kv.cluster import HostLostError, LocalCluster, NoHostError, PlannerError, QueueFullError
+from concurrent_kv import ClosedError, InvalidArgumentError, InvalidTypeError, KeysValues, WaitTimeoutError
+from concurrent_kv.cluster import (
+    Host,
+    HostLostError,
+    LocalCluster,
+    NoAnswerError,
+    NoHostError,
+    PlannerError,
+    QueueFullError,
+)
+from concurrent_kv.cluster.requests import Request
 from tests.cluster_support import (
     LoadError,
     OddError,
@@ -27,6 +37,7 @@ from tests.cluster_support import (
     until_there,
     waiting,
 )
+from tests.evaluating import HEAD_DIM, HEADS, LAYERS
 from tests.support import HANG_SECONDS
 
 
@@ -242,6 +253,30 @@ def test_a_planner_whose_root_a_load_made_a_miss_is_run_again(
     assert (found.version, found.values) == (1, expected(3, 9))
 
 
+def test_what_a_planner_still_stores_during_a_load_is_a_miss_afterwards(
+    make: Callable[..., LocalCluster], tmp_path: Path
+) -> None:
+    cluster = make()
+    search = cluster.submit(3, store_late, tmp_path / "begun", tmp_path / "go on")
+    until_there(tmp_path / "begun")
+    loading = threading.Thread(target=lambda: cluster.load_weights(9))
+    loading.start()
+    until(lambda: cluster.stats().total.cache.reserved_entries == 0)  # the version was bumped
+    (tmp_path / "go on").touch()
+    loading.join(HANG_SECONDS)
+    assert search.result(HANG_SECONDS)  # it was stored
+    assert not cluster.search(3, plan).root_was_there
+
+
+def store_late(context: Any, begun: Path, go_on: Path) -> bool:
+    with context.manager.search([context.local_id]):
+        begun.touch()
+        until_there(go_on)
+    row = KeysValues.from_packed(torch.ones(2 * LAYERS, 1, HEADS, 1, HEAD_DIM))
+    stored: bool = context.manager.set_init_cache(context.local_id, ("root", 3), row, side=("of", 3))
+    return stored
+
+
 def test_weights_that_a_host_refuses_change_nothing(make: Callable[..., LocalCluster]) -> None:
     cluster = make(hosts=2)
     cluster.load_weights(5)
@@ -304,12 +339,42 @@ def test_a_move_waits_for_the_search_and_those_that_wait_follow(
         cluster.move(0, other_than(host), timeout=0.05)
     moving = threading.Thread(target=lambda: cluster.move(0, other_than(host)))
     moving.start()
-    until(lambda: cluster.stats().total.waiting == 0)
+    until(lambda: is_leaving(cluster, host, 0))
+    queued.append(cluster.submit(0, plan))
+    until(lambda: cluster.stats().total.waiting == 4)
     (tmp_path / "go on").touch()
     moving.join(HANG_SECONDS)
     assert running.result(HANG_SECONDS).host == host
     found = [future.result(HANG_SECONDS) for future in queued]
     assert {(each.host, each.root_was_there) for each in found} == {(other_than(host), True)}
+
+
+def is_leaving(cluster: Any, host: str, env: int) -> bool:
+    return env in cluster._router._members[host].link.host._leaving
+
+
+def test_a_move_goes_on_where_its_caller_has_stopped_waiting(make: Callable[..., LocalCluster], tmp_path: Path) -> None:
+    cluster = make(hosts=2)
+    host = cluster.search(0, plan).host
+    running = cluster.submit(0, waiting, tmp_path / "begun", tmp_path / "go on")
+    until_there(tmp_path / "begun")
+    with pytest.raises(NoAnswerError):
+        cluster._call("move", 0, other_than(host), HANG_SECONDS, waits=0.05)
+    (tmp_path / "go on").touch()
+    assert running.result(HANG_SECONDS).host == host
+    until(lambda: cluster.environments()[0] == other_than(host))
+    found = cluster.search(0, plan)
+    assert (found.host, found.root_was_there) == (other_than(host), True)
+
+
+def test_roots_of_other_weights_are_left_behind() -> None:
+    with Host("old", setup()) as old, Host("new", setup(), weights=5, version=1) as new:
+        old.admit(0)
+        new.admit(1)
+        assert old.submit(Request(0, plan, (), HANG_SECONDS)).result(HANG_SECONDS).values == expected(0)
+        new.admit(0, old.release(0, HANG_SECONDS))
+        found = new.submit(Request(0, plan, (), HANG_SECONDS)).result(HANG_SECONDS)
+        assert (found.root_was_there, found.values) == (False, expected(0, 5))
 
 
 def test_a_drained_host_has_no_environments_and_gets_none(make: Callable[..., LocalCluster]) -> None:

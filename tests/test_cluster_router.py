@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv import InvalidArgumentError
-from concurrent_kv.cluster import Host, HostLostError, NoAnswerError
+from concurrent_kv.cluster import Host, HostLostError, NoAnswerError, NoHostError
 from concurrent_kv.cluster.host import answer_of
 from concurrent_kv.cluster.requests import Request
 from concurrent_kv.cluster.router import Router
@@ -23,10 +23,15 @@ class FaultyLink:
     def __init__(self, host: Host, faults: dict[tuple[str, str], str]) -> None:
         self.host, self.faults = host, faults
         self.gone = False
+        self.asked: list[str] = []
 
     async def ask(self, method: str, *args: Any, seconds: float) -> Any:
+        self.asked.append(method)
         fault = self.faults.pop((self.host.name, method), None)
         self.gone = self.gone or fault == "gone"
+        await asyncio.sleep(0)
+        if fault == "full":
+            raise NoHostError(f"{self.host.name} is full")
         if self.gone:
             raise HostLostError(f"{self.host.name} is gone", host=self.host.name)
         result = await answer_of(self.host, method, *args)
@@ -46,6 +51,7 @@ class Launcher:
         self, name: str, env_ids: Iterable[Hashable], weights: Any, version: int, *, seconds: float
     ) -> FaultyLink:
         self.started.append((name, version))
+        await asyncio.sleep(0)  # as any that takes time: others go on
         if self.broken:
             raise LoadError(1, "no device")
         host = Host(name, setup(4), env_ids=env_ids, weights=weights, version=version)
@@ -118,6 +124,17 @@ def test_a_host_that_cannot_be_made_again_now_can_be_later() -> None:
     run(play)
 
 
+def test_an_environment_that_its_host_refuses_is_nowhere() -> None:
+    async def play(router: Router, launcher: Launcher) -> None:
+        launcher.faults[("host-0", "admit")] = "full"
+        with pytest.raises(NoHostError):
+            await router.route(0)
+        assert await router.environments() == {}
+        assert (await search(router, 0)).values == expected(0)
+
+    run(play)
+
+
 @pytest.mark.parametrize("fault", ["gone", "silent"])
 @pytest.mark.parametrize("at", ["release", "admit"])
 def test_a_move_that_loses_a_host_ends_with_the_environment_at_the_other(at: str, fault: str) -> None:
@@ -161,6 +178,14 @@ def test_a_load_that_loses_a_host_leaves_every_host_with_the_new_weights(host: s
         found = [await search(router, env) for env in range(4)]
         assert {(each.version, each.weights) for each in found} == {(1, 5)}
         assert [each.values for each in found] == [expected(env, 5) for env in range(4)]
+
+    run(play)
+
+
+def test_each_host_loads_weights_once() -> None:
+    async def play(router: Router, launcher: Launcher) -> None:
+        await router.load_weights(5, HANG_SECONDS)
+        assert [link.asked.count("load_weights") for link in launcher.links] == [1, 1]
 
     run(play)
 

@@ -66,7 +66,7 @@ def _pickled(error: Exception, pickler: Pickler) -> bytes:
     try:
         pickled = pickler.dumps(error)
         copied = pickler.loads(pickled)
-        if type(copied) is type(error) and vars(copied).keys() == vars(error).keys():
+        if (type(copied), str(copied), vars(copied).keys()) == (type(error), str(error), vars(error).keys()):
             return pickled
     except Exception:  # its own business
         pass

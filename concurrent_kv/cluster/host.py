@@ -86,7 +86,7 @@ class Host(Handle):
         self._waiting: dict[Hashable, deque[_Pending]] = {}
         self._turns: deque[Hashable] = deque()  # environments of which a request waits and none runs
         self._running: dict[Hashable, _Pending] = {}
-        self._leaving: set[Hashable] = set()
+        self._leaving: set[Hashable] = set()  # environments whose searches do not begin, as they are being released
         self._counts = dict.fromkeys(("searches", "errors", "reruns", "refused", "expired"), 0)
         for env_id in env_ids:
             self.admit(env_id)
@@ -105,7 +105,7 @@ class Host(Handle):
         with self._changed:
             self._check_serves()
             env_id = request.env_id
-            if env_id not in self._local or env_id in self._leaving:
+            if env_id not in self._local:
                 raise self._not_here(env_id)
             if self._is_full_for(env_id):
                 self._drop_unwanted()
@@ -258,7 +258,7 @@ class Host(Handle):
     def release(self, env_id: Hashable, timeout: float) -> Roots:
         """Have an environment no more, and return its entries. Waits for a search of it to end. May block.
 
-        Requests that wait for it hear `NotHereError`.
+        Requests that wait for it, and do not begin from now on, hear `NotHereError`.
 
         Raises:
             WaitTimeoutError: its search did not end in time; it stays here then. NotHereError.
@@ -269,12 +269,8 @@ class Host(Handle):
             if env_id not in self._local or env_id in self._leaving:
                 raise self._not_here(env_id)
             self._leaving.add(env_id)
-            moved = self._waiting.pop(env_id, deque())
             local_id, version = self._local[env_id], self._version
         try:
-            for pending in moved:
-                if pending.is_wanted():
-                    pending.future.set_exception(self._not_here(env_id))
             self._wait(lambda: env_id not in self._running, until, f"the search of {env_id!r}")
             pool = self._parts.manager.init_pools[local_id]
             entries = []
@@ -284,8 +280,8 @@ class Host(Handle):
                     entries.append((key, kv, pool.side(key)))
             pool.clear()
             with self._changed:
-                if env_id in self._waiting:  # a rerun, as weights were loaded meanwhile
-                    for pending in self._waiting.pop(env_id):
+                for pending in self._waiting.pop(env_id, ()):
+                    if pending.is_wanted():
                         pending.future.set_exception(self._not_here(env_id))
                 del self._local[env_id]
                 self._free.append(local_id)
