@@ -34,6 +34,7 @@ from tests.cluster_support import (
     plan_between_loads,
     refusing,
     setup,
+    touching,
     until_there,
     waiting,
 )
@@ -201,6 +202,22 @@ def test_requests_that_no_caller_waits_for_make_room_and_are_not_run(
     assert fine.result(HANG_SECONDS).values == expected(1)
     assert blocked.result(HANG_SECONDS).values == expected(0)
     assert not ran
+
+
+def test_a_search_that_is_cancelled_before_it_begins_is_not_run(
+    make: Callable[..., LocalCluster], tmp_path: Path
+) -> None:
+    cluster = make()
+    blocked = cluster.submit(0, waiting, tmp_path / "begun", tmp_path / "go on")
+    until_there(tmp_path / "begun")
+    cancelled = cluster.submit(0, touching, tmp_path / "ran")
+    until(lambda: cluster.stats(timeout=HANG_SECONDS).total.waiting == 1)
+    assert cancelled.cancel()
+    until(lambda: cluster.stats(timeout=HANG_SECONDS).total.waiting == 0)
+    (tmp_path / "go on").touch()
+    blocked.result(HANG_SECONDS)
+    cluster.search(0, plan)
+    assert not (tmp_path / "ran").exists()
 
 
 # Weights -------------------------------------------------------------------------------------------------------------

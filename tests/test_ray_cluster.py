@@ -41,6 +41,7 @@ from tests.cluster_support import (
     search_in_a_task,
     setup,
     store_what_cannot_travel,
+    touching,
     until_there,
     waiting,
 )
@@ -227,6 +228,19 @@ def test_a_full_actor_refuses_with_its_limit(address: str, tmp_path: Path) -> No
         small.search(1, plan)
         with pytest.raises(NoHostError):
             small.search(2, plan)
+
+
+def test_a_search_that_is_cancelled_before_it_begins_is_not_run(cluster: RayCluster, tmp_path: Path) -> None:
+    blocked = cluster.submit(0, waiting, tmp_path / "begun", tmp_path / "go on")
+    until_there(tmp_path / "begun")
+    cancelled = cluster.submit(0, touching, tmp_path / "ran")
+    until(lambda: cluster.stats(timeout=HANG_SECONDS).total.waiting == 1)
+    assert cancelled.cancel()
+    until(lambda: cluster.stats(timeout=HANG_SECONDS).total.waiting == 0)
+    (tmp_path / "go on").touch()
+    blocked.result(HANG_SECONDS)
+    cluster.search(0, plan)
+    assert not (tmp_path / "ran").exists()
 
 
 # Handles -------------------------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ class Host(Handle):
             return HostStats(
                 version=self._version,
                 environments=len(self._local),
-                waiting=self._number_waiting(),
+                waiting=sum(not each.future.cancelled() for queue in self._waiting.values() for each in queue),
                 running=len(self._running),
                 cache=cache,
                 evaluator=evaluator,
