@@ -153,8 +153,9 @@ def test_errors_keep_their_type_and_fields(cluster: RayCluster) -> None:
     assert "in failing" in str(caught.value.__cause__)
     with pytest.raises(PlannerError, match="SystemExit: 3"):
         cluster.search(0, exiting)
-    with pytest.raises(TypeError, match="pickle"):
+    with pytest.raises(TypeError, match="pickle") as of_result:
         cluster.search(0, lambda context: threading.Lock())
+    assert type(of_result.value) is TypeError
     with pytest.raises(TypeError, match="pickle"):
         cluster.search(0, plan, threading.Lock())
     with pytest.raises(InvalidArgumentError, match="host must be one of"):
