@@ -1,6 +1,6 @@
 # make play, make test, make lint: each makes the environment it needs in .venv; what is there already is kept.
 # make lightzero makes one of its own in .venv-lightzero: LightZero's packages do not go with ours. make transformers
-# too, in .venv-transformers, so that the others stay small.
+# too, in .venv-transformers, and make ray in .venv-ray, so that the others stay small.
 # Options go through ARGS: make play ARGS="--verify", make test ARGS="-k scopes".
 
 PYTHON ?= python3
@@ -15,12 +15,13 @@ LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_l
 TRANSFORMERS_VENV := .venv-transformers
 FREETHREADED := .venv-freethreaded
 DOCS_VENV := .venv-docs
+RAY_VENV := .venv-ray
 LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 
 # A Prometheus that the tests of the dashboard ask: what .ci/prometheus finds, or fetches, if left out.
 PROMETHEUS ?=
 
-.PHONY: bench clean docs gpu help lightzero lightzero-main lint metrics mutants play test text-tree transformers wheels
+.PHONY: bench clean docs gpu help lightzero lightzero-main lint metrics mutants play play-ray ray test text-tree transformers wheels
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -44,6 +45,8 @@ help:
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
+	@echo 'make ray    searches on a cluster of processes, under Ray: the tests of that'
+	@echo 'make play-ray  play CartPole with the searches in two Ray actors   (ARGS="--actors 4 --verify", ARGS="--help")'
 	@echo 'make metrics  what is published, as Prometheus, Grafana, OpenTelemetry and TensorBoard have it'
 	@echo 'make docs   build the documentation into site/, and open it in a headless browser'
 	@echo 'make wheels  build the wheels, install and use each in an empty environment  (ARGS="--lowest --no-compiler")'
@@ -118,8 +121,16 @@ metrics: $(VENV)/metrics-test.stamp
 text-tree: $(TRANSFORMERS_VENV)/stamp
 	@HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m examples.text_tree $(ARGS)
 
+# Ray reports its use to its makers unless told not to.
+ray play-ray: export RAY_USAGE_STATS_ENABLED = 0
+ray: $(RAY_VENV)/stamp
+	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) $(ARGS)
+
+play-ray: $(RAY_VENV)/stamp
+	@$(RAY_VENV)/bin/python -m examples.cartpole --ray $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(FREETHREADED) build dist site *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(RAY_VENV) $(FREETHREADED) build dist site *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
 	rm -f concurrent_kv/_native*.so
 
 $(BIN)/python:
@@ -127,7 +138,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # A PYTHON= that an environment was not made with would be passed over in silence: it is said instead. (Never a file.)
-SAME_PYTHON := $(addsuffix /same-python,$(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(FREETHREADED))
+SAME_PYTHON := $(addsuffix /same-python,$(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(RAY_VENV) $(FREETHREADED))
 VERSION_OF := -c 'import sys; print(sys.version)'
 .PHONY: $(SAME_PYTHON)
 $(SAME_PYTHON): %/same-python: | %/bin/python
@@ -177,6 +188,15 @@ $(TRANSFORMERS_VENV)/stamp: pyproject.toml requirements/transformers.txt $(BUILD
 	@echo "installing transformers and what its tests need into $(TRANSFORMERS_VENV); $(LARGE)"
 	@$(call forget_module,$(TRANSFORMERS_VENV)/bin/python)
 	@$(TRANSFORMERS_VENV)/bin/python $(PIP_INSTALL) -c requirements/transformers.txt -e ".[transformers]" -r requirements/transformers.txt
+	@touch $@
+
+$(RAY_VENV)/bin/python:
+	@$(PYTHON) -m venv $(RAY_VENV)
+
+$(RAY_VENV)/stamp: pyproject.toml requirements/ray.txt $(BUILD) | $(RAY_VENV)/bin/python $(RAY_VENV)/same-python
+	@echo "installing Ray and what its tests need into $(RAY_VENV); $(LARGE)"
+	@$(call forget_module,$(RAY_VENV)/bin/python)
+	@$(RAY_VENV)/bin/python $(PIP_INSTALL) -c requirements/ray.txt -e ".[ray,play,prometheus,snapshots]" -r requirements/ray.txt
 	@touch $@
 
 .PHONY: stress stress-full

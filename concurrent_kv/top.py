@@ -26,6 +26,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from .device.graphs import keep_out_of_graphs
 from .metrics import Distribution, KVMetrics
 from .metrics.table import PREFIX
 
@@ -321,6 +322,8 @@ def _seconds(text: str) -> float:
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
 
+
+keep_out_of_graphs(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

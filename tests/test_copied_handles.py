@@ -15,6 +15,7 @@ from concurrent_kv import AsyncKVCacheManager, AsyncKVPool, InvalidTypeError, KV
 from concurrent_kv.aio import AsyncEvaluator
 from concurrent_kv.books.eviction import EvictionPolicy
 from concurrent_kv.books.eviction.registry import POLICIES
+from concurrent_kv.cluster import Host, HostParts, LocalCluster
 from concurrent_kv.evaluation import Evaluated, Evaluator
 from concurrent_kv.never_copied import NeverCopied
 from concurrent_kv.pool.handle import Handle
@@ -34,6 +35,12 @@ def no_model(batch: JointBatch, inputs: Sequence[Any]) -> Evaluated[Any]:
     raise NotImplementedError
 
 
+def setup() -> HostParts:
+    sizes = {"num_layers": 1, "num_heads": 1, "embed_dim": 2, "context_length": 4, "num_simulations": 2}
+    made = KVCacheManager(sizes | {"max_cache_size": 10, "device": "cpu"}, 1)
+    return HostParts(made, Evaluator(made, no_model), None)
+
+
 OWNERS: dict[str, Callable[[KVPool, KVCacheManager], Any]] = {
     "Batch": lambda pool, manager: pool.gather(["a"]),
     "Pin": lambda pool, manager: pool.pin("a"),
@@ -43,6 +50,8 @@ OWNERS: dict[str, Callable[[KVPool, KVCacheManager], Any]] = {
     "KVStorage": lambda pool, manager: pool.storage,
     "Scope": lambda pool, manager: pool.scope("another"),
     "KVCacheManager": lambda pool, manager: manager,
+    "Host": lambda pool, manager: Host("h", setup, threads=1),
+    "LocalCluster": lambda pool, manager: LocalCluster(setup, threads=1),
     "AsyncKVPool": lambda pool, manager: AsyncKVPool(pool),
     "AsyncKVCacheManager": lambda pool, manager: AsyncKVCacheManager(manager),
     "AsyncSearch": lambda pool, manager: AsyncKVCacheManager(manager).search([0]),
@@ -67,7 +76,7 @@ def test_every_class_that_owns_something_is_in_the_table() -> None:
     def below(kind: type[Any]) -> set[type[Any]]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    abstract = {"NeverCopied", "Handle", "PoolCore", "PaddedRows", "Worker"}
+    abstract = {"Cluster", "NeverCopied", "Handle", "PoolCore", "PaddedRows", "Worker"}
     owners = {kind.__name__ for kind in below(NeverCopied) if kind.__module__.startswith("concurrent_kv.")}
     assert owners - abstract == set(OWNERS)
     assert issubclass(Handle, NeverCopied)

@@ -29,6 +29,8 @@ LAYERS = (
     "aio",
     "metrics",
     "top",
+    "cluster",
+    "ray",
     "compat",
 )
 FACADES = {"__init__", "__main__", "eviction"}  # they gather what users import, from everywhere

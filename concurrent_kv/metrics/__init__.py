@@ -4,8 +4,11 @@
 Prometheus' client (extra `prometheus`), `concurrent_kv.metrics.otel` instruments of OpenTelemetry (extra `otel`).
 """
 
+from ..device.graphs import keep_out_of_graphs
 from .samples import Distribution, Sample
 from .sources import KVMetrics
 from .table import METRICS, Kind, Metric, Subject
 
 __all__ = ["METRICS", "Distribution", "KVMetrics", "Kind", "Metric", "Sample", "Subject"]
+
+keep_out_of_graphs(__name__)

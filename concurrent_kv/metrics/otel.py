@@ -8,6 +8,7 @@ from functools import partial
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
+from ..device.graphs import keep_out_of_graphs
 from ..locks.gate import gate
 from .samples import Distribution, Sample
 from .sources import KVMetrics, Source
@@ -96,3 +97,6 @@ def _of_histogram(value: Distribution, labels: dict[str, str], part: str | None)
     else:
         for bound, count in value.cumulative:
             yield Observation(count, {**labels, "le": f"{bound:g}"})
+
+
+keep_out_of_graphs(__name__)

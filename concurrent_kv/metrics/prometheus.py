@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from ..device.graphs import keep_out_of_graphs
 from .samples import Distribution
 from .sources import KVMetrics, Source
 from .table import METRICS, Kind, Metric
@@ -91,3 +92,6 @@ def serve(metrics: KVMetrics, port: int, *, addr: str = "127.0.0.1") -> Iterator
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+keep_out_of_graphs(__name__)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from concurrent_kv.books.eviction.registry import POLICIES
 from examples.cartpole.job import JobSettings, Watch, run_job, usual_groups
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
-from examples.cartpole.report import as_json, closing_table, live_figures
+from examples.cartpole.report import as_json, closing_table, cluster_json, cluster_table, live_figures, live_hosts
 
 NO_CACHE_STEPS = 25
 SCALING_STEPS, TURNS = 20, 5
+ACTORS = 2
 INTERRUPTED = 130  # as a shell reports SIGINT
 DEFAULT = "default: %(default)s"
 
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify=options.verify,
         steps_without_cache=options.no_cache_steps,
     )
+    if options.ray:
+        return _play_on_ray(settings, options, console, errors)
     watch = live_figures(console) if options.progress else None
     with ExitStack() as stack:
         if options.metrics is not None:
@@ -80,10 +83,36 @@ def _play(settings: JobSettings, options: argparse.Namespace, console: Console, 
     console.print(closing_table(report))
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(report), indent=2) + "\n", "utf-8")
-    failures = report.failures()
+    return _say(report.failures(), errors)
+
+
+def _say(failures: list[str], errors: Console) -> int:
     for failure in failures:
         errors.print(f"FAILED: {failure}", style="bold red", markup=False, highlight=False)
     return 1 if failures else 0
+
+
+def _play_on_ray(settings: JobSettings, options: argparse.Namespace, console: Console, errors: Console) -> int:
+    if options.workers_per_tree > 1 or options.loops_only or options.scaling:
+        errors.print("--ray goes without --workers-per-tree, --loops-only and --scaling")
+        return 2
+    try:
+        from examples.cartpole.on_ray import run_on_ray  # here: without --ray, Ray is not needed
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        errors.print("--ray needs the extra `ray`: make play-ray has it")
+        return 2
+    watch = live_hosts(console) if options.progress else nullcontext
+    try:
+        report = run_on_ray(settings, actors=options.actors, watch=watch)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return INTERRUPTED
+    console.print(cluster_table(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(cluster_json(report), indent=2) + "\n", "utf-8")
+    return _say(report.failures(), errors)
 
 
 def _scale(settings: JobSettings, options: argparse.Namespace, console: Console, watch: Watch | None) -> int:
@@ -173,6 +202,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead: 1, 2, 4 and 8 threads, together and each by itself, and the loop alone, in turns; one table "
         f"(of {SCALING_STEPS} steps of each environment, if --max-steps is left out)",
+    )
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="the searches run in Ray actors, with --threads threads each, and the environments in others",
+    )
+    parser.add_argument(
+        "--actors", type=_positive, default=ACTORS, metavar="N", help=f"that search, with --ray ({DEFAULT})"
     )
     parser.add_argument("--turns", type=_positive, default=TURNS, metavar="N", help=f"of --scaling ({DEFAULT})")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the scaling there, as SVG or PNG")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from concurrent_kv.cluster import Cluster
 from concurrent_kv.evaluation import EvaluatorStats
+from examples.cartpole.hosts import ClusterReport
 from examples.cartpole.job import Comparison, JobReport, Watch, Watched
 from examples.cartpole.play import PlaySettings, Tally
 
@@ -78,6 +81,73 @@ def closing_table(report: JobReport) -> Table:
         table.add_row("largest difference", f"{main.verification.max_difference:.2e}")
     table.add_row("integrity", main.integrity)
     return table
+
+
+class LiveHosts:
+    """What the hosts of a cluster do; asked anew at every refresh."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def __rich__(self) -> Table:
+        table = Table(title="playing on a cluster", title_justify="left")
+        for column in ("host", "environments", "searches", "waiting", "rows a call", "hit rate"):
+            table.add_column(column)
+        for name, stats in self._cluster.stats(timeout=1.0).hosts.items():
+            if stats is None:
+                table.add_row(name, "no answer")
+                continue
+            rows = "-" if stats.evaluator is None else f"{stats.evaluator.rows_per_call:.1f}"
+            numbers = (stats.environments, stats.searches, stats.waiting)
+            table.add_row(name, *(f"{number:,}" for number in numbers), rows, f"{stats.cache.hit_rate:.4f}")
+        return table
+
+
+def live_hosts(console: Console) -> Callable[[Cluster], AbstractContextManager[object]]:
+    """Show `LiveHosts` on a console while a cluster plays."""
+    return lambda cluster: Live(LiveHosts(cluster), console=console, refresh_per_second=1, transient=True)
+
+
+def cluster_table(report: ClusterReport) -> Table:
+    """The figures of the whole job on a cluster."""
+    settings, tally, total = report.settings.play, report.tally, report.stats.total
+    returns = tally.returns.values()
+    table = _two_columns("CartPole-v1, searched on a cluster")
+    table.add_row("mean return", f"{tally.mean_return:.1f} (lowest {min(returns):.0f})")
+    table.add_row("episodes", f"{len(returns)}, {tally.steps:,} steps, {tally.seconds:.1f} s")
+    hosts = ", ".join(f"{name} {stats.environments if stats else '?'}" for name, stats in report.stats.hosts.items())
+    table.add_row("environments", f"{settings.envs}, in actors of their own")
+    table.add_row("hosts", f"{hosts} of them; {settings.threads} threads search at each")
+    table.add_row("simulations", f"{tally.simulations:,}, {settings.simulations} a search")
+    verifying = ", verifying" if report.settings.verify else ""
+    table.add_row("simulations a second", f"{tally.simulations_per_second:,.0f}{verifying}")
+    if total.evaluator is not None:
+        _add_calls(table, total.evaluator, tally)
+    table.add_row("hit rate", f"{total.cache.hit_rate:.4f} of {total.cache.request_count:,} rows asked for")
+    table.add_row("evictions during a search", f"{report.evictions_during_search:,}")
+    table.add_row("hosts made again", f"{sum(report.stats.made_again.values())}")
+    if report.verification is not None:
+        table.add_row("rows verified", f"{report.verification.rows:,}")
+        table.add_row("largest difference", f"{report.verification.max_difference:.2e}")
+    table.add_row("integrity", report.integrity)
+    return table
+
+
+def cluster_json(report: ClusterReport) -> dict[str, float | int | str | None]:
+    """The figures of the whole job on a cluster, by name."""
+    total, verification = report.stats.total, report.verification
+    return {
+        "mean_return": report.tally.mean_return,
+        "episodes": len(report.tally.returns),
+        "hosts": len(report.stats.hosts),
+        "simulations_per_second": report.tally.simulations_per_second,
+        "searches": total.searches,
+        "hit_rate": total.cache.hit_rate,
+        "evictions_during_search": report.evictions_during_search,
+        "verified_rows": None if verification is None else verification.rows,
+        "mismatches": None if verification is None else verification.mismatches,
+        "integrity": report.integrity,
+    }
 
 
 def time_split(calls: EvaluatorStats) -> dict[str, float]:

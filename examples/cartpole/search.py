@@ -25,6 +25,11 @@ from examples.cartpole.tree import Evaluation, Tree
 Run = Callable[[Walk[Asked, Evaluation, Any]], Coroutine[Any, Any, Any]]
 """Runs a walk to its end, wherever, and returns what it returns."""
 
+Check = Callable[[JointBatch, Sequence[Asked]], None]
+"""Looks at a batch before the model does."""
+
+Model = Callable[[JointBatch, Sequence[Asked]], Evaluated[Evaluation]]
+
 NodeKey = tuple[int, int, int]  # episode, time of the root, number in the tree
 
 
@@ -67,28 +72,27 @@ class TreeSearch:
         *,
         simulations: int,
         workers_per_tree: int = 1,
-        check: Callable[[JointBatch, Sequence[Asked]], None] | None = None,
+        check: Check | None = None,
     ) -> None:
-        config = model.config
-        # Positions are rotary: tokens that stay need no correction when older ones are dropped.
-        self._overflow = DropOldest(limit=config.window_limit, count=config.tokens_per_step)
         self._model = model
         self._simulations = simulations
         self._workers = workers_per_tree
         self._check = check
         self._manager = manager
         # One for all trees: a batch of eight trees is then one gather and one commit, and not eight.
-        self._search = manager.search(env_ids, overflow=self._overflow)
+        self._search = manager.search(env_ids, overflow=overflow_of(model))
 
     def evaluator(self, *, max_rows: int) -> Evaluator[Asked, Evaluation]:
         """One that evaluates this search's leaves, at most so many in a call of the model."""
-        room = self._model.config.tokens_per_step
-        return Evaluator(self._manager, self._evaluate, max_rows=max_rows, room=room, overflow=self._overflow)
+        return new_evaluator(self._model, self._manager, self._evaluate, max_rows=max_rows)
+
+    def _evaluate(self, batch: JointBatch, asked: Sequence[Asked]) -> Evaluated[Evaluation]:
+        return evaluate(self._model, batch, asked, self._check)
 
     async def decide(self, episode: Episode, run: Run) -> int:
         """The action that follows the episode's newest observation, by a search that `run` runs."""
         if self._workers == 1:
-            action: int = await run(self._search_alone(episode))
+            action: int = await run(self.search_alone(episode))
             return action
         with self.released(await run(self._plant(episode))) as planted:
             async with anyio.create_task_group() as workers:
@@ -102,7 +106,8 @@ class TreeSearch:
 
     # Walks ---------------------------------------------------------------------------------------------------------
 
-    def _search_alone(self, episode: Episode) -> Walk[Asked, Evaluation, int]:
+    def search_alone(self, episode: Episode) -> Walk[Asked, Evaluation, int]:
+        """The action that follows the episode's newest observation, by a walk of its own."""
         with self.released((yield from self._plant(episode))) as planted:
             yield from self._simulate(planted)
         return planted.tree.best_action()
@@ -144,19 +149,37 @@ class TreeSearch:
         if planted.keys:  # the search knows the root since it gathered it
             self._search.release([*planted.keys, (planted.episode.index, planted.episode.time, 0)])
 
-    # The model's call ------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, batch: JointBatch, asked: Sequence[Asked]) -> Evaluated[Evaluation]:
-        with torch.inference_mode():
-            if self._check is not None:
-                self._check(batch, asked)
-            positions = cast("tuple[int, ...]", batch.side)
-            actions, at = torch.tensor([each.action for each in asked]), torch.tensor(positions)
-            is_real = [each.edge is None for each in asked]
-            if any(is_real):
-                observations = torch.stack([each.episode.observations[each.time] for each in asked])
-                output = self._model.step(actions, observations, torch.tensor(is_real), batch, at)
-            else:
-                output = self._model.recurrent(actions, batch, at)
-            step = self._model.config.tokens_per_step
-            return Evaluated(evaluations_of(output), sides=[position + step for position in positions])
+# The model's call ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: WorldModel, batch: JointBatch, asked: Sequence[Asked], check: Check | None
+) -> Evaluated[Evaluation]:
+    """What the model says of the steps that are asked for; each row of the batch is what one of them leads on from."""
+    with torch.inference_mode():
+        if check is not None:
+            check(batch, asked)
+        positions = cast("tuple[int, ...]", batch.side)
+        actions, at = torch.tensor([each.action for each in asked]), torch.tensor(positions)
+        is_real = [each.edge is None for each in asked]
+        if any(is_real):
+            observations = torch.stack([each.episode.observations[each.time] for each in asked])
+            output = model.step(actions, observations, torch.tensor(is_real), batch, at)
+        else:
+            output = model.recurrent(actions, batch, at)
+        step = model.config.tokens_per_step
+        return Evaluated(evaluations_of(output), sides=[position + step for position in positions])
+
+
+def new_evaluator(
+    model: WorldModel, manager: KVCacheManager, call: Model, *, max_rows: int
+) -> Evaluator[Asked, Evaluation]:
+    """One that evaluates the leaves of any searches of the manager's, at most so many in a call of the model."""
+    room = model.config.tokens_per_step
+    return Evaluator(manager, call, max_rows=max_rows, room=room, overflow=overflow_of(model))
+
+
+def overflow_of(model: WorldModel) -> DropOldest:
+    """Positions are rotary: tokens that stay need no correction when older ones are dropped."""
+    return DropOldest(limit=model.config.window_limit, count=model.config.tokens_per_step)

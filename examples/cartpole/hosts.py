@@ -1,0 +1,190 @@
+"""The main job on a cluster: hosts search, players ask them for actions, and neither knows where the other is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from concurrent_kv import IntegrityError, StatsSummary
+from concurrent_kv.cluster import Cluster, ClusterStats, HostParts, SearchContext
+from examples.cartpole.episode import Episode
+from examples.cartpole.job import JobSettings
+from examples.cartpole.model import WorldModel, load_model
+from examples.cartpole.play import PlaySettings, Tally, play_episodes
+from examples.cartpole.search import TreeSearch, evaluate, new_evaluator, new_manager
+from examples.cartpole.verify import Verification, Verifier
+
+# Hosts ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Searching:
+    """What a host of this job searches with, beside its cache."""
+
+    model: WorldModel
+    simulations: int
+    verifier: Verifier | None
+    episodes: dict[int, Episode] = field(default_factory=dict)  # the newest of each environment, by its local id
+
+    def episode_at(self, local_id: int, moment: Moment) -> Episode:
+        """The episode as it is now. (Of one environment one search runs at a time: nobody else changes it.)"""
+        episode = self.episodes.get(local_id)
+        if episode is None or episode.index != moment.number or episode.time > len(moment.actions):
+            episode = self.episodes[local_id] = Episode(moment.number, local_id, [])
+        episode.observations += torch.from_numpy(moment.observations[len(episode.observations) :].copy()).unbind()
+        episode.actions[:] = moment.actions
+        return episode
+
+
+class Moment(NamedTuple):
+    """An episode whose newest observation waits for its action, as it travels."""
+
+    number: int  # the episode's index
+    observations: npt.NDArray[np.float32]  # [steps + 1, 4]
+    actions: list[int]
+
+    @classmethod
+    def of(cls, episode: Episode) -> Moment:
+        """Now. All of it travels: a host that is made again has seen nothing."""
+        return cls(episode.index, torch.stack(episode.observations).numpy(), episode.actions)
+
+
+def setup(settings: JobSettings) -> Callable[[], HostParts]:
+    """What makes a host, with room for all environments: where another is lost, it may get them."""
+    return partial(_new_parts, settings)
+
+
+def _new_parts(settings: JobSettings) -> HostParts:
+    torch.set_num_threads(1)
+    model, play = load_model(), settings.play
+    verifier = Verifier(model) if settings.verify else None
+    manager = new_manager(
+        model, envs=play.envs, simulations=play.simulations, workers_per_tree=1, policy=settings.policy
+    )
+    check = None if verifier is None else verifier.check
+    evaluator = new_evaluator(
+        model,
+        manager,
+        lambda batch, asked: evaluate(model, batch, asked, check),
+        max_rows=play.max_rows or play.envs,
+    )
+    return HostParts(manager, evaluator, Searching(model, play.simulations, verifier), load=model.load_state_dict)
+
+
+def decide(context: SearchContext, moment: Moment) -> int:
+    """A planner: the action that follows the newest observation."""
+    searching: Searching = context.model
+    episode = searching.episode_at(context.local_id, moment)
+    search = TreeSearch(searching.model, context.manager, [context.local_id], simulations=searching.simulations)
+    try:
+        action: int = context.evaluator.run(search.search_alone(episode))
+    finally:
+        search.close()
+    return action
+
+
+def figures(context: SearchContext) -> tuple[StatsSummary, Verification | None]:
+    """A planner that only looks."""
+    verifier = context.model.verifier
+    return context.manager.get_stats_summary(), None if verifier is None else verifier.verification
+
+
+# Players -------------------------------------------------------------------------------------------------------------
+
+
+def shares(settings: PlaySettings, players: int) -> list[PlaySettings]:
+    """Environments and episodes of each player: those of the first come first."""
+    players = min(players, settings.envs, settings.episodes)  # each has some of both
+    found: list[PlaySettings] = []
+    for number in range(players):
+        episodes = len(range(number, settings.episodes, players))
+        envs = len(range(number, settings.envs, players))
+        first = sum(share.episodes for share in found)
+        found.append(replace(settings, envs=envs, episodes=episodes, seed=settings.seed + first))
+    return found
+
+
+async def play_share(cluster: Cluster, share: PlaySettings, player: int) -> Tally:
+    """Play a share's episodes in environments that are here, with actions from the cluster."""
+    tally = Tally(share.simulations)
+    await play_episodes(
+        lambda episode: cluster.search_async((player, episode.env_id), decide, Moment.of(episode)), share, tally
+    )
+    return tally
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClusterReport:
+    """What was played and found."""
+
+    settings: JobSettings
+    tally: Tally
+    stats: ClusterStats
+    evictions_during_search: int
+    integrity: str  # "ok", or what contradicts
+    verification: Verification | None
+
+    def failures(self) -> list[str]:
+        """What was wrong; empty if nothing was."""
+        found = []
+        if self.verification is not None and self.verification.mismatches:
+            found.append(
+                f"{self.verification.mismatches} of {self.verification.rows} gathered rows are wrong; first "
+                f"{self.verification.first_mismatch}"
+            )
+        if self.integrity != "ok":
+            found.append(f"integrity: {self.integrity}")
+        if self.evictions_during_search:
+            found.append(f"{self.evictions_during_search} entries of open searches were evicted")
+        return found
+
+
+def together(tallies: Sequence[Tally], *, started: float, ended: float) -> Tally:
+    """Of all players: the episodes of the first come first."""
+    tally = Tally(tallies[0].simulations_per_step, started=started, ended=ended)
+    for each in tallies:
+        first = len(tally.returns)
+        tally.returns.update({first + index: earned for index, earned in each.returns.items()})
+        tally.actions.update({first + index: actions for index, actions in each.actions.items()})
+        tally.steps += each.steps
+    return tally
+
+
+def report(cluster: Cluster, settings: JobSettings, tally: Tally) -> ClusterReport:
+    """Ask every host, at a quiet moment."""
+    one_of_each = {host: env_id for env_id, host in cluster.environments().items()}
+    looks = [cluster.search(env_id, figures) for env_id in one_of_each.values()]
+    try:
+        cluster.check_integrity()
+        integrity = "ok"
+    except IntegrityError as error:
+        integrity = str(error)
+    return ClusterReport(
+        settings,
+        tally,
+        cluster.stats(),
+        sum(summary.pools["recur"].eviction_count for summary, _ in looks),
+        integrity,
+        _joined(verification for _, verification in looks),
+    )
+
+
+def _joined(verifications: Iterable[Verification | None]) -> Verification | None:
+    found = [each for each in verifications if each is not None]
+    if not found:
+        return None
+    return Verification(
+        sum(each.rows for each in found),
+        max(each.max_difference for each in found),
+        sum(each.mismatches for each in found),
+        next((each.first_mismatch for each in found if each.first_mismatch is not None), None),
+    )
