@@ -435,9 +435,12 @@ class Account:
 
     def count_from_zero(self) -> None:
         """Start counting anew. What open searches have counted is taken off, and so stays theirs. Mutex held."""
-        before = self.count_of_lifetime()
-        counters = type(self.counters)()
-        self._add_searches(counters, -1)
+        of_searches = Counters()  # looked at once: they go on counting, and what came between two looks would be lost
+        self._add_searches(of_searches, 1)
+        before, counters = copy(self.counters), type(self.counters)()
+        before.add(of_searches)
+        before.add(self.before)
+        counters.add(of_searches, -1)
         self.before, self.counters = before, counters
 
     def _add_searches(self, counters: Counters, times: int) -> None:
