@@ -426,6 +426,22 @@ def test_what_is_pinned_in_the_tier_is_not_copied_in_vain(pool: KVPool, monkeypa
     assert not copied
 
 
+def test_what_is_pinned_while_it_is_copied_does_not_move(pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool.pop("new")
+    pins, copy = [], Tier._copy_up
+
+    def pinning(*arguments: Any) -> None:
+        copy(*arguments)
+        pins.append(pool.pin("old"))
+
+    monkeypatch.setattr(Tier, "_copy_up", pinning)
+    assert_same(pool.get("old"), tokens(1, 3))
+    assert pool.stats().move_up_count == 0
+    (pin,) = pins
+    assert_same(pin.get(), tokens(1, 3))
+    pin.close()
+
+
 def test_nothing_moves_up_between_the_two_sweeps_of_a_dropped_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = tiered(1)
     scope = pool.scope("other")
