@@ -27,8 +27,10 @@ from concurrent_kv.device.host_slots import HostSlots
 from concurrent_kv.errors import KeyNotFoundError
 from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.locks.gate import gate
+from concurrent_kv.pool.clearing import sweep_if
 from concurrent_kv.pool.joint import open_together
 from concurrent_kv.pool.pool import gather_part_of_pool
+from concurrent_kv.pool.storage import Domain
 from concurrent_kv.pool.tier import Tier
 from tests import evaluating
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, packed, row_of, store, tokens
@@ -415,6 +417,56 @@ def test_what_is_stored_after_a_discard_stays() -> None:
     assert_same(pool.get("a"), tokens(2, 3))
 
 
+def test_what_is_pinned_in_the_tier_is_not_copied_in_vain(pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[object] = []
+    with pool.pin("old"):
+        pool.pop("new")
+        monkeypatch.setattr(HostSlots, "restore", lambda *arguments: copied.append(arguments))
+        assert_same(pool.get("old"), tokens(1, 3))
+    assert not copied
+
+
+def test_what_is_pinned_while_it_is_copied_does_not_move(pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool.pop("new")
+    pins, copy = [], Tier._copy_up
+
+    def pinning(*arguments: Any) -> None:
+        copy(*arguments)
+        pins.append(pool.pin("old"))
+
+    monkeypatch.setattr(Tier, "_copy_up", pinning)
+    assert_same(pool.get("old"), tokens(1, 3))
+    assert pool.stats().move_up_count == 0
+    (pin,) = pins
+    assert_same(pin.get(), tokens(1, 3))
+    pin.close()
+
+
+def test_nothing_moves_up_between_the_two_sweeps_of_a_dropped_scope(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = tiered(1)
+    scope = pool.scope("other")
+    pool.put("a", tokens(1, 3), scope=scope)
+    pool.put("b", tokens(2, 3))
+    pool.pop("b")
+    below = scope.below
+    assert below is not None
+    entry = below.entries[below.part_of(hash("a"))]["a"]
+    moved: list[Entry | None] = []
+
+    def late(domain: Domain, *arguments: Any) -> int:
+        if domain is pool.storage.tier:  # a read that found it earlier gets here now
+            hold = Hold("read", [])
+            moved.append(tier_of(pool).move_up(pool, entry, hold, pool.storage.enter()))
+            pool.storage.ledger.release(hold)
+        return sweep_if(domain, *arguments)
+
+    monkeypatch.setattr("concurrent_kv.pool.core.sweep_if", late)
+    assert pool.drop_scope(scope) == 1
+    assert moved == [None]
+    assert pool.stats().entries == filled(pool).entries == 0
+    pool.check_integrity()
+
+
 def test_a_pin_keeps_what_is_in_the_tier_where_it_is(pool: KVPool) -> None:
     with pool.pin("old") as pin:
         assert pool.stats().move_up_count == 0
@@ -590,6 +642,25 @@ def test_a_move_that_is_cut_off_is_mended_by_repair(step: str, after: bool, monk
         pool.put(number, tokens(number, 3))
     for number in range(6):
         assert_same(pool.get(number), tokens(number, 3))
+    pool.check_integrity()
+
+
+def test_slots_that_repair_freed_are_not_taken_for_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    pool = tiered(1, headroom_tokens=WINDOW, max_slots=WINDOW)
+    pool.put("a", tokens(1, WINDOW))
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent_kv.pool.tier.unpublish", cut)  # it has arrived, and its old slots are still counted
+        with pytest.raises(KeyboardInterrupt):
+            pool.put("b", tokens(2, WINDOW))
+    pool.repair()
+    for number in range(3, 7):
+        pool.put(number, tokens(number, WINDOW))
+    for number in range(3, 7):
+        assert_same(pool.get(number), tokens(number, WINDOW))
+    assert_same(pool.get("a"), tokens(1, WINDOW))
     pool.check_integrity()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._checks import check_env_ids, hash_of, sequence_of
 from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
-from ..books.stats import StatsSummary
+from ..books.stats import StatsSummary, TierStats
 from ..errors import InvalidArgumentError, shown
 from ..manager import KVCacheManager
 from ..model.kv import KeysValues
@@ -212,6 +212,10 @@ class AsyncKVCacheManager(NeverCopied):
     def version(self) -> int:
         """See `KVCacheManager.version`."""
         return self.sync.version
+
+    def tier_stats(self) -> TierStats | None:
+        """See `KVCacheManager.tier_stats`."""
+        return self.sync.tier_stats()
 
     def get_stats_summary(self) -> StatsSummary:
         """See `KVCacheManager.get_stats_summary`; it never waits."""

@@ -17,7 +17,7 @@ from .._checks import check_seconds, hash_of, list_or_none, listed, numbers_or_n
 from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
-from ..books.stats import PoolStats
+from ..books.stats import PoolStats, TierStats
 from ..device.cuda import current_streams
 from ..flights.table import Claim, FlightState
 from ..flights.waiting import outcome
@@ -426,6 +426,10 @@ class AsyncKVPool(NeverCopied):
     def version(self) -> int:
         """See `KVPool.version`."""
         return self.sync.version
+
+    def tier_stats(self) -> TierStats | None:
+        """See `KVPool.tier_stats`."""
+        return self.sync.tier_stats()
 
     def stats(self) -> PoolStats:
         """See `KVPool.stats`; it never waits."""

@@ -47,6 +47,9 @@ TIER_PROGRAMS = [
     tier_program("evict|put", evict, lambda w: w.put(A, value(8)), before=stored(A)),
     tier_program("evict|pop", evict, lambda w: w.pop(A), before=stored(A)),
     tier_program("evict|clear", evict, lambda w: w.clear(), before=stored(A)),
+    tier_program(
+        "clear|get both, one of them below", lambda w: w.clear(), lambda w: (w.get(B), w.get(A)), before=stored(A, B)
+    ),
     tier_program("evict|bump", evict, lambda w: w.bump_version(), before=stored(A)),
     tier_program("evict|gather", evict, lambda w: w.gather([A, B]), before=stored(A)),
     tier_program("evict|pin", evict, pinned, before=stored(A)),
@@ -74,6 +77,14 @@ TIER_PROGRAMS = [
         lambda w: (w.put(B, value(9, 4)), w.put(C, value(7, 4))),
         pinned,
         before=lambda w: w.store({A: value(1, 4)}),
+        tier=1,
+        evicting=True,
+    ),
+    tier_program(
+        "up, evict, evict|pin, room for one below",
+        lambda w: (w.get(A), w.put(B, value(9, 4)), w.put(C, value(7, 4))),
+        pinned,
+        before=lambda w: (w.store({A: value(1, 4), B: value(2, 4)}), w.pool.pop(B), w.before.pop(B)),
         tier=1,
         evicting=True,
     ),
