@@ -14,8 +14,12 @@ DOCS = ROOT / "docs"
 PUBLIC = [
     "concurrent_kv",
     "concurrent_kv.aio",
+    "concurrent_kv.cluster",
     "concurrent_kv.evaluation",
     "concurrent_kv.eviction",
+    "concurrent_kv.metrics",
+    "concurrent_kv.ray",
+    "concurrent_kv.snapshots",
     "concurrent_kv.compat.lightzero",
     "concurrent_kv.compat.transformers",
 ]
