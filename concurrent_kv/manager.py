@@ -79,6 +79,12 @@ class KVCacheManager(Handle):
         tier: a `HostTier`: host memory, one for all pools, that entries move down to where they are evicted; they are
             lost if left out.
 
+    Attributes:
+        recur_pool, wm_pool: the recurrent and the world-model pool, `KVPool`s as `init_pools` are.
+        storage: what they share.
+        config: the settings that were read.
+        env_num, stats_enabled, name: as above.
+
     Raises:
         InvalidArgumentError, InvalidTypeError: a setting is missing, impossible or contradicts another; by name.
 
@@ -239,6 +245,7 @@ class KVCacheManager(Handle):
         overflow: Overflow | None = None,
         searches: int = 1,
         trees: int | None = None,
+        moves: int = 1,
         roots: int = 16,
         root_tokens: int | Iterable[int] | None = None,
         threads: int | None = None,
@@ -253,11 +260,13 @@ class KVCacheManager(Handle):
             config: as the constructor's; its `max_cache_size` is not looked at, and need not be there.
             env_num: environments.
             simulations: nodes of a tree at most, its root apart; `config.num_simulations` if left out. Where a search
-                goes on with a subtree (`keep`), the nodes that stay count too.
+                goes on with a subtree (`keep`), the nodes that stay count too: see `moves`.
             step: new tokens of a node, at most.
             overflow: what commits do with rows that outgrow the window; None where none does.
             searches: searches that are open at once.
             trees: environments of one search; if left out, `env_num` by `searches`, rounded up.
+            moves: for how many moves one search is used, `keep` between them. From the third on, entries that were
+                released leave tokens behind which those below them share.
             roots: entries that each init pool keeps. 0 where each tree's root is an entry of its search instead, stored
                 there whole or as what a model appended to a row that missed.
             root_tokens: tokens of a root at most, or the lengths that roots can have, (1, 3, 5) say. If left out what a
@@ -281,6 +290,7 @@ class KVCacheManager(Handle):
         trees = -(-env_num // searches) if trees is None else positive_int("trees", trees)
         if trees > env_num:
             raise InvalidArgumentError(f"trees must be at most env_num={env_num}, got {trees}")
+        moves = positive_int("moves", moves)
         roots = positive_int("roots", roots, minimum=0)
         _check_step(step, overflow, settings.layout)
         lengths = _root_lengths(root_tokens, overflow, window)
@@ -296,6 +306,7 @@ class KVCacheManager(Handle):
                 extended = list(range(min(longest, most), 0, -1)[:step])
             of_tree = slots_of_tree(nodes, step, extended, overflow.limit, overflow.count)
         own_root = roots == 0
+        of_tree += min(max(0, moves - 2) * step, window)  # of the path from the first root to the present one
         entries, tokens = trees * (nodes + own_root), trees * (of_tree + own_root * longest)
         sizes: dict[str, Any] = {
             "init_entries": max(1, roots),

@@ -7,6 +7,17 @@ Needs `rich` and `prometheus_client`, the extra `top`.
 
 from __future__ import annotations
 
+try:
+    import prometheus_client  # noqa: F401
+    import rich  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("prometheus_client", "rich"):
+        raise
+    raise ModuleNotFoundError(
+        f"concurrent_kv.top needs {error.name}, which is not installed: pip install 'concurrent-kv[top]'",
+        name=error.name,
+    ) from error
+
 import argparse
 import os
 import select

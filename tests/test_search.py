@@ -276,6 +276,19 @@ def test_keep_keeps_a_root_that_is_named(manager: KVCacheManager) -> None:
         assert_same(read(search, "root"), tokens(1, 2))
 
 
+def test_keep_refuses_a_key_that_is_not_there_and_releases_nothing(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with manager.search([0]) as search:
+        grow(search, "root", "child", 5)
+        grow(search, "root", "other", 6)
+        with pytest.raises(KeyNotFoundError, match=r"'missing' to keep \(1 keys missing\); nothing was released"):
+            search.keep(["child", "missing", "root"])
+        assert "child" in search
+        assert "other" in search
+        manager.clear_init_caches()
+        assert_same(read(search, "root"), tokens(1, 2))
+
+
 def test_keep_of_nothing_empties_the_search(manager: KVCacheManager) -> None:
     manager.set_init_cache(0, "root", tokens(1, 2))
     with manager.search([0]) as search:

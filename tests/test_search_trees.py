@@ -45,6 +45,19 @@ def edges(tree: SearchTree) -> dict[Hashable, Hashable]:
     return {node.key: None if node.parent is None else tree.nodes[node.parent].key for node in tree.nodes}
 
 
+def test_a_root_that_was_let_go_of_and_whose_tokens_are_shared_says_so(make_manager: MakeManager) -> None:
+    manager = make_manager()
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with manager.search([0], record_tree=True) as search:
+        grow(search, ["root"], ["a"])
+        assert "let go of" not in search.tree().text()
+        search.keep(["a"])
+        tree = search.tree()
+        assert [(node.key, node.is_let_go) for node in tree.nodes] == [("root", True), ("a", False)]
+        assert tree.text().splitlines()[0].startswith("'root'  2 tokens, let go of")
+        assert edges(tree) == {"root": None, "a": "root"}
+
+
 def test_a_tree_has_every_entry_with_its_parent_and_what_it_shares(make_manager: MakeManager) -> None:
     manager = make_manager()
     manager.set_init_cache(0, "root", tokens(1, 2))

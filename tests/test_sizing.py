@@ -415,3 +415,45 @@ def test_a_configuration_that_lacks_a_size_is_refused_by_its_name() -> None:
         KVCacheManager.plan(config, 2)
     with pytest.raises(InvalidArgumentError, match="env_num must agree"):
         KVCacheManager.plan(planned().config, 3)
+
+
+@pytest.mark.parametrize("roots", [1, 0])
+def test_a_search_that_goes_on_for_the_planned_moves_has_room_and_a_token_less_is_a_node_less(roots: int) -> None:
+    nodes, moves, step = 20, 6, 2
+    config = {
+        "num_layers": 1,
+        "num_heads": 1,
+        "embed_dim": 2,
+        "context_length": 32,
+        "num_simulations": nodes,
+        "device": "cpu",
+    }
+    plan = KVCacheManager.plan(config, 1, moves=moves, step=step, roots=roots, root_tokens=3)
+    assert plan.tokens == KVCacheManager.plan(config, 1, step=step, roots=roots, root_tokens=3).tokens + step * (
+        moves - 2
+    )
+
+    def play(less: int) -> None:
+        tokens = plan.tokens - less
+        with KVCacheManager(**plan.arguments | {"recur_slots": tokens}) as manager:
+            root = KeysValues.from_packed(torch.ones(2, 1, 1, 3, 2))
+            with manager.search([0], entries=plan.entries, tokens=tokens, timeout=0.0) as search:
+                if roots:
+                    manager.set_init_cache(0, "root", root)
+                else:
+                    with search.gather(["root"], [0], room=3) as batch:
+                        batch.append(0, torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+                        search.commit(["root"], batch, lengths=[3])
+                best: object = "root"
+                for move in range(moves):
+                    for number in range(nodes - (move > 0)):
+                        with search.gather([best], [0], room=step) as batch:
+                            batch.append(0, torch.ones(1, 1, step, 2), torch.ones(1, 1, step, 2))
+                            search.commit([(move, number)], batch)
+                    best = (move, 0)
+                    search.keep([best])
+            manager.check_integrity()
+
+    play(0)
+    with pytest.raises(CapacityError):
+        play(1)

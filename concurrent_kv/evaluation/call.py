@@ -167,7 +167,8 @@ class ModelCall:
                     row.fail(
                         KeyNotFoundError(
                             f"there is no entry for the parent {shown(row.leaf.parent)} of this leaf: store it first, "
-                            "or say NO_PARENT where the model gets all of its tokens"
+                            "or again where it was evicted, or the weights were bumped since; or say NO_PARENT where "
+                            "the model gets all of its tokens"
                         )
                     )
                 elif length > self._longest:

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+try:
+    import opentelemetry.metrics  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("opentelemetry", "opentelemetry.metrics"):
+        raise
+    raise ModuleNotFoundError(
+        f"concurrent_kv.metrics.otel needs {error.name}, which is not installed: pip install 'concurrent-kv[otel]'",
+        name=error.name,
+    ) from error
+
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial

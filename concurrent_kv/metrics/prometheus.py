@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+try:
+    import prometheus_client  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("prometheus_client",):
+        raise
+    raise ModuleNotFoundError(
+        f"concurrent_kv.metrics.prometheus needs {error.name}, which is not installed: "
+        "pip install 'concurrent-kv[prometheus]'",
+        name=error.name,
+    ) from error
+
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 

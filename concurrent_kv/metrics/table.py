@@ -144,7 +144,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("moves_down", "move_down_count", "Entries that were evicted into the tier."),
     _counter("moves_up", "move_up_count", "Entries that came back from the tier."),
     _counter("tier_drops", "tier_drop_count", "Entries that were evicted and that the tier did not take."),
-    _counter("removals", "removal_count", "Entries popped, released or swept by a clear."),
+    _counter("removals", "removal_count", "Entries popped, released, or swept by a clear or a bump."),
     _counter("clears", "clear_count", "Clears."),
     _counter("stale_writes", "stale_write_count", "Entries not stored, as their epoch or version was over."),
     _gauge("entries", "entries", "Entries stored, those of open searches included."),

@@ -329,29 +329,45 @@ class Search(Handle):
     def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """Release everything but `keys`, adopted roots included: the subtree that stays when the root moves on.
 
+        What stays keeps the slots that it shares with what goes: those of entries in `tokens_in_use`, those of roots
+        in the manager's headroom.
+
         Returns the number of own entries released. May block.
+
+        Raises:
+            KeyNotFoundError: a key is not one of the search's entries, nor of its roots; nothing is released then.
         """
         state = self._state
         deadline = state.storage.enter(timeout)
         staying = set(check_keys(keys, minimum=0))
         ledger = state.ledger
         dead: list[Entry] = []
+        waiters: list[object] = []
         # One hold for both: a time-out or a cancellation comes before all of it or not at all.
         with gate.lock, state.locks.write(state.scope.shards, deadline):
             deadline.check(state.name)
             state.check_open()
             before = state.roots
             # Every key that is looked at is looked at before anything goes.
+            found = state.own.find_each(staying)
+            _, _, missing = state.parted_from_roots(staying, found)
+            missing = state.not_below(missing)
+            going = state.own_beside(found)
             roots, leaving = state.parted_roots(staying)
-            state.part_below(lambda key: key not in staying)
-            going = state.own_beside(staying)
-            waiters = take_out(state, state.own, going, dead)
-            with gate.lock, ledger.mutex:
-                dead += state.part_with(leaving, roots)
-                waiters += ledger.take_waiters()
+            if not missing:
+                state.part_below(lambda key: key not in staying)
+                waiters = take_out(state, state.own, going, dead)
+                with gate.lock, ledger.mutex:
+                    dead += state.part_with(leaving, roots)
+                    waiters += ledger.take_waiters()
+        if missing:
+            raise KeyNotFoundError(
+                f"the search has no entry and no root for {shown(missing[0])} to keep ({len(missing)} keys missing); "
+                "nothing was released"
+            )
         wake(waiters)
         number = len(going)
-        del dead, before, leaving, going
+        del dead, before, leaving, going, found
         return number
 
     def promote(

@@ -130,9 +130,9 @@ class SearchState(Domain):
         """Slots that several of its entries and roots name. Takes no lock."""
         return self.ledger.tables.shared
 
-    def own_beside(self, keys: Iterable[Hashable]) -> list[Entry]:
-        """The search's own entries but those of `keys`. The scope's shard held."""
-        kept = {id(entry) for key in keys if (entry := self.own.get(key)) is not None}
+    def own_beside(self, found: Iterable[Entry | None]) -> list[Entry]:
+        """The search's own entries but those `found`. The scope's shard held."""
+        kept = {id(entry) for entry in found if entry is not None}
         return self.own.chosen(lambda entry: id(entry) not in kept)
 
     # Life ------------------------------------------------------------------------------------------------------------

@@ -47,9 +47,16 @@ class TreeNode:
         return self.own + self.shared
 
     @property
+    def is_let_go(self) -> bool:
+        """Whether it is a root that the search does not hold any more: what stays shares its slots."""
+        return self.is_root and self.env_id is None
+
+    @property
     def about(self) -> str:
         """Its tokens and its age, in words."""
         tokens = f"{self.tokens} tokens" if self.is_root else f"{self.own} own, {self.shared} shared"
+        if self.is_let_go:
+            tokens += ", let go of"
         return f"{tokens}, {self.age:.1f} s"
 
     @property
@@ -170,4 +177,6 @@ def tree_of(recorded: Sequence[tuple[Entry, Record, object]], now: float) -> Sea
 
 
 def _color(node: TreeNode) -> str:
-    return ROOT_COLOR if node.is_root else PARTED_COLOR if node.parent_released else COLOR
+    if node.is_let_go or node.parent_released:
+        return PARTED_COLOR
+    return ROOT_COLOR if node.is_root else COLOR
