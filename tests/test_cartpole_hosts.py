@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import anyio
 
-from concurrent_kv.cluster import LocalCluster
-from examples.cartpole.hosts import play_share, report, setup, shares, together
+from concurrent_kv.cluster import Cluster, LocalCluster
+from examples.cartpole.hosts import decide, play_share, report, setup, shares, together
 from examples.cartpole.job import JobSettings, play_cached, unwatched
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings, Tally
@@ -22,7 +24,7 @@ def test_a_cluster_plays_the_same_actions_as_one_cache_and_every_row_is_right() 
     settings = JobSettings(PLAY, verify=True)
     with one_torch_thread(), LocalCluster(setup(settings), hosts=2, timeout=HANG_SECONDS) as cluster:
         parts = shares(PLAY, 2)
-        tallies = [anyio.run(play_share, cluster, share, number) for number, share in enumerate(parts)]
+        tallies = [anyio.run(play_share, cluster, share, number)[0] for number, share in enumerate(parts)]
         found = report(cluster, settings, together(tallies, started=0.0, ended=1.0))
         alone = play_cached(load_model(), JobSettings(PLAY), unwatched)
     assert found.tally.actions == alone.tally.actions
@@ -41,7 +43,7 @@ def test_the_job_goes_on_where_hosts_come_and_go_and_weights_are_loaded() -> Non
         async def play() -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(change)
-                tallies.append(await play_share(cluster, share, 0))
+                tallies.append((await play_share(cluster, share, 0))[0])
 
         async def change() -> None:
             await anyio.to_thread.run_sync(cluster.load_weights, load_model().state_dict())
@@ -55,6 +57,43 @@ def test_the_job_goes_on_where_hosts_come_and_go_and_weights_are_loaded() -> Non
     assert not found.failures()
     assert list(found.stats.hosts) == ["host-1"]
     assert found.stats.version == 1
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_job_that_was_cut_off_goes_on_from_its_checkpoint_and_plays_the_same(tmp_path: Path) -> None:
+    settings, kept = JobSettings(PLAY, verify=True), (tmp_path / "kept", 2)
+    (share,) = shares(PLAY, 1)
+    with one_torch_thread(), LocalCluster(setup(settings), hosts=2, timeout=HANG_SECONDS) as cluster:
+        left = 15  # steps that are played before it is killed
+
+        async def decide_or_die(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            if arguments[1] is decide:
+                left -= 1
+                if left < 0:
+                    raise KilledError
+            return await Cluster.search_async(cluster, *arguments, **named)
+
+        cluster.search_async = decide_or_die  # type: ignore[method-assign]
+        cut_off = list[BaseException]()
+        try:
+            anyio.run(play_share, cluster, share, 0, kept)
+        except BaseException as error:
+            cut_off += getattr(error, "exceptions", (error,))
+        assert cut_off
+        assert all(isinstance(error, KilledError) for error in cut_off)
+    with one_torch_thread(), LocalCluster(setup(settings), hosts=2, timeout=HANG_SECONDS) as cluster:
+        tally, restored = anyio.run(play_share, cluster, share, 0, kept)
+        found = report(cluster, settings, together([tally], started=0.0, ended=1.0), restored)
+        alone = play_cached(load_model(), JobSettings(PLAY), unwatched)
+    assert found.tally.actions == alone.tally.actions
+    assert found.tally.returns == alone.tally.returns
+    assert not found.failures()
+    assert restored > 0
+    assert tally.steps < 5 * 7  # what was played before is not played again
 
 
 def test_each_player_has_environments_and_all_episodes_are_played_once() -> None:

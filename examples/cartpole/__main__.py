@@ -19,6 +19,7 @@ from examples.cartpole.play import PlaySettings
 from examples.cartpole.report import as_json, closing_table, cluster_json, cluster_table, live_figures, live_hosts
 
 NO_CACHE_STEPS = 25
+CHECKPOINT_STEPS = 10
 SCALING_STEPS, TURNS = 20, 5
 ACTORS = 2
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.ray:
         return _play_on_ray(settings, options, console, errors)
+    if options.checkpoint is not None:
+        errors.print("--checkpoint goes with --ray")
+        return 2
     watch = live_figures(console) if options.progress else None
     with ExitStack() as stack:
         if options.metrics is not None:
@@ -105,7 +109,14 @@ def _play_on_ray(settings: JobSettings, options: argparse.Namespace, console: Co
         return 2
     watch = live_hosts(console) if options.progress else nullcontext
     try:
-        report = run_on_ray(settings, actors=options.actors, watch=watch)
+        report = run_on_ray(
+            settings,
+            actors=options.actors,
+            watch=watch,
+            kept=None if options.checkpoint is None else (options.checkpoint.resolve(), options.checkpoint_steps),
+            metrics=options.metrics,
+            say=lambda text: console.print(text, highlight=False),
+        )
     except KeyboardInterrupt:
         errors.print("interrupted")
         return INTERRUPTED
@@ -210,6 +221,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--actors", type=_positive, default=ACTORS, metavar="N", help=f"that search, with --ray ({DEFAULT})"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="with --ray: write down what is played, and the roots; a job that was killed goes on from there",
+    )
+    parser.add_argument(
+        "--checkpoint-steps",
+        type=_positive,
+        default=CHECKPOINT_STEPS,
+        metavar="N",
+        help=f"steps of an environment between two of its checkpoints ({DEFAULT})",
     )
     parser.add_argument("--turns", type=_positive, default=TURNS, metavar="N", help=f"of --scaling ({DEFAULT})")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the scaling there, as SVG or PNG")

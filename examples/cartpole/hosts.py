@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +15,16 @@ import torch
 
 from concurrent_kv import IntegrityError, StatsSummary
 from concurrent_kv.cluster import Cluster, ClusterStats, HostParts, SearchContext
+from concurrent_kv.cluster.requests import Planner
+from examples.cartpole.checkpoint import Checkpoint
 from examples.cartpole.episode import Episode
 from examples.cartpole.job import JobSettings
 from examples.cartpole.model import WorldModel, load_model
 from examples.cartpole.play import PlaySettings, Tally, play_episodes
 from examples.cartpole.search import TreeSearch, evaluate, new_evaluator, new_manager
 from examples.cartpole.verify import Verification, Verifier
+
+PORTS = 64  # that hosts of one machine may try for their numbers
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
 
@@ -30,6 +36,8 @@ class Searching:
     model: WorldModel
     simulations: int
     verifier: Verifier | None
+    url: str | None = None  # of its numbers
+    serving: Any = None
     episodes: dict[int, Episode] = field(default_factory=dict)  # the newest of each environment, by its local id
 
     def episode_at(self, local_id: int, moment: Moment) -> Episode:
@@ -55,12 +63,15 @@ class Moment(NamedTuple):
         return cls(episode.index, torch.stack(episode.observations).numpy(), episode.actions)
 
 
-def setup(settings: JobSettings) -> Callable[[], HostParts]:
-    """What makes a host, with room for all environments: where another is lost, it may get them."""
-    return partial(_new_parts, settings)
+def setup(settings: JobSettings, metrics: int | None = None) -> Callable[[], HostParts]:
+    """What makes a host, with room for all environments: where another is lost, it may get them.
+
+    `metrics` is the first port at which hosts serve their numbers.
+    """
+    return partial(_new_parts, settings, metrics)
 
 
-def _new_parts(settings: JobSettings) -> HostParts:
+def _new_parts(settings: JobSettings, metrics: int | None) -> HostParts:
     torch.set_num_threads(1)
     model, play = load_model(), settings.play
     verifier = Verifier(model) if settings.verify else None
@@ -74,7 +85,10 @@ def _new_parts(settings: JobSettings) -> HostParts:
         lambda batch, asked: evaluate(model, batch, asked, check),
         max_rows=play.max_rows or play.envs,
     )
-    return HostParts(manager, evaluator, Searching(model, play.simulations, verifier), load=model.load_state_dict)
+    parts = HostParts(manager, evaluator, Searching(model, play.simulations, verifier), load=model.load_state_dict)
+    if metrics is not None:
+        parts.model.url = serve_metrics(parts, metrics)
+    return parts
 
 
 def decide(context: SearchContext, moment: Moment) -> int:
@@ -110,13 +124,47 @@ def shares(settings: PlaySettings, players: int) -> list[PlaySettings]:
     return found
 
 
-async def play_share(cluster: Cluster, share: PlaySettings, player: int) -> Tally:
-    """Play a share's episodes in environments that are here, with actions from the cluster."""
-    tally = Tally(share.simulations)
+async def play_share(
+    cluster: Cluster, share: PlaySettings, player: int, kept: tuple[Path, int] | None = None
+) -> tuple[Tally, int]:
+    """Play a share's episodes in environments that are here, with actions from the cluster.
+
+    `kept` is the folder of a checkpoint and the steps between two: with what is there already, the job goes on. Returns
+    also how many roots were restored from there.
+    """
+    tally, keeper = Tally(share.simulations), None
+    if kept is not None:
+        folder, every = kept
+
+        def run(env_id: int, planner: Planner, path: str) -> Awaitable[int]:
+            return cluster.search_async((player, env_id), planner, path)
+
+        keeper = Checkpoint(folder, player, every=every, run=run)
     await play_episodes(
-        lambda episode: cluster.search_async((player, episode.env_id), decide, Moment.of(episode)), share, tally
+        lambda episode: cluster.search_async((player, episode.env_id), decide, Moment.of(episode)), share, tally, keeper
     )
-    return tally
+    return tally, 0 if keeper is None else keeper.restored_roots
+
+
+def serve_metrics(parts: HostParts, first_port: int) -> str:
+    """Serve a host's numbers to Prometheus from its process on, on the first port from there on that is free."""
+    from concurrent_kv.metrics import KVMetrics
+    from concurrent_kv.metrics.prometheus import serve
+
+    sources = [parts.manager] + ([] if parts.evaluator is None else [parts.evaluator])
+    for port in range(first_port, first_port + PORTS):
+        serving = serve(KVMetrics(*sources, durations=True), port)
+        with suppress(OSError):
+            url = serving.__enter__()
+            parts.model.serving = serving  # until the host's process ends
+            return url
+    raise OSError(f"no port from {first_port} to {first_port + PORTS - 1} is free")
+
+
+def where_metrics_are(context: SearchContext) -> str | None:
+    """A planner that says it."""
+    url: str | None = context.model.url
+    return url
 
 
 # Report --------------------------------------------------------------------------------------------------------------
@@ -132,6 +180,7 @@ class ClusterReport:
     evictions_during_search: int
     integrity: str  # "ok", or what contradicts
     verification: Verification | None
+    restored_roots: int = 0
 
     def failures(self) -> list[str]:
         """What was wrong; empty if nothing was."""
@@ -159,7 +208,7 @@ def together(tallies: Sequence[Tally], *, started: float, ended: float) -> Tally
     return tally
 
 
-def report(cluster: Cluster, settings: JobSettings, tally: Tally) -> ClusterReport:
+def report(cluster: Cluster, settings: JobSettings, tally: Tally, restored_roots: int = 0) -> ClusterReport:
     """Ask every host, at a quiet moment."""
     one_of_each = {host: env_id for env_id, host in cluster.environments().items()}
     looks = [cluster.search(env_id, figures) for env_id in one_of_each.values()]
@@ -175,6 +224,7 @@ def report(cluster: Cluster, settings: JobSettings, tally: Tally) -> ClusterRepo
         sum(summary.pools["recur"].eviction_count for summary, _ in looks),
         integrity,
         _joined(verification for _, verification in looks),
+        restored_roots,
     )
 
 

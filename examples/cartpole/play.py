@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
+from typing import Protocol
 
 import anyio
 import gymnasium
@@ -74,13 +76,44 @@ Decide = Callable[[Episode], Awaitable[int]]
 """Chooses the action that follows an episode's newest observation."""
 
 
-async def play_episodes(decide: Decide, settings: PlaySettings, tally: Tally) -> None:
+class Played(Protocol):
+    """What an environment had played when a job was cut off."""
+
+    returns: dict[int, float]
+    actions: dict[int, list[int]]
+    index: int | None
+    so_far: list[int]
+
+
+class Keeper(Protocol):
+    """Writes down what is played, so that a job that is killed can go on: see `checkpoint.py`."""
+
+    def played(self, env_id: int) -> Played:
+        """What an environment had played before."""
+
+    async def restore(self, env_id: int) -> None:
+        """Have its roots back."""
+
+    async def step(self, episode: Episode) -> None:
+        """Note a step."""
+
+    async def end(self, episode: Episode, earned: float) -> None:
+        """Note that an episode is over."""
+
+
+async def play_episodes(decide: Decide, settings: PlaySettings, tally: Tally, keeper: Keeper | None = None) -> None:
     """Play all episodes, writing down in `tally` what happens. Each environment asks for one decision at a time."""
     tally.started = perf_counter()
-    indices = iter(range(settings.episodes))
+    taken = set[int]()  # of episodes that were played before, or go on
+    if keeper is not None:
+        for played in map(keeper.played, range(settings.envs)):
+            tally.returns.update(played.returns)
+            tally.actions.update(played.actions)
+            taken |= {*played.returns, *(() if played.index is None else (played.index,))}
+    indices = (index for index in range(settings.episodes) if index not in taken)
     async with anyio.create_task_group() as environments:
         for env_id in range(settings.envs):
-            environments.start_soon(_play_in_turn, env_id, indices, settings, decide, tally)
+            environments.start_soon(_play_in_turn, env_id, indices, settings, decide, tally, keeper)
     tally.ended = perf_counter()
 
 
@@ -90,23 +123,36 @@ async def _play_in_turn(
     settings: PlaySettings,
     decide: Decide,
     tally: Tally,
+    keeper: Keeper | None,
 ) -> None:
     """Play one episode after the other in one environment, as long as there are any."""
     environment: gymnasium.Env = gymnasium.make(ENVIRONMENT)
+    before: list[int] = []  # actions of an episode that goes on
+    if keeper is not None:
+        await keeper.restore(env_id)
+        played = keeper.played(env_id)
+        if played.index is not None:
+            before, indices = list(played.so_far), chain([played.index], indices)
     try:
         for index in indices:
             observation, _ = environment.reset(seed=settings.seed + index)
             episode = Episode(index, env_id, [torch.from_numpy(observation)])
             earned, over = 0.0, False
             while not over:
-                action = await decide(episode)
+                is_new = episode.time >= len(before)
+                action = await decide(episode) if is_new else before[episode.time]
                 observation, reward, terminated, truncated, _ = environment.step(action)
                 episode.actions.append(action)
                 episode.observations.append(torch.from_numpy(observation))
                 earned += float(reward)
-                tally.steps += 1
+                tally.steps += is_new
                 over = terminated or truncated or episode.time == settings.max_steps
+                if keeper is not None and is_new and not over:
+                    await keeper.step(episode)
+            before = []
             tally.actions[index] = episode.actions
             tally.returns[index] = earned
+            if keeper is not None:
+                await keeper.end(episode, earned)
     finally:
         environment.close()

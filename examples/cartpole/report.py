@@ -125,6 +125,8 @@ def cluster_table(report: ClusterReport) -> Table:
         _add_calls(table, total.evaluator, tally)
     table.add_row("hit rate", f"{total.cache.hit_rate:.4f} of {total.cache.request_count:,} rows asked for")
     table.add_row("evictions during a search", f"{report.evictions_during_search:,}")
+    if report.restored_roots:
+        table.add_row("roots restored", f"{report.restored_roots:,}")
     table.add_row("hosts made again", f"{sum(report.stats.made_again.values())}")
     if report.verification is not None:
         table.add_row("rows verified", f"{report.verification.rows:,}")
@@ -141,6 +143,7 @@ def cluster_json(report: ClusterReport) -> dict[str, float | int | str | None]:
         "episodes": len(report.tally.returns),
         "hosts": len(report.stats.hosts),
         "simulations_per_second": report.tally.simulations_per_second,
+        "restored_roots": report.restored_roots,
         "searches": total.searches,
         "hit_rate": total.cache.hit_rate,
         "evictions_during_search": report.evictions_during_search,
