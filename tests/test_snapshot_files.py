@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -193,6 +194,26 @@ def test_where_the_name_goes_to_another_file_between_two_looks_that_one_is_loade
     monkeypatch.setattr("concurrent_kv.snapshots.reading.FileIO", and_another)
     assert other.load(path).entries == 1
     assert_same(other.get("later"), tokens(5, 2))
+
+
+def test_a_new_file_that_another_save_takes_for_a_left_over_is_made_again(
+    make_pool: MakePool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, other = make_pool(), make_pool()
+    tree(pool)
+    flock, calls = fcntl.flock, 0
+
+    def after_another(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # between the making of the file and its lock
+            other.save(path)
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", after_another)
+    assert pool.save(path).entries == 4
+    assert describe(path).entries == 4
+    assert os.listdir(path.parent) == [path.name]
 
 
 def _both(value: int) -> KeysValues:

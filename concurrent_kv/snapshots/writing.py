@@ -83,11 +83,8 @@ def _beside(path: str) -> Iterator[tuple[FileIO, str]]:
     folder = folder or os.curdir
     try:
         _remove_left_over(folder, base)
-        name = os.path.join(folder, f".{base}.{os.getpid()}-{next(_numbers)}.partial")
-        file = FileIO(name, "x+")
+        file, name = _new_file(folder, base)
         try:
-            if fcntl is not None:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             yield file, name
             os.replace(name, path)
         except BaseException:
@@ -105,6 +102,26 @@ def _beside(path: str) -> Iterator[tuple[FileIO, str]]:
             path=path,
             errno=error.errno,
         ) from error
+
+
+def _new_file(folder: str, base: str) -> tuple[FileIO, str]:
+    """A new file, locked for as long as it is open, and its name."""
+    while True:
+        name = os.path.join(folder, f".{base}.{os.getpid()}-{next(_numbers)}.partial")
+        file = FileIO(name, "x+")
+        if fcntl is None:
+            return file, name
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            # Another save may have taken it for what a killed process left, before it was locked.
+            if os.fstat(file.fileno()).st_nlink:
+                return file, name
+        except BaseException:
+            file.close()
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+        file.close()
 
 
 def _make_durable(folder: str) -> None:
