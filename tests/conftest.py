@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import settings
 
 from concurrent_kv import KVCacheManager, KVLayout, KVPool
 from tests import no_wheels  # noqa: F401  (before what imports them)
 from tests.support import HANG_SECONDS, LAYOUT, LOOPS, config, loops_of
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine takes longer for an example
+settings.load_profile("no deadline")
 
 
 class MakePool(Protocol):

@@ -170,7 +170,7 @@ def test_what_needs_no_lock_works(pool: KVPool, inside: Callable[[KVPool], Any])
     stats = found[1]
     assert isinstance(stats, PoolStats)
     assert stats.entries == 1
-    assert isinstance(found[8], OffloadStats)
+    assert isinstance(found[-1], OffloadStats)
 
 
 @pytest.mark.parametrize("inside", INSIDE)
@@ -644,7 +644,9 @@ def sections(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
 
 def test_every_critical_section_enters_the_gate_first() -> None:
     found = 0
-    for path in PACKAGE.rglob("*.py"):
+    # A cluster's locks are not the cache's: what is called under them, finalisers included, calls no host.
+    above = {PACKAGE / "cluster", PACKAGE / "ray"}
+    for path in (path for path in PACKAGE.rglob("*.py") if path.parent not in above):
         for line, items in sections(ast.parse(path.read_text("utf-8"))):
             found += 1
             assert items[0] == "gate.lock", f"{path.name}:{line} takes {items} without having entered the gate"

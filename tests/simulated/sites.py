@@ -62,6 +62,9 @@ OF_OTHERS = {
     ("evaluator.py", "finish"),
     ("queue.py", "finish"),
     ("queue.py", "join"),
+    ("prometheus.py", "join"),
+    ("writing.py", "join"),  # of paths, in snapshots
+    ("saving.py", "order_after"),  # before bytes come to the host, which no simulated tensor does
     ("cache.py", "use_here"),  # for models of transformers, which are not here
 }  # other things of the same names, and what no program can do
 
