@@ -298,7 +298,7 @@ class Search(Handle):
         state = self._state
         going = set(check_keys(keys))
         deadline = state.storage.enter(timeout)
-        ledger, dead = state.ledger, list[Entry]()
+        ledger, dead, parted = state.ledger, list[Entry](), list[Entry]()
         with gate.lock, state.locks.write(state.scope.shards, deadline):
             deadline.check(state.name)
             state.check_open()
@@ -307,7 +307,8 @@ class Search(Handle):
             roots, leaving, missing = state.parted_from_roots(going, found)
             missing = state.not_below(missing)
             if not missing:
-                state.part_below(lambda key: key in going)
+                owned = {key for key, entry in zip(going, found, strict=True) if entry is not None}
+                parted = state.part_below(lambda key: key in going and key not in owned)
                 waiters = take_out(state, state.own, found, dead)
                 if leaving:
                     with gate.lock, ledger.mutex:
@@ -318,7 +319,7 @@ class Search(Handle):
                 f"the search has no entry and no root for {shown(missing[0])} ({len(missing)} keys missing)"
             )
         wake(waiters)
-        del dead, before, leaving, found
+        del dead, before, leaving, found, parted
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
@@ -343,7 +344,7 @@ class Search(Handle):
             before = state.roots
             # Every key that is looked at is looked at before anything goes.
             roots, leaving = state.parted_roots(staying)
-            state.part_below(lambda key: key not in staying)
+            parted = state.part_below(lambda key: key not in staying)
             going = state.own_beside(staying)
             waiters = take_out(state, state.own, going, dead)
             with gate.lock, ledger.mutex:
@@ -351,7 +352,7 @@ class Search(Handle):
                 waiters += ledger.take_waiters()
         wake(waiters)
         number = len(going)
-        del dead, before, leaving, going
+        del dead, before, leaving, going, parted
         return number
 
     def promote(
