@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from concurrent_kv import (
 from concurrent_kv.books.records import CLAIMED, Entry, Hold
 from concurrent_kv.books.turns import Turn
 from concurrent_kv.device.host_slots import HostSlots
-from concurrent_kv.errors import KeyNotFoundError
+from concurrent_kv.errors import ClosedError, KeyNotFoundError
 from concurrent_kv.evaluation import Evaluator, Leaf
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.pool.clearing import sweep_if
@@ -32,6 +33,7 @@ from concurrent_kv.pool.joint import open_together
 from concurrent_kv.pool.pool import gather_part_of_pool
 from concurrent_kv.pool.storage import Domain
 from concurrent_kv.pool.tier import Tier
+from concurrent_kv.search.state import SearchState
 from tests import evaluating
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, packed, row_of, store, tokens
 
@@ -497,8 +499,9 @@ def test_a_closed_pool_frees_the_tier() -> None:
     tier = tier_of(pool)
     store(pool, *[(number, tokens(number, 3)) for number in range(4)])
     pool.close()
-    assert tier.host.freed
-    assert tier.host.data.numel() == 0
+    with pytest.raises(ClosedError, match="freed by close"):
+        tier.host.load(tier.ledger.slots.free_slots())
+    assert "data" not in vars(tier.host)
 
 
 def test_a_closed_pool_of_a_manager_leaves_nothing_in_its_tier() -> None:
@@ -606,6 +609,191 @@ def test_a_search_that_was_dropped_lets_go_of_roots_in_the_tier() -> None:
     assert tier_of(manager.init_pools[0]).ledger.slots.in_use == 0
     manager.check_integrity()
     manager.close()
+
+
+def test_a_root_that_stayed_in_the_tier_is_released_only_where_the_search_has_no_entry_of_its_key() -> None:
+    manager = tiered_manager()
+    roots = manager.init_pools[0]
+    store(roots, ("root", tokens(1, 3)), ("other", tokens(2, 3)))
+    with manager.search([0]) as search:
+        with search.gather(["root"], [0]) as batch:
+            append(batch, [7])
+            search.commit(["root"], batch)
+        roots.put("root", tokens(3, 3))
+        search.release(["root"])
+        assert search.held == 1
+        with search.gather(["root"], [0]) as batch:
+            assert_same(row_of(batch, 0), tokens(1, 3))
+        search.release(["root"])
+        assert search.held == 0
+        with search.gather(["root"], [0]) as batch:
+            assert_same(row_of(batch, 0), tokens(3, 3))
+    manager.check_integrity()
+    manager.close()
+
+
+def test_a_gather_that_fails_gives_up_a_root_that_stayed_in_the_tier_unless_it_was_found_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manager = tiered_manager()
+    roots = manager.init_pools[0]
+    store(roots, ("root", tokens(1, 3)), ("other", tokens(2, 3)))
+
+    class NoMoreError(Exception):
+        pass
+
+    with manager.search([0]) as search:
+
+        def without_roots(*arguments: Any) -> None:
+            raise NoMoreError
+
+        def failing(*arguments: Any) -> None:
+            patch.undo()
+            if found_since:
+                search.gather(["root"], [0]).close()
+            raise NoMoreError
+
+        for found_since in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr("concurrent_kv.search.search.open_batch", failing)
+                with pytest.raises(NoMoreError):
+                    search.gather(["root"], [0])
+            assert search.held == found_since
+        roots.put("root", tokens(3, 3))
+        with search.gather(["root"], [0]) as batch:
+            assert_same(row_of(batch, 0), tokens(1, 3))
+        with monkeypatch.context() as patch:
+            patch.setattr(SearchState, "adopt", without_roots)
+            roots.put("again", tokens(4, 3))
+            roots.put("last", tokens(4, 3))
+            with pytest.raises(NoMoreError):
+                search.gather(["again"], [0])
+            assert search.held == 1
+    manager.check_integrity()
+    manager.clear_all()
+    assert tier_of(roots).ledger.slots.in_use == 0
+    manager.close()
+
+
+@pytest.mark.parametrize("name", ["release", "keep", "close"])
+def test_side_data_of_a_root_that_stayed_in_the_tier_are_finalised_outside_of_every_lock(name: str) -> None:
+    inside: list[bool] = []
+
+    class Side:
+        def __del__(self) -> None:
+            inside.append(gate.holds())
+
+    manager = tiered_manager()
+    roots = manager.init_pools[0]
+    roots.put("root", tokens(1, 3), side=Side())
+    roots.put("other", tokens(2, 3))
+    search = manager.search([0])
+    search.gather(["root"], [0]).close()
+    roots.pop("root")
+    gc.collect()
+    assert not inside
+    ends: dict[str, Callable[[], object]] = {
+        "release": lambda: search.release(["root"]),
+        "keep": lambda: search.keep([]),
+        "close": search.close,
+    }
+    ends[name]()
+    gc.collect()
+    assert inside == [False]
+    search.close()
+    manager.check_integrity()
+    manager.close()
+
+
+# What comes in between -----------------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_finds_nothing_to_evict_gets_the_room_of_what_moved_up_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The batch that moved it up stays open, so nothing is let go of that would wake the writer."""
+    pool = tiered(1, wait_timeout=30.0)
+    store(pool, ("old", tokens(1, 3)), ("new", tokens(2, 3)))
+    pool.pop("new")
+    copying, waited = threading.Event(), threading.Event()
+    copy, batches, stored = Tier._copy_up, list[Any](), list[bool]()
+
+    def slowly(*arguments: Any) -> None:
+        copy(*arguments)
+        copying.set()
+        assert waited.wait(30.0)
+
+    monkeypatch.setattr(Tier, "_copy_up", slowly)
+    reader = threading.Thread(target=lambda: batches.append(pool.gather(["old"])))
+    reader.start()
+    assert copying.wait(30.0)
+    writer = threading.Thread(target=lambda: stored.append(pool.put("newer", tokens(3, 3), timeout=5.0)))
+    ledger, wait_for_more = pool.storage.ledger, threading.Event()
+    writer.start()
+    while not ledger.waiters:
+        wait_for_more.wait(0.001)
+    waited.set()
+    reader.join(30.0)
+    writer.join(30.0)
+    assert stored == [True]
+    (batch,) = batches
+    assert_same(row_of(batch, 0), tokens(1, 3))
+    batch.close()
+    pool.check_integrity()
+    pool.close()
+
+
+@pytest.mark.parametrize("name", ["get", "peek", "gather", "pin"])
+def test_a_read_from_the_tier_of_a_pool_that_is_closed_meanwhile_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = tiered()
+    store(pool, *[(key, tokens(number, 3)) for number, key in enumerate("abcd")])
+    load = HostSlots.load
+
+    def after_a_close(*arguments: Any) -> Any:
+        pool.close()
+        return load(*arguments)
+
+    monkeypatch.setattr(HostSlots, "load", after_a_close)
+    reads: dict[str, Callable[[], object]] = {
+        "get": lambda: pool.get("a"),
+        "peek": lambda: pool.peek("a"),
+        "gather": lambda: pool.gather(["a"]),
+        "pin": lambda: pool.pin("a").get(),
+    }
+    with pytest.raises(ClosedError, match="freed by close"):
+        reads[name]()
+    pool.check_integrity()
+
+
+def test_what_a_write_could_not_take_out_of_the_tier_hides_nothing_that_moves_down_later(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tier, "drop", without_memory)
+        assert pool.put("old", tokens(9, 3))
+    store(pool, ("x", tokens(4, 2)), ("y", tokens(5, 2)))
+    assert pool.stats().entries == 2
+    assert_same(pool.get("old"), tokens(9, 3))
+    assert len(pool.keys()) == len(pool) == 6  # each once
+    pool.clear()
+    assert filled(pool).slots_in_use == 0
+
+
+def test_a_scope_that_could_not_be_made_whole_is_none(pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tier, "add_scope", without_memory)
+        with pytest.raises(MemoryError):
+            pool.scope("other")
+    assert pool.scopes() == (pool.default_scope,)
+    assert pool.scope("other").below is not None
 
 
 # Repair --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,38 @@ def test_searches_in_threads_over_a_tier_read_what_was_stored() -> None:
     run_threads(*[partial(play, env) for env in range(envs)])
     manager.check_integrity()
     manager.close()
+
+
+def test_a_pool_that_is_saved_while_its_entries_move_has_nothing_older_in_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    pool = KVPool(SMALL, 4, tier=HostTier(64 * SMALL.bytes_per_entry), shards=2, wait_timeout=30.0)
+    written = [0] * KEYS
+    for key in range(KEYS):
+        pool.put(key, value(key, 0))
+
+    def write(of: range) -> None:
+        for version in range(1, ROUNDS):
+            for key in of:
+                assert pool.put(key, value(key, version))
+                written[key] = version
+
+    def save() -> None:
+        path = tmp_path / "pool.safetensors"
+        for _ in range(10):
+            before = list(written)
+            saved = pool.save(path)
+            with KVPool(SMALL, KEYS) as restored:
+                assert restored.load(path).entries == saved.entries <= 4
+                for key in range(KEYS):
+                    found = restored.get(key)
+                    assert found is None or read(found, key) >= before[key]
+                restored.check_integrity()
+
+    run_threads(partial(write, range(0, 3)), partial(write, range(3, 6)), save)
+    pool.check_integrity()
+    pool.clear()
+    tier = pool.storage.tier
+    assert tier is not None
+    assert tier.ledger.slots.in_use == pool.storage.ledger.slots.in_use == 0
+    pool.check_integrity()
+    pool.close()

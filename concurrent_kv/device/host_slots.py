@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ClosedError
 from .layout import KVLayout
 from .modes import plain_torch_state
 from .moving import upload
@@ -39,7 +41,6 @@ class HostSlots:
     def __init__(self, layout: KVLayout, num_slots: int, *, pinned: bool) -> None:
         self.layout = layout
         self.num_slots = num_slots
-        self.freed = False
         self._on_host = layout.device.type == "cpu"
         planes = 2 * layout.num_layers
         sizes = (planes, num_slots + 1) if self._on_host else (num_slots + 1, planes)
@@ -47,6 +48,11 @@ class HostSlots:
         self._heads: SlotArray = np.arange(layout.num_heads, dtype=np.int64)[:, None]
         with plain_torch_state():
             self.data: Tensor = torch.empty(shape, dtype=layout.dtype, pin_memory=pinned)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            raise ClosedError("the storage of this tier was freed by close()")
+        raise AttributeError(name)
 
     def store(self, tensor: SlotTensor, source: SlotArray, slots: SlotArray) -> tuple[Tensor, ...]:
         """Copy slot `source[i]` of `tensor` into slot `slots[i]`, for every `i`.
@@ -93,9 +99,8 @@ class HostSlots:
         return temporaries + tensor.scatter(row, rows, columns, target)
 
     def free(self) -> None:
-        """Give the memory back; nothing may still use it."""
-        self.freed = True
-        self.data = self.data.new_empty(0)
+        """Give the memory back; copies under way keep theirs until they are done."""
+        self.__dict__.pop("data", None)
 
 
 def _copy_slots(source: Tensor, slots: SlotArray, target: Tensor, into: SlotArray) -> None:

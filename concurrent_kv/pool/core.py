@@ -184,10 +184,12 @@ class PoolCore(PoolState, Handle):
         with gate.lock, self.storage.ledger.mutex:
             scope = self.account.scopes.get(name)
             if scope is None:
-                scope = self.account.scopes[name] = Scope(self.account, name, self.default_scope.shards)
+                scope = Scope(self.account, name, self.default_scope.shards)
                 scope.generation = Generation(0, self.default_scope.version)
                 if self.storage.tier is not None:
                     self.storage.tier.add_scope(scope)
+                # Last: where memory runs out, there is no scope that has none below it beside others that have.
+                self.account.scopes[name] = scope
             return scope
 
     def drop_scope(self, scope: Scope | Hashable, *, timeout: float | None = None) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..books.entries import Described
 from ..books.eviction import LRU
 from ..books.index import Index, find_in
 from ..books.integrity import IntegrityReport, Problem, compare, compare_accounts, recount_of, scopes_of
-from ..books.ledger import Ledger
+from ..books.ledger import Ledger, wake
 from ..books.records import CLAIMED, HELD, NO_PLACE, PINNED, Account, Entry, Generation, Hold, Scope
 from ..books.stats import TierStats
 from ..books.tables import slots_of_row
@@ -240,26 +241,40 @@ class Tier(LowerTier):
         scope, ledger = victim.scope, pool.ledger
         part = scope.part_of(victim.key_hash)
         dead: list[Entry] = []
-        with gate.lock, self.locks.write((scope.shards[part],), deadline), ledger.mutex, self.ledger.mutex:
-            if _is_over(victim) or not scope.entries[part].holds(victim):
-                return
-            # What a clear or the end of its scope is about to sweep is swept here: the tier comes after the pool.
-            stored = merge(self._stored, way.made.written)
-            self._admit(self, way, part, scope.entries[part], victim)
-            self._stored = stored
-            counters = pool.account.counters
-            counters.eviction_count += 1
-            counters.move_down_count += 1
-            try:
-                _note_copies(ledger, self.ledger, way)
-            except Exception:
-                dead = []  # no memory, no frames: the two are not known to be the same
-            try:
-                dead = unpublish(pool, [victim])
-            except Exception:
-                ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [victim])]))
+        over: list[Entry] = []
+        below = way.made.scope
+        with gate.lock, self.locks.write((scope.shards[part],), deadline):
+            # A write of the key left these, where it had no memory to take them out. One of two would hide the other.
+            over += below.entries[part].chosen_of(victim.key_hash, lambda old: old.generation is not below.generation)
+            if over:
+                take_out(self, below.entries[part], over, dead)
+            with gate.lock, ledger.mutex, self.ledger.mutex:
+                dead += self._exchange_down(pool, victim, way, part)
         # Who waits for the room is woken when the caller lets go of the victim, which is when its slots are free.
-        del dead
+        del dead, over
+
+    def _exchange_down(self, pool: Domain, victim: Entry, way: _Way, part: int) -> list[Entry]:
+        """The step itself; returns what may die. Mutex and shards held."""
+        scope, ledger = victim.scope, pool.ledger
+        dead: list[Entry] = []
+        if _is_over(victim) or not scope.entries[part].holds(victim):
+            return dead
+        # What a clear or the end of its scope is about to sweep is swept here: the tier comes after the pool.
+        stored = merge(self._stored, way.made.written)
+        self._admit(self, way, part, scope.entries[part], victim)
+        self._stored = stored
+        counters = pool.account.counters
+        counters.eviction_count += 1
+        counters.move_down_count += 1
+        try:
+            _note_copies(ledger, self.ledger, way)
+        except Exception:
+            dead = []  # no memory, no frames: the two are not known to be the same
+        try:
+            dead = unpublish(pool, [victim])
+        except Exception:
+            ledger.abandoned.append(partial(ledger.again, [partial(unpublish, pool, [victim])]))
+        return dead
 
     @staticmethod
     def _admit(domain: Domain, way: _Way, part: int, leaving: Index[Entry], entry: Entry) -> None:
@@ -361,6 +376,7 @@ class Tier(LowerTier):
         scope, account = made.scope, pool.account
         part = below.part_of(entry.key_hash)
         dead: list[Entry] = []
+        waiters: list[Any] = []
         soon = deadline.part(SHARD_SECONDS)
         with gate.lock, self.locks.write((below.shards[part],), soon), ledger.mutex, self.ledger.mutex:
             if (
@@ -393,6 +409,9 @@ class Tier(LowerTier):
             except Exception:
                 again = partial(self.ledger.again, [partial(unpublish, self, [entry])])
                 self.ledger.abandoned.append(again)
+            # Who found nothing to evict while the room was taken can evict this.
+            waiters = ledger.take_waiters()
+        wake(waiters)
         del dead
         return True
 

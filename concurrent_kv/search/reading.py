@@ -56,6 +56,7 @@ def adopted_below(
             root = found[row] = roots.get((env_ids[row], keys[row]))
             if root is not None:
                 present.append(root)
+                state.found_below.add((env_ids[row], keys[row]))
     if present and tier is not None:
         with gate.lock, tier.ledger.mutex:
             tier.ledger.extend(lower, present)
@@ -141,19 +142,31 @@ def adopt(
     deadline: Deadline,
     lower: Hold | None = None,
 ) -> list[Entry]:
-    """Keep what `retain_roots` found until the search ends; see `SearchState.adopt`."""
+    """Keep what `retain_roots` found until the search ends; see `SearchState.adopt`.
+
+    Returns what is new: stand-ins, and roots that stayed in the tier.
+    """
+    below: list[Entry] = []
     with gate.lock, state.locks.write(state.scope.shards, deadline):
         state.check_open()
         if lower is not None:
-            state.adopt_below(new, found, lower)
-        with gate.lock, state.ledger.mutex:
-            return state.adopt(new, found, hold)
+            below = state.adopt_below(new, found, lower)
+        try:
+            with gate.lock, state.ledger.mutex:
+                made = state.adopt(new, found, hold)
+        except Exception:
+            state.disown_below(below)  # which `lower` holds
+            raise
+    return made + below if below else made
 
 
-def disown(state: SearchState, stand_ins: list[Entry], deadline: Deadline) -> None:
+def disown(state: SearchState, new: list[Entry], deadline: Deadline) -> None:
     """Undo `adopt`, where no other thread has found these roots meanwhile. (Otherwise the search has them.)"""
-    with gate.lock, state.locks.write(state.scope.shards, deadline), gate.lock, state.ledger.mutex:
-        dead = state.disown(stand_ins)
-        waiters = state.ledger.take_waiters()
+    below = {entry for entry in new if entry.scope.above is not None}
+    with gate.lock, state.locks.write(state.scope.shards, deadline):
+        parted = state.disown_below(below)
+        with gate.lock, state.ledger.mutex:
+            dead = state.disown([entry for entry in new if entry not in below])
+            waiters = state.ledger.take_waiters()
     wake(waiters)
-    del dead
+    del dead, parted

@@ -298,7 +298,7 @@ class Search(Handle):
         state = self._state
         going = set(check_keys(keys))
         deadline = state.storage.enter(timeout)
-        ledger, dead = state.ledger, list[Entry]()
+        ledger, dead, parted = state.ledger, list[Entry](), list[Entry]()
         with gate.lock, state.locks.write(state.scope.shards, deadline):
             deadline.check(state.name)
             state.check_open()
@@ -307,7 +307,8 @@ class Search(Handle):
             roots, leaving, missing = state.parted_from_roots(going, found)
             missing = state.not_below(missing)
             if not missing:
-                state.part_below(lambda key: key in going)
+                owned = {key for key, entry in zip(going, found, strict=True) if entry is not None}
+                parted = state.part_below(lambda key: key in going and key not in owned)
                 waiters = take_out(state, state.own, found, dead)
                 if leaving:
                     with gate.lock, ledger.mutex:
@@ -318,7 +319,7 @@ class Search(Handle):
                 f"the search has no entry and no root for {shown(missing[0])} ({len(missing)} keys missing)"
             )
         wake(waiters)
-        del dead, before, leaving, found
+        del dead, before, leaving, found, parted
 
     def discard(self, key: Hashable) -> None:
         """Have the next operation release the search's own entry of `key`, if it has one; see `KVPool.discard`."""
@@ -342,6 +343,7 @@ class Search(Handle):
         staying = set(check_keys(keys, minimum=0))
         ledger = state.ledger
         dead: list[Entry] = []
+        parted: list[Entry] = []
         waiters: list[object] = []
         # One hold for both: a time-out or a cancellation comes before all of it or not at all.
         with gate.lock, state.locks.write(state.scope.shards, deadline):
@@ -355,7 +357,7 @@ class Search(Handle):
             going = state.own_beside(found)
             roots, leaving = state.parted_roots(staying)
             if not missing:
-                state.part_below(lambda key: key not in staying)
+                parted = state.part_below(lambda key: key not in staying)
                 waiters = take_out(state, state.own, going, dead)
                 with gate.lock, ledger.mutex:
                     dead += state.part_with(leaving, roots)
@@ -367,7 +369,7 @@ class Search(Handle):
             )
         wake(waiters)
         number = len(going)
-        del dead, before, leaving, going, found
+        del dead, before, leaving, going, found, parted
         return number
 
     def promote(

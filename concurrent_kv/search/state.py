@@ -73,6 +73,7 @@ class SearchState(Domain):
         roots_hold: a hold, in the storage's ledger, of their roots. It does not pin: a root may be evicted from its
             init pool like any other.
         roots_below: the tier's entries of roots that could not move up, by environment and key. Under the shard.
+        found_below: those of them that were found again since. Under the shard, read or write.
         below_hold: a hold, in the tier's ledger, of these. Under the tier's mutex.
         batches: the holds of open ones. Under the mutex.
         gone: entries taken out of the index by its end. Under the mutex.
@@ -97,6 +98,7 @@ class SearchState(Domain):
         self.stand_ins = Hold("roots", [])
         self.roots_hold = Hold("search", [])
         self.roots_below: dict[RootKey, Entry] = {}
+        self.found_below: set[RootKey] = set()
         self.below_hold = Hold("search", [])
         self.batches: list[Hold] = []
         self.gone: list[Entry] = []
@@ -341,14 +343,14 @@ class SearchState(Domain):
         self.stand_ins.entries, self.origins, self.roots = stand_ins, origins_of, roots
         return made
 
-    def adopt_below(self, new: dict[RootKey, Entry], found: list[Entry | None], lower: Hold) -> None:
+    def adopt_below(self, new: dict[RootKey, Entry], found: list[Entry | None], lower: Hold) -> list[Entry]:
         """As `adopt`, of those of `new` that are in the tier, which leave it; `lower` holds what `found` has of them.
 
-        The scope's shard held.
+        Returns those that the search did not have before. The scope's shard held.
         """
         tier = self.storage.tier
         if tier is None:
-            return
+            return []
         stayed = {root: self.roots_below[root] for root in new if root in self.roots_below}  # others' by now
         standing: dict[Entry | None, Entry] = {new[root]: entry for root, entry in stayed.items()}
         fresh = {
@@ -360,26 +362,40 @@ class SearchState(Domain):
             tier.ledger.extend(self.below_hold, list(fresh.values()))
             tier.ledger.extend(lower, list(standing.values()))
         self.roots_below = self.roots_below | fresh
+        self.found_below.update(stayed)
         found[:] = [standing.get(entry, entry) for entry in found]
         for root in (*stayed, *fresh):
             del new[root]
+        return list(fresh.values())
 
     def not_below(self, keys: list[Hashable]) -> list[Hashable]:
         """Those of some keys of which no root stayed in the tier. The scope's shard held."""
         known = {key for _, key in self.roots_below}
         return [key for key in keys if key not in known]
 
-    def part_below(self, condition: Callable[[Hashable], bool]) -> None:
-        """Let go of the roots in the tier whose keys meet a condition. The scope's shard held."""
+    def part_below(self, condition: Callable[[Hashable], bool]) -> list[Entry]:
+        """Let go of the roots in the tier whose keys meet a condition; returns them. The scope's shard held."""
+        return self._part_below({root for root in self.roots_below if condition(root[1])})
+
+    def disown_below(self, entries: Collection[Entry]) -> list[Entry]:
+        """Undo `adopt_below`, of those that nothing has found since; returns them. The scope's shard held."""
+        if self.scope.ended is not None:
+            return []
+        unfound = [root for root in self.roots_below if root not in self.found_below]
+        return self._part_below({root for root in unfound if self.roots_below[root] in entries})
+
+    def _part_below(self, roots: set[RootKey]) -> list[Entry]:
+        """Let go of some roots in the tier. The caller keeps them until it has let go of the scope's shard."""
         tier = self.storage.tier
-        leaving = {root: entry for root, entry in self.roots_below.items() if condition(root[1])}
-        if not leaving or tier is None:
-            return
-        staying = {root: entry for root, entry in self.roots_below.items() if root not in leaving}
+        if not roots or tier is None:
+            return []
+        leaving = [self.roots_below[root] for root in roots]
+        staying = {root: entry for root, entry in self.roots_below.items() if root not in roots}
         with gate.lock, tier.ledger.mutex:
             self.roots_below = staying
-            dead = tier.ledger.drop_from(self.below_hold, list(leaving.values()))
-        del dead
+            tier.ledger.drop_from(self.below_hold, leaving)
+        self.found_below -= roots
+        return leaving
 
     def _hold_roots(self, origins: list[Entry], stand_ins: list[Entry]) -> None:
         """Hold roots in the books of the storage, whose policies hear of the hits. Mutex held.
