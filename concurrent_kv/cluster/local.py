@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -93,7 +94,7 @@ class _Launcher:
         await asyncio.to_thread(link.host.close)
 
     def hold(self, weights: Any) -> Any:
-        return weights
+        return copy.deepcopy(weights)  # a state dict is the tensors that its model goes on training
 
 
 class _Link:
