@@ -280,7 +280,17 @@ import ray
 from concurrent_kv.ray import RayCluster
 from tests.cluster_support import plan
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-found = RayCluster.connect({NAME!r}).search(2, plan)
+from concurrent_kv.cluster import HostLostError
+handle = RayCluster.connect({NAME!r})
+found = handle.search(2, plan)
+ray.shutdown()
+try:
+    handle.search(2, plan)
+except HostLostError as error:
+    assert "was shut down" in str(error)
+else:
+    raise AssertionError
+assert not ray.is_initialized()
 print(found.pid, *found.values)
 """
 

@@ -87,6 +87,8 @@ class ActorLink:
         Raises:
             HostLostError: the actor is gone, or cannot be reached. NoAnswerError: no answer came in time.
         """
+        if not ray.is_initialized():  # Ray would start anew, for an actor that it does not know
+            raise HostLostError(f"{self.name} is out of reach: Ray was shut down in this process", host=self.name)
         try:
             ref = self.actor.ask.remote(method, *args)
             answer: Answer = await in_time(asyncio.wrap_future(ref.future()), seconds, self.name)

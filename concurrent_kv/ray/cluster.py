@@ -107,6 +107,7 @@ class RayCluster(Cluster):
         with suppress(HostLostError, NoAnswerError):  # hosts end with the router, too
             self._call("close", waits=self.timeout)
         with suppress(Exception):
+            _check_initialized()
             ray.kill(self._router.actor)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
