@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -531,6 +532,26 @@ def test_a_closed_cluster_says_so(make: Callable[..., LocalCluster], tmp_path: P
     for call in (lambda: cluster.search(0, plan), cluster.stats, cluster.add_host, lambda: cluster.load_weights(1)):
         with pytest.raises(ClosedError):
             call()
+
+
+def test_a_cluster_that_nobody_has_any_more_ends_its_hosts() -> None:
+    parts = setup()()
+    cluster = LocalCluster(lambda: parts, timeout=HANG_SECONDS)
+    cluster.search(0, plan)
+    del cluster
+
+    def is_closed() -> bool:
+        gc.collect()  # the loop's last task may keep it a moment longer
+        try:
+            parts.manager.check_integrity()
+            parts.manager.init_pools[0].put(
+                "root", KeysValues.from_packed(torch.ones(2 * LAYERS, 1, HEADS, 1, HEAD_DIM))
+            )
+        except ClosedError:
+            return True
+        return False
+
+    until(is_closed)
 
 
 def test_what_cannot_work_is_said_at_once(make: Callable[..., LocalCluster]) -> None:
