@@ -197,6 +197,29 @@ def refusing(context: SearchContext) -> None:
     raise TimeoutError("of the planner's own")
 
 
+def counted_and_raising(context: SearchContext, ran: Path, error: BaseException) -> None:
+    with ran.open("a") as file:
+        file.write("x")
+    raise error
+
+
+class NotMadeHere:
+    """Can be pickled, and not unpickled."""
+
+    def __reduce__(self) -> Any:
+        return refuse_to_be_made, ()
+
+
+def refuse_to_be_made() -> None:
+    raise LookupError("not made here")
+
+
+def counted_with_a_result_that_cannot_be_made(context: SearchContext, ran: Path) -> NotMadeHere:
+    with ran.open("a") as file:
+        file.write("x")
+    return NotMadeHere()
+
+
 def exiting(context: SearchContext) -> None:
     raise SystemExit(3)
 

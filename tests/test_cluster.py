@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import dataclasses
+import gc
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from concurrent_kv import ClosedError, InvalidArgumentError, InvalidTypeError, KeysValues, WaitTimeoutError
+from concurrent_kv import (
+    ClosedError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KeysValues,
+    SearchEndedError,
+    WaitTimeoutError,
+)
 from concurrent_kv.cluster import (
     Host,
     HostLostError,
+    HostParts,
     LocalCluster,
     NoAnswerError,
     NoHostError,
+    NotHereError,
     PlannerError,
     QueueFullError,
 )
@@ -25,6 +38,7 @@ from concurrent_kv.cluster.requests import Request
 from tests.cluster_support import (
     LoadError,
     OddError,
+    counted_and_raising,
     envs_of,
     exiting,
     expected,
@@ -97,6 +111,27 @@ def test_a_planners_error_keeps_its_type_and_fields(make: Callable[..., LocalClu
     with pytest.raises(PlannerError, match="SystemExit: 3"):
         cluster.search(0, exiting)
     assert cluster.search(0, plan).values == expected(0)
+
+
+@pytest.mark.parametrize("error", [NotHereError("of another"), HostLostError("of another", host="there", attempts=7)])
+def test_what_a_planner_raises_is_not_taken_for_its_hosts(
+    make: Callable[..., LocalCluster], tmp_path: Path, error: Exception
+) -> None:
+    cluster = make()
+    with pytest.raises(type(error), match=r"^of another$") as caught:
+        cluster.search(0, counted_and_raising, tmp_path / "ran", error, retries=3)
+    assert vars(caught.value) == vars(error)
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [StopIteration(3), concurrent.futures.CancelledError("word")])
+def test_an_error_that_no_task_can_raise_is_heard_in_words(
+    make: Callable[..., LocalCluster], tmp_path: Path, error: Exception
+) -> None:
+    cluster = make()
+    with pytest.raises(PlannerError, match=type(error).__name__) as caught:
+        cluster.search(0, counted_and_raising, tmp_path / "ran", error)
+    assert caught.value.kind == type(error).__name__
 
 
 def test_searches_of_one_environment_run_one_at_a_time_in_their_order(make: Callable[..., LocalCluster]) -> None:
@@ -255,6 +290,39 @@ def test_a_search_that_a_load_ends_is_run_again_with_the_new_weights(
     assert cluster.stats().total.reruns == 1
 
 
+def test_a_planner_that_must_not_run_twice_is_not_run_again_by_a_load(
+    make: Callable[..., LocalCluster], tmp_path: Path
+) -> None:
+    cluster = make()
+    search = cluster.submit(3, grow_until, tmp_path / "begun", tmp_path / "go on", retries=0)
+    until_there(tmp_path / "begun")
+    loading = threading.Thread(target=lambda: cluster.load_weights(9))
+    loading.start()
+    until(lambda: cluster.stats().total.cache.reserved_entries == 0)  # the search was ended
+    (tmp_path / "go on").touch()
+    loading.join(HANG_SECONDS)
+    with pytest.raises(SearchEndedError):
+        search.result(HANG_SECONDS)
+    assert cluster.stats().total.reruns == 0
+
+
+def test_a_host_that_is_added_has_the_weights_as_they_were_when_they_were_loaded(
+    make: Callable[..., LocalCluster],
+) -> None:
+    def with_a_tensor() -> HostParts:
+        parts = setup()()
+        return dataclasses.replace(parts, load=lambda weights: parts.model.load_state_dict(int(weights)))
+
+    cluster = make(setup=with_a_tensor)
+    weights = torch.tensor(5)
+    cluster.load_weights(weights)
+    cluster.search(0, plan)
+    weights += 1  # training goes on
+    cluster.add_host()
+    found = cluster.search(1, plan)
+    assert (found.host, found.version, found.weights) == ("host-1", 1, 5)
+
+
 def test_a_planner_whose_root_a_load_made_a_miss_is_run_again(
     make: Callable[..., LocalCluster], tmp_path: Path
 ) -> None:
@@ -370,6 +438,37 @@ def is_leaving(cluster: Any, host: str, env: int) -> bool:
     return env in cluster._router._members[host].link.host._leaving
 
 
+def test_no_search_of_an_environment_begins_while_its_entries_are_taken(tmp_path: Path) -> None:
+    parts = setup(2)()
+    host = Host("host-0", lambda: parts, threads=1, env_ids=(0, 1))
+    taking, go_on = threading.Event(), threading.Event()
+    pool: Any = parts.manager.init_pools[1]
+
+    def slow_keys() -> list[Any]:
+        taking.set()
+        assert go_on.wait(HANG_SECONDS)
+        return []
+
+    pool.keys = slow_keys
+    blocked = host.submit(Request(0, waiting, (tmp_path / "begun", tmp_path / "go on"), HANG_SECONDS))
+    until_there(tmp_path / "begun")
+    waits = host.submit(Request(1, touching, (tmp_path / "ran",), HANG_SECONDS))
+    with ThreadPoolExecutor(1) as threads:
+        released = threads.submit(host.release, 1, HANG_SECONDS)
+        assert taking.wait(HANG_SECONDS)
+        last = host.submit(Request(0, plan, (), HANG_SECONDS))
+        (tmp_path / "go on").touch()
+        blocked.result(HANG_SECONDS)
+        last.result(HANG_SECONDS)  # the thread has looked for its next search
+        assert not (tmp_path / "ran").exists()
+        go_on.set()
+        released.result(HANG_SECONDS)
+    with pytest.raises(NotHereError):
+        waits.result(HANG_SECONDS)
+    host.check_integrity()
+    host.close()
+
+
 def test_a_move_goes_on_where_its_caller_has_stopped_waiting(make: Callable[..., LocalCluster], tmp_path: Path) -> None:
     cluster = make(hosts=2)
     host = cluster.search(0, plan).host
@@ -433,6 +532,26 @@ def test_a_closed_cluster_says_so(make: Callable[..., LocalCluster], tmp_path: P
     for call in (lambda: cluster.search(0, plan), cluster.stats, cluster.add_host, lambda: cluster.load_weights(1)):
         with pytest.raises(ClosedError):
             call()
+
+
+def test_a_cluster_that_nobody_has_any_more_ends_its_hosts() -> None:
+    parts = setup()()
+    cluster = LocalCluster(lambda: parts, timeout=HANG_SECONDS)
+    cluster.search(0, plan)
+    del cluster
+
+    def is_closed() -> bool:
+        gc.collect()  # the loop's last task may keep it a moment longer
+        try:
+            parts.manager.check_integrity()
+            parts.manager.init_pools[0].put(
+                "root", KeysValues.from_packed(torch.ones(2 * LAYERS, 1, HEADS, 1, HEAD_DIM))
+            )
+        except ClosedError:
+            return True
+        return False
+
+    until(is_closed)
 
 
 def test_what_cannot_work_is_said_at_once(make: Callable[..., LocalCluster]) -> None:

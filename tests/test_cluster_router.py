@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from concurrent_kv import InvalidArgumentError
+from concurrent_kv import ClosedError, InvalidArgumentError
 from concurrent_kv.cluster import Host, HostLostError, NoAnswerError, NoHostError
 from concurrent_kv.cluster.host import answer_of
 from concurrent_kv.cluster.requests import Request
@@ -24,9 +24,12 @@ class FaultyLink:
         self.host, self.faults = host, faults
         self.gone = False
         self.asked: list[str] = []
+        self.before: asyncio.Event | None = None
 
     async def ask(self, method: str, *args: Any, seconds: float) -> Any:
         self.asked.append(method)
+        if self.before is not None:
+            await self.before.wait()
         fault = self.faults.pop((self.host.name, method), None)
         self.gone = self.gone or fault == "gone"
         await asyncio.sleep(0)
@@ -59,6 +62,7 @@ class Launcher:
         return self.links[-1]
 
     async def end(self, link: Any) -> None:
+        await asyncio.sleep(0)
         link.gone = True
         link.host.close()
 
@@ -180,6 +184,41 @@ def test_a_load_that_loses_a_host_leaves_every_host_with_the_new_weights(host: s
         assert [each.values for each in found] == [expected(env, 5) for env in range(4)]
 
     run(play)
+
+
+def test_tasks_that_wait_for_one_environment_have_one_lock_though_it_is_forgotten() -> None:
+    async def play(router: Router, launcher: Launcher) -> None:
+        await search(router, 0)
+        forgotten = asyncio.ensure_future(router.forget(0, HANG_SECONDS))
+        await asyncio.sleep(0)
+        asks = [asyncio.ensure_future(search(router, 0))]
+        await forgotten
+        # It comes back now; whoever asks next finds it there, and not on its way.
+        asks += [asyncio.ensure_future(search(router, 0)) for _ in range(3)]
+        assert {found.values for found in await asyncio.gather(*asks)} == {expected(0)}
+        assert [stats.environments for stats in (await router.stats(HANG_SECONDS)).hosts.values() if stats] == [1, 0]
+
+    run(play)
+
+
+def test_a_host_that_comes_while_the_cluster_is_closed_is_ended() -> None:
+    async def play() -> None:
+        launcher = Launcher()
+        router = Router(launcher, start_seconds=HANG_SECONDS)
+        await router.add_hosts(2)
+        coming = asyncio.ensure_future(router.add_hosts(1))
+        while len(launcher.links) < 3:
+            await asyncio.sleep(0)
+        launcher.links[2].before = asyncio.Event()
+        closing = asyncio.ensure_future(router.close())
+        await asyncio.sleep(0)
+        launcher.links[2].before.set()
+        await closing
+        with pytest.raises(ClosedError):
+            await coming
+        assert all(link.gone for link in launcher.links)
+
+    asyncio.run(asyncio.wait_for(play(), HANG_SECONDS))
 
 
 def test_each_host_loads_weights_once() -> None:

@@ -32,6 +32,8 @@ from tests.cluster_support import (
     OddError,
     Player,
     always_dying,
+    counted_and_raising,
+    counted_with_a_result_that_cannot_be_made,
     dying,
     exiting,
     expected,
@@ -162,6 +164,31 @@ def test_errors_keep_their_type_and_fields(cluster: RayCluster) -> None:
         cluster.move(0, "nowhere")
 
 
+def test_what_cannot_be_unpickled_here_is_said_and_its_planner_does_not_run_again(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    with pytest.raises(PlannerError, match="LookupError: not made here"):
+        cluster.search(0, counted_with_a_result_that_cannot_be_made, tmp_path / "ran")
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+def test_a_planners_loss_of_another_clusters_host_is_its_own(cluster: RayCluster, tmp_path: Path) -> None:
+    with pytest.raises(HostLostError, match=r"^of another$") as caught:
+        cluster.search(0, counted_and_raising, tmp_path / "ran", HostLostError("of another", host="there", attempts=7))
+    assert (caught.value.host, caught.value.attempts) == ("there", 7)
+    assert "in counted_and_raising" in str(caught.value.__cause__)
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", [object(), float("nan")])
+def test_a_name_that_no_other_process_would_know_is_refused_and_takes_no_place(
+    cluster: RayCluster, name: object
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="env_id must equal its copy"):
+        cluster.search(name, plan)
+    assert cluster.environments() == {}
+
+
 def test_after_a_load_every_actor_has_the_version_also_one_that_is_made_again(
     cluster: RayCluster, tmp_path: Path
 ) -> None:
@@ -253,7 +280,17 @@ import ray
 from concurrent_kv.ray import RayCluster
 from tests.cluster_support import plan
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-found = RayCluster.connect({NAME!r}).search(2, plan)
+from concurrent_kv.cluster import HostLostError
+handle = RayCluster.connect({NAME!r})
+found = handle.search(2, plan)
+ray.shutdown()
+try:
+    handle.search(2, plan)
+except HostLostError as error:
+    assert "was shut down" in str(error)
+else:
+    raise AssertionError
+assert not ray.is_initialized()
 print(found.pid, *found.values)
 """
 

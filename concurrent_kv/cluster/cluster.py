@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from .._checks import check_seconds, hash_of, positive_int
 from ..errors import InvalidTypeError, ReentrantCallError, shown
 from ..pool.handle import Handle
-from .errors import HostLostError, NoAnswerError, NotHereError
+from .errors import HostLostError, NoAnswerError, NotHereError, PlannersOwnError
 from .requests import ClusterStats, Planner, Request
 from .router import Route
 
@@ -48,6 +48,9 @@ class Cluster(Handle):
     async def _ask_router(self, method: str, *args: Any, seconds: float) -> Any:
         """What the router's method returns or raises. Its work goes on where the caller has stopped waiting."""
 
+    def _check_name(self, env_id: Hashable) -> None:
+        """Raises `InvalidArgumentError` where other processes could not find an environment by this name."""
+
     # Searches --------------------------------------------------------------------------------------------------------
 
     def submit(
@@ -65,12 +68,14 @@ class Cluster(Handle):
             planner: a whole search; see `SearchContext` for what it has. In a cluster of processes it has to be
                 picklable, and so have its arguments, its result and its errors.
             timeout: seconds until the answer.
-            retries: where the host is lost: 0 for a planner that must not run twice.
+            retries: where the host is lost: 0 for a planner that must not run twice, even where new weights ended it;
+                its caller hears `SearchEndedError` then.
 
         The future's errors: what the planner raises; `QueueFullError`, `NoHostError`, `ClosedError`; `HostLostError`:
             the host was lost once more than `retries`; `NoAnswerError`, a `WaitTimeoutError`: no answer came in time.
         """
         hash_of(env_id, "env_id")
+        self._check_name(env_id)
         if not callable(planner):
             raise InvalidTypeError(f"planner must be callable, got {shown(planner)}")
         seconds = self.timeout if timeout is None else check_seconds("timeout", timeout)
@@ -117,7 +122,11 @@ class Cluster(Handle):
             if route is None:
                 route = self._routes[env_id] = await self._ask_router("route", env_id, seconds=left())
             try:
-                return await route.link.ask("submit", Request(env_id, planner, args, left()), seconds=left())
+                return await route.link.ask(
+                    "submit", Request(env_id, planner, args, left(), not retries), seconds=left()
+                )
+            except PlannersOwnError as own:
+                raise own.error from own.error.__cause__ if own.__cause__ is own.error else own.__cause__
             except NotHereError:
                 strayed += 1
                 self._forget(env_id, route)
@@ -183,6 +192,7 @@ class Cluster(Handle):
         """
         seconds = self._seconds(timeout)
         self._call("forget", env_id, seconds, waits=seconds + self.start_timeout)
+        self._routes.pop(env_id, None)
 
     def add_host(self) -> str:
         """The name of one host more, for environments that are new or moved to it. May block."""

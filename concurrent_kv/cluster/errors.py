@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from ..errors import KVCacheError, WaitTimeoutError
 
-__all__ = ["HostLostError", "NoAnswerError", "NoHostError", "NotHereError", "PlannerError", "QueueFullError"]
+__all__ = [
+    "HostLostError",
+    "NoAnswerError",
+    "NoHostError",
+    "NotHereError",
+    "PlannerError",
+    "PlannersOwnError",
+    "QueueFullError",
+]
 
 
 class HostLostError(KVCacheError, RuntimeError):
@@ -45,6 +53,15 @@ class NoAnswerError(WaitTimeoutError):
 
 class NotHereError(KVCacheError, LookupError):
     """A host was asked for an environment that it does not have (any more); the cluster's handles look again then."""
+
+
+class PlannersOwnError(Exception):
+    """Around a planner's error on its way to the handle, where the host could have raised one of that type itself."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+        self.__cause__ = error  # whose traceback is told in other processes
 
 
 class PlannerError(KVCacheError, RuntimeError):

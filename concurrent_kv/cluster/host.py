@@ -7,14 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any
 
 from .._checks import positive_int
 from ..errors import ClosedError, InvalidTypeError, KVCacheError, WaitTimeoutError, shown
 from ..pool.handle import Handle
-from .errors import HostLostError, NoHostError, NotHereError, PlannerError, QueueFullError
+from .errors import HostLostError, NoHostError, NotHereError, PlannerError, PlannersOwnError, QueueFullError
 from .requests import HostParts, HostStats, Request, Roots, SearchContext, Setup
 
 __all__ = ["Host", "answer_of"]
@@ -204,16 +204,23 @@ class Host(Handle):
         error: Exception | None = None
         try:
             result = request.planner(context, *request.args)
-        except Exception as raised:
-            error = raised
-        except BaseException as raised:  # SystemExit of a planner would end this thread, and be heard by nobody
-            error = PlannerError(f"the planner raised {type(raised).__name__}: {raised}", kind=type(raised).__name__)
+        except BaseException as raised:
+            # SystemExit would end this thread, and be heard by nobody; no task can raise the other two.
+            if isinstance(raised, Exception) and not isinstance(raised, (StopIteration, CancelledError)):
+                error = raised
+            else:
+                error = PlannerError(
+                    f"the planner raised {type(raised).__name__}: {raised}", kind=type(raised).__name__
+                )
+            if isinstance(error, (HostLostError, NotHereError)):  # of another cluster, say: not of this host
+                error = PlannersOwnError(error)
         with self._changed:
             if self._lost is not None and isinstance(error, ClosedError):
                 error = self._lost_error()
             del self._running[request.env_id]
             # The weights changed under it: its search was ended, or a root that it had just stored was a miss.
-            again = isinstance(error, KVCacheError) and pending.loads != self._loads and self._lost is None
+            is_outdated = isinstance(error, KVCacheError) and pending.loads != self._loads
+            again = is_outdated and not request.once and self._lost is None
             if again:
                 self._counts["reruns"] += 1
                 self._waiting.setdefault(request.env_id, deque()).appendleft(pending)
@@ -269,6 +276,8 @@ class Host(Handle):
             if env_id not in self._local or env_id in self._leaving:
                 raise self._not_here(env_id)
             self._leaving.add(env_id)
+            with suppress(ValueError):  # a thread would begin its next search while its entries are taken
+                self._turns.remove(env_id)
             local_id, version = self._local[env_id], self._version
         try:
             self._wait(lambda: env_id not in self._running, until, f"the search of {env_id!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import weakref
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -44,6 +46,8 @@ class LocalCluster(Cluster):
             _Launcher(setup, positive_int("threads", threads), positive_int("max_waiting", max_waiting)),
             start_seconds=self.start_timeout,
         )
+        # Threads of hosts keep those alive, not the cluster.
+        weakref.finalize(self, _end, self._router).atexit = False
         try:
             self._call("add_hosts", hosts, waits=self.timeout + self.start_timeout)
         except BaseException:
@@ -59,6 +63,10 @@ class LocalCluster(Cluster):
     def close(self) -> None:
         """End every host; searches that run are ended. May block."""
         waited_for(started(self._router.close()))
+
+
+def _end(router: Router) -> None:
+    started(router.close())
 
 
 class _Launcher:
@@ -93,7 +101,7 @@ class _Launcher:
         await asyncio.to_thread(link.host.close)
 
     def hold(self, weights: Any) -> Any:
-        return weights
+        return copy.deepcopy(weights)  # a state dict is the tensors that its model goes on training
 
 
 class _Link:

@@ -87,6 +87,7 @@ class Request(NamedTuple):
     planner: Planner
     args: tuple[Any, ...]
     seconds: float  # that the caller waits, from the moment that the host has it: clocks of machines differ
+    once: bool = False  # its planner must not run twice, not even where new weights ended it
 
 
 @dataclass(frozen=True)

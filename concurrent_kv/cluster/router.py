@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Hashable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -76,6 +76,14 @@ class _Member:
         return 0 if self.is_draining else self.places - len(self.env_ids)
 
 
+@dataclass(eq=False)
+class _EnvLock:
+    """Kept as long as a task has it or waits for it: with a second lock two of them would move one environment."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
 class Router:
     """All of its methods are run by one event loop, which is what makes a change of the routes one step.
 
@@ -89,7 +97,7 @@ class Router:
         self._start_seconds = start_seconds
         self._members: dict[str, _Member] = {}
         self._routes: dict[Hashable, _Member] = {}
-        self._env_locks: dict[Hashable, asyncio.Lock] = {}  # held while an environment comes or moves
+        self._env_locks: dict[Hashable, _EnvLock] = {}  # held while an environment comes, moves or goes
         self._changes = asyncio.Lock()  # loads of weights, moves, hosts that come and go: one after the other
         self._version = 0
         self._weights: Any = None
@@ -105,7 +113,7 @@ class Router:
             NoHostError: every host is full, or none takes new ones.
         """
         self._check_open()
-        async with self._env_locks.setdefault(env_id, asyncio.Lock()):
+        async with self._alone_with(env_id):
             member = self._routes.get(env_id)
             if member is None:
                 member = self._emptiest()
@@ -117,6 +125,18 @@ class Router:
                     del self._routes[env_id], member.env_ids[env_id]
                     raise
         return Route(member.name, member.incarnation, member.link)
+
+    @asynccontextmanager
+    async def _alone_with(self, env_id: Hashable) -> AsyncIterator[None]:
+        entry = self._env_locks.setdefault(env_id, _EnvLock())
+        entry.users += 1
+        try:
+            async with entry.lock:
+                yield
+        finally:
+            entry.users -= 1
+            if not entry.users:
+                del self._env_locks[env_id]
 
     def _emptiest(self, *, but: _Member | None = None) -> _Member:
         having = [each for each in self._members.values() if each is not but and each.room > 0]
@@ -142,7 +162,7 @@ class Router:
             WaitTimeoutError: a search of it did not end within `timeout`; it stays.
         """
         self._check_open()
-        async with self._changes, self._env_locks.setdefault(env_id, asyncio.Lock()):
+        async with self._changes, self._alone_with(env_id):
             member = self._routes.get(env_id)
             if member is not None:
                 incarnation, lost = member.incarnation, False
@@ -153,7 +173,6 @@ class Router:
                 del self._routes[env_id], member.env_ids[env_id]
                 if lost:  # it has it no more when it is made again
                     await self._make_again(member, incarnation)
-        self._env_locks.pop(env_id, None)
 
     async def move(self, env_id: Hashable, host: str, timeout: float) -> None:
         """Have another host keep an environment, with its entries. Waits for its search to end.
@@ -168,7 +187,7 @@ class Router:
             await self._move(env_id, target, timeout)
 
     async def _move(self, env_id: Hashable, target: _Member, timeout: float) -> None:
-        async with self._env_locks.setdefault(env_id, asyncio.Lock()):
+        async with self._alone_with(env_id):
             source = self._routes.get(env_id)
             if source is target:
                 return
@@ -210,7 +229,13 @@ class Router:
 
         async with self._changes:  # no weights are loaded meanwhile
             made = await asyncio.gather(*map(new, names), return_exceptions=True)
-            self._members.update({each.name: each for each in made if isinstance(each, _Member)})
+            for each in made:
+                if isinstance(each, _Member):
+                    if self._closed:  # meanwhile: nobody else would end it
+                        await self._launcher.end(each.link)
+                    else:
+                        self._members[each.name] = each
+            self._check_open()
         for each in made:
             if isinstance(each, BaseException):
                 raise each
@@ -376,10 +401,11 @@ class Router:
         """End every host."""
         if not self._closed:
             self._closed = True
-            for member in self._members.values():
-                await self._launcher.end(member.link)
+            members = tuple(self._members.values())
             self._members.clear()
             self._routes.clear()
+            for member in members:
+                await self._launcher.end(member.link)
 
     def _member(self, host: str) -> _Member:
         member = self._members.get(host)

@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RaySystemError, RayTaskError
 
 from ..cluster.answers import Answer, Pickler
 from ..cluster.cluster import in_time
-from ..cluster.errors import HostLostError, NoAnswerError
+from ..cluster.errors import HostLostError, NoAnswerError, PlannerError
 from ..cluster.host import Host, answer_of
 from ..cluster.requests import Setup
 from ..cluster.router import Link, Router
@@ -87,6 +87,8 @@ class ActorLink:
         Raises:
             HostLostError: the actor is gone, or cannot be reached. NoAnswerError: no answer came in time.
         """
+        if not ray.is_initialized():  # Ray would start anew, for an actor that it does not know
+            raise HostLostError(f"{self.name} is out of reach: Ray was shut down in this process", host=self.name)
         try:
             ref = self.actor.ask.remote(method, *args)
             answer: Answer = await in_time(asyncio.wrap_future(ref.future()), seconds, self.name)
@@ -101,6 +103,15 @@ class ActorLink:
             # Not of the method, whose errors are answers: an argument or a result that could not be pickled.
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, Exception) else error) from None
+        except RaySystemError as error:
+            cause = getattr(error, "client_exc", None)
+            if not isinstance(cause, Exception):
+                raise HostLostError(f"{self.name} could not be asked: {_first_line(error)}", host=self.name) from None
+            # It was answered: asked again, a planner would run again, to no other end.
+            kind = type(cause).__name__
+            raise PlannerError(
+                f"what {self.name} answered cannot be unpickled here: {kind}: {cause}", kind=kind
+            ) from cause
         except RayError as error:  # what it was asked with, or what it answered, is lost with a machine
             raise HostLostError(f"{self.name} could not be asked: {_first_line(error)}", host=self.name) from None
         return answer.result(PICKLER)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .._checks import positive_int
 from ..cluster.cluster import Cluster
-from ..cluster.errors import HostLostError
+from ..cluster.errors import HostLostError, NoAnswerError
 from ..cluster.requests import Setup
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 from .actors import ActorLink, RouterActor
 
 __all__ = ["RayCluster"]
@@ -91,11 +92,22 @@ class RayCluster(Cluster):
     async def _ask_router(self, method: str, *args: Any, seconds: float) -> Any:
         return await self._router.ask(method, *args, seconds=seconds)
 
+    def _check_name(self, env_id: Hashable) -> None:
+        if env_id in self._routes:
+            return
+        copied = cloudpickle.loads(cloudpickle.dumps(env_id))
+        if hash(copied) != hash(env_id) or copied != env_id:
+            raise InvalidArgumentError(
+                f"env_id must equal its copy in another process, by which it is found there, got {shown(env_id)}: "
+                "a number, a string, a tuple of such, or a frozen dataclass would do"
+            )
+
     def close(self) -> None:
         """End every host, whoever else uses the cluster; their calls hear `HostLostError` of the router. May block."""
-        with suppress(HostLostError):
+        with suppress(HostLostError, NoAnswerError):  # hosts end with the router, too
             self._call("close", waits=self.timeout)
         with suppress(Exception):
+            _check_initialized()
             ray.kill(self._router.actor)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
