@@ -163,10 +163,11 @@ def adopt(
 def disown(state: SearchState, new: list[Entry], deadline: Deadline) -> None:
     """Undo `adopt`, where no other thread has found these roots meanwhile. (Otherwise the search has them.)"""
     below = {entry for entry in new if entry.scope.above is not None}
+    in_storage = [entry for entry in new if entry not in below]
     with gate.lock, state.locks.write(state.scope.shards, deadline):
         parted = state.disown_below(below)
         with gate.lock, state.ledger.mutex:
-            dead = state.disown([entry for entry in new if entry not in below])
+            dead = state.disown(in_storage)
             waiters = state.ledger.take_waiters()
     wake(waiters)
     del dead, parted

@@ -307,8 +307,8 @@ class Search(Handle):
             roots, leaving, missing = state.parted_from_roots(going, found)
             missing = state.not_below(missing)
             if not missing:
-                owned = {key for key, entry in zip(going, found, strict=True) if entry is not None}
-                parted = state.part_below(lambda key: key in going and key not in owned)
+                roots_alone = going - state.owned(going, found)
+                parted = state.part_below(roots_alone.__contains__)
                 waiters = take_out(state, state.own, found, dead)
                 if leaving:
                     with gate.lock, ledger.mutex:

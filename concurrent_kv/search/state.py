@@ -132,6 +132,11 @@ class SearchState(Domain):
         """Slots that several of its entries and roots name. Takes no lock."""
         return self.ledger.tables.shared
 
+    @staticmethod
+    def owned(keys: Iterable[Hashable], found: Iterable[Entry | None]) -> set[Hashable]:
+        """Those of some keys of which something was found."""
+        return {key for key, entry in zip(keys, found, strict=True) if entry is not None}
+
     def own_beside(self, found: Iterable[Entry | None]) -> list[Entry]:
         """The search's own entries but those `found`. The scope's shard held."""
         kept = {id(entry) for entry in found if entry is not None}
