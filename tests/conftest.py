@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Protocol
 
 import pytest
-from hypothesis import settings
 
 from concurrent_kv import KVCacheManager, KVLayout, KVPool
 from tests import no_wheels  # noqa: F401  (before what imports them)
 from tests.support import HANG_SECONDS, LAYOUT, LOOPS, config, loops_of
 
-settings.register_profile("no deadline", deadline=None)  # a busy machine takes longer for an example
-settings.load_profile("no deadline")
+with suppress(ModuleNotFoundError):  # not every environment has it
+    from hypothesis import settings as of_hypothesis
+
+    of_hypothesis.register_profile("no deadline", deadline=None)  # a busy machine takes longer for an example
+    of_hypothesis.load_profile("no deadline")
 
 
 class MakePool(Protocol):
