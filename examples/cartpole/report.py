@@ -122,7 +122,7 @@ def cluster_table(report: ClusterReport) -> Table:
     verifying = ", verifying" if report.settings.verify else ""
     table.add_row("simulations a second", f"{tally.simulations_per_second:,.0f}{verifying}")
     if total.evaluator is not None:
-        _add_calls(table, total.evaluator, tally)
+        _add_calls(table, total.evaluator, tally, len(report.stats.hosts))
     table.add_row("hit rate", f"{total.cache.hit_rate:.4f} of {total.cache.request_count:,} rows asked for")
     table.add_row("evictions during a search", f"{report.evictions_during_search:,}")
     if report.restored_roots:
@@ -163,9 +163,9 @@ def time_split(calls: EvaluatorStats) -> dict[str, float]:
     }
 
 
-def _add_calls(table: Table, calls: EvaluatorStats, tally: Tally) -> None:
+def _add_calls(table: Table, calls: EvaluatorStats, tally: Tally, hosts: int = 1) -> None:
     table.add_row("rows a call", f"{calls.rows_per_call:.1f} in {calls.calls:,} calls of the model")
-    parts = {part: 100 * seconds / tally.seconds for part, seconds in time_split(calls).items()}
+    parts = {part: 100 * seconds / tally.seconds / hosts for part, seconds in time_split(calls).items()}
     table.add_row("share of the time", ", ".join(f"{part} {share:.0f}%" for part, share in parts.items()))
 
 
