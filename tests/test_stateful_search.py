@@ -373,6 +373,13 @@ class SearchMachine(RuleBasedStateMachine):
     @rule(number=which, staying=st.lists(keys, max_size=4))
     def keep(self, number: int, staying: list[int]) -> None:
         opened = self.one_open(number)
+        known = {*opened.own, *(key for _, key in opened.roots)}
+        if not known.issuperset(staying):
+            held = opened.search.held
+            with pytest.raises(KeyNotFoundError):
+                opened.search.keep(staying)
+            assert opened.search.held == held
+            return
         released = [key for key in opened.own if key not in staying]
         assert opened.search.keep(staying) == len(released)
         for key in released:

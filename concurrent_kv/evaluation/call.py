@@ -179,10 +179,11 @@ class ModelCall:
 
     def _too_long(self, row: Row, length: int) -> WindowOverflowError:
         window = self.storage.layout.max_tokens
+        where = "the search, manager.search(overflow=...)," if isinstance(row.leaf.store, Search) else "the evaluator"
         return WindowOverflowError(
             f"the parent {shown(row.leaf.parent)} of this leaf has {length} of the window's {window} tokens, and the "
-            f"evaluator wants room for {window - self._longest} more; commit with an overflow policy of "
-            f"limit={self._longest} or less"
+            f"evaluator wants room for {window - self._longest} more; give {where} an overflow policy of "
+            f"limit={self._longest + 1} or less"
         )
 
     @contextmanager
