@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from concurrent_kv import (
     DropLazily,
     DropOldest,
+    InvalidArgumentError,
     KeysValues,
     KVCacheManager,
+    KVLayout,
     PositionSteps,
     PositionTable,
     RaiseOnOverflow,
@@ -366,3 +368,11 @@ def test_any_sequence_of_steps_reads_as_trimmed_step_by_step(kind: str, data: st
             new = min(data.draw(st.integers(1, most), label="new"), WINDOW - longest)
             model.step(parents, [(step, row) for row in range(rows)], new, fills)
         model.check()
+
+
+def test_a_limit_that_leaves_no_room_for_a_step_is_said_before_the_tables_size() -> None:
+    layout = KVLayout(num_layers=1, num_heads=1, head_dim=2, max_tokens=16)
+    table = PositionSteps(layout, 2, torch.zeros(1, 2, 1, 14, 2))
+    with pytest.raises(InvalidArgumentError, match=r"overflow\.limit must be at most 15 in a window of 16"):
+        DropLazily(limit=16, count=2, table=table, step=2)
+    DropLazily(limit=15, count=2, table=table, step=2)

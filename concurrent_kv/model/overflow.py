@@ -233,6 +233,7 @@ class DropLazily(_Policy):
             raise InvalidTypeError(f"table must be PositionSteps or a PositionTable, got {type(table).__name__}")
         if isinstance(table, PositionSteps) and table.count != self.count:
             raise InvalidArgumentError(f"count must be the table's, {table.count}, got {self.count}")
+        _check_limit(self.limit, self.step, table.layout.max_tokens)  # first: a longer table would be no way out
         kept = _most_kept(self.limit, self.count, self.step)
         if isinstance(table, PositionSteps) and self.step is not None and table.covered < kept:
             raise InvalidArgumentError(f"table must cover the {kept} tokens that stay, got {table.covered}")
@@ -271,12 +272,16 @@ def check_overflow(overflow: Overflow | None, layout: KVLayout) -> None:
         raise InvalidArgumentError(
             f"overflow.limit must be at most the window of {layout.max_tokens}, got {overflow.limit}"
         )
-    step = overflow.most_appended()
-    if step is not None and overflow.limit - 1 + step > layout.max_tokens:
-        raise InvalidArgumentError(
-            f"overflow.limit must be at most {layout.max_tokens + 1 - step} in a window of {layout.max_tokens} with "
-            f"overflow.step={step}: rows of limit - 1 tokens get {step} more, got {overflow.limit}"
-        )
+    _check_limit(overflow.limit, overflow.most_appended(), layout.max_tokens)
     made_for = overflow.made_for()
     if made_for is not None and made_for != layout:
         raise InvalidArgumentError(f"overflow was made for {made_for}, and the pool has {layout}")
+
+
+def _check_limit(limit: int, step: int | None, window: int) -> None:
+    """Raise unless rows below the limit have room for a step, where that was stated."""
+    if step is not None and limit - 1 + step > window:
+        raise InvalidArgumentError(
+            f"overflow.limit must be at most {window + 1 - step} in a window of {window} with "
+            f"overflow.step={step}: rows of limit - 1 tokens get {step} more, got {limit}"
+        )
