@@ -8,7 +8,7 @@ from concurrent_kv import HostTier, KVCacheManager
 from tests.failing_calls import OneFailure, Operation, check_whole, prepare, tokens
 from tests.support import LAYOUT, WINDOW, append, config, stacked
 
-SAMPLE = 60  # places of each operation
+SAMPLE = 20  # places of each operation
 
 
 def make_manager() -> KVCacheManager:
