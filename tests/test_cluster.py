@@ -494,6 +494,37 @@ def test_roots_of_other_weights_are_left_behind() -> None:
         assert (found.root_was_there, found.values) == (False, expected(0, 5))
 
 
+@pytest.mark.parametrize("way", ["its turn", "room for another", "release"])
+def test_who_hears_that_a_search_never_began_finds_the_host_unlocked(way: str, tmp_path: Path) -> None:
+    heard = concurrent.futures.Future[bool]()
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    with Host("host", setup(), threads=1, max_waiting=1, env_ids=(0, 1)) as host, ThreadPoolExecutor(1) as other:
+
+        def callback(late: concurrent.futures.Future[Any]) -> None:
+            assert isinstance(late.exception(), NotHereError if way == "release" else WaitTimeoutError)
+            try:
+                heard.set_result(other.submit(host.stats).result(HANG_SECONDS).environments > 0)
+            except BaseException as error:
+                heard.set_exception(error)
+
+        running = [host.submit(Request(0, waiting, (begun, go_on), HANG_SECONDS))]
+        until_there(begun)
+        asked = host.submit(Request(1, plan, (), HANG_SECONDS if way == "release" else 0.0))
+        asked.add_done_callback(callback)
+        if way == "its turn":
+            go_on.touch()
+        elif way == "release":
+            host.release(1, HANG_SECONDS)
+        else:
+            running.append(host.submit(Request(1, plan, (), HANG_SECONDS)))
+        assert heard.result(2 * HANG_SECONDS)
+        go_on.touch()
+        for each in running:
+            each.result(HANG_SECONDS)
+        assert (host.stats().expired, host.stats().waiting) == (int(way != "release"), 0)
+        host.check_integrity()
+
+
 def test_a_drained_host_has_no_environments_and_gets_none(make: Callable[..., LocalCluster]) -> None:
     cluster = make(hosts=2)
     for env in range(4):

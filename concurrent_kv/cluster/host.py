@@ -102,25 +102,30 @@ class Host(Handle):
             NotHereError: the environment is not, or no longer, this host's.
             QueueFullError: too many wait. HostLostError: the host serves no more. ClosedError.
         """
-        with self._changed:
-            self._check_serves()
-            env_id = request.env_id
-            if env_id not in self._local:
-                raise self._not_here(env_id)
-            if self._is_full_for(env_id):
-                self._drop_unwanted()
-            if self._is_full_for(env_id):
-                self._counts["refused"] += 1
-                raise QueueFullError(
-                    f"{self._max_waiting} requests wait at {self.name} already, which is max_waiting: ask again later, "
-                    "or have more hosts",
-                    host=self.name,
-                    limit=self._max_waiting,
-                )
-            pending = _Pending(request)
-            self._waiting.setdefault(env_id, deque()).append(pending)
-            self._note_turn(env_id)
-            self._changed.notify_all()
+        expired: list[_Pending] = []
+        try:
+            with self._changed:
+                self._check_serves()
+                env_id = request.env_id
+                if env_id not in self._local:
+                    raise self._not_here(env_id)
+                if self._is_full_for(env_id):
+                    expired = self._drop_unwanted()
+                if self._is_full_for(env_id):
+                    self._counts["refused"] += 1
+                    raise QueueFullError(
+                        f"{self._max_waiting} requests wait at {self.name} already, which is max_waiting: ask again "
+                        "later, or have more hosts",
+                        host=self.name,
+                        limit=self._max_waiting,
+                    )
+                pending = _Pending(request)
+                self._waiting.setdefault(env_id, deque()).append(pending)
+                self._note_turn(env_id)
+                self._changed.notify_all()
+        finally:
+            for each in expired:
+                self._expire(each)
         return pending.future
 
     def _number_waiting(self) -> int:
@@ -135,20 +140,23 @@ class Host(Handle):
         if self._waiting.get(env_id) and not is_busy and env_id not in self._turns:
             self._turns.append(env_id)
 
-    def _drop_unwanted(self) -> None:
-        """Make room: let go of requests that no caller waits for any more."""
+    def _drop_unwanted(self) -> list[_Pending]:
+        """Make room: take out requests that no caller waits for any more. They are the caller's, to `_expire`."""
         now = time.monotonic()
+        unwanted: list[_Pending] = []
         for env_id, queue in self._waiting.items():
             kept = deque[_Pending]()
             for pending in queue:
                 if pending.until <= now or pending.future.cancelled():
-                    self._expire(pending)
+                    unwanted.append(pending)
                 else:
                     kept.append(pending)
             self._waiting[env_id] = kept
+        self._counts["expired"] += len(unwanted)
+        return unwanted
 
     def _expire(self, pending: _Pending) -> None:
-        self._counts["expired"] += 1
+        """Say so to its caller, whose callbacks this thread runs: no lock held."""
         if pending.is_wanted():
             pending.future.set_exception(
                 WaitTimeoutError(
@@ -176,6 +184,15 @@ class Host(Handle):
 
     def _take(self) -> _Pending | None:
         """The next request, which runs then; None when there will be no more."""
+        while (found := self._next()) is not None:
+            pending, is_running = found
+            if is_running:
+                return pending
+            self._expire(pending)
+        return None
+
+    def _next(self) -> tuple[_Pending, bool] | None:
+        """The next request, and whether it runs from now on or is too old. None when there will be no more."""
         with self._changed:
             while self._lost is None:
                 if self._paused or not self._turns:
@@ -187,11 +204,13 @@ class Host(Handle):
                     continue
                 pending = queue.popleft()
                 if pending.until <= time.monotonic():
-                    self._expire(pending)
-                elif pending.is_wanted():
+                    self._counts["expired"] += 1
+                    self._note_turn(env_id)
+                    return pending, False
+                if pending.is_wanted():
                     pending.loads = self._loads
                     self._running[env_id] = pending
-                    return pending
+                    return pending, True
                 self._note_turn(env_id)
             return None
 
@@ -289,9 +308,7 @@ class Host(Handle):
                     entries.append((key, kv, pool.side(key)))
             pool.clear()
             with self._changed:
-                for pending in self._waiting.pop(env_id, ()):
-                    if pending.is_wanted():
-                        pending.future.set_exception(self._not_here(env_id))
+                left = self._waiting.pop(env_id, ())
                 del self._local[env_id]
                 self._free.append(local_id)
         finally:
@@ -299,6 +316,9 @@ class Host(Handle):
                 self._leaving.discard(env_id)
                 self._note_turn(env_id)
                 self._changed.notify_all()
+        for pending in left:  # no lock held: this thread runs their callers' callbacks
+            if pending.is_wanted():
+                pending.future.set_exception(self._not_here(env_id))
         return Roots(version, tuple(entries))
 
     def discard(self, env_id: Hashable, timeout: float) -> None:
