@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from concurrent_kv import DropAndCorrect, DropLazily, KeysValues, KVPool, PositionSteps, PositionTable
 from concurrent_kv.books.records import Hold
@@ -218,6 +221,15 @@ def checked_on_another(world: GpuWorld) -> None:
     with world.on(1):
         pool.check_integrity()
     pool.close()
+
+
+def saved(world: GpuWorld, key: int, number: int, *, on: int) -> None:
+    """The only entry is in the file with the tokens that it has, whatever is still to run."""
+    with tempfile.TemporaryDirectory() as folder, world.on(on):
+        file = Path(folder, "snapshot")
+        world.pool.save(file)
+        seen = load_file(file)["slots"][:, 0, 0, 0].tolist()
+    must(seen == list(map(float, value(number, WHOLE))), f"{key} was saved as {seen}")
 
 
 # Streams that others made --------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ LEFT_OUT = [
     left_out("storage.py", "close", "synchronize", "closed while it works"),
     left_out("storage.py", "close", "everything", "closed while it works"),
     left_out("storage.py", "zero_slot_is_zero", "order_after", "checked on another than the pool's"),
+    left_out("saving.py", "_chunks", "order_after", "put, saved on another"),
     left_out("checking.py", "repair", "everything", "cut off and repaired"),
     left_out("streams.py", "everything", "stamp", "cut off and repaired"),
     left_out("streams.py", "protect", "protect", "gather, gather again and drop"),

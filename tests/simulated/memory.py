@@ -33,6 +33,10 @@ class SimTensor(torch.Tensor):
     home: torch.device
     device = property(lambda self: self.home)
 
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        """In ordinary memory of the host: torch's own takes this memory, which is the host's, to be there already."""
+        return torch.empty(self.shape, dtype=self.dtype).copy_(self)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -252,6 +252,7 @@ GPU_PROGRAMS = [
     gpu_program(
         "cut off and repaired", acts.cut_off_and_repaired, before=stored(A, tokens=WHOLE), evicting=True, **TINY
     ),
+    gpu_program("put, saved on another", several(put_often(A, 20, 1, on=1), lambda w: acts.saved(w, A, 20, on=2))),
     gpu_program("checked on another than the pool's", acts.checked_on_another),
     gpu_program("handle of a stream used again", acts.recycled, before=acts.two_of_one_handle),
     gpu_program(

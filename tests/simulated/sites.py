@@ -64,7 +64,6 @@ OF_OTHERS = {
     ("queue.py", "join"),
     ("prometheus.py", "join"),
     ("writing.py", "join"),  # of paths, in snapshots
-    ("saving.py", "order_after"),  # before bytes come to the host, which no simulated tensor does
     ("cache.py", "use_here"),  # for models of transformers, which are not here
 }  # other things of the same names, and what no program can do
 
