@@ -21,7 +21,7 @@ from ..model.kv import KeysValues, check_fits
 from ..model.overflow import Overflow
 from .batch import Batch
 from .plan import WritePlan, plan_commit, plan_put
-from .reading import fill_rows, gather_entries
+from .reading import fill_rows, gather_entries, in_pools
 from .storage import Domain, KVStorage, PoolState
 from .writing import generation_for, write
 
@@ -58,7 +58,7 @@ def open_batch(
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    gathered = entries if not sunken else [None if entry is None or entry.scope.above else entry for entry in entries]
+    gathered = in_pools(entries) if sunken else entries
     read = gather_entries(domain, gathered, data, longest, ready, described, whole=own)
     if sunken:
         read = fill_rows(storage, sunken, data, longest, read)

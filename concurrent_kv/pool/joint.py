@@ -16,7 +16,7 @@ from ..errors import ClosedError, InvalidArgumentError
 from ..locks.gate import gate
 from .batch import Batch
 from .padded_rows import PaddedRows
-from .reading import fill_rows, gather_together
+from .reading import fill_rows, gather_together, in_pools
 from .storage import Domain, KVStorage
 
 __all__ = ["JointBatch", "Part", "open_part", "open_together"]
@@ -48,9 +48,7 @@ class Part(Batch):
     @property
     def gathered_entries(self) -> list[Entry | None]:
         """Its entries but those in the tier."""
-        if not self.sunken:
-            return list(self.entries)
-        return [None if entry is None or entry.scope.above is not None else entry for entry in self.entries]
+        return in_pools(self.entries) if self.sunken else list(self.entries)
 
     @property
     def described(self) -> Described:

@@ -24,7 +24,7 @@ from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
 from .storage import Domain, KVStorage
 
-__all__ = ["copy_out", "fill_rows", "gather_entries", "gather_together", "retain"]
+__all__ = ["copy_out", "fill_rows", "gather_entries", "gather_together", "in_pools", "retain"]
 
 Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
@@ -179,6 +179,11 @@ def gather_together(
                 with gate.lock, ledger.mutex:
                     ledger.stamp_reads(entries, read)
     return read
+
+
+def in_pools(entries: Sequence[Entry | None]) -> list[Entry | None]:
+    """Entries that are gathered: those in the tier count as misses, and `fill_rows` fills their rows."""
+    return [None if entry is None or entry.scope.above is not None else entry for entry in entries]
 
 
 def fill_rows(

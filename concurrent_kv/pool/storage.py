@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -268,7 +268,7 @@ class Domain:
 
     @property
     def pool(self) -> PoolState:
-        """The pool itself, or that of the search."""
+        """The pool itself, or that of the search; a tier, which is beneath all pools of its storage, has none."""
         raise NotImplementedError
 
     @property
@@ -282,7 +282,7 @@ class Domain:
             raise ClosedError(f"{self.name} is closed")
 
 
-class LowerTier(Domain):
+class LowerTier(Domain, ABC):
     """What the pools of a storage know of the tier beneath them: where entries go that are evicted from the pools."""
 
     @abstractmethod

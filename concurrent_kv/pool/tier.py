@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from .clearing import take_out
 from .room import evict_next, unpublish
-from .storage import Domain, KVStorage, LowerTier, PoolState
+from .storage import Domain, KVStorage, LowerTier
 
 __all__ = ["HostTier", "Tier", "check_tier", "move_up_each", "put_beneath", "release_both", "tier_bytes", "tier_of"]
 
@@ -140,11 +140,6 @@ class Tier(LowerTier):
         self._stored: Ticks = NO_TICKS  # under the tier's mutex
         self._raised: Ticks = NO_TICKS
 
-    @property
-    def pool(self) -> PoolState:
-        """There is none: a tier is beneath all pools of its storage."""
-        raise NotImplementedError
-
     # Scopes --------------------------------------------------------------------------------------------------------
 
     def add_scope(self, scope: Scope) -> None:
@@ -159,6 +154,33 @@ class Tier(LowerTier):
         """See `LowerTier`."""
         with gate.lock, self.ledger.mutex:
             self.account.scopes.pop(scope.number, None)
+
+    # Both ways -----------------------------------------------------------------------------------------------------
+
+    def _copy(
+        self, ledger: Ledger, entry: Entry, way: _Way, copy: Callable[[], tuple[Tensor, ...]], written: Ticks
+    ) -> None:
+        """Copy what a move has to, in the caller's stream: after `written`, and every earlier use of the slots taken.
+
+        `ledger` is that of the entry, which is read.
+        """
+        if not len(way.source):
+            return
+        clock, made = self.storage.clock, way.made
+        if clock.backend is None:
+            copy()
+            return
+        stream = clock.current()
+        clock.order_after(stream, merge(made.ticks, written))
+        temporaries: tuple[Tensor, ...] = ()
+        try:
+            temporaries = copy()
+        finally:
+            done = clock.stamp(stream, temporaries)
+            made.written = merge(made.written, done)
+            made.ticks = merge(made.ticks, done)
+            with gate.lock, ledger.mutex:
+                ledger.stamp_reads([entry], done)
 
     # Down ----------------------------------------------------------------------------------------------------------
 
@@ -217,24 +239,8 @@ class Tier(LowerTier):
                 return False
 
     def _copy_down(self, pool: Domain, victim: Entry, way: _Way) -> None:
-        """In the caller's stream, after the writes of what is read and every earlier use of the slots taken."""
-        if not len(way.source):
-            return
-        storage, clock, made = self.storage, self.storage.clock, way.made
-        if clock.backend is None:
-            self.host.store(storage.tensor, way.source, way.target)
-            return
-        stream = clock.current()
-        clock.order_after(stream, merge(made.ticks, victim.written))
-        temporaries: tuple[Tensor, ...] = ()
-        try:
-            temporaries = self.host.store(storage.tensor, way.source, way.target)
-        finally:
-            written = clock.stamp(stream, temporaries)
-            made.written = merge(made.written, written)
-            made.ticks = merge(made.ticks, written)
-            with gate.lock, pool.ledger.mutex:
-                pool.ledger.stamp_reads([victim], written)
+        store = partial(self.host.store, self.storage.tensor, way.source, way.target)
+        self._copy(pool.ledger, victim, way, store, victim.written)
 
     def _publish_down(self, pool: Domain, victim: Entry, way: _Way, deadline: Deadline) -> None:
         """The move itself, or nothing if the victim is none any more."""
@@ -351,24 +357,8 @@ class Tier(LowerTier):
             return way
 
     def _copy_up(self, entry: Entry, way: _Way) -> None:
-        """As `_copy_down`, the other way."""
-        if not len(way.source):
-            return
-        storage, clock, made = self.storage, self.storage.clock, way.made
-        if clock.backend is None:
-            self.host.restore(way.source, storage.tensor, way.target)
-            return
-        stream = clock.current()
-        clock.order_after(stream, merge(merge(made.ticks, entry.written), storage.zeroed))
-        temporaries: tuple[Tensor, ...] = ()
-        try:
-            temporaries = self.host.restore(way.source, storage.tensor, way.target)
-        finally:
-            written = clock.stamp(stream, temporaries)
-            made.written = merge(made.written, written)
-            made.ticks = merge(made.ticks, written)
-            with gate.lock, self.ledger.mutex:
-                self.ledger.stamp_reads([entry], written)
+        restore = partial(self.host.restore, way.source, self.storage.tensor, way.target)
+        self._copy(self.ledger, entry, way, restore, merge(entry.written, self.storage.zeroed))
 
     def _publish_up(self, pool: Domain, entry: Entry, way: _Way, hold: Hold, deadline: Deadline, pins: int) -> bool:
         """The move itself; False, with nothing changed, if the tier's entry is not the one of its key any more."""

@@ -406,10 +406,10 @@ FORGOTTEN = [
 
 OF_TIERS = [
     left_out("reading.py", "fill_rows", "stamp", "tier: gathered from below, waited for by the host"),
-    left_out("tier.py", "_copy_down", "order_after", "tier: down after the write"),
-    left_out("tier.py", "_copy_down", "stamp", "tier: read after the move down"),
-    left_out("tier.py", "_copy_up", "order_after", "tier: put, popped, up into its slots"),
-    left_out("tier.py", "_copy_up", "stamp", "tier: up, its room below reused"),
+    left_out("tier.py", "_copy", "order_after", "tier: down after the write"),
+    left_out("tier.py", "_copy", "stamp", "tier: read after the move down"),
+    left_out("tier.py", "_copy", "order_after", "tier: put, popped, up into its slots"),
+    left_out("tier.py", "_copy", "stamp", "tier: up, its room below reused"),
     left_out("tier.py", "read", "order_after", "tier: read after the move down"),
     left_out("tier.py", "read", "stamp", "tier: read below, popped, its room reused"),
 ]
