@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,11 @@ from concurrent_kv.cluster import Cluster, ClusterStats, HostParts, SearchContex
 from concurrent_kv.cluster.requests import Planner
 from examples.cartpole.checkpoint import Checkpoint
 from examples.cartpole.episode import Episode
-from examples.cartpole.job import JobSettings
+from examples.cartpole.job import JobSettings, failures_of
 from examples.cartpole.model import WorldModel, load_model
 from examples.cartpole.play import PlaySettings, Tally, play_episodes
 from examples.cartpole.search import TreeSearch, evaluate, new_evaluator, new_manager
 from examples.cartpole.verify import Verification, Verifier
-
-PORTS = 64  # that hosts of one machine may try for their numbers
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
 
@@ -37,7 +35,7 @@ class Searching:
     simulations: int
     verifier: Verifier | None
     url: str | None = None  # of its numbers
-    serving: Any = None
+    until_the_end: ExitStack = field(default_factory=ExitStack)  # of the host's process: its numbers are served
     episodes: dict[int, Episode] = field(default_factory=dict)  # the newest of each environment, by its local id
 
     def episode_at(self, local_id: int, moment: Moment) -> Episode:
@@ -87,7 +85,9 @@ def _new_parts(settings: JobSettings, metrics: int | None) -> HostParts:
     )
     parts = HostParts(manager, evaluator, Searching(model, play.simulations, verifier), load=model.load_state_dict)
     if metrics is not None:
-        parts.model.url = serve_metrics(parts, metrics)
+        from examples.cartpole.serving import serving_host  # needs the client, and playing without it does not
+
+        parts.model.url = parts.model.until_the_end.enter_context(serving_host(parts, metrics))
     return parts
 
 
@@ -146,21 +146,6 @@ async def play_share(
     return tally, 0 if keeper is None else keeper.restored_roots
 
 
-def serve_metrics(parts: HostParts, first_port: int) -> str:
-    """Serve a host's numbers to Prometheus from its process on, on the first port from there on that is free."""
-    from concurrent_kv.metrics import KVMetrics
-    from concurrent_kv.metrics.prometheus import serve
-
-    sources = [parts.manager] + ([] if parts.evaluator is None else [parts.evaluator])
-    for port in range(first_port, first_port + PORTS):
-        serving = serve(KVMetrics(*sources, durations=True), port)
-        with suppress(OSError):
-            url = serving.__enter__()
-            parts.model.serving = serving  # until the host's process ends
-            return url
-    raise OSError(f"no port from {first_port} to {first_port + PORTS - 1} is free")
-
-
 def where_metrics_are(context: SearchContext) -> str | None:
     """A planner that says it."""
     url: str | None = context.model.url
@@ -184,17 +169,7 @@ class ClusterReport:
 
     def failures(self) -> list[str]:
         """What was wrong; empty if nothing was."""
-        found = []
-        if self.verification is not None and self.verification.mismatches:
-            found.append(
-                f"{self.verification.mismatches} of {self.verification.rows} gathered rows are wrong; first "
-                f"{self.verification.first_mismatch}"
-            )
-        if self.integrity != "ok":
-            found.append(f"integrity: {self.integrity}")
-        if self.evictions_during_search:
-            found.append(f"{self.evictions_during_search} entries of open searches were evicted")
-        return found
+        return failures_of(self.verification, self.integrity, self.evictions_during_search)
 
 
 def together(tallies: Sequence[Tally], *, started: float, ended: float) -> Tally:

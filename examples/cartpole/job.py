@@ -92,17 +92,22 @@ class CachedPlay:
 
     def failures(self) -> list[str]:
         """What was wrong; empty if nothing was."""
-        found = []
-        if self.verification is not None and self.verification.mismatches:
-            found.append(
-                f"{self.verification.mismatches} of {self.verification.rows} gathered rows are wrong; first "
-                f"{self.verification.first_mismatch}"
-            )
-        if self.integrity != "ok":
-            found.append(f"integrity: {self.integrity}")
-        if self.evictions_during_search:
-            found.append(f"{self.evictions_during_search} entries of open searches were evicted")
-        return found
+        return failures_of(self.verification, self.integrity, self.evictions_during_search)
+
+
+def failures_of(verification: Verification | None, integrity: str, evictions_during_search: int) -> list[str]:
+    """What was wrong with what was played; empty if nothing was."""
+    found = []
+    if verification is not None and verification.mismatches:
+        found.append(
+            f"{verification.mismatches} of {verification.rows} gathered rows are wrong; first "
+            f"{verification.first_mismatch}"
+        )
+    if integrity != "ok":
+        found.append(f"integrity: {integrity}")
+    if evictions_during_search:
+        found.append(f"{evictions_during_search} entries of open searches were evicted")
+    return found
 
 
 @dataclass(frozen=True)
