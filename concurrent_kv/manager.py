@@ -555,14 +555,10 @@ class KVCacheManager(Handle):
         return self._summary(lambda pool: pool.lifetime_now(contention))
 
     def _summary(self, stats_of: Callable[[KVPool], PoolStats]) -> StatsSummary:
-        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
-
-        def stats_now() -> dict[str, PoolStats]:
-            return {pool.name.removeprefix(f"{self.name}."): stats_of(pool) for pool in pools}
-
+        pools = self._pools_by_role()
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them
-            stats = stats_now()
+            stats = {role: stats_of(pool) for role, pool in pools.items()}
         return StatsSummary(stats, self.stats_enabled)
 
     def tier_stats(self) -> TierStats | None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from .columns import in_columns
 
-__all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary", "TierStats"]
+__all__ = ["Counters", "NoCounters", "PoolStats", "StatsSummary", "TierStats", "role_of"]
 
 
 @dataclass
@@ -187,6 +187,11 @@ class _PoolsByName(dict[str, PoolStats]):
         return type(self), (dict(self),)
 
 
+def role_of(pool: str) -> str:
+    """The role of a manager's pool of that name, without its environment."""
+    return pool.partition("[")[0]
+
+
 @dataclass(frozen=True)
 class StatsSummary:
     """One moment of a manager: its pools by name, and their total. Can be hashed, pickled and copied; `print` shows it.
@@ -215,7 +220,7 @@ class StatsSummary:
     def _names_by_role(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for name in self.pools:
-            names.setdefault(name.partition("[")[0], []).append(name)
+            names.setdefault(role_of(name), []).append(name)
         return names
 
     def __sub__(self, earlier: StatsSummary) -> StatsSummary:

@@ -11,7 +11,7 @@ from weakref import ref
 from ..aio.evaluator import AsyncEvaluator
 from ..aio.manager import AsyncKVCacheManager
 from ..aio.pool import AsyncKVPool
-from ..books.stats import PoolStats, StatsSummary
+from ..books.stats import PoolStats, StatsSummary, role_of
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
 from ..evaluation.evaluator import Evaluator
 from ..locks.gate import gate
@@ -268,11 +268,6 @@ class KVMetrics:
     def _is_taken(self, key: Name) -> bool:
         known = self._sources.get(key)
         return known is not None and known.is_open
-
-
-def role_of(pool: str) -> str:
-    """The role of a manager's pool of that name."""
-    return pool.split("[", maxsplit=1)[0]
 
 
 def _sync(source: object) -> Watched:
