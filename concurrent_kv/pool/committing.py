@@ -43,7 +43,7 @@ def open_batch(
     # Before anything is allocated, which a capture would take into its graph.
     stream = None if clock.backend is None else clock.current()
     described = describe(entries, scope)
-    sunken = [] if storage.tier is None else storage.tier.read_rows(entries, described)
+    tier_rows = [] if storage.tier is None else storage.tier.read_rows(entries, described)
     _, lengths, _, _ = described
     longest, window = max(lengths), storage.layout.max_tokens
     if room is not None and (type(room) is not int or not 0 <= room <= window - longest):
@@ -58,10 +58,10 @@ def open_batch(
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
-    gathered = in_pools(entries) if sunken else entries
+    gathered = in_pools(entries) if tier_rows else entries
     read = gather_entries(domain, gathered, data, longest, ready, described, whole=own)
-    if sunken:
-        read = fill_rows(storage, sunken, data, longest, read)
+    if tier_rows:
+        read = fill_rows(storage, tier_rows, data, longest, read)
     uses = StreamUses(clock, stream, read) if read else None
     return Batch(domain, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
 

@@ -29,7 +29,7 @@ class Part(Batch):
     """
 
     _in_use = False
-    sunken: list[tuple[int, Tensor]]  # the tokens of rows that are in the tier
+    tier_rows: list[tuple[int, Tensor]]  # the tokens of rows that are in the tier
 
     def begin(self) -> Part:
         """Keep what it reads; before its search knows of it, which could end it."""
@@ -48,7 +48,7 @@ class Part(Batch):
     @property
     def gathered_entries(self) -> list[Entry | None]:
         """Its entries but those in the tier."""
-        return in_pools(self.entries) if self.sunken else list(self.entries)
+        return in_pools(self.entries) if self.tier_rows else list(self.entries)
 
     @property
     def described(self) -> Described:
@@ -97,10 +97,10 @@ def open_part(
     """As `open_batch`, of rows that `open_together` copies: a batch without a buffer yet."""
     described = describe(entries, scope)
     tier = domain.storage.tier
-    sunken = [] if tier is None else tier.read_rows(entries, described)
+    tier_rows = [] if tier is None else tier.read_rows(entries, described)
     nowhere = domain.storage.tensor.data
     part = Part(domain, scope, generation, hold, entries, described, nowhere, 0, owns_buffer=False)
-    part.sunken = sunken
+    part.tier_rows = tier_rows
     return part.begin()
 
 
@@ -238,8 +238,8 @@ def _fill_parts(storage: KVStorage, parts: Sequence[Part], data: Tensor, start: 
     """Copy what is in the tier into the rows of each part; returns `read`, and the ticks of it."""
     first = 0
     for part in parts:
-        if part.sunken:
-            read = fill_rows(storage, part.sunken, data, start, read, first)
-            part.sunken = []
+        if part.tier_rows:
+            read = fill_rows(storage, part.tier_rows, data, start, read, first)
+            part.tier_rows = []
         first += len(part.entries)
     return read

@@ -421,10 +421,10 @@ class Tier(LowerTier):
         """See `LowerTier`. The shards held."""
         rows = [row for row, entry in enumerate(found) if entry is None and located[row][0].below is not None]
         parts = [scope.below.entries[part] for scope, part in map(located.__getitem__, rows) if scope.below is not None]
-        sunken = find_in(parts, [keys[row] for row in rows], [hashes[row] for row in rows])
+        in_tier = find_in(parts, [keys[row] for row in rows], [hashes[row] for row in rows])
         hits: list[Entry] = []
         counted: dict[Account, int] = {}
-        for row, entry in zip(rows, sunken, strict=True):
+        for row, entry in zip(rows, in_tier, strict=True):
             scope = located[row][0]
             if entry is not None and entry.generation is generations[scope]:
                 found[row] = entry

@@ -147,7 +147,7 @@ def _publish(
     """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
     ledger = domain.ledger
     dead: list[Entry] = []
-    dead_beneath: list[Entry] = []
+    dead_in_tier: list[Entry] = []
     shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
     with gate.lock, domain.locks.write(shards, deadline):
         if deadline.caller is not None:
@@ -161,13 +161,12 @@ def _publish(
             with gate.lock, ledger.mutex:
                 domain.counters.stale_write_count += len(entries)
             return Outcome.STALE, (0, 0)
-        below = scope.below
-        sunken = None if below is None else _find_beneath(scope.parts_below(located), plan)
+        in_tier = None if scope.below is None else _find_in_tier(scope.parts_below(located), plan)
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
-            if sunken is not None:
+            if in_tier is not None:
                 # Before the new ones are there: cut off in between, it leaves no old value that could be read again.
-                _set_generations(sunken)
+                _set_generations(in_tier)
             with gate.lock, ledger.mutex:
                 missing = _admit(domain, scope, entries, cells, replaced, plan, old, grant)
                 if grant.spent and isinstance(scope, Scopes):
@@ -192,16 +191,16 @@ def _publish(
         finally:
             if not grant.spent:
                 take_away(added)
-            if sunken is not None:
-                _drop_beneath(domain, sunken, dead_beneath, is_over=grant.spent)
+            if in_tier is not None:
+                _drop_from_tier(domain, in_tier, dead_in_tier, is_over=grant.spent)
     if waiters:
         wake(waiters)
     outcome = Outcome.PUBLISHED if grant.spent else Outcome.NO_ROOM
-    del dead, dead_beneath, sunken, old, replaced, cells
+    del dead, dead_in_tier, in_tier, old, replaced, cells
     return outcome, missing
 
 
-def _find_beneath(parts: list[Index[Entry]], plan: WritePlan) -> list[tuple[Entry, Generation]]:
+def _find_in_tier(parts: list[Index[Entry]], plan: WritePlan) -> list[tuple[Entry, Generation]]:
     """What the tier has of a plan's keys, and of which generation. The shards held."""
     found = filter(None, find_in(parts, plan.keys, plan.hashes))
     return [(entry, entry.generation) for entry in found]
@@ -213,7 +212,9 @@ def _set_generations(entries: list[tuple[Entry, Generation]], over: Generation |
         entry.generation = before if over is None else over
 
 
-def _drop_beneath(domain: Domain, entries: list[tuple[Entry, Generation]], dead: list[Entry], *, is_over: bool) -> None:
+def _drop_from_tier(
+    domain: Domain, entries: list[tuple[Entry, Generation]], dead: list[Entry], *, is_over: bool
+) -> None:
     """Take what was written anew out of the tier, or leave it there where nothing was written. The shards held."""
     tier = domain.storage.tier
     if not is_over:
