@@ -556,9 +556,13 @@ class KVCacheManager(Handle):
 
     def _summary(self, stats_of: Callable[[KVPool], PoolStats]) -> StatsSummary:
         pools = self._pools_by_role()
+
+        def stats_now() -> dict[str, PoolStats]:
+            return {role: stats_of(pool) for role, pool in pools.items()}
+
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them
-            stats = {role: stats_of(pool) for role, pool in pools.items()}
+            stats = stats_now()
         return StatsSummary(stats, self.stats_enabled)
 
     def tier_stats(self) -> TierStats | None:
