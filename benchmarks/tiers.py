@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Samples
-from concurrent_kv import DropOldest, HostTier, KeysValues, KVLayout, KVPool
+from concurrent_kv import DiskTier, DropOldest, HostTier, KeysValues, KVLayout, KVPool
+from concurrent_kv.device.paged_slots import PagedSlots
+from concurrent_kv.pool.tier import Tier
 from examples.cartpole.episode import Asked
 from examples.cartpole.job import JobSettings, run_job
 from examples.cartpole.model import load_model
@@ -75,6 +78,44 @@ def costs_of(layout: KVLayout, number: int) -> dict[str, Any]:
         pool.close()
     found: dict[str, Any] = {name: sample.as_dict() for name, sample in samples.items()}
     return found | {"bytes": layout.bytes_per_entry}
+
+
+def disk_costs_of(layout: KVLayout, number: int) -> dict[str, Any]:
+    """As `costs_of`, of a tier of one window in memory and the rest in a file, in the folder for temporary files.
+
+    "from the disk" is what the system reads anew; else the bytes are in its page cache still.
+    """
+    kv, window = whole_window(layout), layout.bytes_per_entry
+    samples = {name: Samples() for name in ("file", "file, from the disk", "put, pages out")}
+    pool = KVPool(layout, 1, tier=HostTier(window, behind=DiskTier(tempfile.gettempdir(), 8 * window)))
+    for turn in range(number):
+        started = time.perf_counter_ns()
+        pool.put(turn % 4, kv)
+        samples["put, pages out"].add(started)
+    oldest = number % 4
+    file = descriptor_of(pool)
+    for turn in range(2 * number):
+        name = "file" if turn % 2 else "file, from the disk"
+        if name != "file":
+            os.fdatasync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter_ns()
+        pool.get(oldest)
+        samples[name].add(started)
+    stats = pool.tier_stats()
+    assert stats is not None
+    assert stats.disk_read_count == 2 * number * layout.max_tokens, "a hit was not read from the file"
+    pool.check_integrity()
+    pool.close()
+    return {name: sample.as_dict() for name, sample in samples.items()}
+
+
+def descriptor_of(pool: KVPool) -> int:
+    """The file of a pool's tier."""
+    tier = pool.storage.tier
+    assert isinstance(tier, Tier)
+    assert isinstance(tier.host, PagedSlots)
+    return tier.host._file._descriptor
 
 
 def recorded(envs: int, steps: int, simulations: int) -> Trace:
@@ -157,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: costs_of(layout, number if layout.max_tokens < 100 else number // 4) for name, layout in SHAPES.items()
     }
     for name, of_shape in costs.items():
+        layout = SHAPES[name]
+        of_shape |= disk_costs_of(layout, number if layout.max_tokens < 100 else number // 4)
         print(name, {key: each["median_us"] for key, each in of_shape.items() if key != "bytes"})
     trace = recorded(envs=8, steps=4 if options.quick else 30, simulations=25)
     rows = sum(map(len, trace))

@@ -40,7 +40,7 @@ try:
     from .pool.pin import Pin
     from .pool.pool import KVPool
     from .pool.storage import KVStorage
-    from .pool.tier import HostTier
+    from .pool.tier import DiskTier, HostTier
     from .search.search import Search
 
     keep_out_of_graphs(__name__)
@@ -64,6 +64,7 @@ __all__ = [
     "CapacityError",
     "Claim",
     "ClosedError",
+    "DiskTier",
     "DropAndCorrect",
     "DropLazily",
     "DropOldest",

@@ -32,7 +32,7 @@ from .pool.pool import KVPool
 from .pool.restoring import Loaded, load_pools
 from .pool.saving import Saved, save_pools
 from .pool.storage import KVStorage
-from .pool.tier import HostTier, put_beneath, tier_bytes
+from .pool.tier import HostTier, disk_bytes, put_beneath, tier_bytes
 from .search.search import LookupOrder, Search, open_search
 from .snapshots.contents import SideCodec
 
@@ -232,7 +232,8 @@ class KVCacheManager(Handle):
         headroom = headroom_of(headroom_tokens, writers, window, usual_writers=8, roots=settings.env_num)
         total = sum(slots.values()) + headroom
         per_slot, below = settings.layout.bytes_per_token, tier_bytes(tier, settings.layout)
-        return Allocation(entries, slots, headroom, total, per_slot, search_tokens, below)
+        on_disk = disk_bytes(tier, settings.layout)
+        return Allocation(entries, slots, headroom, total, per_slot, search_tokens, below, on_disk)
 
     @classmethod
     def plan(

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from concurrent_kv import HostTier, KVCacheManager
+from concurrent_kv import KVCacheManager
 from tests.failing_calls import OneFailure, Operation, check_whole, prepare, tokens
-from tests.support import LAYOUT, WINDOW, append, config, stacked
+from tests.support import WINDOW, append, config, stacked
+from tests.tiers_support import TIERS, host_tier, tiers_of
 
 SAMPLE = 20  # places of each operation
 
 
+@pytest.fixture(autouse=True, params=TIERS)
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Each test with tiers in memory, and with a file behind them."""
+    with tiers_of(request.param, tmp_path):
+        yield request.param
+
+
 def make_manager() -> KVCacheManager:
-    tier = HostTier(6 * LAYOUT.bytes_per_entry)
+    tier = host_tier(6)
     return KVCacheManager(config(), 1, wm_entries=3, init_entries=2, shards=2, wait_timeout=0.5, tier=tier)
 
 

@@ -6,6 +6,7 @@ written again.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from concurrent_kv import CapacityError, DropOldest, HostTier, KeyNotFoundError, KVPool, Pin, Scope, WaitTimeoutError
+from concurrent_kv import CapacityError, DropOldest, KeyNotFoundError, KVPool, Pin, Scope, WaitTimeoutError
 from concurrent_kv.books.records import Entry
 from tests.pool_model import LAYOUT, OpenBatch, Record, TokenSource, kv_of, run_machine, same
+from tests.tiers_support import TIERS, host_tier, tiers_of
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -32,7 +34,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @initialize(entries=st.integers(1, 3), slots=st.integers(WINDOW, 12), shards=st.integers(1, 3))
     def open_pool(self, entries: int, slots: int, shards: int) -> None:
-        tier = HostTier(self.windows * LAYOUT.bytes_per_entry)
+        tier = host_tier(self.windows, LAYOUT)
         self.pool = KVPool(
             LAYOUT, entries, max_slots=slots, policy=self.policy, shards=shards, wait_timeout=0.0, tier=tier
         )
@@ -209,6 +211,8 @@ class TierMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("policy", ["fifo", "lru", "priority", "s3fifo"])
 @pytest.mark.parametrize("windows", [2, LARGE], ids=["small", "large"])
-def test_a_pool_with_a_tier_reads_as_a_dict_does(policy: str, windows: int) -> None:
+@pytest.mark.parametrize("kind", TIERS)
+def test_a_pool_with_a_tier_reads_as_a_dict_does(policy: str, windows: int, kind: str, tmp_path: Path) -> None:
     machine = type("TierMachineOf", (TierMachine,), {"policy": policy, "windows": windows})
-    run_machine(machine, examples=40, steps=30)
+    with tiers_of(kind, tmp_path):
+        run_machine(machine, examples=40, steps=30)

@@ -6,6 +6,7 @@ import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,14 +37,22 @@ from concurrent_kv.pool.tier import Tier
 from concurrent_kv.search.state import SearchState
 from tests import evaluating
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, packed, row_of, store, tokens
+from tests.tiers_support import TIERS, host_tier, tiers_of
 
 pytestmark = pytest.mark.usefixtures("loops")
 
 BYTES = LAYOUT.bytes_per_entry
 
 
+@pytest.fixture(autouse=True, params=TIERS)
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Each test with tiers in memory, and with a file behind them."""
+    with tiers_of(request.param, tmp_path):
+        yield request.param
+
+
 def tiered(entries: int = 2, windows: int = 8, **options: Any) -> KVPool:
-    return KVPool(LAYOUT, entries, tier=HostTier(windows * BYTES), **options)
+    return KVPool(LAYOUT, entries, tier=host_tier(windows), **options)
 
 
 def tier_of(pool: KVPool) -> Tier:
@@ -558,7 +567,7 @@ def test_what_ends_while_it_is_copied_arrives_nowhere(name: str, way: str, monke
 
 
 def tiered_manager(**options: Any) -> KVCacheManager:
-    return KVCacheManager(config(), env_num=1, init_entries=1, wm_entries=1, tier=HostTier(16 * BYTES), **options)
+    return KVCacheManager(config(), env_num=1, init_entries=1, wm_entries=1, tier=host_tier(16), **options)
 
 
 @pytest.mark.parametrize("room", [False, True], ids=["no room", "room"])
@@ -885,26 +894,29 @@ def test_what_cannot_be_a_tier_is_refused_by_name() -> None:
         KVPool(LAYOUT, 2, storage=pool.storage, tier=HostTier(BYTES))
 
 
-def test_allocation_says_what_the_tier_takes() -> None:
-    expected = 16 * BYTES + LAYOUT.bytes_per_token
-    tier = HostTier(16 * BYTES)
+def test_allocation_says_what_the_tier_takes(kind: str) -> None:
+    in_file = kind == "disk"
+    expected = (1 if in_file else 16) * BYTES + LAYOUT.bytes_per_token
+    tier = host_tier(16)
+    assert KVPool.allocation_for(LAYOUT, 2, tier=tier).disk_bytes == in_file * 16 * BYTES
     assert KVPool.allocation_for(LAYOUT, 2, tier=tier).tier_bytes == expected
     assert f"tier: {expected:,} bytes of host memory" in str(KVPool.allocation_for(LAYOUT, 2, tier=tier))
     manager = tiered_manager()
     assert manager.allocation().tier_bytes == expected
-    assert tier_of(manager.init_pools[0]).host.data.nbytes == expected
+    assert tier_of(manager.init_pools[0]).host.nbytes == expected
     assert KVPool.allocation_for(LAYOUT, 2).tier_bytes == 0
     manager.close()
 
 
-def test_hits_in_the_tier_are_hits(pool: KVPool) -> None:
+def test_hits_in_the_tier_are_hits(pool: KVPool, kind: str) -> None:
     pool.get("old")
     pool.get("new")
     pool.gather(["older", "newer", "nothing"]).close()
     stats = pool.stats()
     assert (stats.hit_count, stats.tier_hit_count, stats.miss_count) == (4, 2, 1)
     assert (stats.move_down_count, stats.move_up_count, stats.tier_drop_count) == (2, 0, 0)
-    assert filled(pool) == TierStats(2, 6, 64, 6 * LAYOUT.bytes_per_token, 64 * LAYOUT.bytes_per_token, 0, 0, 0)
+    slots = 64 if kind == "memory" else WINDOW
+    assert filled(pool) == TierStats(2, 6, 64, 6 * LAYOUT.bytes_per_token, 64 * LAYOUT.bytes_per_token, 0, 0, 0, slots)
 
 
 def test_without_a_tier_there_is_nothing_of_one() -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from concurrent_kv import HostTier, KeysValues, KVCacheManager, KVLayout, KVPool
-from tests.support import LAYOUT, append, assert_same, child_of, config, row_of, tokens
+from concurrent_kv import KeysValues, KVCacheManager, KVLayout, KVPool
+from tests.support import append, assert_same, child_of, config, row_of, tokens
 from tests.threading_support import run_threads
+from tests.tiers_support import TIERS, host_tier, tiers_of
+
+
+@pytest.fixture(autouse=True, params=TIERS)
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Each test with tiers in memory, and with a file behind them."""
+    with tiers_of(request.param, tmp_path):
+        yield request.param
+
 
 KEYS, ROUNDS = 6, 60
 SMALL = KVLayout(num_layers=1, num_heads=1, head_dim=1, max_tokens=4)
@@ -33,7 +43,7 @@ def read(kv: KeysValues | None, key: int) -> int:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_readers_of_a_tiny_pool_miss_nothing_and_never_see_an_older_value_again(seed: int) -> None:
-    pool = KVPool(SMALL, 2, tier=HostTier(64 * SMALL.bytes_per_entry), shards=2, wait_timeout=30.0)
+    pool = KVPool(SMALL, 2, tier=host_tier(64, SMALL), shards=2, wait_timeout=30.0)
     for key in range(KEYS):
         pool.put(key, value(key, 0))
 
@@ -65,7 +75,7 @@ def test_readers_of_a_tiny_pool_miss_nothing_and_never_see_an_older_value_again(
 
 def test_searches_in_threads_over_a_tier_read_what_was_stored() -> None:
     envs = 3
-    manager = KVCacheManager(config(), envs, init_entries=1, tier=HostTier(256 * LAYOUT.bytes_per_entry))
+    manager = KVCacheManager(config(), envs, init_entries=1, tier=host_tier(256))
 
     def play(env: int) -> None:
         for turn in range(12):
@@ -87,7 +97,7 @@ def test_searches_in_threads_over_a_tier_read_what_was_stored() -> None:
 
 def test_a_pool_that_is_saved_while_its_entries_move_has_nothing_older_in_the_file(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    pool = KVPool(SMALL, 4, tier=HostTier(64 * SMALL.bytes_per_entry), shards=2, wait_timeout=30.0)
+    pool = KVPool(SMALL, 4, tier=host_tier(64, SMALL), shards=2, wait_timeout=30.0)
     written = [0] * KEYS
     for key in range(KEYS):
         pool.put(key, value(key, 0))

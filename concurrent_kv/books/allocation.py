@@ -57,6 +57,7 @@ class Allocation:
             there already, as that pool allocates none.
         bytes_per_slot: bytes of one slot: keys and values of one token over all layers.
         tier_bytes: bytes of host memory of the tier beneath; 0 without one.
+        disk_bytes: bytes that the file behind it grows to at most; 0 without one.
         search_tokens: slots that a search over all environments reserves if its `tokens` is left out; None for a pool.
     """
 
@@ -67,6 +68,7 @@ class Allocation:
     bytes_per_slot: int
     search_tokens: int | None = None
     tier_bytes: int = 0
+    disk_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +88,8 @@ class Allocation:
             lines.append("storage: the one given; no slots of its own")
         if self.tier_bytes:
             lines.append(f"tier: {self.tier_bytes:,} bytes of host memory")
+        if self.disk_bytes:
+            lines.append(f"behind it: a file of {self.disk_bytes:,} bytes at most")
         if self.search_tokens is not None:
             lines.append(f"a search over all environments: {self.search_tokens:,} slots, if its tokens is left out")
         return "\n".join(lines)

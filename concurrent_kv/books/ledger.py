@@ -85,7 +85,7 @@ class Ledger:
         self.borrowed = self.grants = 0
         # What finalisers left to be done: they only append, and the next operation does it, within its own deadline.
         self.abandoned: deque[Callable[[Deadline], object]] = _roomy() if storage is None else storage.abandoned
-        self._lock_factory, self._event_factory = lock_factory, event_factory
+        self.lock_factory, self._event_factory = lock_factory, event_factory
 
     def tables_of_search(self) -> Tables:
         """Empty tables: those of a search that has ended, whose memory is warm, or others."""
@@ -112,14 +112,14 @@ class Ledger:
         return kind(
             self.num_slots,
             self.window,
-            lock_factory=self._lock_factory,
+            lock_factory=self.lock_factory,
             event_factory=self._event_factory,
             storage=self,
         )
 
     def beneath(self, num_slots: int) -> Ledger:
         """One for a tier beneath this storage, whose notes the storage's operations work off."""
-        made = Ledger(num_slots, self.window, lock_factory=self._lock_factory, event_factory=self._event_factory)
+        made = Ledger(num_slots, self.window, lock_factory=self.lock_factory, event_factory=self._event_factory)
         made.abandoned = self.abandoned
         return made
 

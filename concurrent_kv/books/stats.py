@@ -153,6 +153,8 @@ class TierStats:
         shared_slots: slots that two or more of its entries name.
         eviction_count: entries that it evicted, for good, to make room.
         removal_count: entries written anew, popped, moved up, or swept by a clear.
+        memory_slots: of its slots, those that fit into host memory at once; the others are in a `DiskTier`'s file.
+        disk_written_count, disk_read_count: slots that were written to that file, and read from it.
     """
 
     entries: int = 0
@@ -163,6 +165,9 @@ class TierStats:
     shared_slots: int = 0
     eviction_count: int = 0
     removal_count: int = 0
+    memory_slots: int = 0
+    disk_written_count: int = 0
+    disk_read_count: int = 0
 
 
 NO_REQUESTS = "no requests"

@@ -17,7 +17,7 @@ from .moving import upload
 from .slot_numbers import SlotArray
 from .tensors import SlotTensor, in_units
 
-__all__ = ["HostSlots"]
+__all__ = ["HostSlots", "runs_of"]
 
 FEW_RUNS = 8  # of slots that follow each other, each a copy of its own
 
@@ -54,6 +54,11 @@ class HostSlots:
             raise ClosedError("the storage of this tier was freed by close()")
         raise AttributeError(name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return self.data.nbytes
+
     def store(self, tensor: SlotTensor, source: SlotArray, slots: SlotArray) -> tuple[Tensor, ...]:
         """Copy slot `source[i]` of `tensor` into slot `slots[i]`, for every `i`.
 
@@ -66,7 +71,7 @@ class HostSlots:
             index = upload(source, self.layout.device)
             found = tensor.data.index_select(1, index)  # [2 * layers, tokens, heads, head_dim]
             tokens = found.transpose(0, 1).contiguous()
-            for first, last, slot in _runs_of(slots):
+            for first, last, slot in runs_of(slots):
                 self.data[slot : slot + last - first].copy_(tokens[first:last], non_blocking=True)
             return index, found, tokens
 
@@ -83,7 +88,7 @@ class HostSlots:
                 return found.view(planes, 1, heads, len(slots), head_dim), ()
             shape = (len(slots), *self.data.shape[1:])
             tokens = torch.empty(shape, dtype=self.layout.dtype, device=self.layout.device)
-            for first, last, slot in _runs_of(slots):
+            for first, last, slot in runs_of(slots):
                 tokens[first:last].copy_(self.data[slot : slot + last - first], non_blocking=True)
             row = tokens.permute(1, 2, 0, 3).contiguous().unsqueeze(1)
         return row, (tokens, row)
@@ -97,6 +102,25 @@ class HostSlots:
         row, temporaries = self.load(slots)
         rows, columns = np.zeros(len(slots), dtype=np.int64), np.arange(len(slots), dtype=np.int64)
         return temporaries + tensor.scatter(row, rows, columns, target)
+
+    def read(self, slots: SlotArray) -> Tensor:
+        """The tokens of some slots: contiguous `[slots, 2 * layers, heads, head_dim]`.
+
+        The host reads them: what the device does with these slots must be over.
+        """
+        with plain_torch_state():
+            index = torch.from_numpy(slots)
+            if self._on_host:
+                return self.data.index_select(1, index).transpose(0, 1).contiguous()
+            return self.data.index_select(0, index)
+
+    def may_block_to_store(self, count: int) -> bool:
+        """Whether storing so many slots may wait for a disk: never."""
+        return False
+
+    def may_block_to_load(self, slots: SlotArray) -> bool:
+        """Whether loading these may wait for a disk: never."""
+        return False
 
     def free(self) -> None:
         """Give the memory back; copies under way keep theirs until they are done."""
@@ -115,7 +139,7 @@ def _copy_slots(source: Tensor, slots: SlotArray, target: Tensor, into: SlotArra
         in_units(target).index_copy_(1, torch.from_numpy(into), in_units(found))
 
 
-def _runs_of(slots: SlotArray) -> Iterator[tuple[int, int, int]]:
+def runs_of(slots: SlotArray) -> Iterator[tuple[int, int, int]]:
     """Where slots follow each other: the first and the last place, and the slot at the first."""
     edges = [0, *(np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1).tolist(), len(slots)]
     for first, last in pairwise(edges):

@@ -23,7 +23,7 @@ from .checking import check_integrity, repair
 from .clearing import sweep_if, sweep_scopes
 from .handle import Handle
 from .storage import KVStorage, PoolState
-from .tier import HostTier, Tier, put_beneath, tier_bytes
+from .tier import HostTier, Tier, disk_bytes, put_beneath, tier_bytes
 
 __all__ = ["PoolCore", "bump_versions", "end_older"]
 
@@ -171,7 +171,13 @@ class PoolCore(PoolState, Handle):
                 f"(headroom_slots), got {shown(headroom_tokens)}"
             )
         return Allocation(
-            {"pool": max_entries}, {"pool": slots}, headroom, total, layout.bytes_per_token, tier_bytes=below
+            {"pool": max_entries},
+            {"pool": slots},
+            headroom,
+            total,
+            layout.bytes_per_token,
+            tier_bytes=below,
+            disk_bytes=disk_bytes(tier, layout),
         )
 
     # Scopes --------------------------------------------------------------------------------------------------------

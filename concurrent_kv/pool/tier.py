@@ -1,4 +1,4 @@
-"""`HostTier`: room in host memory beneath the pools of a storage; and how entries move down into it, and up again.
+"""`HostTier`: room in host memory, and on a disk, beneath the pools of a storage; how entries move down, and up again.
 
 An entry is in the pool's index or in the tier's, and each move is one step under the write lock of the key's shard.
 `docs/tiers.md` says what is promised, and why that holds.
@@ -7,6 +7,7 @@ An entry is in the pool's index or in the tier's, and each move is one step unde
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .._checks import positive_int
@@ -24,23 +26,63 @@ from ..books.integrity import IntegrityReport, Problem, compare, compare_account
 from ..books.ledger import Ledger, wake
 from ..books.records import CLAIMED, HELD, NO_PLACE, PINNED, Account, Entry, Generation, Hold, Scope
 from ..books.stats import TierStats
-from ..books.tables import slots_of_row
+from ..books.tables import slots_of_row, weights_of
 from ..device.host_slots import HostSlots
 from ..device.layout import KVLayout
+from ..device.paged_slots import PagedSlots
 from ..device.slot_numbers import SlotArray, as_array
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..errors import InvalidArgumentError, InvalidTypeError, WaitTimeoutError, shown
-from ..locks.deadline import Deadline
+from ..locks.deadline import Deadline, NotOnLoopError, caller
 from ..locks.gate import gate
 from .clearing import take_out
 from .room import evict_next, unpublish
 from .storage import Domain, KVStorage, LowerTier
 
-__all__ = ["HostTier", "Tier", "check_tier", "move_up_each", "put_beneath", "release_both", "tier_bytes", "tier_of"]
+__all__ = [
+    "DiskTier",
+    "HostTier",
+    "Tier",
+    "check_tier",
+    "disk_bytes",
+    "move_up_each",
+    "put_beneath",
+    "release_both",
+    "tier_bytes",
+    "tier_of",
+]
 
 logger = logging.getLogger("concurrent_kv")
 
 SHARD_SECONDS = 0.02  # that a read waits for a shard to move an entry up; the tier has it anyway
+
+
+@dataclass(frozen=True)
+class DiskTier:
+    """A file on a disk, for `behind=` of a `HostTier`: what that has no memory for.
+
+    The file has no name, and is gone when the pool is closed or the process ends, however it ends: a crash leaves
+    nothing behind, and a later process begins with an empty tier. (What is to be there again is for `save` and `load`.)
+    Needs a system with `os.preadv`: Linux, or macOS from 11 on.
+
+    Args:
+        path: a folder that can be written to, on the disk that is to have the file.
+        max_bytes: what the file grows to at most, which is what the tokens of the whole tier take: those in host memory
+            have their place in it, too.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
+    """
+
+    path: str | os.PathLike[str]
+    max_bytes: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise InvalidTypeError(f"path must be a str or a path, got {type(self.path).__name__}")
+        positive_int("max_bytes", self.max_bytes)
+        if not hasattr(os, "preadv"):
+            raise InvalidArgumentError("a DiskTier needs a system that has os.preadv, which this one has not")
 
 
 @dataclass(frozen=True)
@@ -51,6 +93,7 @@ class HostTier:
         max_bytes: the most that its tokens take; one full window at least.
         pinned: whether the memory is page-locked, so that copies from and to a GPU run by themselves; it is, where the
             pool is on a GPU, if left out. On a CPU it makes no difference.
+        behind: a `DiskTier`, for what has no room in the memory any more; it is lost if left out.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
@@ -58,14 +101,29 @@ class HostTier:
 
     max_bytes: int
     pinned: bool | None = None
+    behind: DiskTier | None = None
 
     def __post_init__(self) -> None:
         positive_int("max_bytes", self.max_bytes)
         if self.pinned is not None and type(self.pinned) is not bool:
             raise InvalidTypeError(f"pinned must be True, False or None, got {shown(self.pinned)}")
+        if self.behind is None:
+            return
+        if not isinstance(self.behind, DiskTier):
+            raise InvalidTypeError(f"behind must be a DiskTier or None, got {type(self.behind).__name__}")
+        if self.behind.max_bytes <= self.max_bytes:
+            raise InvalidArgumentError(
+                f"max_bytes of the DiskTier must be more than the {self.max_bytes} of the memory before it, as what is "
+                f"there has its place in the file too, got {self.behind.max_bytes}"
+            )
 
     def slots(self, layout: KVLayout) -> int:
-        """How many tokens it has room for, or an error if that is less than a window."""
+        """How many tokens the tier has room for, in memory or on the disk."""
+        in_memory = self.memory_slots(layout)
+        return in_memory if self.behind is None else self.behind.max_bytes // layout.bytes_per_token
+
+    def memory_slots(self, layout: KVLayout) -> int:
+        """How many tokens fit into its memory at once, or an error if that is less than a window."""
         slots = self.max_bytes // layout.bytes_per_token
         if slots < layout.max_tokens:
             raise InvalidArgumentError(
@@ -83,9 +141,15 @@ def tier_of(tier: object) -> HostTier | None:
 
 
 def tier_bytes(tier: object, layout: KVLayout) -> int:
-    """Bytes that a tier takes; 0 for None."""
+    """Bytes of host memory that a tier takes; 0 for None."""
     checked = tier_of(tier)
-    return 0 if checked is None else (checked.slots(layout) + 1) * layout.bytes_per_token
+    return 0 if checked is None else (checked.memory_slots(layout) + 1) * layout.bytes_per_token
+
+
+def disk_bytes(tier: object, layout: KVLayout) -> int:
+    """Bytes that the file behind a tier grows to; 0 without one."""
+    checked = tier_of(tier)
+    return 0 if checked is None or checked.behind is None else checked.slots(layout) * layout.bytes_per_token
 
 
 def put_beneath(storage: KVStorage, tier: HostTier) -> None:
@@ -134,11 +198,29 @@ class Tier(LowerTier):
         super().__init__(storage, account, ledger, storage.locks, storage.tensor.buffers)
         on_gpu = storage.clock.backend is not None
         pinned = on_gpu and settings.pinned is not False
-        self.host = HostSlots(layout, ledger.num_slots, pinned=pinned)
+        self.host: HostSlots | PagedSlots
+        if settings.behind is None:
+            self.host = HostSlots(layout, ledger.num_slots, pinned=pinned)
+        else:
+            self.host = PagedSlots(
+                layout,
+                ledger.num_slots,
+                settings.memory_slots(layout),
+                _folder_of(settings.behind),
+                storage.clock,
+                storage.wait_timeout,
+                self._are_named,
+                pinned=pinned,
+                lock=ledger.lock_factory(),
+            )
         ledger.copies = np.zeros(ledger.num_slots + 1, dtype=np.int64)
         # Of all copies so far into the tier, and out of it: what shares slots with earlier ones comes after those.
         self._stored: Ticks = NO_TICKS  # under the tier's mutex
         self._raised: Ticks = NO_TICKS
+
+    def _are_named(self, slots: SlotArray) -> npt.NDArray[np.bool_]:
+        with gate.lock, self.ledger.mutex:
+            return weights_of(self.ledger.tables, slots) > 0
 
     # Scopes --------------------------------------------------------------------------------------------------------
 
@@ -189,6 +271,8 @@ class Tier(LowerTier):
         below = victim.scope.below
         if victim.correction is not None or below is None:
             return False
+        if deadline.on_loop and self.host.may_block_to_store(victim.length):
+            deadline.leave_loop(self.name)
         hold = Hold("read", [])
         try:
             made = _copy_of(victim, below)
@@ -433,12 +517,22 @@ class Tier(LowerTier):
         if not hits:
             return
         with gate.lock, self.ledger.mutex:
+            self._leave_loop_to_read(hits)
             self.ledger.extend(hold, hits)
             if not quiet:
                 self._touch(hits)
         if not quiet:
             with gate.lock, self.storage.ledger.mutex:
                 _count_hits(counted)
+
+    def _leave_loop_to_read(self, entries: list[Entry]) -> None:
+        """Raise `NotOnLoopError` on an event loop's own thread where entries are on a disk. Mutex held."""
+        runs_for = caller.get()
+        if runs_for is None or runs_for.steps_on_loop is None:
+            return
+        for entry in entries:
+            if self.host.may_block_to_load(slots_of_row(self.ledger.tables, entry.row)):
+                raise NotOnLoopError(f"{self.name}: what is on a disk is read by a worker")
 
     def _touch(self, entries: list[Entry]) -> None:
         """Note hits with the policy. Mutex held."""
@@ -496,7 +590,10 @@ class Tier(LowerTier):
 
     def stats(self) -> TierStats:
         """One moment of it."""
-        ledger, per_slot = self.ledger, self.layout.bytes_per_token
+        ledger, per_slot, host = self.ledger, self.layout.bytes_per_token, self.host
+        memory_slots, written, read = ledger.num_slots, 0, 0
+        if isinstance(host, PagedSlots):
+            memory_slots, written, read = host.num_frames, host.written_count, host.read_count
         with gate.lock, ledger.mutex_for_numbers():
             used, counters = self.account.slots, self.account.counters
             return TierStats(
@@ -508,7 +605,18 @@ class Tier(LowerTier):
                 shared_slots=ledger.tables.shared,
                 eviction_count=counters.eviction_count,
                 removal_count=counters.removal_count,
+                memory_slots=memory_slots,
+                disk_written_count=written,
+                disk_read_count=read,
             )
+
+
+def _folder_of(tier: DiskTier) -> str:
+    """Where it has its file, or an error if none can be written there."""
+    folder = os.fspath(tier.path)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidArgumentError(f"path must be a folder that can be written to, got {folder!r}")
+    return folder
 
 
 def _is_over(victim: Entry) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from concurrent_kv.errors import KeyNotFoundError
 
 from .pool_programs import stored
-from .programs import A, B, C, Operation, Program, must
+from .programs import A, B, C, D, Operation, Program, must
 from .world import World, value
 
 __all__ = ["TIER_PROGRAMS"]
@@ -41,6 +41,52 @@ def pinned(world: World) -> None:
 def evict(world: World) -> None:
     world.put(B, value(9))
 
+
+def both_below(world: World) -> None:
+    """A is in the file, B in the memory before it, and C in the pool."""
+    world.store({A: value(1, 4), B: value(2, 4), C: value(3, 4)})
+
+
+def one_below(world: World) -> None:
+    """A is in the tier's memory, and B, which is as long, in the pool."""
+    world.store({A: value(1, 4), B: value(2, 4)})
+
+
+def page_out(world: World) -> None:
+    world.put(C, value(9, 4))
+
+
+def put_another(world: World) -> None:
+    world.put(D, value(8, 4))
+
+
+def up_from_the_file(world: World) -> None:
+    world.pop(C)
+    world.get(A)
+
+
+def disk_program(name: str, *tasks: Operation, **options: Any) -> Program:
+    return tier_program(f"disk: {name}", *tasks, **{"disk": True, "before": one_below, **options})
+
+
+DISK_PROGRAMS = [
+    disk_program("paged out|get", page_out, lambda w: w.get(A), preemptions=3),
+    disk_program("paged out|get, get", page_out, lambda w: (w.get(A), w.get(A)), shards=2),
+    disk_program("paged out|put", page_out, lambda w: w.put(A, value(8, 4))),
+    disk_program("paged out|pop, put", page_out, lambda w: (w.pop(A), w.put(A, value(8, 4)))),
+    disk_program("paged out|clear", page_out, lambda w: w.clear()),
+    disk_program("paged out|paged out", page_out, put_another, preemptions=3),
+    disk_program("paged out|gather", page_out, lambda w: w.gather([A, B])),
+    disk_program("up from the file|put", up_from_the_file, lambda w: w.put(A, value(8)), before=both_below),
+    disk_program("up from the file|get", up_from_the_file, lambda w: w.get(A), before=both_below),
+    disk_program("read from the file|paged out", lambda w: w.get(A), put_another, before=both_below),
+    disk_program(
+        "read, its memory taken|paged out",
+        lambda w: (w.get(B), w.get(A)),
+        lambda w: (w.put(D, value(8, 4)), w.pop(D), w.get(B)),
+        before=both_below,
+    ),
+]
 
 TIER_PROGRAMS = [
     tier_program("evict|get", evict, lambda w: w.get(A), before=stored(A), preemptions=3),
@@ -102,4 +148,5 @@ TIER_PROGRAMS = [
         entries=2,
         slots=4,
     ),
+    *DISK_PROGRAMS,
 ]

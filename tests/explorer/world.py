@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from concurrent_kv import Batch, HostTier, KeysValues, KVLayout, KVPool, KVStorage
+from concurrent_kv import Batch, DiskTier, HostTier, KeysValues, KVLayout, KVPool, KVStorage
 from concurrent_kv.books.records import Entry, Scope
 from concurrent_kv.errors import ClosedError
 from concurrent_kv.pool.tier import put_beneath
@@ -74,6 +75,7 @@ class World:
         policy: the pool's eviction policy.
         more_slots: slots of the storage for other pools.
         tier: windows of a tier beneath it; none if 0.
+        disk: whether it is in a file, with one window of memory before it.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class World:
         policy: str = "fifo",
         more_slots: int = 0,
         tier: int = 0,
+        disk: bool = False,
     ) -> None:
         slots = entries * WINDOW if slots is None else slots
         total = slots + more_slots + headroom
@@ -105,7 +108,9 @@ class World:
             tensor=ModelTensor(scheduler, LAYOUT, total),
         )
         if tier:
-            put_beneath(self.storage, HostTier(tier * LAYOUT.bytes_per_entry))
+            window = LAYOUT.bytes_per_entry
+            behind = DiskTier(tempfile.gettempdir(), tier * window)
+            put_beneath(self.storage, HostTier(window, behind=behind) if disk else HostTier(tier * window))
         self.pool = KVPool(LAYOUT, entries, max_slots=slots, storage=self.storage, name="pool", policy=policy)
         self.calls: list[Call] = []
         self.before: State = {}

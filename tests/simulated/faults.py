@@ -412,6 +412,9 @@ OF_TIERS = [
     left_out("tier.py", "_copy", "stamp", "tier: up, its room below reused"),
     left_out("tier.py", "read", "order_after", "tier: read after the move down"),
     left_out("tier.py", "read", "stamp", "tier: read below, popped, its room reused"),
+    left_out("paged_slots.py", "_frames_for", "synchronize", "tier: disk: paged out after its copy"),
+    left_out("paged_slots.py", "_end", "stamp", "tier: disk: paged out after its copy"),
+    left_out("paged_slots.py", "_end", "stamp", "tier: disk: read in memory, which is used again"),
 ]
 
 

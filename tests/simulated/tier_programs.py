@@ -22,6 +22,10 @@ def tier_program(name: str, *tasks: Operation, **options: Any) -> GpuProgram:
     return GpuProgram(f"tier: {name}", tasks, {**FULL, **options}, **fields)
 
 
+def disk_program(name: str, *tasks: Operation, **options: Any) -> GpuProgram:
+    return tier_program(f"disk: {name}", *tasks, **{"disk": True, **options})
+
+
 def put(key: int, number: int, on: int) -> Operation:
     return lambda world: world.put(key, value(number, WHOLE), on=on)
 
@@ -124,6 +128,20 @@ TIER_GPU_PROGRAMS = [
         "up on a stream of its own, first use of the slots", get(A, 1), before=below(A), home=2, headroom=WINDOW
     ),
     tier_program("down and up, not pinned", several(put(B, 30, 1), get(A, 2)), before=stored(A), pinned=False),
+    disk_program("read from the file", several(put(C, 40, 2), get(A, 1), get(B, 3)), before=stored(A, B)),
+    disk_program(
+        "paged out after its copy", several(put(A, 20, 1), put(B, 30, 2), put(C, 40, 3), get(A, 1), get(B, 2)), tier=4
+    ),
+    disk_program(
+        "read in memory, which is used again",
+        several(get(A, 1), put(C, 40, 2), get(A, 3), get(B, 1)),
+        before=stored(A, B),
+    ),
+    disk_program("up from the file and from memory", several(get(A, 1), get(B, 2)), before=below(A, B), **TWO),
+    disk_program("part of it in the file", several(put(C, 40, 2), get(B, 1), get(A, 3)), before=family, **TWO),
+    disk_program("paged out|get", put(C, 40, 1), get(A, 2), before=stored(A, B)),
+    disk_program("paged out|paged out", put(C, 40, 1), put(D, 50, 2), before=stored(A, B)),
+    disk_program("not pinned", several(put(C, 40, 2), get(A, 1), get(B, 3)), before=stored(A, B), pinned=False),
     tier_program("evict|get", put(B, 30, 1), get(A, 2), before=stored(A)),
     tier_program("up|up", get(A, 1), get(A, 2), before=below(A)),
 ]

@@ -6,6 +6,7 @@ Whatever is read is looked at when everything is over, as a kernel of the reader
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import HostTier, KeysValues, KVPool, KVStorage
+from concurrent_kv import DiskTier, HostTier, KeysValues, KVPool, KVStorage
 from concurrent_kv.errors import ClosedError
 from concurrent_kv.flights.table import Flight, FlightState
 from concurrent_kv.pool.tier import put_beneath
@@ -57,6 +58,7 @@ class GpuWorld:
         devices: how many there are.
         tier: windows of a tier beneath it; none if 0.
         pinned: whether the tier is in pinned memory.
+        disk: whether it is in a file, with one window of memory before it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class GpuWorld:
         more_slots: int = 0,
         tier: int = 0,
         pinned: bool = True,
+        disk: bool = False,
     ) -> None:
         slots = entries * WINDOW if slots is None else slots
         self.scheduler = scheduler
@@ -95,7 +98,7 @@ class GpuWorld:
                 backend=self.backend,
             )
             if tier:
-                put_beneath(self.storage, HostTier(tier * self.storage.layout.bytes_per_entry, pinned))
+                put_beneath(self.storage, self._tier(tier, pinned, disk))
         self.pool = KVPool(
             self.storage.layout, entries, max_slots=slots, storage=self.storage, name="pool", policy=policy
         )
@@ -108,6 +111,12 @@ class GpuWorld:
         self._late: list[Callable[[], object]] = []  # looks at what was read, in the order of the reads
         self._clock = count()
         self._busy = 0
+
+    def _tier(self, windows: int, pinned: bool, disk: bool) -> HostTier:
+        window = self.storage.layout.bytes_per_entry
+        if not disk:
+            return HostTier(windows * window, pinned)
+        return HostTier(window, pinned, DiskTier(tempfile.gettempdir(), windows * window + (windows == 1)))
 
     # The device ----------------------------------------------------------------------------------------------------
 
