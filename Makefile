@@ -110,7 +110,7 @@ endif
 
 # Nothing is downloaded but packages: the models are tiny, and random.
 transformers: $(TRANSFORMERS_VENV)/stamp
-	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) $(ARGS)
+	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) tests/test_public_names.py $(ARGS)
 
 # TensorBoard joins the environment here. Without a Prometheus, what asks one is skipped, which is said.
 metrics: $(VENV)/metrics-test.stamp
@@ -124,7 +124,7 @@ text-tree: $(TRANSFORMERS_VENV)/stamp
 # Ray reports its use to its makers unless told not to.
 ray play-ray: export RAY_USAGE_STATS_ENABLED = 0
 ray: $(RAY_VENV)/stamp
-	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) $(ARGS)
+	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) tests/test_public_names.py $(ARGS)
 
 play-ray: $(RAY_VENV)/stamp
 	@$(RAY_VENV)/bin/python -m examples.cartpole --ray $(ARGS)
