@@ -13,7 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from concurrent_kv import KVCacheManager, errors
+from concurrent_kv import KVCacheManager, cluster, errors
 from tests.compiling import why_no_inductor
 from tests.support import HANG_SECONDS
 
@@ -115,6 +115,9 @@ def test_the_page_of_errors_has_each_with_what_to_do() -> None:
             assert f"\n## {name}\n" in page
             builtin = kind.__bases__[-1].__name__
             assert f"| [{name}](#{name.lower()}) | {builtin} |" in page
+    for name, kind in vars(cluster).items():
+        if isinstance(kind, type) and issubclass(kind, errors.KVCacheError):
+            assert f"\n| `{name}` | {kind.__bases__[-1].__name__} |" in page
 
 
 @pytest.mark.parametrize("block", blocks_in(*SHELL))
