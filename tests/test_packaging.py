@@ -44,6 +44,15 @@ def test_a_tag_that_is_not_the_version_is_refused(tag: str, changelog: str, cita
     assert (said is None) if wrong is None else (said is not None and wrong in said)
 
 
+def test_the_hosted_workflow_runs_what_a_merge_needs_and_every_python_that_is_promised() -> None:
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    everything, tests = workflow.split("\n  tests:\n")
+    assert everything.endswith("\n      - run: .ci/run")
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert set(re.findall(r'"(3\.\d+)"', workflow)) == set(promised)
+    assert "pip install -c constraints.txt" in tests
+
+
 def test_a_report_names_version_interpreter_torch_devices_and_whether_code_is_compiled() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "concurrent_kv"], capture_output=True, text=True, timeout=HANG_SECONDS, check=True
