@@ -93,7 +93,7 @@ def test_a_write_that_searches_leave_no_room_says_which_size_would(make_manager:
 
 
 def test_a_write_that_pins_leave_no_room_hears_which_size_would_do(make_pool: MakePool) -> None:
-    def third(**sizes: int) -> None:
+    def third(**sizes: Any) -> None:
         """An entry, while two others are pinned."""
         pool = make_pool(**sizes)
         pool.put("a", tokens(1, 3))
@@ -109,10 +109,12 @@ def test_a_write_that_pins_leave_no_room_hears_which_size_would_do(make_pool: Ma
 
 
 def test_a_pool_of_less_than_a_window_hears_what_is_the_least() -> None:
-    for sizes in ({"max_slots": WINDOW - 1}, {"max_bytes": LAYOUT.bytes_per_entry - 1}):
+    too_small: list[dict[str, Any]] = [{"max_slots": WINDOW - 1}, {"max_bytes": LAYOUT.bytes_per_entry - 1}]
+    for sizes in too_small:
         with pytest.raises(InvalidArgumentError, match="less than one window") as caught:
             KVPool(LAYOUT, 1, **sizes)
-        KVPool(LAYOUT, 1, **{name: said(caught)[name] for name in sizes}).close()
+        least: dict[str, Any] = {name: said(caught)[name] for name in sizes}
+        KVPool(LAYOUT, 1, **least).close()
 
 
 def test_a_search_that_a_pin_leaves_no_room_hears_that_something_is_pinned(manager: KVCacheManager) -> None:
