@@ -29,7 +29,11 @@ def blocks_of(page: str) -> list[Token]:
 README = "README.md"
 # Every block of Python in them is a program; of the pages in PRINTED, what stands below one is what it prints.
 PRINTED = [f"docs/{name}.md" for name in ("windows", "sizing", "concepts", "faq", "reference/statistics")]
-PAGES = [README, *PRINTED, *(f"docs/{name}.md" for name in ("parallel", "tasks", "weights"))]
+PAGES = [
+    README,
+    *PRINTED,
+    *(f"docs/{name}.md" for name in ("operations", "parallel", "snapshots", "tasks", "tiers", "weights")),
+]
 BLOCKS = blocks_of(README)
 
 
