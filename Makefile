@@ -76,7 +76,8 @@ mutants: $(VENV)/test.stamp
 # GPU_PYTHON: a Python that has a CUDA build of torch and what the tests import, instead of the environment of make test.
 GPU_PYTHON ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/test.stamp)
-	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -o addopts=-ra tests/gpu tests/test_gpu_programs.py
+	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -o addopts=-ra tests/gpu tests/test_gpu_programs.py \
+	    tests/test_readme.py::test_a_program_about_streams_runs_on_a_gpu
 	@PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # LightZero's rings are among the contestants where make lightzero has made their environment.

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -35,6 +36,21 @@ PAGES = [
     *(f"docs/{name}.md" for name in ("operations", "parallel", "snapshots", "tasks", "tiers", "weights")),
 ]
 BLOCKS = blocks_of(README)
+# Their programs need something of their own, or go on from each other: tests of these pages run them.
+ELSEWHERE = [
+    f"docs/{name}.md"
+    for name in (
+        "errors",
+        "lightzero",
+        "lightzero-details",
+        "metrics",
+        "ray",
+        "streams",
+        "transformers",
+        "tutorial",
+        "tutorial.zh",
+    )
+]
 
 
 def language_of(block: Token) -> str:
@@ -63,6 +79,12 @@ def test_every_block_names_a_language_that_is_checked_here() -> None:
     assert not unknown
 
 
+def test_every_page_with_a_program_is_among_those_that_are_run() -> None:
+    pages = [str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")]
+    with_programs = {page for page in pages if blocks_in("python", page=page)}
+    assert with_programs <= {*PAGES, *ELSEWHERE}
+
+
 def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     assert blocks_in("python")
     commands = [command for block in BLOCKS if language_of(block) in SHELL for command in commands_of(block.content)]
@@ -80,6 +102,12 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
+@pytest.mark.parametrize("code", blocks_in("python", page="docs/streams.md"))
+def test_a_program_about_streams_runs_on_a_gpu(code: str) -> None:
+    exec(code, {})
 
 
 @pytest.mark.parametrize("page", PRINTED)
