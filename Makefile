@@ -76,7 +76,8 @@ mutants: $(VENV)/test.stamp
 # GPU_PYTHON: a Python that has a CUDA build of torch and what the tests import, instead of the environment of make test.
 GPU_PYTHON ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/test.stamp)
-	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -o addopts=-ra tests/gpu tests/test_gpu_programs.py
+	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -o addopts=-ra tests/gpu tests/test_gpu_programs.py \
+	    tests/test_readme.py::test_a_program_about_streams_runs_on_a_gpu
 	@PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # LightZero's rings are among the contestants where make lightzero has made their environment.
@@ -110,7 +111,7 @@ endif
 
 # Nothing is downloaded but packages: the models are tiny, and random.
 transformers: $(TRANSFORMERS_VENV)/stamp
-	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) $(ARGS)
+	@PYTHONPATH=. HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/test_transformers_*.py) tests/test_public_names.py $(ARGS)
 
 # TensorBoard joins the environment here. Without a Prometheus, what asks one is skipped, which is said.
 metrics: $(VENV)/metrics-test.stamp
@@ -124,7 +125,7 @@ text-tree: $(TRANSFORMERS_VENV)/stamp
 # Ray reports its use to its makers unless told not to.
 ray play-ray: export RAY_USAGE_STATS_ENABLED = 0
 ray: $(RAY_VENV)/stamp
-	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) $(ARGS)
+	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) tests/test_public_names.py $(ARGS)
 
 play-ray: $(RAY_VENV)/stamp
 	@$(RAY_VENV)/bin/python -m examples.cartpole --ray $(ARGS)

@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter_ns
@@ -23,13 +22,13 @@ from typing import Any
 import anyio
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.async_cases import CASES, Case, Tasks, Threads, World
 from benchmarks.async_shards import measure_shards, shards_tables
 from benchmarks.async_thresholds import thresholds
+from reporting.machine import about
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
 if importlib.util.find_spec("uvloop"):
@@ -93,7 +92,7 @@ def measure_operations(rounds: int, calls: int) -> Samples:
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for _ in track(range(rounds), "rounds of operations"):
             by_a_thread()
             for loop, (backend, options) in LOOPS.items():
                 anyio.run(by_a_task, loop, backend=backend, backend_options=options)
@@ -121,15 +120,15 @@ def figures_of(samples: Samples) -> dict[str, dict[str, dict[str, float]]]:
     return figures
 
 
-def operations_table(figures: dict[str, dict[str, dict[str, float]]]) -> Table:
+def operations_table(figures: dict[str, dict[str, dict[str, float]]]) -> Grid:
     places = ["sync", *(f"{loop} {where}" for loop in LOOPS for where in ("inline", "worker"))]
-    table = Table("operation", *places, box=box.MARKDOWN, title="microseconds: median (10th to 90th percentile)")
+    table = Grid("microseconds: median (10th to 90th percentile)", ("operation", *places))
     for case in CASES:
         cells = []
         for place in places:
             figure = figures[case.name].get(place)
             cells.append("" if figure is None else f"{figure['median']:.0f} ({figure['p10']:.0f}-{figure['p90']:.0f})")
-        table.add_row(f"{case.name}{f', {case.note}' if case.note else ''}", *cells)
+        table.rows.append((f"{case.name}{f', {case.note}' if case.note else ''}", *cells))
     return table
 
 
@@ -138,25 +137,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few calls of everything, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as docs/async.md has them")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console = Console(width=240, soft_wrap=True)
     rounds, calls = QUICK if options.quick else (ROUNDS, CALLS)
     operations = figures_of(measure_operations(rounds, calls))
-    console.print(operations_table(operations))
     found = thresholds(LOOPS, quick=options.quick)
     shards = measure_shards(LOOPS, quick=options.quick)
-    for table in (*found.tables(), *shards_tables(shards)):
-        console.print(table)
+    tables = [operations_table(operations), *found.tables(), *shards_tables(shards)]
+    if options.markdown:
+        print(*(f"{table.title}\n\n{table.as_markdown()}" for table in tables), sep="\n")
+    else:
+        console_of().print(*tables, origin())
     if options.json is not None:
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "anyio": anyio_version()}
+        machine = {**about(), "anyio": importlib.metadata.version("anyio")}
         report = {"machine": machine, "operations": operations, **found.as_dict(), "shards": shards}
         options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
-
-
-def anyio_version() -> str:
-    return importlib.metadata.version("anyio")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import Any
 import anyio
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.async_thresholds import Held, Loops
 from concurrent_kv import AsyncKVPool, DropOldest, KeysValues, KVCacheManager, KVLayout, KVPool
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.locks.shards import ShardLocks
+from reporting.progress import track
+from reporting.tables import Grid
 
 __all__ = ["measure_shards", "shards_tables"]
 
@@ -156,7 +156,7 @@ def tries_of(loops: Loops, rounds: int, calls: int) -> dict[str, dict[int, dict[
         in_workers[where] = in_workers.get(where, 0) + aio.offload_stats().worker_count
 
     with writing(pool, kv, WRITERS):
-        for _ in range(rounds):
+        for _ in track(range(rounds), "rounds beside writing threads"):
             for microseconds in TRIES:
                 for loop, (backend, options) in loops.items():
                     anyio.run(task, loop, microseconds, backend=backend, backend_options=options)
@@ -183,22 +183,22 @@ def measure_shards(loops: Loops, *, quick: bool = False) -> dict[str, Any]:
     }
 
 
-def shards_tables(measured: dict[str, Any]) -> Iterator[Table]:
+def shards_tables(measured: dict[str, Any]) -> Iterator[Grid]:
     """What `measure_shards` found."""
-    holds = Table("threads", "shards", "p50", "p90", "p99", "number", box=box.MARKDOWN, title="shards, microseconds")
+    holds = Grid("shards, microseconds", ("threads", "shards", "p50", "p90", "p99", "number"), keys=2)
     for number, by_kind in measured["holds"].items():
         for kind, spread in by_kind.items():
             figures = (f"{spread[p]:.0f}" for p in ("p50", "p90", "p99", "number"))
-            holds.add_row(str(number), kind, *figures)
+            holds.rows.append((f"{number} threads", kind, *figures))
     yield holds
     names = ["in workers", "latency p50", "latency p99", "holding p50", "holding p99"]
     title = f"get and put of a task beside {WRITERS} writing threads, microseconds"
-    tries = Table("shard tried for", "loop", *names, box=box.MARKDOWN, title=title)
+    tries = Grid(title, ("shard tried for", "loop", *names), keys=2)
     for microseconds in TRIES:
         for loop, by_try in measured["tries"].items():
             figure = by_try[microseconds]
             cells = [f"{figure['in workers']:.1%}", *(f"{figure[name]:.0f}" for name in names[1:])]
-            tries.add_row(str(microseconds), loop, *cells)
+            tries.rows.append((f"tried for {microseconds}", loop, *cells))
     yield tries
 
 

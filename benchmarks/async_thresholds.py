@@ -13,10 +13,10 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 
 from concurrent_kv import AsyncKVPool, KeysValues, KVLayout, KVPool
+from reporting.progress import track
+from reporting.tables import Grid
 
 __all__ = ["Thresholds", "thresholds"]
 
@@ -89,31 +89,31 @@ class Thresholds:
     def as_dict(self) -> dict[str, Any]:
         return {"hops": self.hops, "copies": self.copies, "reads": self.reads, "writes": self.writes}
 
-    def tables(self) -> Iterator[Table]:
-        hops = Table("loop", "hop", "of it on the loop's thread", box=box.MARKDOWN, title="a bare hop, microseconds")
+    def tables(self) -> Iterator[Grid]:
+        hops = Grid("a bare hop, microseconds", ("loop", "hop", "of it on the loop's thread"))
         for loop, hop in self.hops.items():
-            hops.add_row(loop, f"{hop['latency']:.0f}", f"{hop['holding']:.0f}")
+            hops.rows.append((loop, f"{hop['latency']:.0f}", f"{hop['holding']:.0f}"))
         yield hops
         yield self._table("bytes", "get of one entry", self.copies)
         yield self._table("entries", "gather of short entries", self.reads)
         yield self._table("entries", "put_many of short entries", self.writes)
 
-    def _table(self, first: str, title: str, measured: dict[str, BySize]) -> Table:
+    def _table(self, first: str, title: str, measured: dict[str, BySize]) -> Grid:
         columns = [f"{loop} {what}" for loop in measured for what in ("inline", "worker", "worker holds")]
-        table = Table(first, *columns, box=box.MARKDOWN, title=f"{title}, microseconds")
+        table = Grid(f"{title}, microseconds", (first, *columns))
         for size in next(iter(measured.values())):
             cells = []
             for by_size in measured.values():
                 inline, worker = by_size[size]["inline"], by_size[size]["worker"]
                 cells += [f"{inline['latency']:.0f}", f"{worker['latency']:.0f}", f"{worker['holding']:.0f}"]
-            table.add_row(str(size), *cells)
+            table.rows.append((str(size), *cells))
         crossings: list[tuple[str, Callable[[str, BySize], float]]] = [
             (f"as much as a bare hop at this many {first}", lambda loop, by_size: self.hops[loop]["latency"]),
             (f"as much as a worker adds at this many {first}", lambda loop, by_size: added_by_a_worker(by_size)),
         ]
         for name, cost in crossings:
             cells = [crossing(by_size, cost(loop, by_size)) for loop, by_size in measured.items()]
-            table.add_row(name, *(text for cell in cells for text in (cell, "", "")))
+            table.rows.append((name, *(text for cell in cells for text in (cell, "", ""))))
         return table
 
 
@@ -162,7 +162,7 @@ def thresholds(loops: Loops, *, quick: bool = False) -> Thresholds:
             await reads[loop][number][where].add(read, calls, _close)
         pool.close()
 
-    for _ in range(rounds):
+    for _ in track(range(rounds), "rounds of sizes"):
         for loop, (backend, options) in loops.items():
             anyio.run(hop, loop, backend=backend, backend_options=options)
             for size in sizes:

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.lightzero_side import Side, same_states
 from benchmarks.lightzero_trees import Trees
 from concurrent_kv import KVCacheManager
 from concurrent_kv.compat.lightzero import attach
 from concurrent_kv.compat.lightzero.settings import manager_config
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 from tests.lightzero_support import SHAPES, Shape, make_world_model
 
 TARGETS = {  # times as fast as the released cache path, on one thread, and the whole step
@@ -166,19 +166,21 @@ def _figures(sides: Sequence[Side]) -> dict[str, Any]:
     }
 
 
-def table(results: Sequence[dict[str, Any]]) -> Table:
+def table(results: Sequence[dict[str, Any]]) -> Grid:
     """What is compared, the released code's figure before ours."""
-    shown = Table(title="the released LightZero > this cache", title_justify="left")
-    columns = ("workload", "envs", "threads", "cache path, ms", "faster", "step, ms", "faster", "calls", "to host")
-    for number, column in enumerate((*columns, "KiB a node")):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+    columns = ("cache path, ms", "times as fast", "step, ms", "times as fast", "calls", "to host", "KiB a node")
+    shown = Grid(
+        "the released LightZero > this cache",
+        ("workload", "envs, threads", *columns),
+        keys=2,
+        legend="In brackets: the target. Calls: operator calls of the cache path; to host: copies to the host.",
+    )
     for result in results:
         old, new, (cache_target, step_target) = result["released"], result["ours"], result["targets"]
         one = result["threads"] == 1
-        shown.add_row(
+        row = (
             result["workload"],
-            str(result["environments"]),
-            str(result["threads"]),
+            f"{result['environments']}, {result['threads']}",
             f"{old['cache_ms']:.2f} > {new['cache_ms']:.2f}",
             _faster(result["cache_speed_up"], cache_target),
             f"{old['step_ms']:.1f} > {new['step_ms']:.1f}",
@@ -187,21 +189,21 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             f"{old['copies_to_host']} > {new['copies_to_host']}" if one else "",
             f"{old['bytes_per_node'] / 1024:.1f} > {new['bytes_per_node'] / 1024:.1f}",
         )
+        shown.rows.append(row)
     return shown
 
 
-def table_of_all(results: Sequence[dict[str, Any]]) -> Table:
+def table_of_all(results: Sequence[dict[str, Any]]) -> Grid:
     """The cache paths of both versions and of what replaces their caches, on one thread."""
     commit = results[0]["main"]["commit"]
-    shown = Table(title=f"cache path, ms (times faster); main: commit {commit[:8]}", title_justify="left")
-    shown.add_column("workload", justify="left")
-    for column in ("envs", "0.2.0", "0.2.0, attached", "main, its manager", "main, one import", "main, attached"):
-        shown.add_column(column, justify="right")
+    columns = ("0.2.0", "0.2.0, attached", "main, its manager", "main, one import", "main, attached")
+    title = f"cache path, ms (times as fast (target)); main: commit {commit[:8]}"
+    shown = Grid(title, ("workload", "envs", *columns), keys=2)
     for result in results:
         target, contestants = result["targets"][0], result["main"]["contestants"]
         own, *others = (contestants[name]["cache_ms"] for name in ("own manager", *TARGETS_OF_MAIN))
         targets = TARGETS_OF_MAIN.values()
-        shown.add_row(
+        row = (
             result["workload"],
             str(result["environments"]),
             f"{result['released']['cache_ms']:.2f}",
@@ -209,6 +211,7 @@ def table_of_all(results: Sequence[dict[str, Any]]) -> Table:
             f"{own:.2f}",
             *(f"{ms:.2f} ({_faster(own / ms, wanted)})" for ms, wanted in zip(others, targets, strict=True)),
         )
+        shown.rows.append(row)
     return shown
 
 
@@ -251,30 +254,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--cpu-time is for --threads 1 on a CPU")
         Side.clock = staticmethod(time.thread_time_ns)
         of_main = ["--cpu-time"]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    quick = options.quick
+    console, quick = console_of(), options.quick
     searches = options.searches or (2 if quick else 6)
-    results = [
-        compare(name, envs, threads, searches, options.device)
+    asked = [
+        (name, envs, threads)
         for name in options.workloads or (["cartpole"] if quick else ["cartpole", "lunarlander", "atari"])
         for envs in options.environments or ([8] if quick else [8, 32])
         for threads in options.threads or ([1] if quick else [1, 2])
     ]
+    results = []
+    for name, envs, threads in track(asked, "workloads"):
+        results.append(compare(name, envs, threads, searches, options.device))
     console.print(table(results))
     if options.main is not None:
         alone = [result for result in results if result["threads"] == 1]
-        for result in alone:
+        for result in track(alone, "workloads of the main branch"):
             result["main"] = compare_main(options.main, result["workload"], result["environments"], searches, *of_main)
         console.print(table_of_all(alone))
+    console.print(origin())
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     if options.plot is not None:
         plot(results, options.plot)
     failures = _failures(results)
     for failure in failures:
-        Console(stderr=True).print(f"FAILED: {failure}", style="bold red")
+        console_of(stderr=True).print(f"FAILED: {failure}", style="bold red", soft_wrap=True)
     return 1 if failures else 0
 
 

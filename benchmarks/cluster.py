@@ -28,8 +28,6 @@ from typing import Any
 
 import gymnasium
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from concurrent_kv.cluster import Cluster, HostParts, LocalCluster, SearchContext
 from examples.cartpole.episode import Episode
@@ -37,6 +35,8 @@ from examples.cartpole.hosts import Moment, Searching, decide, setup
 from examples.cartpole.job import JobSettings
 from examples.cartpole.play import ENVIRONMENT, PlaySettings
 from examples.cartpole.search import TreeSearch
+from reporting.progress import Work
+from reporting.tables import Grid, console_of, origin
 
 ENVS = 16  # of each host, and threads
 STEPS = 4  # of an environment in one call, where the host has it
@@ -184,14 +184,16 @@ def measured(turns: int, seconds: float) -> dict[str, Any]:
         rates: dict[str, list[float]] = {name: [] for name in ways}
         processors: dict[str, list[float]] = {name: [] for name in ways}
         loads = []
+        work = stack.enter_context(Work("turns", (turns + 1) * len(ways)))
         for turn in range(turns + 1):
             for (name, way), cluster in zip(ways.items(), clusters, strict=True):
-                if not turn:  # to warm up
-                    way(1.0)
-                    continue
-                used, began = processor_seconds(cluster), time.perf_counter()
-                rates[name].append(way(seconds))
-                processors[name].append((processor_seconds(cluster) - used) / (time.perf_counter() - began))
+                if turn:
+                    used, began = processor_seconds(cluster), time.perf_counter()
+                    rates[name].append(way(seconds))
+                    processors[name].append((processor_seconds(cluster) - used) / (time.perf_counter() - began))
+                else:
+                    way(1.0)  # to warm up
+                work.part(name)
             loads.append(os.getloadavg()[0])
         ratios = [rates[TWO][turn] / max(rates[ONE][turn], rates[TWICE][turn]) for turn in range(turns)]
         quiet = [
@@ -268,17 +270,18 @@ def summary(found: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(found), "quartiles": [first, third], "all": found[:20]}
 
 
-def table(result: dict[str, Any]) -> Table:
-    shown = Table("way", "simulations a second", "processors", title="on a cluster", title_justify="left")
+def tables(result: dict[str, Any]) -> tuple[Grid, Grid]:
+    ways = Grid("on a cluster: median (quartiles)", ("way", "simulations a second", "processors of the hosts"))
     for name, each in result["simulations_per_second"].items():
-        shown.add_row(name, number(each, ",.0f"), number(result["processors_of_hosts"][name], ".2f"))
-    shown.add_row("2 actors by 1 (the better)", number(result["two_by_one"], ".2f"))
+        ways.rows.append((name, number(each, ",.0f"), number(result["processors_of_hosts"][name], ".2f")))
+    ways.rows.append(("2 actors by 1 (the better)", number(result["two_by_one"], ".2f"), ""))
     if result["two_by_one_of_quiet_turns"]:
-        shown.add_row(f"of {result['quiet_turns']} quiet turns", number(result["two_by_one_of_quiet_turns"], ".2f"))
-    for what in ("empty_call_seconds", "load_weights_seconds"):
-        for name, each in result[what].items():
-            shown.add_row(f"{what}: {name}", number(each, ".2g"))
-    return shown
+        quiet = number(result["two_by_one_of_quiet_turns"], ".2f")
+        ways.rows.append((f"of {result['quiet_turns']} quiet turns", quiet, ""))
+    seconds = Grid("calls: median (quartiles)", ("", "what", "seconds"), keys=2)
+    for key, what in (("empty_call_seconds", "an empty call"), ("load_weights_seconds", "weights, loaded by all")):
+        seconds.rows += [(what, name, number(each, ".2g")) for name, each in result[key].items()]
+    return ways, seconds
 
 
 def number(each: dict[str, Any], form: str) -> str:
@@ -294,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     result = measured(options.turns, options.seconds)
-    Console().print(table(result))
+    console_of().print(*tables(result), origin())
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 

@@ -18,15 +18,14 @@ from time import perf_counter_ns
 from typing import TypeAlias
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from concurrent_kv import DropOldest, KeysValues, KVCacheManager
 from concurrent_kv.evaluation import Evaluated, Evaluator, Leaf
 from concurrent_kv.pool.joint import JointBatch
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 LAYERS, HEADS, WIDTH, WINDOW, NEW, ACTIONS, SIMULATIONS = 2, 2, 64, 8, 2, 16, 25
 SECONDS_TO_COMPILE = 600.0
@@ -142,7 +141,7 @@ def measure(rows: int, rounds: int, backend: str) -> dict[str, dict[str, float]]
     for contestant in contestants.values():
         contestant.play()  # compiled here, and warm
         contestant.forget()
-    for _ in range(rounds):
+    for _ in track(range(rounds), f"rounds of {rows} rows a call"):
         for contestant in contestants.values():
             contestant.play()
     told = {}
@@ -154,6 +153,17 @@ def measure(rows: int, rounds: int, backend: str) -> dict[str, dict[str, float]]
     return told
 
 
+def table(found: dict[int, dict[str, dict[str, float]]]) -> Grid:
+    """By rows a call, and by model."""
+    columns = ("rows", "model", "µs a call", "of these, the model", "simulations a second")
+    shown = Grid("a model in an evaluator, as it is and compiled: medians", columns, keys=2)
+    for rows, figures in found.items():
+        for name, each in figures.items():
+            numbers = (f"{each[key]:,.0f}" for key in ("call_us", "model_us", "simulations_a_second"))
+            shown.rows.append((f"{rows} rows a call", name, *numbers))
+    return shown
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_model", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
@@ -163,12 +173,7 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     found = {rows: measure(rows, rounds, options.backend) for rows in ROWS}
-    table = Table("rows a call", "model", "µs a call", "of these, the model", "simulations a second", box=box.ASCII2)
-    for rows, figures in found.items():
-        for name, each in figures.items():
-            numbers = (f"{each[key]:,.0f}" for key in ("call_us", "model_us", "simulations_a_second"))
-            table.add_row(str(rows), name, *numbers)
-    Console().print(table)
+    console_of().print(table(found), origin())
     if options.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__}
         options.json.write_text(

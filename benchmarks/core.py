@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.timing import Samples
 from benchmarks.workloads import TOKENS_PER_STEP, WORKLOADS, Workload
 from concurrent_kv import DropAndCorrect, KeysValues
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 OPERATIONS = ("gather", "append", "commit", "get", "put")
 now = time.perf_counter_ns
@@ -101,25 +101,24 @@ class Core:
         self._manager.close()
 
 
-def table(results: Sequence[dict[str, Any]]) -> Table:
+def table(results: Sequence[dict[str, Any]]) -> Grid:
     """Microseconds: median (quartiles), and the floor."""
-    shown = Table(title="microseconds, median (quartiles) / one copy of the same bytes", title_justify="left")
-    for column in ("workload", "rows", *OPERATIONS):
-        shown.add_column(column, justify="left" if column == "workload" else "right")
+    title = "microseconds, median (quartiles) / one copy of the same bytes; by workload and rows"
+    shown = Grid(title, ("workload", "rows", *OPERATIONS), keys=2)
     for result in results:
         cells = []
         for name in OPERATIONS:
             took, floor = result["operations"][name], result["floor"][name]
             spread = f"({took['first_quartile_us']:.0f}-{took['third_quartile_us']:.0f})"
             cells.append(f"{took['median_us']:.1f} {spread} / {floor['median_us']:.1f}")
-        shown.add_row(result["workload"], str(result["rows"]), *cells)
+        shown.rows.append((result["workload"], str(result["rows"]), *cells))
     return shown
 
 
 def measure(names: Sequence[str], rows: Sequence[int], searches: int) -> list[dict[str, Any]]:
     """Every workload at every number of rows, in turns, so that a slow moment of the machine meets all of them."""
     cores = [Core(WORKLOADS[name], count) for name in names for count in rows]
-    for number in range(searches + 2):
+    for number in track(range(searches + 2), "searches of each"):
         for core in cores:
             core.search(keep=number >= 2)
     results = [core.as_dict() for core in cores]
@@ -133,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     results = measure(options.workloads, options.rows, options.searches)
-    Console().print(table(results))
+    console_of().print(table(results), origin())
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     return 0

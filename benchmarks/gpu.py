@@ -16,19 +16,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_cases import PerEntry, Pooled, copy_of, device_micros, issue_micros
 from benchmarks.gpu_lightzero import COLUMNS as STEP_COLUMNS
 from benchmarks.gpu_lightzero import measure_steps, missing
 from benchmarks.workloads import WORKLOADS
+from reporting.machine import about
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 __all__ = ["count_calls", "main"]
 
@@ -173,23 +173,33 @@ def _steps(case: Pooled, times: int, start: threading.Barrier, synchronize: Call
     synchronize()
 
 
-def table(results: Sequence[dict[str, Any]]) -> Table:
+def table(results: Sequence[dict[str, Any]]) -> Grid:
     """Every figure of gathers and commits."""
-    shown = Table(title="copy_us: one copy of the same bytes, in the same run; copy_share: of that bandwidth")
-    for column in ("workload", "rows", "operation", "how", *COLUMNS):
-        shown.add_column(column, justify="left" if column in ("workload", "operation", "how") else "right")
+    shown = Grid(
+        "gathers and commits",
+        ("workload, rows", "operation", *COLUMNS),
+        keys=2,
+        legend="copy_us: one copy of the same bytes, in the same run; copy_share: of that bandwidth",
+    )
     for result in results:
-        shown.add_row(*(str(result[column]) for column in ("workload", "rows", "operation", "how", *COLUMNS)))
+        names = f"{result['workload']}, {result['rows']} rows", f"{result['operation']}, {result['how']}"
+        shown.rows.append((*names, *(str(result[column]) for column in COLUMNS)))
     return shown
 
 
-def steps_table(results: Sequence[dict[str, Any]]) -> Table:
-    """LightZero's recurrent step."""
-    shown = Table(title="LightZero's recurrent step: the released cache > ours")
-    for column in STEP_COLUMNS:
-        shown.add_column(column, justify="left" if column == "workload" else "right")
+def streams_table(results: Sequence[dict[str, Any]]) -> Grid:
+    """Threads over one pool, each on a stream of its own."""
+    shown = Grid("threads over one pool, each on a stream of its own", ("workload, rows", "threads", "steps a second"))
     for result in results:
-        shown.add_row(*(_old_and_new(result[column]) for column in STEP_COLUMNS))
+        name = f"{result['workload']}, {result['rows']} rows"
+        shown.rows.append((name, str(result["threads"]), f"{result['steps_per_second']:,}"))
+    return shown
+
+
+def steps_table(results: Sequence[dict[str, Any]]) -> Grid:
+    """LightZero's recurrent step."""
+    shown = Grid("LightZero's recurrent step: the released cache > ours", STEP_COLUMNS, keys=2)
+    shown.rows += [tuple(_old_and_new(result[column]) for column in STEP_COLUMNS) for result in results]
     return shown
 
 
@@ -204,26 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu: there is no GPU here, and nothing was measured", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    asked = [(name, rows) for name in options.workloads for rows in options.rows]
     results = [
         figures
-        for name in options.workloads
-        for rows in options.rows
+        for name, rows in track(asked, "gathers and commits")
         for figures in measure(name, rows, device, options.times)
     ]
     streams = [
         measure_streams(name, options.rows[0], device, options.times, threads)
-        for name in options.workloads
+        for name in track(options.workloads, "streams")
         for threads in (1, 4)
     ]
     absent = missing(options.workloads, options.searches)
     steps = [] if absent else list(measure_steps(options.workloads, options.rows, device.type, options.searches))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table(results))
-    for figures in streams:
-        console.print(figures)
-    console.print(absent or steps_table(steps))
+    console_of().print(table(results), streams_table(streams), absent or steps_table(steps), origin())
     if options.json is not None:
         report = {"about": _about(device, arguments), "operations": results, "streams": streams, "steps": steps}
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -231,12 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _about(device: torch.device, arguments: Sequence[str] | None) -> dict[str, str]:
+def _about(device: torch.device, arguments: Sequence[str] | None) -> dict[str, Any]:
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        **about(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "command": " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]),
     }
 

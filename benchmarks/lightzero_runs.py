@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from reporting.progress import Work
+from reporting.tables import Grid, console_of, origin
 
 PROJECT = Path(__file__).resolve().parents[1]
 MODES = ("off", "on")
@@ -43,21 +43,18 @@ def run(mode: str, options: Sequence[str]) -> dict[str, Any]:
     return said
 
 
-def table(runs: Sequence[dict[str, Any]]) -> Table:
+def table(runs: Sequence[dict[str, Any]]) -> Grid:
     """Medians of each mode's runs: milliseconds for a thousand states searched from, by what they were spent in."""
     parts = list(runs[0]["seconds"])
-    shown = Table(title="seconds for 1,000 states searched from (least to most)", title_justify="left")
-    shown.add_column("")
-    for mode in MODES:
-        shown.add_column(mode, justify="right")
-    shown.add_column("times faster", justify="right")
+    title = "seconds for 1,000 states searched from: median (least to most)"
+    shown = Grid(title, ("", *(f"cache {mode}" for mode in MODES), "times faster"))
     for part in parts:
         spent = {
             mode: [1e3 * run["seconds"][part] / run["model"]["queries"] for run in runs if run["mode"] == mode]
             for mode in MODES
         }
         cells = [f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in spent.values()]
-        shown.add_row(part, *cells, f"{median(spent['off']) / median(spent['on']):.2f}")
+        shown.rows.append((part, *cells, f"{median(spent['off']) / median(spent['on']):.2f}"))
     return shown
 
 
@@ -75,11 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("collectors", "steps", "updates"):
         passed += [f"--{name}", str(getattr(options, name))]
     runs = []
-    for number in range(options.rounds):
-        for mode in MODES if number % 2 else reversed(MODES):
-            runs.append(run(mode, passed))
-            print(json.dumps(runs[-1]), file=sys.stderr)
-    Console(width=None if sys.stdout.isatty() else 110).print(table(runs))
+    with Work("runs", options.rounds * len(MODES)) as work:
+        for number in range(options.rounds):
+            for mode in MODES if number % 2 else reversed(MODES):
+                runs.append(run(mode, passed))
+                print(json.dumps(runs[-1]), file=sys.stderr)
+                work.part(f"cache {mode}")
+    console_of().print(table(runs), origin())
     if options.json is not None:
         options.json.write_text(json.dumps(runs, indent=2) + "\n", "utf-8")
     return 0

@@ -28,6 +28,8 @@ from concurrent_kv.metrics import KVMetrics
 from concurrent_kv.metrics.otel import KVInstruments
 from concurrent_kv.metrics.prometheus import KVCollector
 from concurrent_kv.pool.joint import JointBatch
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 STEPS = 20  # of a search
 LAYERS, HEADS, HEAD_DIM = 2, 2, 32  # of `CONFIG`
@@ -47,7 +49,7 @@ def new_manager(envs: int = ENVS) -> KVCacheManager:
 def scrapes(turns: int) -> dict[str, dict[str, float]]:
     """Microseconds and numbers of a scrape, by how many environments are shown, and how."""
     found = {}
-    for envs, by_environment in ((1, False), (100, False), (100, True)):
+    for envs, by_environment in track(((1, False), (100, False), (100, True)), "scrapes"):
         manager = new_manager(envs)
         metrics = KVMetrics(manager, by_environment=by_environment)
         registry = CollectorRegistry()
@@ -105,7 +107,7 @@ def operations(turns: int) -> dict[str, float]:
     managers = {"plain ": new_manager(), "timed ": new_manager(), "recording ": new_manager()}
     metrics = KVMetrics(managers["timed "], durations=True)
     found: Seconds = {}
-    for turn in range(turns + 3):
+    for turn in track(range(turns + 3), "operations"):
         kinds = list(managers.items())
         for kind, manager in kinds[turn % 3 :] + kinds[: turn % 3]:
             one_search(manager, found if turn >= 3 else {}, kind, record_tree=kind == "recording ")
@@ -129,7 +131,7 @@ def calls(turns: int) -> dict[str, float]:
     evaluators: dict[str, Evaluator[int, int]] = {kind: Evaluator(manager, model) for kind, manager in managers.items()}
     metrics = KVMetrics(managers["timed "], evaluators["timed "], durations=True)
     found: Seconds = {}
-    for turn in range(turns):
+    for turn in track(range(turns), "calls"):
         for kind in sorted(managers, reverse=bool(turn % 2)):
             with managers[kind].search(range(ENVS)) as search:
                 for step in range(STEPS):
@@ -146,6 +148,16 @@ def calls(turns: int) -> dict[str, float]:
     return {name: median(seconds) * 1e6 for name, seconds in sorted(found.items())}
 
 
+def tables(result: dict[str, Any]) -> tuple[Grid, Grid]:
+    """What `main` found."""
+    of_scrapes = Grid("a scrape: microseconds, numbers, bytes of text", ("", *result["scrapes"]))
+    for name in next(iter(result["scrapes"].values())):
+        of_scrapes.rows.append((name, *(f"{figures[name]:,.0f}" for figures in result["scrapes"].values())))
+    of_operations = Grid("an operation, microseconds", ("", "median"))
+    of_operations.rows += [(name, f"{micros:,.1f}") for name, micros in result["operations_us"].items()]
+    return of_scrapes, of_operations
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.metrics", description=__doc__)
     parser.add_argument("--turns", type=int, default=60, help="of each (default: %(default)s)")
@@ -159,10 +171,9 @@ def main() -> int:
         "scrapes": scrapes(options.turns),
         "operations_us": {**operations(options.turns), **calls(options.turns)},
     }
-    document = json.dumps(result, indent=1, default=str)
-    print(document)
+    console_of().print(*tables(result), origin())
     if options.json is not None:
-        options.json.write_text(document + "\n", "utf-8")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return 0
 
 

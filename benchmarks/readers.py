@@ -17,6 +17,8 @@ from time import perf_counter
 import torch
 
 from concurrent_kv import KeysValues, KVLayout, KVPool
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 CARTPOLE = KVLayout(num_layers=2, num_heads=2, head_dim=32, max_tokens=8)
 THREADS = (1, 2, 4)
@@ -58,16 +60,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     pool = KVPool(CARTPOLE, 16)
     pool.put("root", KeysValues.from_packed(torch.ones(4, 1, 2, 5, 32)))
     rates: dict[int, list[float]] = {threads: [] for threads in THREADS}
-    for _ in range(asked.rounds):
+    for _ in track(range(asked.rounds), "rounds"):
         for threads in THREADS:
             rates[threads].append(gathers_a_second(pool, threads, asked.seconds))
     pool.check_integrity()
+    console_of().print(table(rates), origin())
+
+
+def table(rates: dict[int, list[float]]) -> Grid:
+    """By threads."""
     has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    print(f"gathers a second, {'with' if has_gil else 'without'} the GIL")
-    for threads in THREADS:
-        first, median, third = statistics.quantiles(rates[threads], n=4) if asked.rounds > 1 else rates[threads] * 3
+    title = f"gathers a second, {'with' if has_gil else 'without'} the GIL: median (quartiles)"
+    shown = Grid(title, ("threads", "a second", "by one thread"))
+    for threads, found in rates.items():
+        first, median, third = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
         by_one = median / statistics.median(rates[1])
-        print(f"{threads} threads: {median:10,.0f} ({first:,.0f} to {third:,.0f}), {by_one:.2f} of one")
+        shown.rows.append((str(threads), f"{median:,.0f} ({first:,.0f} to {third:,.0f})", f"{by_one:.2f}"))
+    return shown
 
 
 if __name__ == "__main__":

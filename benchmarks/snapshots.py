@@ -32,15 +32,14 @@ from typing import Any
 
 import psutil
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.peers.machine import About
 from benchmarks.workloads import TOKENS_PER_STEP, WORKLOADS
 from concurrent_kv import KeysValues, KVLayout, KVPool
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 MIB = 2**20
 SAMPLED_SECONDS = 0.0005
@@ -177,7 +176,7 @@ def measure(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
     }
     took: dict[str, list[float]] = {name: [] for name in contestants}
     peaks: dict[str, list[int]] = {name: [] for name in contestants} | {"save": [first.nbytes]}
-    for number in range(rounds + 1):
+    for number in track(range(rounds + 1), f"rounds of {case.name}"):
         for name, act in contestants.items():
             empty = case.empty()
             with Peak() as peak:
@@ -256,7 +255,7 @@ def recomputing(
         recompute(pool)
         nbytes = pool.save(path).nbytes
     took: dict[str, list[float]] = {"restored": [], "recomputed": []}
-    for number in range(rounds + 1):
+    for number in track(range(rounds + 1), f"roots of {name}"):
         for how, act in (("restored", lambda pool: pool.load(path)), ("recomputed", recompute)):
             with empty() as pool:
                 began = time.perf_counter()
@@ -279,28 +278,25 @@ def recomputing(
 # Showing -------------------------------------------------------------------------------------------------------------
 
 
-def show(results: dict[str, Any]) -> None:
-    """The figures as tables."""
-    console = Console()
+def tables(results: dict[str, Any]) -> list[Grid]:
+    """The figures."""
+    shown = []
     for result in results["files"]:
         title = (
             f"{result['case']}: {result['what']}; {result['entries']:,} entries, {result['slot_mib']} MiB of slots, "
             f"{result['by_hand_mib']} MiB by hand"
         )
-        table = Table(
-            "", "seconds", "MiB/s of slots", "peak memory, MiB", title=title, title_justify="left", box=box.SIMPLE
-        )
+        table = Grid(title, ("", "seconds", "MiB/s of slots", "peak memory, MiB"))
         for name, seconds in result["seconds"].items():
-            table.add_row(
-                name, f"{seconds:.3f}", f"{result['mib_a_second'][name]:,.0f}", f"{result['peak_mib'][name]:.1f}"
-            )
-        console.print(table)
-    table = Table("", "roots", "restored", "recomputed", "times", title="seconds", title_justify="left", box=box.SIMPLE)
+            speed, peak = f"{result['mib_a_second'][name]:,.0f}", f"{result['peak_mib'][name]:,.1f}"
+            table.rows.append((name, f"{seconds:.3f}", speed, peak))
+        shown.append(table)
+    table = Grid("roots, seconds", ("", "roots", "restored", "recomputed", "times"), keys=2)
     for result in results["roots"]:
         seconds = result["seconds"]
         restored, recomputed = f"{seconds['restored']:.4f}", f"{seconds['recomputed']:.4f}"
-        table.add_row(result["case"], result["what"], restored, recomputed, f"{result['times']:,}")
-    console.print(table)
+        table.rows.append((result["case"], result["what"], restored, recomputed, f"{result['times']:,}"))
+    return [*shown, table]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -334,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recomputing("atari", of_atari, (768, 8, 3072), 128, 7, folder, rounds),
             recomputing("qwen2.5-0.5b", QWEN, (896, 14, 4864), 1, tokens, folder, min(rounds, 3)),
         ]
-    results = {"about": about.as_dict("python -m benchmarks.snapshots"), "files": files, "roots": roots}
-    show(results)
+    results: dict[str, Any] = {"about": about.as_dict("python -m benchmarks.snapshots"), "files": files, "roots": roots}
+    console_of().print(*tables(results), origin(results["about"]))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")

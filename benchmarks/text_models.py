@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from concurrent_kv.compat.transformers import CacheLayout
+from reporting.progress import track
+from reporting.tables import console_of, origin
 
 
 class Warnings(logging.Handler):
@@ -60,10 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.addHandler(warnings)
     logger.propagate = False
     classes = list(MODEL_FOR_CAUSAL_LM_MAPPING.keys())
-    found = {
-        each.model_type: kind_of(each, warnings) for each in track(classes, "models", console=Console(stderr=True))
-    }
-    out = Console()
+    found = {each.model_type: kind_of(each, warnings) for each in track(classes, "models")}
+    out = console_of()
     out.print(f"transformers {transformers.__version__}, {len(found)} causal models")
     for kind in ("plain", "record", "states", "refused"):
         of_kind = [name for name, about in found.items() if about["kind"] == kind]
@@ -72,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, about in found.items():
         if about["kind"] == "refused":
             out.print(f"  {name}: {about['reason'][:150]}")
+    out.print(origin())
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 

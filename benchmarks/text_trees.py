@@ -30,10 +30,7 @@ from time import perf_counter, process_time, thread_time
 from typing import Any, Protocol
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -42,6 +39,8 @@ from benchmarks.peers.machine import About
 from concurrent_kv import KVCacheManager
 from concurrent_kv.compat.transformers import BatchCache, CacheLayout
 from concurrent_kv.model.config import ManagerConfig
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 # WORKLOADS: what a model's configuration has, its dtype, and the most tokens of a text.
 SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
@@ -381,7 +380,7 @@ def stored_without_a_model(plan: Plan, shape: str) -> dict[str, Any]:
     manager = KVCacheManager(config, 1, init_entries=1, wm_entries=1, recur_slots=plan.distinct)
     buffer_bytes = 0
     with manager.search([0], entries=len(plan.nodes), tokens=plan.distinct) as search:
-        for made in track([[0], *plan.rounds], "rounds", console=Console(stderr=True)):
+        for made in track([[0], *plan.rounds], "rounds"):
             new, parents = len(plan.nodes[made[0]].own), [plan.nodes[number].parent for number in made]
             with search.gather(parents, [0] * len(made), room=new) as batch:
                 buffer_bytes = max(buffer_bytes, batch.data.nbytes)
@@ -423,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked.nodes, asked.new, asked.prompt = 16, 4, min(asked.prompt, 50)
     if asked.memory:
         plan = planned(asked.prompt, asked.nodes, asked.new, asked.rows, asked.depth, words=512)
-        Console().print_json(data=stored_without_a_model(plan, asked.shape))
+        console_of().print_json(data=stored_without_a_model(plan, asked.shape))
         return
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
@@ -437,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     named = sum(node.length for node in plan.nodes)
     fits = CacheLayout.of(model, max_tokens=longest)
     kinds: list[Callable[..., Any]] = [Prefill, Copies, *([Continuous] if asked.continuous else []), Ours]
-    out: Console = Console()
+    out = console_of()
     contestants: list[Any] = []
     for kind in kinds:
         name = kind.name  # type: ignore[attr-defined]
@@ -452,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.inference_mode():
         for each in contestants:
             each.plant()
-        for number, made in enumerate(track(plan.rounds, "rounds", console=Console(stderr=True))):
+        for number, made in enumerate(track(plan.rounds, "rounds")):
             logits = {}
             for each in contestants[number % len(contestants) :] + contestants[: number % len(contestants)]:
                 if each.name == "prefill" and number >= asked.prefilled:
@@ -474,6 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(each, Continuous):
             each.close()
     show(out, found)
+    out.print(origin(found["about"]))
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
@@ -523,17 +523,15 @@ def summary(
 def show(out: Console, found: dict[str, Any]) -> None:
     """A table of the figures."""
     how = "together" if found["at_once"] else "one by one"
-    table = Table(
-        title=f"{found['shape']}: prompt {found['prompt']}, {found['nodes']} nodes of {found['new']} tokens {how}, "
+    table = Grid(
+        f"{found['shape']}: prompt {found['prompt']}, {found['nodes']} nodes of {found['new']} tokens {how}, "
         f"{found['rows']} rows",
-        box=box.SIMPLE,
+        ("", "seconds", "of the thread", "of the model", "by ours", "kept"),
     )
-    for name in ("", "seconds", "of the thread", "of the model", "by ours", "kept"):
-        table.add_column(name, justify="left" if not name else "right")
     ours = found["contestants"].get("concurrent_kv", {}).get("thread_seconds")
     for name, of in found["contestants"].items():
         mark = " *" if of["scaled"] else ""
-        table.add_row(
+        row = (
             name,
             f"{of['seconds']:.2f}{mark}",
             f"{of['thread_seconds']:.2f}{mark}",
@@ -541,6 +539,7 @@ def show(out: Console, found: dict[str, Any]) -> None:
             f"{of['thread_seconds'] / ours:.2f}{mark}" if ours else "",
             f"{of['kept_bytes'] / MIB:.1f} MiB",
         )
+        table.rows.append(row)
     out.print(table)
     if any(of["scaled"] for of in found["contestants"].values()):
         out.print("* scaled from the first rounds")

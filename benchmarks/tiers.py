@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,6 +27,9 @@ from examples.cartpole.job import JobSettings, run_job
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.search import TreeSearch
+from reporting.machine import about
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 
 Key = tuple[int, int, int]
 Trace = list[list[tuple[Key, Key]]]  # the (parent, child) rows of each call
@@ -186,6 +188,20 @@ def replayed(trace: Trace, entries: int, tier_windows: int, policy: str) -> dict
     }
 
 
+def tables(costs: dict[str, Any], found: Sequence[dict[str, Any]]) -> tuple[Grid, Grid]:
+    """Microseconds by shape, and what came of the replays."""
+    operations = [name for name in next(iter(costs.values())) if name != "bytes"]
+    of_costs = Grid("microseconds, median", ("shape", *operations))
+    for shape, of_shape in costs.items():
+        of_costs.rows.append((shape, *(f"{of_shape[name]['median_us']:,.1f}" for name in operations)))
+    columns = ("hit_rate", "requests", "tier_hits", "moved_down", "moved_up", "dropped", "tier_evictions", "seconds")
+    of_trace = Grid("the trace of CartPole's searches", ("policy", "entries, windows of the tier", *columns), keys=2)
+    for each in found:
+        names = each["policy"], f"{each['entries']}, {each['tier_windows']}"
+        of_trace.rows.append((*names, *(f"{each[column]:,}" for column in columns)))
+    return of_costs, of_trace
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print; with `--json`, write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -194,24 +210,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     number = 20 if options.quick else 400
-    costs = {
-        name: costs_of(layout, number if layout.max_tokens < 100 else number // 4) for name, layout in SHAPES.items()
-    }
-    for name, of_shape in costs.items():
-        layout = SHAPES[name]
-        of_shape |= disk_costs_of(layout, number if layout.max_tokens < 100 else number // 4)
-        print(name, {key: each["median_us"] for key, each in of_shape.items() if key != "bytes"})
+    costs = {}
+    for name, layout in track(list(SHAPES.items()), "shapes"):
+        times = number if layout.max_tokens < 100 else number // 4
+        costs[name] = costs_of(layout, times) | disk_costs_of(layout, times)
     trace = recorded(envs=8, steps=4 if options.quick else 30, simulations=25)
     rows = sum(map(len, trace))
-    found = []
-    for policy in ("fifo", "lru"):
-        for entries in (64,) if options.quick else (32, 64, 128, 256):
-            for windows in (0, entries, 8 * entries):
-                found.append(replayed(trace, entries, windows, policy))
-                print(found[-1])
+    sizes = (64,) if options.quick else (32, 64, 128, 256)
+    asked = [
+        (entries, windows, policy)
+        for policy in ("fifo", "lru")
+        for entries in sizes
+        for windows in (0, entries, 8 * entries)
+    ]
+    found = [replayed(trace, *each) for each in track(asked, "replays of the trace")]
+    console_of().print(*tables(costs, found), origin())
     if options.json:
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
-        figures = {"machine": machine, "costs": costs, "trace": {"calls": len(trace), "rows": rows}, "hit_rates": found}
+        figures = {"machine": about(), "costs": costs, "trace": {"calls": len(trace), "rows": rows}, "hit_rates": found}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from http.client import HTTPException
 from typing import TypeAlias
@@ -249,6 +250,8 @@ def top(
             before = look()
             time.sleep(seconds)
             console.print(view(look(), before))
+            where = source if isinstance(source, str) else "this process"
+            console.print(f"{where}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC", style="dim", highlight=False)
             return 0
         with _keys() as pressed:
             return _show(look, seconds, console, ended or pressed)

@@ -1,7 +1,7 @@
 """Use an installed `concurrent_kv` as its README does: `python smoke.py README.md`, in any folder but a checkout.
 
-Every block of Python in the page runs by itself. The compiled module must be there; `--without-compiled` says that it
-must not.
+Every block of Python in the page runs by itself, and the examples are written out. The compiled module must be there;
+`--without-compiled` says that it must not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def main() -> None:
             script = Path(folder, f"example_{number}.py")
             script.write_text(block, "utf-8")
             runpy.run_path(str(script), run_name="__main__")
+        from concurrent_kv.examples import write
+
+        if not write(Path(folder, "examples")) or not Path(folder, "examples/examples/cartpole/search.py").is_file():
+            raise SystemExit("the examples are not there")
     from concurrent_kv.__main__ import main as describe
     from concurrent_kv.native import native
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 
 from concurrent_kv.books.eviction.registry import POLICIES
+from reporting.tables import console_of, origin
 from stress.faults.plan import FAULTS, parse_faults
 from stress.operations import MOST_ROWS
 from stress.profiles import OPERATIONS, PROFILES, parse_mix
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import stress.report  # noqa: F401  (matplotlib and jinja2, which nothing else needs)
         except ImportError as error:
             parser.error(f"argument --report: {error}; it comes with the extra `stress`")
-    console = Console()
+    console = console_of()
     # Of calls that were interrupted between being made and being awaited.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     torch.set_num_threads(1)  # the parallelism is that of the actors
-    watch = live_watch(console) if options.progress else None
+    watch = live_watch(console, profiles) if options.progress else None
     with ExitStack() as stack:
         if options.metrics is not None:
             from stress.serving import serving  # what serves is not needed otherwise
@@ -70,7 +70,7 @@ def _attack(
     arguments: Sequence[str] | None,
     watch: Watch | None,
 ) -> int:
-    console, errors = Console(), Console(stderr=True)
+    console, errors = console_of(), console_of(stderr=True)
     results: list[ProfileResult] = []
     interrupted = False
     try:
@@ -85,9 +85,9 @@ def _attack(
     except KeyboardInterrupt:
         interrupted = True
     if results:
-        console.print(summary(results))
         shown = " ".join(["python -m stress", *map(shlex.quote, sys.argv[1:] if arguments is None else arguments)])
         document = as_json(results, shown)
+        console.print(*summary(results), origin(document["about"]))
         if options.json is not None:
             options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
         if options.summary is not None:

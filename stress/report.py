@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from reporting.machine import in_words
 from stress.plots import curves_svg
 
 __all__ = ["write_report"]
@@ -21,4 +22,4 @@ def write_report(document: dict[str, Any], path: Path) -> None:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         PAGE.read_text("utf-8")
     )
-    path.write_text(template.render(document=document, plots=plots), "utf-8")
+    path.write_text(template.render(document=document, origin=in_words(document["about"]), plots=plots), "utf-8")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from reporting.machine import about
 from stress.measures import EDGES_SECONDS, Latencies
 from stress.monitor import READS, WRITES, merged
 from stress.runner import ProfileResult
 
 __all__ = ["as_json", "shown_latencies", "summary_of"]
 
-PACKAGES = ("torch", "anyio", "readerwriterlock", "numpy")
+PACKAGES = ("anyio", "readerwriterlock", "numpy")
 CURVE_POINTS = 60
 
 
@@ -23,9 +22,7 @@ def as_json(results: Sequence[ProfileResult], command: str) -> dict[str, Any]:
     """Everything. Durations in microseconds where a name ends so, in seconds otherwise."""
     return {
         "command": command,
-        "python": platform.python_version(),
-        "gil": getattr(sys, "_is_gil_enabled", lambda: True)(),
-        "machine": platform.machine(),
+        "about": about(),
         "packages": {name: version(name) for name in PACKAGES},
         "passed": not any(result.failures for result in results),
         "interrupted": any(result.interrupted for result in results),

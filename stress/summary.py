@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from reporting.progress import duration, watched
+from reporting.tables import Grid, pairs
 from stress.monitor import Monitor
 from stress.results import shown_latencies
 from stress.runner import ProfileResult, Watch
+from stress.world import Settings
 
 __all__ = ["failure_texts", "live_watch", "outcome", "summary"]
 
@@ -26,13 +28,12 @@ class LiveFigures:
     """Of a run under way; drawn anew at every refresh, in a thread of its own."""
 
     monitor: Monitor
+    profiles: Sequence[Settings]  # of the whole attack, in their order
 
     def __rich__(self) -> Table:
         monitor, settings = self.monitor, self.monitor.run.world.settings
-        table = Table(
-            show_header=False, title=f"{settings.profile.name}: {settings.profile.about}", title_justify="left"
-        )
-        table.add_row("time", f"{monitor.elapsed:.0f} of {settings.seconds:g} s")
+        table = pairs(f"{settings.profile.name}: {settings.profile.about}")
+        table.add_row("time", self._time())
         if monitor.samples:
             sample = monitor.samples[-1]
             busiest = sorted(sample.calls_per_second.items(), key=lambda item: -item[1])[:KINDS_SHOWN]
@@ -54,12 +55,28 @@ class LiveFigures:
         table.add_row("failures", Text(str(len(failures)), style="bold red" if failures else "green"))
         return table
 
+    def line(self) -> str:
+        monitor = self.monitor
+        calls = sum(monitor.samples[-1].calls_per_second.values()) if monitor.samples else 0.0
+        failures = len(monitor.run.failures.all())
+        name = monitor.run.world.settings.profile.name
+        return f"{name}: {self._time()}; {calls:,.0f} calls a second, {failures} failures"
 
-def live_watch(console: Console) -> Watch:
-    """Show a run's figures on a console while it lasts."""
+    def _time(self) -> str:
+        """Of this profile, and what is left of all."""
+        settings = self.monitor.run.world.settings
+        number = next((at for at, each in enumerate(self.profiles, 1) if each == settings), len(self.profiles))
+        left = max(0.0, settings.seconds - self.monitor.elapsed)
+        left += sum(each.seconds for each in self.profiles[number:])
+        so_far = f"{self.monitor.elapsed:.0f} of {settings.seconds:g} s"
+        return f"{so_far}, profile {number} of {len(self.profiles)}, about {duration(left)} to go"
+
+
+def live_watch(console: Console, profiles: Sequence[Settings]) -> Watch:
+    """Show a run's figures on a console while it lasts; of an attack with so many profiles."""
 
     def watch(monitor: Monitor) -> AbstractContextManager[object]:
-        return Live(LiveFigures(monitor), console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
+        return watched(LiveFigures(monitor, profiles), console, a_second=REFRESHES_PER_SECOND)
 
     return watch
 
@@ -72,45 +89,41 @@ def outcome(result: ProfileResult) -> Text:
     return text.append("ok", style="green")
 
 
-def summary(results: Sequence[ProfileResult]) -> RenderableType:
+def summary(results: Sequence[ProfileResult]) -> tuple[Grid, Grid]:
     """A line for each profile, then the waits of readers and writers."""
-    return Group(_outcomes(results), _fairness(results))
+    return _outcomes(results), _fairness(results)
 
 
-def _outcomes(results: Sequence[ProfileResult]) -> Table:
-    table = Table(title="stress", title_justify="left")
-    for name in ("profile", "time", "operations", "a second", "checks passed", "faults made", "repaired", "outcome"):
-        table.add_column(name, justify="left" if name in ("profile", "outcome") else "right")
+def _outcomes(results: Sequence[ProfileResult]) -> Grid:
+    columns = ("outcome", "time", "operations", "a second", "checks passed", "faults made", "slots repaired")
+    table = Grid("stress", ("profile", *columns))
     for result in results:
         operations = result.operations.total()
-        table.add_row(
+        row = (
             result.settings.profile.name,
+            f"{len(result.failures)} failures" if result.failures else "ok",
             f"{result.seconds:.0f} s",
             f"{operations:,}",
             f"{operations / result.seconds:,.0f}",
             f"{result.checks.total():,}",
             f"{result.faults.total():,}",
-            f"{result.repaired.slots} slots",
-            Text(f"{len(result.failures)} failures", style="bold red")
-            if result.failures
-            else Text("ok", style="green"),
+            f"{result.repaired.slots:,}",
         )
+        table.rows.append(row)
     return table
 
 
-def _fairness(results: Sequence[ProfileResult]) -> Table:
-    table = Table(title="how long calls take, and how late the event loop is", title_justify="left")
-    table.add_column("profile")
-    for name in ("calls", "50%", "99%", "99.9%", "longest"):
-        table.add_column(name, justify="right")
+def _fairness(results: Sequence[ProfileResult]) -> Grid:
+    columns = ("calls", "50%", "99%", "99.9%", "longest")
+    table = Grid("how long calls take, and how late the event loop is", ("profile", "", *columns), keys=2)
     for result in results:
         kinds = shown_latencies(result)
         rows = {"reads": kinds["all reads"], "writes": kinds["all writes"], "loop lag": result.loop_lag}
         for label, latencies in rows.items():
             if latencies.count:
                 times = [latencies.percentile(percent) for percent in (50, 99, 99.9)] + [latencies.longest_seconds]
-                name = f"{result.settings.profile.name}, {label}"
-                table.add_row(name, f"{latencies.count:,}", *(_time(seconds * 1e6) for seconds in times))
+                shown = f"{latencies.count:,}", *(_time(seconds * 1e6) for seconds in times)
+                table.rows.append((result.settings.profile.name, label, *shown))
     return table
 
 

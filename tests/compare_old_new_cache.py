@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from concurrent_kv.compat.lightzero import Attachment, ValidationReport, attach, detach
+from reporting.progress import track
+from reporting.tables import Grid, console_of, origin
 from tests.lightzero_support import SHAPES, Shape, Walk, make_world_model
 
 
@@ -95,15 +94,13 @@ def is_equal(case: Case, report: ValidationReport) -> bool:
     return report.unexplained == 0 and set(report.defects) == set(case.meets)
 
 
-def table_of(reports: dict[str, ValidationReport]) -> Table:
-    table = Table(title="LightZero's released cache and concurrent_kv on the same searches")
-    columns = ("case", "calls", "contexts", "entries", "outputs", "different", "replayed")
-    for column in (*columns, "the released code's own defects"):
-        table.add_column(column, justify="left" if column in ("case",) or "defects" in column else "right")
+def table_of(reports: dict[str, ValidationReport]) -> Grid:
+    columns = ("calls", "contexts", "entries", "outputs", "different", "replayed", "the released code's own defects")
+    table = Grid("LightZero's released cache and concurrent_kv on the same searches", ("case", *columns))
     for name, report in reports.items():
         met = ", ".join(f"{defect}: {count}" for defect, count in sorted(report.defects.items()))
         numbers = (report.calls, report.contexts, report.entries, report.outputs, report.unexplained, report.replayed)
-        table.add_row(name, *(f"{number:,}" for number in numbers), met or "none met")
+        table.rows.append((name, *(f"{number:,}" for number in numbers), met or "none met"))
     return table
 
 
@@ -115,10 +112,11 @@ def main(arguments: Sequence[str] | None = None, console: Any = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
     options = parser.parse_args(arguments)
     reports = {
-        name: compare(CASES[name], options.searches, options.simulations, options.replay) for name in options.only
+        name: compare(CASES[name], options.searches, options.simulations, options.replay)
+        for name in track(options.only, "cases")
     }
-    console = console or Console(width=120)
-    console.print(table_of(reports))
+    console = console or console_of()
+    console.print(table_of(reports), origin())
     wrong = [name for name, report in reports.items() if not is_equal(CASES[name], report)]
     for name in wrong:
         report = reports[name]

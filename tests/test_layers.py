@@ -32,6 +32,7 @@ LAYERS = (
     "cluster",
     "ray",
     "compat",
+    "examples",
 )
 FACADES = {"__init__", "__main__", "eviction"}  # they gather what users import, from everywhere
 FREE_OF_TORCH = ("errors", "internal", "never_copied", "native", "_checks", "locks", "books")

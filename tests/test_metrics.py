@@ -102,6 +102,21 @@ def test_slots_that_entries_share_are_of_the_manager(make_manager: MakeManager) 
         assert values_of(KVMetrics(manager))["concurrent_kv_shared_slots", ("cache",)] == 2
 
 
+def test_the_weights_version_is_published_as_it_grows_and_outlives_a_close(make_manager: MakeManager) -> None:
+    manager = make_manager(env_num=2, name="cache")
+    metrics, name = KVMetrics(manager), "concurrent_kv_weights_version"
+    assert [values_of(metrics)[name, pool] for pool in (INIT, RECUR, WM)] == [0, 0, 0]
+    manager.bump_version()
+    assert [values_of(metrics)[name, pool] for pool in (INIT, RECUR, WM)] == [1, 1, 1]
+    manager.init_pools[1].bump_version()
+    assert [values_of(metrics)[name, pool] for pool in (INIT, RECUR, WM)] == [2, 1, 1]
+    each = values_of(KVMetrics(manager, by_environment=True))
+    assert [each[name, ("cache", f"init[{env}]", "init")] for env in range(2)] == [1, 2]
+    manager.reset_stats()
+    manager.close()
+    assert values_of(metrics)[name, RECUR] == 1
+
+
 def test_operations_that_wait_for_room_are_seen_as_long_as_they_wait(make_manager: MakeManager) -> None:
     manager = make_manager(settings=config(max_cache_size=10), name="cache")
     metrics, began, over = KVMetrics(manager), threading.Event(), threading.Event()
@@ -133,7 +148,7 @@ def test_environments_are_one_sum_unless_asked_for(make_manager: MakeManager) ->
     of_each = {key: value for key, value in each.items() if key[1][-1] == "init"}
     assert {labels[1] for _, labels in of_each} == {"init[0]", "init[1]", "init[2]"}
     for (name, labels), value in summed.items():
-        if labels == INIT and not name.endswith("_ratio"):
+        if labels == INIT and not name.endswith(("_ratio", "_version")):
             assert value == sum(found for (other, _), found in of_each.items() if other == name), name
     assert not any("[" in label for _, labels in summed for label in labels)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 import concurrent_kv.metrics
 from concurrent_kv.metrics import METRICS, Kind
@@ -129,6 +130,39 @@ def test_a_real_prometheus_answers_every_query_with_numbers(server: Server, titl
         assert not all(map(math.isnan, values)), values
     if "ratio" in query or title == "Hit rate":
         assert all(value <= 1 for value in values if not math.isnan(value))
+
+
+def rules() -> str:
+    """The rules for alarms, as the page of operations has them."""
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    (block,) = [token for token in MarkdownIt().parse(page) if token.type == "fence" and token.info == "yaml"]
+    return block.content
+
+
+def test_rules_and_queries_of_the_page_of_operations_ask_for_what_there_is() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    assert set(re.findall(r"concurrent_kv_\w+", page)) <= series_of_the_table()
+    endings = {name.removeprefix("concurrent_kv_") for name in series_of_the_table()}
+    (table,) = re.findall(r"^\| what \| healthy .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    named = {name for row in table.split("\n") if row for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}
+    assert named - {"init", "recur"} <= endings
+
+
+@needs_prometheus
+def test_prometheus_accepts_the_rules_and_answers_their_queries(server: Server, tmp_path: Path) -> None:
+    assert PROMETHEUS is not None
+    file = tmp_path / "rules.yml"
+    file.write_text(rules(), "utf-8")
+    promtool = str(Path(PROMETHEUS).with_name("promtool"))
+    checked = subprocess.run(
+        [promtool, "check", "rules", "--lint-fatal", str(file)], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"SUCCESS: {rules().count('alert: ')} rules found" in checked.stdout
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    (peaks,) = re.findall(r"```text\n(max_over_time.*?)```", page, re.DOTALL)
+    for query in peaks.splitlines():
+        assert server.query(query), query
 
 
 @needs_prometheus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,15 @@ def test_the_version_is_the_same_wherever_it_is_said() -> None:
 def test_a_tag_that_is_not_the_version_is_refused(tag: str, changelog: str, citation: str, wrong: str | None) -> None:
     said = why_not(tag, "1.2.3", changelog, citation)
     assert (said is None) if wrong is None else (said is not None and wrong in said)
+
+
+def test_the_hosted_workflow_runs_what_a_merge_needs_and_every_python_that_is_promised() -> None:
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    everything, tests = workflow.split("\n  tests:\n")
+    assert everything.endswith("\n      - run: .ci/run")
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert set(re.findall(r'"(3\.\d+)"', workflow)) == set(promised)
+    assert "pip install -c constraints.txt" in tests
 
 
 def test_a_report_names_version_interpreter_torch_devices_and_whether_code_is_compiled() -> None:
@@ -86,6 +96,34 @@ def test_the_sdist_has_what_a_build_and_the_tests_need_and_no_results(tmp_path: 
     }
     assert needed | sources <= names
     assert not [name for name in names if "/results/" in name or name.endswith(".so")]
+
+
+def test_a_wheel_has_the_examples_which_run_where_they_are_written(tmp_path: Path) -> None:
+    tree, built, folder = tmp_path / "tree", tmp_path / "built", tmp_path / "elsewhere"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.so", "*.egg-info", "results")
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(built)]
+    subprocess.run(command, cwd=tree, capture_output=True, timeout=HANG_SECONDS, check=True)
+    shutil.rmtree(tree)
+    assert not (built / "examples").exists()  # they are no package of their own, which others might have
+
+    def run(*arguments: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(built)}
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+            timeout=HANG_SECONDS,
+        )  # fmt: skip
+
+    written = run("concurrent_kv.examples", str(folder))
+    assert written.returncode == 0, written.stderr
+    assert "python -m examples.cartpole" in written.stdout
+    short = ["--envs", "1", "--episodes", "1", "--max-steps", "3", "--no-cache-steps", "0", "--no-progress"]
+    played = run("examples.cartpole", *short, cwd=folder)
+    assert played.returncode == 0, played.stderr
+    assert f"UTC, concurrent_kv {VERSION}" in played.stdout  # of no commit
+    again = run("concurrent_kv.examples", str(folder))
+    assert again.returncode == 1
+    assert "must be a new folder or an empty one" in again.stderr
 
 
 def test_the_dependency_whose_inside_the_locks_rest_on_is_bounded_above() -> None:

@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from concurrent_kv import KVCacheManager, errors
+from concurrent_kv import KVCacheManager, cluster, errors
 from tests.compiling import why_no_inductor
 from tests.support import HANG_SECONDS
 
@@ -29,8 +30,27 @@ def blocks_of(page: str) -> list[Token]:
 README = "README.md"
 # Every block of Python in them is a program; of the pages in PRINTED, what stands below one is what it prints.
 PRINTED = [f"docs/{name}.md" for name in ("windows", "sizing", "concepts", "faq", "reference/statistics")]
-PAGES = [README, *PRINTED, *(f"docs/{name}.md" for name in ("parallel", "tasks", "weights"))]
+PAGES = [
+    README,
+    *PRINTED,
+    *(f"docs/{name}.md" for name in ("operations", "parallel", "snapshots", "tasks", "tiers", "weights")),
+]
 BLOCKS = blocks_of(README)
+# Their programs need something of their own, or go on from each other: tests of these pages run them.
+ELSEWHERE = [
+    f"docs/{name}.md"
+    for name in (
+        "errors",
+        "lightzero",
+        "lightzero-details",
+        "metrics",
+        "ray",
+        "streams",
+        "transformers",
+        "tutorial",
+        "tutorial.zh",
+    )
+]
 
 
 def language_of(block: Token) -> str:
@@ -59,6 +79,12 @@ def test_every_block_names_a_language_that_is_checked_here() -> None:
     assert not unknown
 
 
+def test_every_page_with_a_program_is_among_those_that_are_run() -> None:
+    pages = [str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")]
+    with_programs = {page for page in pages if blocks_in("python", page=page)}
+    assert with_programs <= {*PAGES, *ELSEWHERE}
+
+
 def test_the_readme_shows_python_and_both_commands_of_the_setup() -> None:
     assert blocks_in("python")
     commands = [command for block in BLOCKS if language_of(block) in SHELL for command in commands_of(block.content)]
@@ -76,6 +102,12 @@ def test_a_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make gpu")
+@pytest.mark.parametrize("code", blocks_in("python", page="docs/streams.md"))
+def test_a_program_about_streams_runs_on_a_gpu(code: str) -> None:
+    exec(code, {})
 
 
 @pytest.mark.parametrize("page", PRINTED)
@@ -115,6 +147,9 @@ def test_the_page_of_errors_has_each_with_what_to_do() -> None:
             assert f"\n## {name}\n" in page
             builtin = kind.__bases__[-1].__name__
             assert f"| [{name}](#{name.lower()}) | {builtin} |" in page
+    for name, kind in vars(cluster).items():
+        if isinstance(kind, type) and issubclass(kind, errors.KVCacheError):
+            assert f"\n| `{name}` | {kind.__bases__[-1].__name__} |" in page
 
 
 @pytest.mark.parametrize("block", blocks_in(*SHELL))

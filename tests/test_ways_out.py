@@ -92,6 +92,31 @@ def test_a_write_that_searches_leave_no_room_says_which_size_would(make_manager:
         larger.recur_pool.put("a", tokens(1, 5), timeout=0.0)
 
 
+def test_a_write_that_pins_leave_no_room_hears_which_size_would_do(make_pool: MakePool) -> None:
+    def third(**sizes: Any) -> None:
+        """An entry, while two others are pinned."""
+        pool = make_pool(**sizes)
+        pool.put("a", tokens(1, 3))
+        pool.put("b", tokens(2, 5))
+        with pool.pin("a"), pool.pin("b"):
+            pool.put("c", tokens(3, 4), timeout=0.0)
+
+    for sizes, expected in (({"max_entries": 2}, {"max_entries": 3}), ({"max_slots": 8}, {"max_slots": 12})):
+        with pytest.raises(WaitTimeoutError, match="; closing some of these, or") as caught:
+            third(**sizes)
+        assert said(caught) == expected
+        third(**{**sizes, **said(caught)})
+
+
+def test_a_pool_of_less_than_a_window_hears_what_is_the_least() -> None:
+    too_small: list[dict[str, Any]] = [{"max_slots": WINDOW - 1}, {"max_bytes": LAYOUT.bytes_per_entry - 1}]
+    for sizes in too_small:
+        with pytest.raises(InvalidArgumentError, match="less than one window") as caught:
+            KVPool(LAYOUT, 1, **sizes)
+        least: dict[str, Any] = {name: said(caught)[name] for name in sizes}
+        KVPool(LAYOUT, 1, **least).close()
+
+
 def test_a_search_that_a_pin_leaves_no_room_hears_that_something_is_pinned(manager: KVCacheManager) -> None:
     manager.set_recur_cache("a", tokens(1, 3))
     with manager.recur_pool.pin("a"), pytest.raises(CapacityError, match="of which 1 and 3 are pinned") as caught:

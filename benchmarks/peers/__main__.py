@@ -31,6 +31,8 @@ from benchmarks.peers.plots import plot
 from benchmarks.peers.rounds import Result, run_case
 from benchmarks.peers.summary import RECORDS, Summary, read_records, summary_of, with_samples
 from benchmarks.peers.tables import by_contestant, calls, case_grid, facts, headline, steps_by_ours
+from reporting.progress import Work
+from reporting.tables import console_of, origin
 
 WIDE = 6  # measures, from which on they are rows of a table
 
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         _write_markdown()
         return 0
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     about = About()
     results = _measure(options, console)
     command = "make bench ARGS=" + shlex.quote(" ".join(sys.argv[1:] if arguments is None else arguments))
@@ -76,13 +78,12 @@ def _measure(options: argparse.Namespace, console: Console) -> list[Result]:
     with (
         Crew(beside) as crew,
         Crew(beside, retaining=False) as fresh_crew,
-        console.status("starting") as status,
+        Work("cases", len(names), console=console) as work,
     ):
-        for number, name in enumerate(names, 1):
-            where = f"{number} of {len(names)}: {name}"
+        for name in names:
 
-            def report(text: str, where: str = where) -> None:
-                status.update(f"{where}: {text}")
+            def report(text: str, name: str = name) -> None:
+                work.begin(f"{name}: {text}")
 
             result = run_case(
                 name,
@@ -93,27 +94,27 @@ def _measure(options: argparse.Namespace, console: Console) -> list[Result]:
                 rounds=options.rounds,
                 report=report,
             )
-            console.print(f"{name}: {result.rounds} rounds, {result.seconds:.0f} s", highlight=False)
+            console.print(f"{name}: {result.rounds} rounds, {result.seconds:.0f} s")
+            work.part(name)
             results.append(result)
     return results
 
 
 def _show(summary: Summary) -> None:
     """Everything, as tables on the terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = console_of()
     for case in summary["cases"]:
         if case["measures"]:
             grid = by_contestant(case) if len(case["measures"]) > WIDE else case_grid(case)
-            console.print(grid.for_terminal())
+            console.print(grid)
         if case["facts"] and not case["name"].startswith("calls/"):
-            console.print(facts(case).for_terminal())
+            console.print(facts(case))
         for who, reason in case["unfit"].items():
             console.print(f"{case['name']}: {who} is not there: {reason}", style="dim", markup=False, highlight=False)
     for grid in (calls({"": summary}), steps_by_ours(summary), headline({"": summary})):
         if grid.rows:
-            console.print(grid.for_terminal())
+            console.print(grid)
+    console.print(origin(summary["about"]))
 
 
 def _compact(summary: Summary) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from benchmarks.peers.summary import RECORDS, Summary
 from benchmarks.peers.tables import (
-    Grid,
     by_contestant,
     calls,
     case_grid,
@@ -20,6 +19,7 @@ from benchmarks.peers.tables import (
     states,
     steps_by_ours,
 )
+from reporting.tables import Grid
 
 __all__ = ["RESULTS", "markdown_of"]
 

@@ -13,7 +13,8 @@ from xml.sax.saxutils import escape
 
 from benchmarks.peers.contestants import OURS
 from benchmarks.peers.summary import CaseSummary, Summary, figure, times_ours
-from benchmarks.peers.tables import Grid, number
+from benchmarks.peers.tables import number
+from reporting.tables import Grid
 
 __all__ = ["PAGE", "PICTURE", "RUN", "page_with", "picture_of"]
 

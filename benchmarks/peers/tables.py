@@ -1,18 +1,15 @@
-"""What the summaries say, as tables: for the terminal by rich, for RESULTS.md as Markdown."""
+"""What the summaries say, as tables: for the terminal, and for RESULTS.md as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-from rich.table import Table
 
 from benchmarks.peers.contestants import CONTESTANTS, OURS
 from benchmarks.peers.measuring import Quartiles
 from benchmarks.peers.summary import CaseSummary, Summary, best_peer, figure, floor_of, times_ours
+from reporting.tables import Grid
 
 __all__ = [
-    "Grid",
     "by_contestant",
     "calls",
     "case_grid",
@@ -24,33 +21,6 @@ __all__ = [
 ]
 
 DICT, NONE = "dict", "-"
-
-
-@dataclass
-class Grid:
-    """A table: the first column's cells are names, the others' figures."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[Sequence[str]] = field(default_factory=list)
-
-    def for_terminal(self) -> Table:
-        """As rich shows it."""
-        shown = Table(title=self.title, title_justify="left")
-        for number, column in enumerate(self.columns):
-            shown.add_column(column, justify="right" if number else "left")
-        for row in self.rows:
-            shown.add_row(*row)
-        return shown
-
-    def as_markdown(self) -> str:
-        """Without the title."""
-        lines = [
-            "| " + " | ".join(self.columns) + " |",
-            "|" + "|".join("---:" if number else "---" for number in range(len(self.columns))) + "|",
-        ]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
 
 
 def number(value: float) -> str:
@@ -96,6 +66,7 @@ def headline(records: Mapping[str, Summary]) -> Grid:
         "ours, microseconds: median (quartiles); then the other's time by ours (above 1: ours is faster), paired by "
         "rounds; then our time by that of a bare copy",
         columns,
+        keys=2,
     )
     for name, any_case in cases_of(records).items():
         for measure in any_case["headline"]:

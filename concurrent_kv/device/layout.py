@@ -91,7 +91,7 @@ def slots_of_capacity(layout: KVLayout, max_entries: int, max_slots: int | None,
         return max_entries * layout.max_tokens
     if max_slots < layout.max_tokens:
         raise InvalidArgumentError(
-            f"{given} is room for {max_slots} tokens, less than one window of {layout.max_tokens} tokens "
-            f"({layout.bytes_per_entry} bytes)"
+            f"{given} is room for {max_slots} tokens, less than one window of {layout.max_tokens} tokens; "
+            f"max_slots={layout.max_tokens} or max_bytes={layout.bytes_per_entry} is the least"
         )
     return max_slots

@@ -335,7 +335,7 @@ class LeafQueue:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ClosedError("this evaluator is closed")
+            raise ClosedError("this evaluator is closed; make another")
 
     def _note_gone(self) -> None:
         while self.gone:

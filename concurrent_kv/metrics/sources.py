@@ -28,6 +28,7 @@ from .table import (
     LOCK_WAIT_DURATION,
     METRICS,
     WAITING_ROWS,
+    WEIGHTS_VERSION,
     Metric,
     Subject,
 )
@@ -54,11 +55,7 @@ class _Pools:
         self.target = ref(target)
         self._by_environment = by_environment
         self._manager = target.storage.name
-        if isinstance(target, KVCacheManager):
-            pools = {pool.name.removeprefix(f"{target.name}."): pool for pool in target.init_pools}
-            pools |= {"recur": target.recur_pool, "wm": target.wm_pool}
-        else:
-            pools = {target.name: target}
+        pools = _pools_of(target)
         self._roles = {name: (role_of(name) if isinstance(target, KVCacheManager) else ALONE) for name in pools}
         self._timed: TimedPools | None = None
         if durations:
@@ -73,11 +70,13 @@ class _Pools:
             summary = target.lifetime_stats()
         else:
             summary = StatsSummary({target.name: target.lifetime_stats()})
+        versions = self._versions(target)
         for name, stats in self._shown(summary):
             labels = (self._manager, name, self._roles.get(name, name))
             for metric in _OF_POOLS:
                 assert metric.read is not None
                 yield Sample(metric, labels, metric.read(stats))
+            yield Sample(WEIGHTS_VERSION, labels, versions[name])
         total = summary.total
         for metric in _OF_STORAGES:
             assert metric.read is not None
@@ -96,9 +95,21 @@ class _Pools:
             return summary.pools.items()
         of_role: dict[str, dict[str, PoolStats]] = {}
         for name, stats in summary.pools.items():
-            role = self._roles[name]
-            of_role.setdefault(name if role == ALONE else role, {})[name] = stats
+            of_role.setdefault(self._shown_as(name), {})[name] = stats
         return [(role, StatsSummary(pools).total) for role, pools in of_role.items()]
+
+    def _shown_as(self, name: str) -> str:
+        """The name of the pool, or of the role whose pools are one number."""
+        role = self._roles[name]
+        return name if self._by_environment or role == ALONE else role
+
+    def _versions(self, target: KVCacheManager | KVPool) -> dict[str, int]:
+        """Weights versions, as `_shown` names their pools; of several the highest: one pool may be bumped by itself."""
+        versions: dict[str, int] = {}
+        for name, pool in _pools_of(target).items():
+            shown_as = self._shown_as(name)
+            versions[shown_as] = max(pool.version, versions.get(shown_as, 0))
+        return versions
 
     @property
     def is_open(self) -> bool:
@@ -268,6 +279,14 @@ class KVMetrics:
     def _is_taken(self, key: Name) -> bool:
         known = self._sources.get(key)
         return known is not None and known.is_open
+
+
+def _pools_of(target: KVCacheManager | KVPool) -> dict[str, KVPool]:
+    """By their names without the manager's, as in its statistics."""
+    if isinstance(target, KVPool):
+        return {target.name: target}
+    pools = {pool.name.removeprefix(f"{target.name}."): pool for pool in target.init_pools}
+    return pools | {"recur": target.recur_pool, "wm": target.wm_pool}
 
 
 def _sync(source: object) -> Watched:

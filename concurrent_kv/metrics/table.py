@@ -121,6 +121,12 @@ COMMIT_DURATION = Metric(
 LOCK_WAIT_DURATION = Metric(
     "lock_wait_duration", Kind.HISTOGRAM, Subject.STORAGE, "Waits for a lock shard that was not free.", "seconds"
 )
+WEIGHTS_VERSION = Metric(
+    "weights_version",
+    Kind.GAUGE,
+    Subject.POOL,
+    "How often it was said that the weights changed; of several pools the most.",
+)
 CALL_DURATION = Metric(
     "evaluator_call_duration",
     Kind.HISTOGRAM,
@@ -158,6 +164,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("used", "bytes_in_use", "Bytes of the slots in use.", unit="bytes"),
     _gauge("open_searches", "open_searches", "Searches that take their room from the pool."),
     _gauge("waiters", "waiters", "Operations that wait for room in the pool."),
+    WEIGHTS_VERSION,
     GATHER_DURATION,
     COMMIT_DURATION,
     _of_storage("shared_slots", Kind.GAUGE, "shared_slots", "Slots that two or more entries name."),

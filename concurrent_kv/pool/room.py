@@ -666,7 +666,7 @@ def _no_room(
     ledger, account, (entries, slots) = pool.ledger, pool.account, of
     with gate.lock, ledger.mutex:
         headroom = _more_headroom(pool, wanted) if account.fits(*need) else ""
-    why = "nothing can be evicted (pinned, or held by open batches)"
+    why = f"nothing can be evicted (pinned, or held by open batches){_room_beside_pins(account, entries, slots)}"
     if turn is not None and not account.turns.is_first(turn):
         why = "writes that came earlier wait for more room than is free (a search that opens, say)"
     elif not account.can_ever_fit(entries, slots):
@@ -689,6 +689,13 @@ def _more_headroom(pool: Domain, wanted: int) -> str:
     storage = pool.storage
     missing = wanted - pool.ledger.slots.free_count
     return f"{storage.headroom_argument}={storage.headroom_slots + missing}" if missing > 0 else ""
+
+
+def _room_beside_pins(account: Account, entries: int, slots: int) -> str:
+    """What would do for a write where nothing of the pool can be evicted; nothing where its quotas are not short."""
+    stored = account.entries + account.reserved_entries, account.slots + account.reserved_slots
+    room = account.that_holds(stored[0] + entries, stored[1] + slots)
+    return f"; closing some of these, or {room}, would do" if room else ""
 
 
 def _room_beside_searches(account: Account, entries: int, slots: int) -> str:

@@ -17,6 +17,7 @@ from examples.cartpole.job import JobSettings, Watch, run_job, usual_groups
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.report import as_json, closing_table, cluster_json, cluster_table, live_figures, live_hosts
+from reporting.tables import console_of, origin
 
 NO_CACHE_STEPS = 25
 CHECKPOINT_STEPS = 10
@@ -29,8 +30,8 @@ DEFAULT = "default: %(default)s"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play, show, check. 0 if the cache's books balance, nothing of a search was evicted and no row was wrong."""
     options = _parser().parse_args(arguments)
-    console = Console()
-    errors = Console(stderr=True)
+    console = console_of()
+    errors = console_of(stderr=True)
     torch.set_num_threads(1)  # the parallelism is that of the searches
     threads = 0 if options.loops_only else options.threads
     groups = options.groups or min(usual_groups(threads), options.envs)
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _play(settings: JobSettings, options: argparse.Namespace, console: Console, watch: Watch | None) -> int:
-    errors = Console(stderr=True)
+    errors = console_of(stderr=True)
     try:
         report = run_job(load_model(), settings, watch)
     except BaseException as error:
@@ -84,7 +85,7 @@ def _play(settings: JobSettings, options: argparse.Namespace, console: Console, 
             raise
         errors.print("interrupted")
         return INTERRUPTED
-    console.print(closing_table(report))
+    console.print(closing_table(report), origin())
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(report), indent=2) + "\n", "utf-8")
     return _say(report.failures(), errors)
@@ -120,7 +121,7 @@ def _play_on_ray(settings: JobSettings, options: argparse.Namespace, console: Co
     except KeyboardInterrupt:
         errors.print("interrupted")
         return INTERRUPTED
-    console.print(cluster_table(report))
+    console.print(cluster_table(report), origin())
     if options.json is not None:
         options.json.write_text(json.dumps(cluster_json(report), indent=2) + "\n", "utf-8")
     return _say(report.failures(), errors)
@@ -132,7 +133,7 @@ def _scale(settings: JobSettings, options: argparse.Namespace, console: Console,
 
     steps = options.max_steps or SCALING_STEPS
     result = measure(load_model(), settings, turns=options.turns, steps=steps, watch=watch)
-    console.print(scaling_table(result))
+    console.print(scaling_table(result), origin(result.about))
     if options.json is not None:
         options.json.write_text(json.dumps(result.as_json(), indent=2) + "\n", "utf-8")
     if options.plot is not None:

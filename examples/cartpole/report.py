@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from concurrent_kv.cluster import Cluster
@@ -15,8 +14,11 @@ from concurrent_kv.evaluation import EvaluatorStats
 from examples.cartpole.hosts import ClusterReport
 from examples.cartpole.job import Comparison, JobReport, Watch, Watched
 from examples.cartpole.play import PlaySettings, Tally
+from reporting.progress import duration, to_go
+from reporting.progress import watched as show
+from reporting.tables import pairs
 
-REFRESHES_PER_SECOND = 4
+LONGEST_EPISODE = 500  # steps of CartPole-v1
 SHOWN_RETURNS = 10  # the newest
 
 
@@ -28,11 +30,12 @@ class LiveFigures:
 
     def __rich__(self) -> Table:
         watched, tally = self._watched, self._watched.tally
-        table = _two_columns(watched.title)
+        table = pairs(watched.title)
         # A copy: the event loop's thread adds to it meanwhile.
         returns = list(tally.returns.copy().values())
         newest = " ".join(f"{earned:.0f}" for earned in returns[-SHOWN_RETURNS:])
         table.add_row("returns", newest or "-")
+        table.add_row("time", self._time())
         table.add_row("episodes", f"{len(returns)} of {watched.settings.episodes}, {tally.steps:,} steps")
         table.add_row("simulations", f"{tally.simulations:,}, {tally.simulations_per_second:,.0f} a second")
         if watched.manager is not None and watched.stats is not None:
@@ -46,13 +49,25 @@ class LiveFigures:
             table.add_row("other pools", _fill(roots, most, total.slots_in_use - recur.slots_in_use))
         return table
 
+    def line(self) -> str:
+        watched, tally = self._watched, self._watched.tally
+        episodes = f"{len(tally.returns)} of {watched.settings.episodes} episodes"
+        return f"{watched.title}: {self._time()}; {episodes}, {tally.simulations_per_second:,.0f} simulations a second"
+
+    def _time(self) -> str:
+        """So far, and what is left if episodes last as long as they can."""
+        settings, tally = self._watched.settings, self._watched.tally
+        longest = settings.max_steps or LONGEST_EPISODE
+        finished = tally.returns.copy().values()  # a return of CartPole's is the episode's steps
+        played = longest * len(finished) + max(0, tally.steps - int(sum(finished)))
+        return f"{duration(tally.seconds)}, {to_go(played / (longest * settings.episodes), tally.seconds)}"
+
 
 def live_figures(console: Console) -> Watch:
     """Show `LiveFigures` on a console while something is played."""
 
     def watch(watched: Watched) -> AbstractContextManager[object]:
-        figures = LiveFigures(watched)
-        return Live(figures, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
+        return show(LiveFigures(watched), console)
 
     return watch
 
@@ -62,7 +77,7 @@ def closing_table(report: JobReport) -> Table:
     settings, main = report.settings.play, report.main
     tally, total = main.tally, main.stats.total
     returns = tally.returns.values()
-    table = _two_columns("CartPole-v1, searched through the shared cache")
+    table = pairs("CartPole-v1, searched through the shared cache")
     table.add_row("mean return", f"{main.mean_return:.1f} (lowest {min(returns):.0f})")
     table.add_row("episodes", f"{len(returns)}, {tally.steps:,} steps, {tally.seconds:.1f} s")
     table.add_row("environments", f"{settings.envs}, tasks ({report.settings.backend}); {_searching(settings)}")
@@ -102,17 +117,22 @@ class LiveHosts:
             table.add_row(name, *(f"{number:,}" for number in numbers), rows, f"{stats.cache.hit_rate:.4f}")
         return table
 
+    def line(self) -> str:
+        hosts = self._cluster.stats(timeout=1.0).hosts.values()
+        searches = sum(stats.searches for stats in hosts if stats is not None)
+        return f"playing on a cluster: {searches:,} searches at {len(hosts)} hosts"
+
 
 def live_hosts(console: Console) -> Callable[[Cluster], AbstractContextManager[object]]:
     """Show `LiveHosts` on a console while a cluster plays."""
-    return lambda cluster: Live(LiveHosts(cluster), console=console, refresh_per_second=1, transient=True)
+    return lambda cluster: show(LiveHosts(cluster), console, a_second=1.0)
 
 
 def cluster_table(report: ClusterReport) -> Table:
     """The figures of the whole job on a cluster."""
     settings, tally, total = report.settings.play, report.tally, report.stats.total
     returns = tally.returns.values()
-    table = _two_columns("CartPole-v1, searched on a cluster")
+    table = pairs("CartPole-v1, searched on a cluster")
     table.add_row("mean return", f"{tally.mean_return:.1f} (lowest {min(returns):.0f})")
     table.add_row("episodes", f"{len(returns)}, {tally.steps:,} steps, {tally.seconds:.1f} s")
     hosts = ", ".join(f"{name} {stats.environments if stats else '?'}" for name, stats in report.stats.hosts.items())
@@ -216,10 +236,3 @@ def _searching(settings: PlaySettings) -> str:
 
 def _fill(entries: int, max_entries: int, slots: int) -> str:
     return f"{entries:,} of {max_entries:,} entries, {slots:,} slots"
-
-
-def _two_columns(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    return table

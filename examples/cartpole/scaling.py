@@ -8,23 +8,21 @@ only one can do at a time, and so, by a model of the queue (`queueing`), what mo
 from __future__ import annotations
 
 import os
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
+from time import perf_counter
 from typing import Any
-
-import torch
-from rich.table import Table
 
 from examples.cartpole.job import CachedPlay, JobSettings, Watch, play_cached, unwatched, usual_groups
 from examples.cartpole.model import WorldModel
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.queueing import fitted, serial_share, throughput
 from examples.cartpole.report import time_split
+from reporting.machine import about
+from reporting.progress import to_go
+from reporting.tables import Grid
 
 THREADS = (1, 2, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -124,7 +122,7 @@ def measure(model: WorldModel, settings: JobSettings, *, turns: int, steps: int,
 
     envs, numbers = base.envs, [threads for threads in THREADS if threads <= base.envs]
     scaling = Scaling(
-        about_this_machine(),
+        about() | {"load_at_start": os.getloadavg()[0]},
         envs,
         [
             *(
@@ -143,55 +141,37 @@ def measure(model: WorldModel, settings: JobSettings, *, turns: int, steps: int,
     )
     ways = [*scaling.ways, *scaling.by_rows, *scaling.own_envs]
     play_cached(model, replace(settings, play=replace(ways[0].settings, max_steps=2)), unwatched)  # warms up
+    began, parts = perf_counter(), turns * len(ways)
     for turn in range(turns):
-        for each in ways:
-            title = f"turn {turn + 1} of {turns}: {each.name}"
+        for number, each in enumerate(ways, turn * len(ways)):
+            left = to_go(number / parts, perf_counter() - began)
+            title = f"turn {turn + 1} of {turns}: {each.name}; {left} in all"
             each.add(play_cached(model, replace(settings, play=each.settings), watch or unwatched, title))
     scaling.about["load_at_end"] = os.getloadavg()[0]
     return scaling
 
 
-def about_this_machine() -> dict[str, Any]:
-    """What figures depend on."""
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "processors": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "gil": bool(getattr(sys, "_is_gil_enabled", lambda: True)()),
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "load_at_start": os.getloadavg()[0],
-    }
-
-
-def scaling_table(scaling: Scaling) -> Table:
+def scaling_table(scaling: Scaling) -> Grid:
     """All ways, by the first."""
-    about = scaling.about
-    gil = "with" if about["gil"] else "without"
-    table = Table(
-        title=f"CartPole-v1, Python {about['python']} {gil} a GIL, {about['processors']} processors, medians of "
-        f"{len(scaling.ways[0].rates)} turns",
-        title_justify="left",
+    gil = "with" if scaling.about["gil"] else "without"
+    planned = ", ".join(f"{workers}: {rate:,.0f}" for workers, rate in scaling.planned().items())
+    table = Grid(
+        f"CartPole-v1 {gil} a GIL, simulations a second, medians of {len(scaling.ways[0].rates)} turns",
+        ("", "threads", "a second", "quartiles", "by 1", "rows a call"),
+        keys=2,
+        legend=f"by the model of the queue ({scaling.share_in_queue:.0%} of a round in it), workers: {planned}",
     )
-    table.add_column("threads", min_width=26)
-    for name in ("a second", "quartiles", "by 1", "rows a call"):
-        table.add_column(name, justify="right")
     _add(table, f"{scaling.envs} environments", scaling.ways, scaling.ways[0])
     _add(table, f"{scaling.envs} environments a thread", scaling.own_envs, scaling.own_envs[0])
     _add(table, "1 thread", scaling.by_rows, scaling.ways[0])
-    planned = ", ".join(f"{workers}: {rate:,.0f}" for workers, rate in scaling.planned().items())
-    table.caption = f"by the model of the queue ({scaling.share_in_queue:.0%} of a round in it), workers: {planned}"
     return table
 
 
-def _add(table: Table, title: str, ways: Sequence[Way], first: Way) -> None:
-    table.add_section()
-    table.add_row(title, style="bold")
+def _add(table: Grid, title: str, ways: Sequence[Way], first: Way) -> None:
     for way in ways:
         low, high = way.spread
         figures = f"{way.rate:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{way.rate / first.rate:.2f}"
-        table.add_row(f"  {way.name}", *figures, f"{median(way.rows_per_call):.1f}")
+        table.rows.append((title, way.name, *figures, f"{median(way.rows_per_call):.1f}"))
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:

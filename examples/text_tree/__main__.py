@@ -9,22 +9,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.live import Live
 
 from concurrent_kv.compat.transformers import TextTrees
 from examples.text_tree.contest import TOLERANCE, Contest, Settings, new_trees
 from examples.text_tree.model import load_model
 from examples.text_tree.picture import draw
 from examples.text_tree.puzzle import puzzles
-from examples.text_tree.report import (
-    REFRESHES_PER_SECOND,
-    LiveFigures,
-    closing_figures,
-    closing_table,
-    largest_difference,
-)
+from examples.text_tree.report import LiveFigures, closing_figures, closing_table, largest_difference
 from examples.text_tree.search import METHODS, Attempt
+from reporting.progress import watched
+from reporting.tables import console_of, origin
 
 PUZZLES = 100
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -34,7 +28,7 @@ DEFAULT = "default: %(default)s"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search, show, check. 0 if no log-probability was wrong."""
     options = _parser().parse_args(arguments)
-    console, errors = Console(), Console(stderr=True)
+    console, errors = console_of(), console_of(stderr=True)
     torch.set_num_threads(1)  # the matrices are small
     settings = Settings(
         puzzles=puzzles(options.puzzles, options.seed),
@@ -47,16 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = load_model()
     with new_trees(model, settings) as trees:
         contest = Contest(settings, trees)
-        figures = LiveFigures(contest)
-        live = Live(figures, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
         try:
-            with live if options.progress else nullcontext():
+            with watched(LiveFigures(contest), console) if options.progress else nullcontext():
                 contest.run(model)
         except KeyboardInterrupt:
             errors.print("interrupted")
             return INTERRUPTED
-        console.print(closing_table(contest))
-        console.print(closing_figures(contest))
+        console.print(closing_table(contest), closing_figures(contest), origin())
         if options.picture is not None:
             _picture(trees, settings, options.picture)
             console.print(f"the tree of a puzzle: {options.picture}", highlight=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from examples.text_tree.contest import Contest
-
-REFRESHES_PER_SECOND = 4
+from reporting.progress import duration, to_go
+from reporting.tables import Grid, pairs
 
 
 class LiveFigures:
@@ -17,29 +17,36 @@ class LiveFigures:
 
     def __rich__(self) -> Table:
         contest, settings = self._contest, self._contest.settings
-        table = _two_columns("countdown puzzles, searched")
+        table = pairs("countdown puzzles, searched")
+        table.add_row("time", self._time())
         for method in settings.methods:
             solved, of = contest.solved(method, settings.nodes)
             table.add_row(method, f"{of} of {len(settings.puzzles)} puzzles, {solved} solved")
         _add_calls(table, contest)
         return table
 
+    def line(self) -> str:
+        return f"{len(self._contest.results):,} searches: {self._time()}"
 
-def closing_table(contest: Contest) -> Table:
+    def _time(self) -> str:
+        contest, settings = self._contest, self._contest.settings
+        searches = len(settings.puzzles) * len(settings.searches)
+        return f"{duration(contest.seconds)}, {to_go(len(contest.results) / searches, contest.seconds)}"
+
+
+def closing_table(contest: Contest) -> Grid:
     """Solved share against nodes; nodes spent on a puzzle, and how many tokens of all texts were stored and shared."""
     settings = contest.settings
-    table = Table(title=f"{len(settings.puzzles)} puzzles: solved with so many nodes", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for budget in settings.budgets:
-        table.add_column(f"{budget}", justify="right")
-    for heading in ("spent", "stored", "named", "shared"):
-        table.add_column(heading, justify="right")
+    table = Grid(
+        f"{len(settings.puzzles)} puzzles: solved with so many nodes",
+        ("", *map(str, settings.budgets), "spent", "stored", "named", "shared"),
+    )
     for method in settings.methods:
         shares = [_share(*contest.solved(method, budget)) for budget in settings.budgets]
         results = contest.of(method, settings.nodes)
         stored, named = sum(each.stored for each in results), sum(each.named for each in results)
         spent = sum(each.spent for each in results)
-        table.add_row(
+        row = (
             "sampling alone" if method == "sampling" else method,
             *shares,
             f"{spent / len(results):.1f}",
@@ -47,12 +54,13 @@ def closing_table(contest: Contest) -> Table:
             f"{named:,}",
             _share(named - stored, named),
         )
+        table.rows.append(row)
     return table
 
 
 def closing_figures(contest: Contest) -> Table:
     """The other figures."""
-    table = _two_columns(f"{contest.settings.threads} threads, {len(contest.results):,} searches")
+    table = pairs(f"{contest.settings.threads} threads, {len(contest.results):,} searches")
     _add_calls(table, contest)
     if contest.settings.verify:
         table.add_row("nodes verified", f"{sum(each.verified for each in contest.results):,}")
@@ -75,10 +83,3 @@ def _add_calls(table: Table, contest: Contest) -> None:
     rate = spent / contest.seconds if contest.seconds else 0.0
     table.add_row("nodes", f"{spent:,}, {rate:,.0f} a second, {contest.seconds:.1f} s")
     table.add_row("rows a call", f"{stats.rows_per_call:.1f} in {stats.calls:,} calls of the model")
-
-
-def _two_columns(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    return table

@@ -16,8 +16,12 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import SimpleQueue
+from textwrap import fill
 from time import monotonic
 
+from reporting.machine import about, in_words
+from reporting.progress import to_go
+from reporting.tables import WIDTH
 from tests.mutants.checkout import Checkout, copied
 from tests.mutants.choice import chosen
 from tests.mutants.covering import covering
@@ -131,9 +135,11 @@ def main(given: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         checkouts = [stack.enter_context(copied(ROOT)) for _ in range(min(options.workers, max(len(places), 1)))]
         tests = tests_for(options, checkouts[0], [known[place.name] for place in places] if options.recorded else [])
+        begun = monotonic()
         for number, (place, verdict) in enumerate(verdicts(places, checkouts, tests, options.seconds), 1):
             found[place.name] = verdict
-            say(f"[{number}/{len(places)}] {told(place, verdict, may_live)}")
+            left = to_go(number / len(places), monotonic() - begun)
+            say(f"[{number}/{len(places)}, {left}] {told(place, verdict, may_live)}")
             if options.record:
                 date = datetime.now(timezone.utc).date().isoformat()
                 known[place.name] = Entry(
@@ -147,6 +153,7 @@ def main(given: Sequence[str] | None = None) -> int:
     say(f"{len(lives) - len(missed)} accepted, {len(missed)} missed")
     for name in missed:
         say(f"missed ({found[name].outcome} after {found[name].tests} tests): {name}")
+    say(fill(in_words(about()), WIDTH))
     return 1 if missed else 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mutants.places import PACKAGE, Place
 
-COPIED = ("benchmarks", "concurrent_kv", "docs", "examples", "requirements", "stress", "tests")
+COPIED = ("benchmarks", "concurrent_kv", "docs", "examples", "reporting", "requirements", "stress", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py")
 
 

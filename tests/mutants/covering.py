@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from reporting.progress import Work
 from tests.mutants.checkout import COPIED, Checkout, copied
 from tests.mutants.marking import marked
 from tests.mutants.places import PACKAGE, Place, all_places
@@ -111,9 +112,13 @@ def _measure(checkout: Checkout, files: list[str], places: list[Place], into: Co
         numbers = {place: number for number, place in enumerate(places) if place.file == file}
         path.write_text(marked(path.read_bytes(), numbers), "utf-8")
     running = "the imports"
+    left = list(files)
+    work = Work("files of tests", len(files))
     for event in Run(checkout.folder, ["-m", "pytest", *files]).events(PATIENCE):
         if "began" in event:
             running = str(event["began"])
+            while left and left[0] != running.partition("::")[0] and running.partition("::")[0] in left:
+                work.part(left.pop(0))
         elif "ended" in event:
             into.seconds[running] = float(str(event["seconds"]))
             reached = event["reached"]

@@ -13,6 +13,7 @@ from ..._checks import check_env_ids
 from ...books.allocation import default_tokens
 from ...device.layout import KVLayout
 from ...errors import InvalidArgumentError, WrongProcessError
+from ...internal import ShowsPublic
 from ...locks.gate import gate
 from ...manager import KVCacheManager
 from ...model.overflow import Overflow
@@ -44,7 +45,7 @@ class _Current(threading.local):
     name: str = "default"
 
 
-class Attachment:
+class Attachment(metaclass=ShowsPublic):
     """A world model's place in a manager, or in one for each of its roles.
 
     Attributes:
@@ -54,6 +55,21 @@ class Attachment:
         env_ids: the manager's environment of each row of the model's batches.
         validation: in mode "validate", what runs both caches.
     """
+
+    _internal = frozenset(
+        (
+            "clear_roots",
+            "count",
+            "forget_nodes",
+            "leave",
+            "note_misses",
+            "note_moved_rows",
+            "overflow",
+            "owns",
+            "share",
+            "users",
+        )
+    )
 
     def __init__(
         self,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...internal import ShowsPublic
+
 __all__ = ["DEFECTS", "Divergence", "ValidationReport", "first_difference"]
 
 # The released code's own defects that validation can recognise.
@@ -76,7 +78,7 @@ class Divergence:
 
 
 @dataclass
-class ValidationReport:
+class ValidationReport(metaclass=ShowsPublic):
     """What was compared so far, and what differed.
 
     Attributes:
@@ -90,6 +92,8 @@ class ValidationReport:
         unexplained: differences that none of them explains.
         first: the first difference of all; first_unexplained: the first of those.
     """
+
+    _internal = frozenset(("add",))
 
     calls: int = 0
     contexts: int = 0

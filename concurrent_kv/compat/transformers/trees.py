@@ -27,6 +27,7 @@ from ...errors import (
 )
 from ...evaluation.evaluator import Evaluator
 from ...evaluation.leaves import NO_PARENT, Evaluated, Leaf
+from ...internal import ShowsPublic
 from ...locks.gate import gate
 from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
@@ -74,7 +75,7 @@ class Continuation(NamedTuple):
     is_passed: bool = False
 
 
-class TextNode:
+class TextNode(metaclass=ShowsPublic):
     """A text in a tree: its parent's, and some tokens more.
 
     Attributes:
@@ -103,6 +104,7 @@ class TextNode:
         "score",
         "tree",
     )
+    _internal = frozenset(("is_passed", "key"))
 
     def __init__(
         self, tree: TextTree, parent: TextNode | None, key: Hashable, ids: Sequence[int], logprob: float = 0.0
@@ -194,6 +196,8 @@ class TextTrees(Handle):
             have states, which go on past them: `max_rows=1` will do.
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
     """
+
+    _internal = frozenset(("decoded", "encoded", "next_key", "opened", "prefilled"))
 
     instead_of_copy = "share the one object between threads and tasks"
 
@@ -420,6 +424,8 @@ class TextTree(Handle):
         trees: what it is of.
         root: the prompt's node, or since `keep` the one that was kept.
     """
+
+    _internal = frozenset(("give_root",))
 
     instead_of_copy = "share the one object between threads and tasks"
 

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import gymnasium
 import torch
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from examples.cartpole.model import DEFAULT_WEIGHTS, ModelConfig, WorldModel
@@ -27,6 +25,8 @@ from examples.cartpole.training.figures import disturbed_transitions, policy_ret
 from examples.cartpole.training.policy import PolicySettings, best_action, train_policy
 from examples.cartpole.training.transitions import Collector, Disturbed, Transitions
 from examples.cartpole.training.unroll import UnrollSettings, train_unroll
+from reporting.progress import Work
+from reporting.tables import console_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TrainSettings:
     unroll: UnrollSettings = field(default_factory=UnrollSettings)
 
 
-def train(seed: int, settings: TrainSettings, progress: Progress) -> WorldModel:
+def train(seed: int, settings: TrainSettings) -> WorldModel:
     """Train a model: its policy, then, on all that was seen and on disturbed episodes, the model unrolled."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def train(seed: int, settings: TrainSettings, progress: Progress) -> WorldModel:
     generator = torch.Generator().manual_seed(seed)
     collector = Collector(settings.envs, seed)
     try:
-        transitions = _train_policy(model, collector, generator, settings, progress)
+        transitions = _train_policy(model, collector, generator, settings)
         policy = Disturbed(lambda observation: best_action(model, observation), settings.envs, generator)
         disturbed = collector.collect(policy, settings.disturbed_steps)
     finally:
@@ -59,7 +59,7 @@ def train(seed: int, settings: TrainSettings, progress: Progress) -> WorldModel:
     # The collector went on from where the policy's rounds ended, so the joint is no seam.
     transitions = Transitions.joined([transitions, disturbed])
     logger.info("%d transitions, %d ends", transitions.reward.numel(), int(transitions.terminated.sum()))
-    _train_unroll(model, transitions, generator, settings, progress)
+    _train_unroll(model, transitions, generator, settings)
     return model.eval().requires_grad_(False)
 
 
@@ -87,13 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS)
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
     torch.set_num_threads(1)  # the order of a sum, and so its rounding, depends on the number of threads
     settings = TrainSettings()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as progress:
-        model = train(options.seed, settings, progress)
+    model = train(options.seed, settings)
     figures = measure(model)
     for name, figure in figures.items():
         logger.info("%s %.4f", name, figure)
@@ -114,26 +112,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train_policy(
-    model: WorldModel, collector: Collector, generator: torch.Generator, settings: TrainSettings, progress: Progress
+    model: WorldModel, collector: Collector, generator: torch.Generator, settings: TrainSettings
 ) -> Transitions:
-    task = progress.add_task("policy", total=settings.policy.rounds, figures="")
+    with Work("rounds of the policy", settings.policy.rounds) as work:
 
-    def on_round(_round: int, transitions: Transitions) -> None:
-        ends = int(transitions.terminated.sum())
-        progress.update(task, advance=1, figures=f"ends a round {ends}")
+        def on_round(_round: int, transitions: Transitions) -> None:
+            work.part(f"ends a round {int(transitions.terminated.sum())}")
 
-    return train_policy(model, collector, generator, settings.policy, on_round)
+        return train_policy(model, collector, generator, settings.policy, on_round)
 
 
 def _train_unroll(
-    model: WorldModel, transitions: Transitions, generator: torch.Generator, settings: TrainSettings, progress: Progress
+    model: WorldModel, transitions: Transitions, generator: torch.Generator, settings: TrainSettings
 ) -> None:
-    task = progress.add_task("model", total=settings.unroll.updates, figures="")
+    with Work("updates of the model", settings.unroll.updates) as work:
 
-    def on_update(_update: int, loss: Tensor) -> None:
-        progress.update(task, advance=1, figures=f"loss {loss.item():.3f}")
+        def on_update(_update: int, loss: Tensor) -> None:
+            work.part(f"loss {loss.item():.3f}")
 
-    train_unroll(model, transitions, generator, settings.unroll, on_update)
+        train_unroll(model, transitions, generator, settings.unroll, on_update)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from examples.text_tree.model import CHARACTERS, DEFAULT_WEIGHTS, PAD, SIZES, new_model
 from examples.text_tree.puzzle import random_puzzle
+from reporting.progress import Work
+from reporting.tables import console_of
 
 UPDATES, BATCH, LEARNING_RATE, WARM_UP = 500, 64, 3e-3, 50
 UNASKED = -100  # a label of transformers: nothing is learnt there
@@ -45,7 +45,7 @@ def batch_of(draw: Random) -> tuple[Tensor, Tensor]:
     return _padded(ids, PAD), _padded(labels, UNASKED)
 
 
-def train(seed: int, updates: int, progress: Progress) -> Any:
+def train(seed: int, updates: int) -> Any:
     """A trained model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -54,18 +54,17 @@ def train(seed: int, updates: int, progress: Progress) -> Any:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda update: min((update + 1) / WARM_UP, (updates - update) / (updates - WARM_UP))
     )
-    draw, task = Random(seed), progress.add_task("training", total=updates, figures="")
-    for update in range(updates):
-        ids, labels = batch_of(draw)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.update(task, advance=1, figures=f"loss {loss.item():.3f}")
-        if update % 100 == 99:
-            progress.console.print(f"after {update + 1} updates: loss {loss.item():.3f}")
+    draw = Random(seed)
+    with Work("updates", updates) as work:
+        for _ in range(updates):
+            ids, labels = batch_of(draw)
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            work.part(f"loss {loss.item():.3f}")
     return model.eval()
 
 
@@ -77,11 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the order of a sum, and so its rounding, depends on the number of threads
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
+    console = console_of(stderr=True)
     wall, processor = time.perf_counter(), time.process_time()
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as progress:
-        model = train(options.seed, options.updates, progress)
+    model = train(options.seed, options.updates)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     origin = {
         "command": f"python -m examples.text_tree.training --seed {options.seed} --updates {options.updates}",
