@@ -104,7 +104,8 @@ class Collector:
     def collect(self, train_iter: int) -> Any:
         """An episode of each environment, as LightZero's replay buffer takes them."""
         self._version = self.attachment.manager.version
-        self.collector.reset_env()  # with what a collection that was ended has left there
+        # A collection that was ended has left episodes half played, and others in the collector.
+        self.collector.reset_env()
         self.collector.reset(self._acting)
         policy = self.config.policy
         temperature = visit_count_temperature(
