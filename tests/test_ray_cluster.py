@@ -214,9 +214,8 @@ def test_weights_of_a_learner_that_is_gone_are_its_loss_and_not_the_clusters(clu
     before = cluster.load_weights(7)
     learner = ray.remote(num_cpus=0)(Learner).remote()
     assert cluster.load_weights(learner.weights.remote()) == before + 1
-    ray.kill(learner)
     with pytest.raises(RayActorError, match="Learner"):
-        cluster.load_weights(learner.weights.remote())
+        cluster.load_weights(learner.die.remote())
     found = cluster.search(0, plan)
     assert (found.version, found.values) == (before + 1, expected(0, 13))
 
