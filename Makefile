@@ -11,7 +11,8 @@ LARGE := torch is the largest: some 200 MB for a CPU, several GB where pip takes
 VENV := .venv
 BIN := $(VENV)/bin
 LIGHTZERO_VENV := .venv-lightzero
-LIGHTZERO_TESTS := tests/test_world_model_integration.py $(wildcard tests/test_lightzero_*.py)
+LIGHTZERO_RAY_TESTS := tests/test_lightzero_ray.py
+LIGHTZERO_TESTS := tests/test_world_model_integration.py $(filter-out $(LIGHTZERO_RAY_TESTS),$(wildcard tests/test_lightzero_*.py))
 TRANSFORMERS_VENV := .venv-transformers
 FREETHREADED := .venv-freethreaded
 DOCS_VENV := .venv-docs
@@ -21,7 +22,8 @@ LIGHTZERO_MAIN_TESTS := $(wildcard tests/test_lightzero_main_*.py)
 # A Prometheus that the tests of the dashboard ask: what .ci/prometheus finds, or fetches, if left out.
 PROMETHEUS ?=
 
-.PHONY: bench clean docs gpu help lightzero lightzero-main lint metrics mutants play play-ray ray test text-tree transformers wheels
+.PHONY: bench clean docs gpu help lightzero lightzero-main lightzero-ray lint metrics mutants play play-ray ray test text-tree
+.PHONY: train-lightzero-ray transformers wheels
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
@@ -43,6 +45,8 @@ help:
 	@echo 'make test-threadsanitizer  races of the compiled module, without the GIL (builds an interpreter the first time)'
 	@echo 'make lightzero  LightZero 0.2.0 on this cache: its world model, its training, old against new'
 	@echo 'make lightzero-main  its main branch                     (LIGHTZERO=path/to/checkout)'
+	@echo 'make lightzero-ray  its collectors in Ray actors, weights broadcast: the tests of that'
+	@echo 'make train-lightzero-ray  train CartPole with them         (ARGS="--collectors 4 --rounds 50", ARGS="--help")'
 	@echo 'make transformers  trees of text under Hugging Face transformers: the tests of that'
 	@echo 'make text-tree  solve puzzles with a tiny language model, by search    (ARGS="--verify --picture tree.svg", ARGS="--help")'
 	@echo 'make ray    searches on a cluster of processes, under Ray: the tests of that'
@@ -123,12 +127,19 @@ text-tree: $(TRANSFORMERS_VENV)/stamp
 	@HF_HUB_OFFLINE=1 $(TRANSFORMERS_VENV)/bin/python -m examples.text_tree $(ARGS)
 
 # Ray reports its use to its makers unless told not to.
-ray play-ray: export RAY_USAGE_STATS_ENABLED = 0
+ray play-ray lightzero-ray train-lightzero-ray: export RAY_USAGE_STATS_ENABLED = 0
 ray: $(RAY_VENV)/stamp
 	@PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest $(wildcard tests/test_ray_*.py) tests/test_public_names.py $(ARGS)
 
 play-ray: $(RAY_VENV)/stamp
 	@$(RAY_VENV)/bin/python -m examples.cartpole --ray $(ARGS)
+
+# Ray joins LightZero's environment here.
+lightzero-ray: $(LIGHTZERO_VENV)/ray.stamp
+	@PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest $(LIGHTZERO_RAY_TESTS) $(ARGS)
+
+train-lightzero-ray: $(LIGHTZERO_VENV)/ray.stamp
+	@$(LIGHTZERO_VENV)/bin/python -m examples.lightzero_ray $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LIGHTZERO_VENV) $(TRANSFORMERS_VENV) $(DOCS_VENV) $(RAY_VENV) $(FREETHREADED) build dist site *.egg-info .hypothesis .mutants .mypy_cache .pytest_cache .ruff_cache
@@ -172,6 +183,11 @@ $(LIGHTZERO_VENV)/module.stamp: pyproject.toml $(BUILD) $(LIGHTZERO_VENV)/stamp
 $(LIGHTZERO_VENV)/main.stamp: requirements/lightzero-main.txt $(LIGHTZERO_VENV)/module.stamp
 	@echo "installing what LightZero's main branch needs beside 0.2.0"
 	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) -r requirements/lightzero-main.txt -c requirements/lightzero.txt
+	@touch $@
+
+$(LIGHTZERO_VENV)/ray.stamp: requirements/lightzero-ray.txt $(LIGHTZERO_VENV)/module.stamp
+	@echo "installing Ray beside LightZero 0.2.0"
+	@$(LIGHTZERO_VENV)/bin/python $(PIP_INSTALL) -r requirements/lightzero-ray.txt -c requirements/lightzero.txt
 	@touch $@
 
 $(DOCS_VENV)/bin/python:

@@ -21,6 +21,7 @@ pytest.importorskip("ray", reason="needs Ray: make ray")
 
 import ray
 from ray.cluster_utils import Cluster as Machines
+from ray.exceptions import RayActorError
 
 from concurrent_kv import InvalidArgumentError, WaitTimeoutError
 from concurrent_kv.cluster import HostLostError, NoHostError, PlannerError, QueueFullError
@@ -28,6 +29,7 @@ from concurrent_kv.ray import RayCluster
 from tests.cluster_support import (
     STEPS,
     Found,
+    Learner,
     LoadError,
     OddError,
     Player,
@@ -206,6 +208,16 @@ def test_after_a_load_every_actor_has_the_version_also_one_that_is_made_again(
     assert caught.value.number == -3
     assert {cluster.search(env, plan).values for env in range(4)} == {expected(env, 11) for env in range(4)}
     assert {stats.version for stats in cluster.stats(timeout=HANG_SECONDS).hosts.values() if stats} == {version}
+
+
+def test_weights_of_a_learner_that_is_gone_are_its_loss_and_not_the_clusters(cluster: RayCluster) -> None:
+    before = cluster.load_weights(7)
+    learner = ray.remote(num_cpus=0)(Learner).remote()
+    assert cluster.load_weights(learner.weights.remote()) == before + 1
+    with pytest.raises(RayActorError, match="Learner"):
+        cluster.load_weights(learner.die.remote())
+    found = cluster.search(0, plan)
+    assert (found.version, found.values) == (before + 1, expected(0, 13))
 
 
 def test_a_search_that_a_load_ends_is_run_again(cluster: RayCluster, tmp_path: Path) -> None:

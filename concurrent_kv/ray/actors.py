@@ -97,12 +97,12 @@ class ActorLink:
                 with suppress(Exception):
                     ray.cancel(ref)
             raise
-        except RayActorError as error:
-            raise HostLostError(f"{self.name} is gone: {_first_line(error)}", host=self.name) from None
-        except RayTaskError as error:
-            # Not of the method, whose errors are answers: an argument or a result that could not be pickled.
+        except RayTaskError as error:  # first: where the maker of an argument is gone, it is a RayActorError too
+            # Not of the method, whose errors are answers: an argument or a result that could not be had, or pickled.
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, Exception) else error) from None
+        except RayActorError as error:
+            raise HostLostError(f"{self.name} is gone: {_first_line(error)}", host=self.name) from None
         except RaySystemError as error:
             cause = getattr(error, "client_exc", None)
             if not isinstance(cause, Exception):
