@@ -1,7 +1,7 @@
 """What each operation costs, for threads and for tasks of each event loop, inline and in a worker; and what the
 thresholds between inline and worker rest on.
 
-    python -m benchmarks.async_costs [--quick] [--json FILE]
+    python -m benchmarks.async_costs [--quick] [--json FILE] [--markdown]
 
 Everything is measured in turn in one run, so that figures of one table can be compared; microseconds, medians of calls.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -28,6 +29,8 @@ from concurrent_kv import (
     PositionTable,
     RaiseOnOverflow,
     SearchEndedError,
+    SnapshotDamagedError,
+    SnapshotMismatchError,
     WaitTimeoutError,
     WindowOverflowError,
 )
@@ -443,3 +446,36 @@ def test_the_weights_version_can_be_read_and_not_set(manager: KVCacheManager, po
             owner.version = 7  # type: ignore[misc]
     assert manager.version == manager.init_pools[0].version == manager.wm_pool.version
     assert pool.version == pool.default_scope.version == pool.scope("new").version
+
+
+# Files, and what others compute ---------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_damaged_and_one_that_does_not_fit_say_what_to_do(make_pool: MakePool, tmp_path: Path) -> None:
+    path = tmp_path / "pool.safetensors"
+    path.write_bytes(b"no snapshot")
+    pool = make_pool()
+    with pytest.raises(SnapshotDamagedError, match="no snapshot: take an older one"):
+        pool.load(path)
+    pool.put_many(["a", "b"], stacked(tokens(1, 3), tokens(2, 5)))
+    pool.save(path)
+    with pytest.raises(SnapshotMismatchError, match=r"its pool has 2 entries with 8 slots, and small holds") as caught:
+        make_pool(1, name="small").load(path)
+    assert make_pool(said(caught)["max_entries"], name="large").load(path).entries == 2
+
+
+def test_a_caller_that_waits_in_vain_for_a_computation_hears_which_argument_helps(make_pool: MakePool) -> None:
+    pool = make_pool()
+    with pool.try_claim("a"), pytest.raises(WaitTimeoutError, match="timeout= that is longer than it takes"):
+        pool.get_or_compute("a", lambda: tokens(1, 2), timeout=0.0)
+
+
+def test_layers_that_lack_tokens_are_named_before_a_commit(make_pool: MakePool) -> None:
+    pool = make_pool()
+    pool.put("a", tokens(1, 3))
+    with pool.gather(["a"]) as batch:
+        batch.append(0, torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3))
+        with pytest.raises(InvalidArgumentError, match=r"end at \[4, 3\]: append\(\) to those that have fewer"):
+            pool.commit(["b"], batch)
+        batch.append(1, torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3))
+        pool.commit(["b"], batch)

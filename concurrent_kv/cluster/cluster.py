@@ -269,5 +269,5 @@ async def in_time(awaitable: asyncio.Future[T], seconds: float, what: str) -> T:
         raise
     if not done:
         awaitable.cancel()
-        raise NoAnswerError(f"{what} had not answered within {seconds:.3g} s")
+        raise NoAnswerError(f"{what} had not answered within {seconds:.3g} s (timeout=)")
     return awaitable.result()

@@ -64,7 +64,7 @@ def timed_out(flight: Flight, deadline: Deadline, name: str) -> WaitTimeoutError
     """What a caller that waited in vain for a flight hears."""
     return WaitTimeoutError(
         f"{name}: the computation of {shown(flight.key.key)} by another caller was not over within "
-        f"{deadline.seconds:g} s"
+        f"{deadline.seconds:g} s; a timeout= that is longer than it takes would do"
     )
 
 

@@ -199,7 +199,10 @@ class Batch(PaddedRows):
         """
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
-            raise InvalidArgumentError(f"batch has layers with different numbers of new tokens: they end at {ends}")
+            raise InvalidArgumentError(
+                f"batch has layers with different numbers of new tokens, which end at {ends}: append() to those that "
+                "have fewer first"
+            )
         new = ends[0] - self._start
         gathered, committed = self._gathered, self._committed
         if lengths is not None:

@@ -174,15 +174,15 @@ class _Fitting:
             fits = np.maximum(of_file.lengths, written + 1) <= window
             if not fits.all():
                 self._refuse_or_convert(
-                    f"{of_file.role} has {np.count_nonzero(~fits)} entries that reach beyond the window of {window} "
-                    f"tokens of {pool.name}; a window of {self._contents.layout.max_tokens} would do",
+                    f"its {of_file.role} has {np.count_nonzero(~fits)} entries that reach beyond the window of "
+                    f"{window} tokens of {pool.name}; a window of {self._contents.layout.max_tokens} would do",
                     "leaves them out",
                 )
                 chosen = chosen[fits]
         entries, slots = self._sizes(of_file, chosen)
         if entries > account.max_entries or slots > account.max_slots:
             self._refuse_or_convert(
-                f"{of_file.role} has {entries} entries with {slots} slots, and {pool.name} holds at most "
+                f"its {of_file.role} has {entries} entries with {slots} slots, and {pool.name} holds at most "
                 f"{account.max_entries} and {account.max_slots}; {account.that_holds(entries, slots)} would do",
                 "leaves the oldest out",
             )

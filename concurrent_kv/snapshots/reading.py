@@ -225,7 +225,10 @@ class SnapshotFile:
             data = data[read:]
 
     def _refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
-        raise SnapshotDamagedError(f"the snapshot {self.path} cannot be read: {what}", path=self.path) from cause
+        raise SnapshotDamagedError(
+            f"the snapshot {self.path} cannot be read: {what}; it is damaged, or no snapshot: take an older one",
+            path=self.path,
+        ) from cause
 
     def __enter__(self) -> SnapshotFile:
         return self
