@@ -18,6 +18,7 @@ from .errors import InvalidArgumentError, InvalidTypeError, shown
 from .native import native
 
 __all__ = [
+    "check_compute",
     "check_env_ids",
     "check_keys",
     "check_priorities",
@@ -45,6 +46,12 @@ def positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     if number < minimum:
         raise InvalidArgumentError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def check_compute(compute: object) -> None:
+    """Raise unless it can be called."""
+    if not callable(compute):
+        raise InvalidTypeError(f"compute must be a function that gives one row of KeysValues, got {shown(compute)}")
 
 
 def check_seconds(name: str, value: object) -> float:

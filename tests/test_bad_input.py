@@ -106,6 +106,7 @@ POOL = [
     *with_each("clear timeout", "timeout", TIMEOUTS, lambda s, t: s.pool.clear(timeout=t)),
     *with_each("bump timeout", "timeout", TIMEOUTS, lambda s, t: s.pool.bump_version(timeout=t)),
     *with_each("close timeout", "timeout", TIMEOUTS, lambda s, t: s.pool.close(timeout=t)),
+    Bad("more slots than have a number", lambda s: KVPool(LAYOUT, 2**31), Value, "num_slots"),
     Bad("pin missing", lambda s: s.pool.pin("x"), KeyNotFoundError, "'x'"),
     Bad("put scope of another pool", lambda s: s.pool.put("x", tokens(1, 2), scope=s.other.scope("s")), Value, "scope"),
     Bad("put scope by name", lambda s: s.pool.put("x", tokens(1, 2), scope="pool"), Type, "scope"),  # type: ignore[arg-type]
@@ -115,6 +116,7 @@ POOL = [
     Bad("put on a closed pool", lambda s: s.closed.put("x", tokens(1, 2)), ClosedError, "closed"),
     Bad("get on a closed pool", lambda s: s.closed.get("x"), ClosedError, "closed"),
     Bad("get_or_compute key", lambda s: s.pool.get_or_compute([], lambda: tokens(1, 2)), Type, "key"),  # type: ignore[arg-type]
+    Bad("get_or_compute compute", lambda s: s.pool.get_or_compute("x", 5), Type, "compute"),  # type: ignore[arg-type]
     Bad("get_or_compute result", lambda s: s.pool.get_or_compute("x", lambda: None), Type, "kv"),  # type: ignore[arg-type,return-value]
 ]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._checks import check_seconds, hash_of, list_or_none, listed, numbers_or_none
+from .._checks import check_compute, check_seconds, hash_of, list_or_none, listed, numbers_or_none
 from ..books.allocation import Allocation
 from ..books.integrity import IntegrityReport, RepairReport
 from ..books.records import Scope
@@ -325,6 +325,7 @@ class AsyncKVPool(NeverCopied):
         """
         pool = self.sync
         hash_of(key)
+        check_compute(compute)
         deadline = Deadline(pool.storage.wait_timeout if timeout is None else check_seconds("timeout", timeout))
         streams = current_streams()  # those of the caller, whatever other tasks do while this one waits
         found = await self._offload.run(

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .._checks import check_keys, hash_of
+from .._checks import check_compute, check_keys, hash_of
 from ..books.records import Entry, Generation, Hold, Scope
 from ..errors import InvalidTypeError, KeyNotFoundError, shown
 from ..flights.table import Claim, FlightState
@@ -508,6 +508,7 @@ class KVPool(PoolCore):
         """
         deadline = self._enter(timeout)
         hash_of(key)
+        check_compute(compute)
         within = self._scope(scope)
         found = self.get(key, scope=within, timeout=deadline.seconds)
         while found is None:

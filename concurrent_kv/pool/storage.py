@@ -28,7 +28,7 @@ from ..device.modes import plain_torch_state
 from ..device.slot_numbers import SlotArray
 from ..device.streams import StreamBackend, StreamClock, Ticks
 from ..device.tensors import SlotTensor
-from ..errors import ClosedError, WaitTimeoutError, WrongProcessError
+from ..errors import ClosedError, InvalidArgumentError, WaitTimeoutError, WrongProcessError
 from ..flights.table import FlightTable
 from ..locks.deadline import Deadline, TaskTime
 from ..locks.gate import gate
@@ -40,6 +40,8 @@ from ..never_copied import NeverCopied
 __all__ = ["Domain", "KVStorage", "LowerTier", "OpenSearch", "PoolState", "SearchCheck"]
 
 logger = logging.getLogger("concurrent_kv")
+
+MOST_SLOTS = 2**31 - 1  # their numbers are int32 in the tables
 
 
 _forks = 0  # between this process and the first one that imported this module
@@ -99,6 +101,11 @@ class KVStorage(NeverCopied):
         backend: StreamBackend | None = None,
     ) -> None:
         total = positive_int("num_slots", num_slots) + positive_int("headroom_slots", headroom_slots, minimum=0)
+        if total > MOST_SLOTS:
+            raise InvalidArgumentError(
+                f"num_slots and headroom_slots together must be at most {MOST_SLOTS:,}, got {total:,} "
+                f"({total * layout.bytes_per_token:,} bytes)"
+            )
         self.layout = layout
         self.name = name
         self.headroom_slots = headroom_slots
