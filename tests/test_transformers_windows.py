@@ -22,7 +22,7 @@ from concurrent_kv import (
     SearchEndedError,
     WindowOverflowError,
 )
-from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextNode, TextStore, TextTrees
+from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextNode, TextRows, TextStore, TextTrees
 from concurrent_kv.compat.transformers.windows import commit_window
 from concurrent_kv.manager import KVCacheManager
 from concurrent_kv.model.config import ManagerConfig
@@ -130,7 +130,7 @@ def test_what_generate_makes_is_that_of_the_whole_text(family: str, options: dic
             grown.texts[key] = text + made[row, 1 : lengths[row]].tolist()
         new = [words(draw, 4) for _ in texts]
         assert grown.difference(grown.grow([*"def"], new, [*"ghi"], room=STEP), new, [*"ghi"]) < BOUND[torch.float32]
-    cache.close()
+    cache.rows.close()
     grown.check()
 
 
@@ -166,7 +166,7 @@ def test_tokens_are_taken_back_until_the_gather_and_no_further() -> None:
     assert float((logits[0] - expected).abs().max()) < BOUND[torch.float32]
     with pytest.raises(InvalidArgumentError, match="at most the 8 that were appended"):
         cache.crop(-9)
-    cache.close()
+    cache.rows.close()
     grown.check()
 
 
@@ -180,7 +180,7 @@ def test_a_text_of_which_one_entry_is_missing_is_a_miss(lost: str) -> None:
     getattr(grown, lost).pop("a")
     cache = grown.gathered(["a", "b"], room=STEP)
     assert cache.batch.hits == cache.window.hits == (False, True)
-    cache.close()
+    cache.rows.close()
     grown.check()
 
 
@@ -193,10 +193,10 @@ def test_entries_of_different_writes_are_no_text() -> None:
     # The first writes into the one store, the second into both, then the first into the other.
     grown.pool.commit(["a"], first.batch, lengths=[9], sides=first.sides())
     second.commit(grown.store, ["a"])
-    commit_window(grown.window, ["a"], first.window, [9], KEPT, first.writes)
+    commit_window(grown.window, ["a"], first.window, [9], KEPT, first.rows.writes)
     cache = grown.gathered(["a"], room=STEP)
     assert cache.batch.hits == cache.window.hits == (False,)
-    cache.close()
+    cache.rows.close()
     grown.check()
 
 
@@ -233,7 +233,7 @@ def test_a_text_that_finds_no_room_in_one_store_is_in_neither(short: str) -> Non
     full, window, store = searches(fits, *((2 * STEP, 100) if short == "full" else (100, KEPT + STEP)))
 
     def given() -> Any:
-        cache = store.gather(["none"], [0], room=STEP)
+        cache = BatchCache(store.gather(["none"], [0], room=STEP), fits)
         with torch.no_grad():
             model(**cache.model_inputs([words(draw, STEP)]))
         return cache
@@ -248,9 +248,9 @@ def test_a_text_that_finds_no_room_in_one_store_is_in_neither(short: str) -> Non
         store.release(["a"])
         cache.commit(store, ["c"])
         assert store.full.keys() == store.window.keys() == ["b", "c"]
-        cache = store.gather(["c"], [0], room=0)
-        assert (cache.batch.lengths, cache.window.lengths) == ((STEP,), (KEPT,))
-    cache.close()
+        cache.rows = store.gather(["c"], [0], room=0)
+        assert (cache.rows.full.lengths, cache.rows.window.lengths) == ((STEP,), (KEPT,))
+    cache.rows.close()
     store.close()
     for manager in (full, window):
         assert manager.check_integrity().handles == 0
@@ -262,8 +262,8 @@ def test_of_a_key_that_comes_twice_the_last_row_is_stored_in_both() -> None:
     new = [words(draw, 12), words(draw, 3)]
     grown.grow(["none"] * 2, new, ["a", "a"], room=STEP)
     cache = grown.gathered(["a"], room=STEP)
-    assert (cache.batch.lengths, cache.window.lengths) == ((3,), (3,))
-    cache.close()
+    assert (cache.rows.full.lengths, cache.rows.window.lengths) == ((3,), (3,))
+    cache.rows.close()
     grown.check()
 
 
@@ -319,19 +319,19 @@ def test_stores_and_batches_that_do_not_go_together_are_named() -> None:
         with pytest.raises(InvalidArgumentError, match="window must be what layers that slide keep"):
             BatchCache(rows, fits)
         with pytest.raises(InvalidArgumentError, match=r"newest 7 tokens of batch's rows, \(3, 7\), got \(7, 3\)"):
-            BatchCache(rows, fits, window=others)
+            BatchCache(TextRows(rows, others), fits)
         with pytest.raises(InvalidArgumentError, match="window must be of pools of"):
-            BatchCache(rows, replace(fits, window=replace(fits.window, layout=whole.layout)), window=others)
+            BatchCache(TextRows(rows, others), replace(fits, window=replace(fits.window, layout=whole.layout)))
         with pytest.raises(InvalidArgumentError, match="window must be None"):
-            BatchCache(rows, replace(fits, window=None), window=others)
+            BatchCache(TextRows(rows, others), replace(fits, window=None))
     cache = grown.gathered(["a"], room=STEP)
     with pytest.raises(WindowOverflowError, match=f"input_ids has {STEP + 1} tokens"):
         cache.model_inputs([words(draw, STEP + 1)])
     with torch.no_grad():
         grown.model(**cache.model_inputs([words(draw, 1)]))
-    with pytest.raises(InvalidArgumentError, match="store must be a TextStore"):
+    with pytest.raises(InvalidArgumentError, match="store must be the TextStore"):
         cache.commit(grown.pool, ["c"])
-    cache.close()
+    cache.rows.close()
     store.close()
     grown.check()
     full.close()

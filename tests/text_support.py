@@ -165,7 +165,7 @@ class Forest:
 
     def gathered(self, parents: Sequence[Hashable], *, room: int = 24) -> BatchCache:
         """The rows of some texts (of those that there are not, none)."""
-        return self.store.gather(parents, room=room)
+        return BatchCache(self.store.gather(parents, room=room), self.fits)
 
     def grow(
         self, parents: Sequence[Hashable], new: Sequence[list[int]], keys: Sequence[Hashable], *, room: int = 24

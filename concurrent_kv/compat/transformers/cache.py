@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,10 +22,8 @@ from ...pool.pool import KVPool
 from ...search.search import Search
 from .layouts import CacheLayout, LayerKind, Place, UnsupportedModelError, WindowLayout
 from .states import TextState, of_layers, to_layers
-from .windows import WindowedSide, new_write, side_of
-
-if TYPE_CHECKING:
-    from .stores import TextStore
+from .stores import TextRows, TextStore
+from .windows import side_of
 
 __all__ = ["BatchCache"]
 
@@ -40,22 +38,22 @@ class BatchCache(Cache):  # type: ignore[misc]
     on with that token.
 
     Args:
-        batch: of a gather from pools of `fits.layout`, or what an evaluator hands to its model.
+        batch: of a gather from pools of `fits.layout`, or what an evaluator hands to its model; of a `TextStore`'s
+            where `fits.window` says that layers that slide have a pool of their own.
         fits: the model's `CacheLayout`; not needed where all of its layers keep keys and values of one shape.
-        window: of the same rows, what layers with a sliding window keep, where `fits.window` says that they have a pool
-            of their own: `TextStore.gather` makes both.
 
     Raises:
-        InvalidArgumentError: the batch is of another layout; `window` is not of the same rows; or some rows have states
-            and some have none.
+        InvalidArgumentError: the batch is of another layout, or its window not of the same rows; or some rows have
+            states and some have none.
     """
 
-    def __init__(self, batch: PaddedRows, fits: CacheLayout | None = None, *, window: PaddedRows | None = None) -> None:
-        for name, rows in (("batch", batch), ("window", batch if window is None else window)):
-            if not isinstance(rows, PaddedRows):
-                raise InvalidTypeError(f"{name} must be a Batch or a JointBatch, got {type(rows).__name__}")
-        self.batch, self.window = batch, window
-        self.writes = [] if window is None else [new_write() for _ in range(window.batch_size)]  # that rows are of
+    def __init__(self, batch: PaddedRows | TextRows, fits: CacheLayout | None = None) -> None:
+        rows = batch if isinstance(batch, TextRows) else TextRows(batch, None)
+        for each in (rows.full, rows.window or rows.full):
+            if not isinstance(each, PaddedRows):
+                raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(each).__name__}")
+        self.rows, self.batch, self.window = rows, rows.full, rows.window
+        batch, window = rows.full, rows.window
         self._made: tuple[Tensor, Tensor, Tensor] | None = None  # see `_columns`, and the padding that it was made of
         self._has_gaps = False  # rows were given different numbers of tokens: only a commit puts them in order
         self._full = _Rows(batch)
@@ -179,18 +177,17 @@ class BatchCache(Cache):  # type: ignore[misc]
 
         What is committed by other means than `commit` (an evaluator's `Evaluated`, say) takes them from here.
         """
-        if not self._stateful and not self.writes:
+        return self.rows.sides(self._with_states(sides))
+
+    def _with_states(self, sides: Sequence[object] | None) -> list[object] | None:
+        if not self._stateful and self.window is None:
             return None if sides is None else list(sides)
         of_rows: list[object] = [None] * self.batch.batch_size if sides is None else list(sides)
         if len(of_rows) != self.batch.batch_size:
             raise InvalidArgumentError(
                 f"sides must have one item for each of {self.batch.batch_size} rows, got {len(of_rows)}"
             )
-        if self._stateful:
-            of_rows = of_layers(of_rows, self._stateful)
-        if self.writes:
-            return [WindowedSide(side, write) for side, write in zip(of_rows, self.writes, strict=True)]
-        return of_rows
+        return of_layers(of_rows, self._stateful) if self._stateful else of_rows
 
     def commit(
         self,
@@ -229,21 +226,16 @@ class BatchCache(Cache):  # type: ignore[misc]
                 f"lengths must be the {new} tokens that the model was given, as a state belongs to all of them, got "
                 f"{shown(lengths)}"
             )
-        sides = self.sides(sides)
-        if isinstance(store, (Search, KVPool)):
-            if self.window is not None:
-                raise InvalidArgumentError(
-                    f"store must be a TextStore where layers that slide have a pool of their own, got {shown(store)}"
-                )
+        sides = self._with_states(sides)
+        if isinstance(store, TextStore):
+            store.commit(keys, self.rows, lengths=lengths, sides=sides)
+        elif self.window is None:
             store.commit(keys, batch, lengths=lengths, sides=sides)
         else:
-            store.store(keys, self, lengths, sides)
-
-    def close(self) -> None:
-        """Close what its rows were gathered into. Never blocks; nothing happens the second time."""
-        if self.window is not None:
-            self.window.close()
-        self.batch.close()
+            raise InvalidArgumentError(
+                f"store must be the TextStore that the rows are of (layers that slide have a store of their own), got "
+                f"{shown(store)}"
+            )
 
     # What transformers asks for --------------------------------------------------------------------------------------
 

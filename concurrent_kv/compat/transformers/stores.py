@@ -6,22 +6,58 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from ...errors import InvalidArgumentError, InvalidTypeError, shown
 from ...pool.batch import Batch
+from ...pool.handle import Handle
+from ...pool.padded_rows import PaddedRows
 from ...pool.pool import KVPool
 from ...search.search import Search, storage_of
-from .cache import BatchCache
 from .layouts import CacheLayout
-from .windows import commit_window, write_of
+from .windows import WindowedSide, commit_window, new_write, write_of
 
-__all__ = ["TextStore"]
+__all__ = ["TextRows", "TextStore"]
 
 ATTEMPTS = 3  # to read both entries of a text that is replaced meanwhile
 
 
-class TextStore:
+class TextRows(Handle):
+    """Rows of texts, for a `BatchCache`; an open handle.
+
+    Attributes:
+        full: all of their tokens.
+        window: their newest tokens, for layers that slide; None where all layers keep all tokens.
+        writes: what each row is stored as.
+    """
+
+    instead_of_copy = "gather once more"
+
+    def __init__(self, full: PaddedRows, window: PaddedRows | None) -> None:
+        self.full, self.window = full, window
+        self.writes = [new_write() for _ in full.entries]
+
+    @property
+    def hits(self) -> tuple[bool, ...]:
+        """Which rows were found."""
+        return self.full.hits
+
+    def sides(self, sides: Sequence[object] | None) -> list[object] | None:
+        """Side data, of each row one item, as it is stored with `full`."""
+        if self.window is None:
+            return None if sides is None else [*sides]
+        of_rows = [None] * len(self.writes) if sides is None else sides
+        return [WindowedSide(side, write) for side, write in zip(of_rows, self.writes, strict=True)]
+
+    def close(self) -> None:
+        """Close both. Never blocks; nothing happens the second time."""
+        if self.window is not None:
+            self.window.close()
+        self.full.close()
+
+
+class TextStore(Handle):
     """Texts of a model whose layers partly slide: their tokens in one store, those in the window in another.
 
-    `store.gather(keys)` gives the `BatchCache` of a forward, `cache.commit(store, keys)` stores its rows. A text is
-    found in both stores or in none: where one of its two entries was evicted, or is of another write, it is a miss.
+    `BatchCache(store.gather(keys), fits)` is the cache of a forward, `cache.commit(store, keys)` stores its rows. A
+    text is found in both stores or in none: where one of its two entries was evicted, or is of another write, it is a
+    miss.
 
     Args:
         fits: the model's `CacheLayout`, made with `step=`.
@@ -32,6 +68,8 @@ class TextStore:
     Raises:
         InvalidArgumentError, InvalidTypeError: stores that do not go together.
     """
+
+    instead_of_copy = "share the one object between threads"
 
     def __init__(self, fits: CacheLayout, full: KVPool | Search, window: KVPool | Search | None = None) -> None:
         if (window is None) != (fits.window is None):
@@ -58,11 +96,11 @@ class TextStore:
 
     def gather(
         self, keys: Sequence[Hashable], env_ids: Sequence[Hashable] | None = None, *, room: int | None = None
-    ) -> BatchCache:
-        """Read texts into the cache of a forward; see `KVPool.gather` and `Search.gather`. May block.
+    ) -> TextRows:
+        """Read texts for the cache of a forward; see `KVPool.gather` and `Search.gather`. May block.
 
         Args:
-            keys: one for each row; `cache.batch.hits` says which were found.
+            keys: one for each row; `hits` of the result says which were found.
             env_ids: of searches, the environment of each row.
             room: columns for new tokens, up to `step`; as many as there can be if left out.
 
@@ -70,7 +108,7 @@ class TextStore:
             InvalidArgumentError, SearchEndedError, WaitTimeoutError: as the stores' own.
         """
         if self.window is None:
-            return BatchCache(_gathered(self.full, keys, env_ids, room), self.fits)
+            return TextRows(_gathered(self.full, keys, env_ids, room), None)
         asked, attempts = list(keys), [0] * len(keys)
         while True:
             full = _gathered(self.full, asked, env_ids, room)
@@ -83,7 +121,7 @@ class TextStore:
                         if write_of(side) != write
                     ]
                     if not apart:
-                        return BatchCache(full, self.fits, window=window)
+                        return TextRows(full, window)
                 except BaseException:
                     window.close()
                     raise
@@ -97,28 +135,31 @@ class TextStore:
                 if not full.hits[row] or attempts[row] == ATTEMPTS:
                     asked[row] = object()  # a key that no text has
 
-    def store(
-        self,
-        keys: Sequence[Hashable],
-        cache: BatchCache,
-        lengths: Sequence[int],
-        sides: Sequence[object] | None,
+    def commit(
+        self, keys: Sequence[Hashable], rows: TextRows, *, lengths: Sequence[int], sides: Sequence[object] | None = None
     ) -> None:
-        """Store the rows of a cache: what `BatchCache.commit` does with this. May block."""
-        batch = cache.batch
-        assert isinstance(batch, Batch)
-        if self.window is None or self.fits.window is None:
-            self.full.commit(keys, batch, lengths=lengths, sides=sides)
-            return
-        window = cache.window
-        if not isinstance(window, Batch):
-            raise InvalidArgumentError("cache must be what this store has gathered, got one without a window's rows")
+        """Store rows of this store's, of which each has `lengths` of the tokens that were appended. May block.
+
+        Where that fails, none of them is in either store. After a `CapacityError` of the first one (`full`), the same
+        rows can be committed once there is room.
+
+        Raises:
+            InvalidArgumentError, CapacityError, ClosedError, WaitTimeoutError: as the stores' own.
+        """
+        full, window = rows.full, rows.window
+        if not isinstance(full, Batch) or (window is not None and not isinstance(window, Batch)):
+            raise InvalidTypeError(f"rows must be of batches to be committed here, got {type(full).__name__}")
+        if (window is None) != (self.window is None):
+            raise InvalidArgumentError("rows must be what this store has gathered, got those of another kind of store")
         # The store that is short of room first: where it refuses, nothing has changed.
-        if self.full.commit(keys, batch, lengths=lengths, sides=sides) is False:
-            window.close()  # it was cleared meanwhile
+        stored = self.full.commit(keys, full, lengths=lengths, sides=rows.sides(sides))
+        if self.window is None or self.fits.window is None or window is None:
+            return
+        if stored is False:  # it was cleared meanwhile
+            window.close()
             return
         try:
-            commit_window(self.window, keys, window, lengths, self.fits.window.tokens, cache.writes)
+            commit_window(self.window, keys, window, lengths, self.fits.window.tokens, rows.writes)
         except BaseException:
             self.discard(keys)
             raise
@@ -150,6 +191,11 @@ class TextStore:
             self.full.discard(key)
             if self.window is not None:
                 self.window.discard(key)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the first was closed, or ended from outside."""
+        return self.full.closed
 
     def close(self) -> None:
         """Close both. May block; nothing happens the second time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,7 +39,7 @@ from ...search.search import Search, gather_part_of_search
 from .cache import BatchCache
 from .layouts import CacheLayout, UnsupportedModelError
 from .states import TextState
-from .stores import TextStore
+from .stores import TextRows, TextStore
 from .windows import WindowCapacityError, WindowedSide, commit_window, new_write, side_of, write_of
 
 if TYPE_CHECKING:
@@ -452,7 +452,7 @@ class TextTrees(Handle):
             return self._continued(BatchCache(joint, self.fits), last)
         window = open_together(self.window_manager.storage, parts, room=self.new_tokens)
         try:
-            evaluated = self._continued(BatchCache(joint, self.fits, window=window), last)
+            evaluated = self._continued(BatchCache(TextRows(joint, window), self.fits), last)
         except Exception:
             window.close()
             raise
@@ -487,7 +487,7 @@ class TextTrees(Handle):
         errors: list[Exception | None] = [None] * len(last)
         for row, ((_, _, window), length) in enumerate(zip(last, lengths, strict=True)):
             if window is not None:
-                write, tokens = cache.writes[row], self.fits.window.tokens
+                write, tokens = cache.rows.writes[row], self.fits.window.tokens
                 try:
                     commit_window(window.search, [window.child], window.part, [length], tokens, [write])
                 except Exception as error:
@@ -618,8 +618,8 @@ class TextTree(Handle):
         source, path, together = node.key if parent is None else parent.key, None, self.trees.step or len(ids)
         for first in range(0, len(ids), together):
             some = ids[first : first + together]
-            with closing(self._store.gather([source], [0], room=len(some))) as cache:
-                is_hit = cache.batch.hits[0]
+            with self._store.gather([source], [0], room=len(some)) as rows:
+                cache, is_hit = BatchCache(rows, self.trees.fits), rows.hits[0]
                 if not first:
                     begins = parent is None or parent.key is NO_PARENT
                     path = (None, parent.ids) if parent is not None and begins else cache.side[0]
