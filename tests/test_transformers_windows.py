@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: make transformers")
 
+from transformers import AutoConfig
+
 from concurrent_kv import (
     CapacityError,
     InvalidArgumentError,
@@ -20,12 +23,14 @@ from concurrent_kv import (
     KeyNotFoundError,
     KVPool,
     SearchEndedError,
+    WaitTimeoutError,
     WindowOverflowError,
 )
 from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextNode, TextRows, TextStore, TextTrees
 from concurrent_kv.compat.transformers.windows import commit_window
 from concurrent_kv.manager import KVCacheManager
 from concurrent_kv.model.config import ManagerConfig
+from tests.support import HANG_SECONDS
 from tests.text_support import SLIDING, WINDOW, Forest, configuration, language_model, words
 
 KEPT = WINDOW - 1  # tokens of a text that its next token sees
@@ -276,6 +281,11 @@ def test_there_is_no_other_pool_where_it_would_hold_as_much() -> None:
     assert layout_for(asked, max_tokens=KEPT + STEP, step=STEP).window is None
     assert layout_for(asked, max_tokens=KEPT + STEP + 1, step=STEP).window.layout.max_tokens == KEPT + STEP
     assert layout_for(configuration("llama"), max_tokens=120, step=STEP).window is None
+    # A state belongs to all that the model was given: such a prompt is not given in steps.
+    has_states = layout_for(AutoConfig.for_model("recurrent_gemma"), max_tokens=5000, step=STEP)
+    assert has_states.has_states
+    assert any(kind.window for kind in has_states.kinds)
+    assert has_states.window is None
     with pytest.raises(InvalidArgumentError, match="step"):
         layout_for(asked, max_tokens=120, step=0)
 
@@ -517,6 +527,7 @@ def test_weights_that_change_end_trees_in_both(make: Callable[..., Any]) -> None
     tree = trees.tree(PROMPT)
     node = tree.expand(tree.root)[0]
     trees.weights_changed()
+    assert trees.manager.version == trees.window_manager.version == 1
     with pytest.raises(SearchEndedError):
         tree.expand(node)
     tree.close()
@@ -538,3 +549,89 @@ def test_a_model_that_raises_leaves_nothing(make: Callable[..., Any]) -> None:
         trees._forward = whole
         assert (tree.tokens_stored, tree.window_tokens_stored) == stored
         assert_is_what_the_model_says(tree.expand(tree.root)[0])
+
+
+def test_a_tree_that_is_closed_gives_its_room_back_in_both(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finds room for a tree in the one store does not wait for it in the other."""
+    trees = make()
+    tree, opened = trees.tree(PROMPT), []
+    close = tree._store.full.close
+
+    def closes() -> None:
+        close()
+        opened.append(trees.opened())
+
+    monkeypatch.setattr(tree._store.full, "close", closes)
+    tree.close()
+    opened[0].close()
+
+
+def test_what_a_call_stores_for_an_expansion_that_has_ended_goes(make: Callable[..., Any]) -> None:
+    trees = make(max_rows=1)
+    began, go_on = threading.Event(), threading.Event()
+    whole = trees.model.generate
+
+    def slow(*args: Any, **options: Any) -> Any:
+        began.set()
+        assert go_on.wait(HANG_SECONDS)
+        return whole(*args, **options)
+
+    with trees.tree(PROMPT) as tree:
+        stored = tree.tokens_stored, tree.window_tokens_stored
+        trees.model.generate = slow
+        first = threading.Thread(target=tree.expand, args=(tree.root,))
+        first.start()
+        assert began.wait(HANG_SECONDS)
+        with pytest.raises(WaitTimeoutError):
+            tree.expand(tree.root, 3, timeout=0.01)  # its leaves wait for the call under way
+        trees.model.generate = whole
+        go_on.set()
+        first.join(HANG_SECONDS)
+        tree.release(tree.root.children)
+        for node in tree.expand(tree.root, 3):
+            assert_is_what_the_model_says(node)
+        tree.release(tree.root.children)
+        assert (tree.tokens_stored, tree.window_tokens_stored) == stored
+
+
+def test_threads_that_replace_texts_never_read_parts_of_two() -> None:
+    grown = forest()
+    start, failed = threading.Barrier(6), list[BaseException]()
+
+    def write(number: int) -> None:
+        draw = random.Random(number)
+        for step in range(40):
+            rows = grown.store.gather([object()] * 2, room=STEP)
+            for batch in (rows.full, rows.window):
+                batch.advance(9)
+                batch.data[...] = value = number * 100 + step
+            grown.store.commit(draw.sample("abc", 2), rows, lengths=[9, 9], sides=[value] * 2)
+
+    def read() -> None:
+        for _ in range(80):
+            with grown.store.gather([*"abc"], room=0) as rows:
+                for row, hit in enumerate(rows.hits):
+                    assert hit == rows.window.hits[row]
+                    if hit:
+                        value = rows.full.side[row].side
+                        of_both = [batch.data[:, row, :, batch.start - 1] for batch in (rows.full, rows.window)]
+                        assert all(bool((of_one == value).all()) for of_one in of_both)
+
+    def run(work: Callable[..., None], *args: int) -> None:
+        try:
+            start.wait(HANG_SECONDS)
+            work(*args)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(write, number)) for number in range(3)]
+    threads += [threading.Thread(target=run, args=(read,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+        assert not thread.is_alive()
+    assert failed == []
+    grown.check()
