@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -264,11 +265,32 @@ def test_a_text_that_finds_no_room_in_one_store_is_in_neither(short: str) -> Non
 
 def test_of_a_key_that_comes_twice_the_last_row_is_stored_in_both() -> None:
     grown, draw = forest(), random.Random(10)
-    new = [words(draw, 12), words(draw, 3)]
-    grown.grow(["none"] * 2, new, ["a", "a"], room=STEP)
-    cache = grown.gathered(["a"], room=STEP)
-    assert (cache.rows.full.lengths, cache.rows.window.lengths) == ((3,), (3,))
+    new = [words(draw, 12), words(draw, 3), words(draw, 11), words(draw, 12)]  # the first and the last drop as many
+    grown.grow(["none"] * 4, new, ["b", "a", "b", "a"], room=STEP)
+    cache = grown.gathered(["a", "b"], room=STEP)
+    assert (cache.batch.lengths, cache.window.lengths) == ((12, 11), (KEPT, KEPT))
     cache.rows.close()
+    grown.check()
+
+
+def test_what_a_clear_has_overtaken_is_stored_in_neither() -> None:
+    grown, draw = forest(), random.Random(12)
+    cache = grown.gathered(["none"], room=STEP)
+    with torch.no_grad():
+        grown.model(**cache.model_inputs([words(draw, 9)]))
+    grown.pool.clear()
+    cache.commit(grown.store, ["a"])
+    assert len(grown.pool) == len(grown.window) == 0
+    grown.check()
+
+
+def test_an_entry_that_never_had_another_one_is_no_text() -> None:
+    grown = forest()
+    with grown.pool.gather(["none"], room=STEP) as batch:
+        batch.advance(9)
+        grown.pool.commit(["a"], batch, lengths=[9])
+    with grown.store.gather(["a"]) as rows:
+        assert rows.hits == (False,)
     grown.check()
 
 
@@ -334,7 +356,9 @@ def test_stores_and_batches_that_do_not_go_together_are_named() -> None:
             BatchCache(TextRows(rows, others), replace(fits, window=replace(fits.window, layout=whole.layout)))
         with pytest.raises(InvalidArgumentError, match="window must be None"):
             BatchCache(TextRows(rows, others), replace(fits, window=None))
-    cache = grown.gathered(["a"], room=STEP)
+        with pytest.raises(InvalidArgumentError, match="rows must be what this store has gathered"):
+            grown.store.commit(["c", "d"], TextRows(rows, None), lengths=[1, 1])
+    cache = grown.gathered(["b"], room=None)
     with pytest.raises(WindowOverflowError, match=f"input_ids has {STEP + 1} tokens"):
         cache.model_inputs([words(draw, STEP + 1)])
     with torch.no_grad():
@@ -454,8 +478,9 @@ def test_a_node_that_is_let_go_of_before_the_call_is_not_missed_by_others(make: 
         assert made[0].error is None  # the call reads what its leaf has kept
         for node in other._grown(others, parents, made[1:]):
             assert_is_what_the_model_says(node)
-        with pytest.raises(KeyNotFoundError, match="was released"):
-            tree.expand(gone)
+        for refused in (partial(tree.expand, gone), partial(tree.add, gone, [1, 2])):
+            with pytest.raises(KeyNotFoundError, match="was released"):
+                refused()
         tree._search.discard(leaf.child)
 
 

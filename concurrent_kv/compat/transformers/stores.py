@@ -117,8 +117,8 @@ class TextStore(Handle):
                 try:
                     apart = [
                         row
-                        for row, (side, write) in enumerate(zip(full.side, window.side, strict=True))
-                        if write_of(side) != write
+                        for row, (hit, side, write) in enumerate(zip(full.hits, full.side, window.side, strict=True))
+                        if write_of(side) != write or (hit and write is None)
                     ]
                     if not apart:
                         return TextRows(full, window)
