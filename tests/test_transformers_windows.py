@@ -342,6 +342,15 @@ def test_stores_and_batches_that_do_not_go_together_are_named() -> None:
         TextStore(fits, KVPool(whole.layout, 2), grown.window)
     with pytest.raises(InvalidTypeError, match="full must be a KVPool or a Search, got str"):
         TextStore(fits, "full", grown.window)  # type: ignore[arg-type]
+    no_rows: Any = "rows"
+    with store.full.gather(["a"], [0], room=1) as rows:
+        for refused in (
+            partial(BatchCache, no_rows),
+            partial(TextRows, no_rows, rows),
+            partial(TextRows, rows, no_rows),
+        ):
+            with pytest.raises(InvalidTypeError, match="batch must be a Batch or a JointBatch, got str"):
+                refused()
     with pytest.raises(InvalidArgumentError, match="env_ids must be given"):
         store.gather(["a"])
     with pytest.raises(InvalidTypeError, match="must be searches"):

@@ -49,9 +49,6 @@ class BatchCache(Cache):  # type: ignore[misc]
 
     def __init__(self, batch: PaddedRows | TextRows, fits: CacheLayout | None = None) -> None:
         rows = batch if isinstance(batch, TextRows) else TextRows(batch, None)
-        for each in (rows.full, rows.window or rows.full):
-            if not isinstance(each, PaddedRows):
-                raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(each).__name__}")
         self.rows, self.batch, self.window = rows, rows.full, rows.window
         batch, window = rows.full, rows.window
         self._made: tuple[Tensor, Tensor, Tensor] | None = None  # see `_columns`, and the padding that it was made of

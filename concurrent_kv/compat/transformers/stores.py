@@ -24,14 +24,20 @@ class TextRows(Handle):
     Attributes:
         full: all of their tokens.
         window: their newest tokens, for layers that slide; None where all layers keep all tokens.
-        writes: what each row is stored as.
+        writes: what each row is stored as; empty without a window.
+
+    Raises:
+        InvalidTypeError: one of them is no batch.
     """
 
     instead_of_copy = "gather once more"
 
     def __init__(self, full: PaddedRows, window: PaddedRows | None) -> None:
+        for batch in (full,) if window is None else (full, window):
+            if not isinstance(batch, PaddedRows):
+                raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(batch).__name__}")
         self.full, self.window = full, window
-        self.writes = [new_write() for _ in full.entries]
+        self.writes = [] if window is None else [new_write() for _ in window.entries]
 
     @property
     def hits(self) -> tuple[bool, ...]:

@@ -208,7 +208,8 @@ class TextTrees(Handle):
         logprobs: whether nodes get their `logprob`; for the time of a call that costs `max_new_tokens` rows of logits.
         max_rows: nodes that are continued in one call of `generate()`.
         max_wait_seconds: that an expansion waits for others, where a call is not made at once.
-        prefill_tokens: of a prompt, given to the model at once; all of them, where texts have states.
+        prefill_tokens: of a prompt, given to the model at once; all of them, where texts have states. Layers with a
+            sliding window keep no more than that window where `max_tokens` are more than it and these together.
         forward: called instead of `model.generate()`, with the `BatchCache` and its `model_inputs`; returns the ids
             `[rows, 1 + new tokens]`, the given ones first, and log-probabilities of the new ones `[rows, new tokens]`,
             or None.
@@ -293,7 +294,9 @@ class TextTrees(Handle):
         if recur is None and trees > 1:
             recur = trees * KVCacheManager.allocation_for(config, 1).slots["recur"]
         self.manager = KVCacheManager(config, 1, init_entries=promoted, recur_slots=recur, wm_entries=1)
-        self.window_manager = self._for_windows(window_tokens, self._tokens or default_tokens(nodes + 1, max_tokens))
+        self.window_manager = self._for_windows(
+            window_tokens, self._tokens or default_tokens(self._nodes + 1, max_tokens)
+        )
         self.evaluator: Evaluator[Last, Continuation] = Evaluator(
             self.manager,
             self._continue,
@@ -394,7 +397,8 @@ class TextTrees(Handle):
         except BaseException:
             of_windows.discard(write)
             raise
-        of_windows.discard(replaced)
+        if replaced is not None:
+            of_windows.discard(replaced)
 
     def weights_changed(self) -> None:
         """The model's weights are others now: what was computed with the old ones is not used any more.
