@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import threading
@@ -32,6 +33,7 @@ from concurrent_kv.compat.transformers.windows import commit_window
 from concurrent_kv.manager import KVCacheManager
 from concurrent_kv.model.config import ManagerConfig
 from tests.support import HANG_SECONDS
+from tests.test_evaluator import wait_until
 from tests.text_support import SLIDING, WINDOW, Forest, configuration, language_model, words
 
 KEPT = WINDOW - 1  # tokens of a text that its next token sees
@@ -628,6 +630,50 @@ def test_what_a_call_stores_for_an_expansion_that_has_ended_goes(make: Callable[
             assert_is_what_the_model_says(node)
         tree.release(tree.root.children)
         assert (tree.tokens_stored, tree.window_tokens_stored) == stored
+
+
+def test_what_an_interrupted_call_has_left_is_made_by_the_next(make: Callable[..., Any]) -> None:
+    trees = make(trees=3, max_rows=2)
+    began, go_on, calls = threading.Event(), threading.Event(), iter(range(10))
+    whole = trees._forward
+
+    def forward(*inputs: Any) -> Any:
+        call = next(calls)
+        if call == 0:
+            began.set()
+            assert go_on.wait(HANG_SECONDS)
+        found = whole(*inputs)
+        if call == 1:
+            raise KeyboardInterrupt
+        return found
+
+    made, interrupted = list[TextNode](), list[Any]()
+
+    def expand(tree: Any) -> None:
+        try:
+            made.extend(tree.expand(tree.root))
+        except KeyboardInterrupt:
+            interrupted.append(tree)
+
+    grown = [trees.tree(PROMPT) for _ in range(3)]
+    trees._forward = forward
+    threads = [threading.Thread(target=expand, args=(tree,)) for tree in grown]
+    threads[0].start()
+    assert began.wait(HANG_SECONDS)
+    for thread in threads[1:]:  # whose leaves share the second call
+        thread.start()
+    wait_until(lambda: trees.evaluator.queue.waiting_rows == 2)
+    go_on.set()
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert (len(made), len(interrupted), next(calls)) == (2, 1, 3)
+    gc.collect()  # what the interrupted leaf kept goes with its error, which is in a cycle
+    for node in made:
+        assert_is_what_the_model_says(node)
+    for tree in grown:
+        for node in tree.expand(tree.root):
+            assert_is_what_the_model_says(node)
+        tree.close()
 
 
 def test_threads_that_replace_texts_never_read_parts_of_two() -> None:

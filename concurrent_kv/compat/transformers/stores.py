@@ -165,7 +165,8 @@ class TextStore(Handle):
             window.close()
             return
         try:
-            commit_window(self.window, keys, window, lengths, self.fits.window.tokens, rows.writes)
+            with window:
+                commit_window(self.window, keys, window, lengths, self.fits.window.tokens, rows.writes)
         except BaseException:
             self.discard(keys)
             raise

@@ -451,9 +451,11 @@ class TextTrees(Handle):
 
     def _continue(self, joint: JointBatch, last: Sequence[Last]) -> Evaluated[Continuation]:
         """Continue the texts of a batch's rows, of which the model was given all but the last token."""
-        parts = [each.window.part for each in last if each.window is not None]
         if self.window_manager is None:
             return self._continued(BatchCache(joint, self.fits), last)
+        parts = [each.window.part for each in last if each.window is not None]
+        for part in parts:  # what a call that was interrupted has appended is not there any more
+            part.settle([part.start] * self.window_manager.layout.num_layers)
         window = open_together(self.window_manager.storage, parts, room=self.new_tokens)
         try:
             evaluated = self._continued(BatchCache(TextRows(joint, window), self.fits), last)

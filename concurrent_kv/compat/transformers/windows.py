@@ -59,7 +59,9 @@ def commit_window(
     tokens: int,
     writes: Sequence[UUID],
 ) -> None:
-    """Store each row's newest `tokens`, sharing those that its parent has, and close the batch. May block.
+    """Store each row's newest `tokens`, sharing those that its parent has. May block.
+
+    The batch is the caller's to close: rows of a key that comes again are not stored.
 
     Args:
         keys, lengths, writes: of all rows: its key, how many of the appended tokens it has, and the write it is of.
@@ -67,21 +69,20 @@ def commit_window(
     Raises:
         CapacityError, ClosedError, WaitTimeoutError: as `store.commit`. Some of the rows may be stored then.
     """
-    with batch:
-        by_dropped = dict[int, list[int]]()  # a policy drops as many tokens of every row
-        for row in {key: row for row, key in enumerate(keys)}.values():  # of a key that comes twice, the last
-            by_dropped.setdefault(max(0, batch.gathered(row) + lengths[row] - tokens), []).append(row)
-        for dropped, rows in by_dropped.items():
-            try:
-                store.commit(
-                    [keys[row] for row in rows],
-                    batch,
-                    rows=rows,
-                    lengths=[lengths[row] for row in rows],
-                    overflow=DropOldest(tokens + dropped, dropped) if dropped else None,
-                    sides=[writes[row] for row in rows],
-                )
-            except CapacityError as error:
-                raise WindowCapacityError(
-                    str(error), required_entries=error.required_entries, required_slots=error.required_slots
-                ) from error
+    by_dropped = dict[int, list[int]]()  # a policy drops as many tokens of every row
+    for row in {key: row for row, key in enumerate(keys)}.values():  # of a key that comes twice, the last
+        by_dropped.setdefault(max(0, batch.gathered(row) + lengths[row] - tokens), []).append(row)
+    for dropped, rows in by_dropped.items():
+        try:
+            store.commit(
+                [keys[row] for row in rows],
+                batch,
+                rows=rows,
+                lengths=[lengths[row] for row in rows],
+                overflow=DropOldest(tokens + dropped, dropped) if dropped else None,
+                sides=[writes[row] for row in rows],
+            )
+        except CapacityError as error:
+            raise WindowCapacityError(
+                str(error), required_entries=error.required_entries, required_slots=error.required_slots
+            ) from error
