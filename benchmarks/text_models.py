@@ -46,6 +46,8 @@ def kind_of(config_class: Any, warnings: Warnings) -> dict[str, Any]:
         "read": warnings.number > before,
         "bytes_per_token": fits.layout.bytes_per_token,
         "bytes_kept": fits.bytes_kept,
+        "layers": sum(bool(kind.parts) for kind in fits.kinds),
+        "sliding_layers": 0 if fits.has_states else sum(kind.can_drop for kind in fits.kinds),
     }
 
 
@@ -67,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         of_kind = [name for name, about in found.items() if about["kind"] == kind]
         read = sum(found[name].get("read", False) for name in of_kind)
         out.print(f"{kind}: {len(of_kind)}" + (f" ({read} read from the configuration, not seen)" if read else ""))
+    slides = {name: about for name, about in found.items() if about.get("sliding_layers")}
+    all_do = [name for name, about in slides.items() if about["sliding_layers"] == about["layers"]]
+    out.print(f"layers slide in {len(slides)}, all that keep tokens in {len(all_do)} of them: {', '.join(all_do)}")
+    out.print(f"  some in {', '.join(sorted({*slides} - {*all_do}))}")
     for name, about in found.items():
         if about["kind"] == "refused":
             out.print(f"  {name}: {about['reason'][:150]}")

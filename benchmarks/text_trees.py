@@ -12,7 +12,8 @@ Contestants, each batching as the others do, take turns round by round:
   in its memory; it chooses its tokens itself (`--continuous`: its thread runs beside the others);
 - `concurrent_kv`: this library, through `BatchCache` over a search.
 
-With `--memory` the tree is stored without a model, to see what it takes.
+With `--memory` the tree is stored without a model, to see what it takes; where layers slide in two ways: they keep all
+tokens with the others, and those in their window in a pool of their own.
 Prefilling is run for `--prefilled` rounds and scaled to all; such figures are marked. Weights are random: no download.
 """
 
@@ -36,8 +37,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingCon
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.peers.machine import About
-from concurrent_kv import KVCacheManager
-from concurrent_kv.compat.transformers import BatchCache, CacheLayout
+from concurrent_kv import KVCacheManager, KVLayout
+from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextStore
 from concurrent_kv.model.config import ManagerConfig
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
@@ -67,6 +68,47 @@ SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
             "num_attention_heads": 14,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
+        },
+        torch.bfloat16,
+    ),
+    "gemma3-1b": (
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262_144,
+            "hidden_size": 1_152,
+            "intermediate_size": 6_912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 512,
+        },
+        torch.bfloat16,
+    ),
+    "gpt-oss-20b": (
+        {
+            "model_type": "gpt_oss",
+            "vocab_size": 201_088,
+            "hidden_size": 2_880,
+            "intermediate_size": 2_880,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+        },
+        torch.bfloat16,
+    ),
+    "starcoder2-3b": (
+        {
+            "model_type": "starcoder2",
+            "vocab_size": 49_152,
+            "hidden_size": 3_072,
+            "intermediate_size": 12_288,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 2,
+            "sliding_window": 4_096,
         },
         torch.bfloat16,
     ),
@@ -375,28 +417,59 @@ def bare_copies(ours: Ours, rows: int, times: int) -> tuple[float, float]:
 def stored_without_a_model(plan: Plan, shape: str) -> dict[str, Any]:
     """What a tree takes whose tokens no model has seen."""
     settings, dtype = SHAPES[shape]
-    fits = CacheLayout.of(AutoConfig.for_model(**settings), max_tokens=max(n.length for n in plan.nodes), dtype=dtype)
-    config = ManagerConfig(fits.layout, 1, len(plan.nodes), len(plan.nodes))
-    manager = KVCacheManager(config, 1, init_entries=1, wm_entries=1, recur_slots=plan.distinct)
-    buffer_bytes = 0
-    with manager.search([0], entries=len(plan.nodes), tokens=plan.distinct) as search:
-        for made in track([[0], *plan.rounds], "rounds"):
-            new, parents = len(plan.nodes[made[0]].own), [plan.nodes[number].parent for number in made]
-            with search.gather(parents, [0] * len(made), room=new) as batch:
-                buffer_bytes = max(buffer_bytes, batch.data.nbytes)
-                batch.advance(new)
-                search.commit(made, batch, lengths=[new] * len(made))
-        kept = search.tokens_in_use * fits.layout.bytes_per_token
+    config, longest = AutoConfig.for_model(**settings), max(node.length for node in plan.nodes)
+    step = max(CHUNK, *[len(node.own) for node in plan.nodes[1:]])
+    whole, parted = (CacheLayout.of(config, max_tokens=longest, step=each, dtype=dtype) for each in (None, step))
     distinct, named = plan.distinct, sum(node.length for node in plan.nodes)
     return {
         "shape": shape,
         "nodes": len(plan.nodes),
         "distinct_tokens": distinct,
         "named_tokens": named,
-        "kept_bytes": kept,
-        "kept_by_distinct": kept / (distinct * fits.layout.bytes_per_token),
-        "copies_would_keep_bytes": named * fits.layout.bytes_per_token,
-        "storage_bytes": manager.allocation().nbytes,
+        "copies_would_keep_bytes": named * whole.layout.bytes_per_token,
+        **_stored(plan, whole, step),
+        **({} if parted.window is None else {"with_a_pool_for_windows": _stored(plan, parted, step)}),
+    }
+
+
+def _stored(plan: Plan, fits: CacheLayout, step: int) -> dict[str, Any]:
+    nodes, new = len(plan.nodes), max(len(node.own) for node in plan.nodes[1:])
+
+    def manager_of(layout: KVLayout, tokens: int) -> KVCacheManager:
+        return KVCacheManager(
+            ManagerConfig(layout, 1, nodes, nodes),
+            1,
+            init_entries=1,
+            init_tokens=layout.max_tokens,
+            wm_entries=1,
+            wm_tokens=layout.max_tokens,
+            headroom_tokens=layout.max_tokens,
+            recur_slots=max(tokens, layout.max_tokens),
+        )
+
+    managers = [manager_of(fits.layout, plan.distinct)]
+    if fits.window is not None:
+        managers.append(manager_of(fits.window.layout, min(plan.distinct, fits.window.tokens + nodes * new)))
+    searches = [m.search([0], entries=nodes, tokens=m.allocation().slots["recur"]) for m in managers]
+    store, buffer_bytes = TextStore(fits, *searches), 0
+    for made in track([[0], *plan.rounds], "rounds"):
+        parents: list[int | None] = [plan.nodes[number].parent for number in made]
+        own = len(plan.nodes[made[0]].own)
+        for first in range(0, own, step):
+            some = min(step, own - first)
+            rows = store.gather(made if first else parents, [0] * len(made), room=some)
+            batches = [batch for batch in (rows.full, rows.window) if batch is not None]
+            for batch in batches:
+                batch.advance(some)
+            buffer_bytes = max(buffer_bytes, sum(batch.data.nbytes for batch in batches))
+            store.commit(made, rows, lengths=[some] * len(made))
+    per_token = [manager.layout.bytes_per_token for manager in managers]
+    kept = [search.tokens_in_use for search in searches]
+    return {
+        "tokens": kept,
+        "bytes_per_token": per_token,
+        "kept_bytes": sum(tokens * each for tokens, each in zip(kept, per_token, strict=True)),
+        "storage_bytes": sum(manager.allocation().nbytes for manager in managers),
         "largest_buffer_bytes": buffer_bytes,
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from concurrent_kv import KVPool
+from concurrent_kv import KeysValues, KVPool
 from tests.interrupting import cut_at
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, tokens
 from tests.test_interrupted_operations import PACKAGE
@@ -58,7 +58,7 @@ def write_anew(pool: KVPool) -> None:
     pool.clear()
 
 
-EXPECTED = {
+EXPECTED: dict[object, KeysValues] = {
     **{key: tokens(key, WINDOW - key % 2) for key in KEYS},
     "new": tokens(9, WINDOW),
     "newer": tokens(10, 3),

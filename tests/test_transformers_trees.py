@@ -47,7 +47,8 @@ def make() -> Iterator[Callable[..., TextTrees]]:
     torch.manual_seed(2)
     yield trees
     for each in made:
-        assert each.manager.check_integrity().handles == 0
+        for manager in (each.manager, each.window_manager):
+            assert manager is None or manager.check_integrity().handles == 0
         each.close()
 
 
@@ -435,10 +436,12 @@ def grow_at_random(tree: TextTree, seed: int, steps: int) -> list[TextNode]:
 
 @pytest.mark.parametrize("own_thread", [False, True])
 @pytest.mark.parametrize("kinds", [("threads",), ("asyncio", "trio"), ("threads", "asyncio")])
+@pytest.mark.parametrize(("family", "has_windows"), [("llama", False), ("gemma3_text", True)])
 def test_threads_and_tasks_grow_trees_at_once(
-    make: Callable[..., TextTrees], kinds: tuple[str, ...], own_thread: bool
+    make: Callable[..., TextTrees], family: str, has_windows: bool, kinds: tuple[str, ...], own_thread: bool
 ) -> None:
-    trees = make(trees=3, nodes=80, own_thread=own_thread)
+    trees = make(family, trees=3, nodes=80, own_thread=own_thread, prefill_tokens=9)
+    assert (trees.window_manager is not None) == has_windows
     grown: list[TextNode] = []
     errors: list[BaseException] = []
 

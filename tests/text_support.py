@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="needs transformers: make transformer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from concurrent_kv import KVPool
-from concurrent_kv.compat.transformers import BatchCache, CacheLayout
+from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextStore
 
 torch.set_num_threads(1)  # more only get in each other's way: the matrices are small
 
@@ -99,16 +99,42 @@ STATES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
 }
+# Layers that slide, by what else a model has: all of them slide; some of them, of the same shape or another; chunks.
+WINDOW = 8
+SLIDING: dict[str, dict[str, Any]] = {
+    "mistral": PLAIN["mistral"],
+    "starcoder2": {"sliding_window": WINDOW},
+    "gemma2": PLAIN["gemma2"],
+    "gemma3_text": PLAIN["gemma3_text"],
+    "gemma4_text": RECORDS["gemma4_text"],
+    "cohere2": {"sliding_window": WINDOW, "num_hidden_layers": 4},
+    "gpt_oss": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "llama4_text": {
+        "attention_chunk_size": WINDOW,
+        "num_hidden_layers": 4,
+        "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+        "no_rope_layers": [1, 1, 1, 0],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+    },
+}
 # Their layers begin anew where several tokens follow on a state, in transformers' own cache as here: to these a tree
 # gives one token after the other, as `generate()` does.
 ONE_BY_ONE = ("jamba", "mamba")
 FAMILIES = {**PLAIN, **RECORDS, **STATES}
+KNOWN = {**FAMILIES, **SLIDING}
 
 
 def configuration(family: str, **changes: Any) -> Any:
     """A tiny configuration of a family."""
     known = {} if family == "gpt2" else SIZES
-    return AutoConfig.for_model(family, **{**known, "vocab_size": VOCABULARY, **FAMILIES[family], **changes})
+    return AutoConfig.for_model(family, **{**known, "vocab_size": VOCABULARY, **KNOWN[family], **changes})
 
 
 def language_model(
@@ -127,25 +153,29 @@ def language_model(
 
 
 class Forest:
-    """Texts in a pool, by key, and what the model says of them from scratch."""
+    """Texts in a pool, by key, and what the model says of them from scratch; with `step`, in two where layers slide."""
 
-    def __init__(self, model: Any, *, max_tokens: int = 64, entries: int = 200) -> None:
+    def __init__(self, model: Any, *, max_tokens: int = 64, entries: int = 200, step: int | None = None) -> None:
         self.model = model
-        self.fits = CacheLayout.of(model, max_tokens=max_tokens)
+        self.fits = CacheLayout.of(model, max_tokens=max_tokens, step=step)
         self.pool = KVPool(self.fits.layout, entries)
+        self.window = None if self.fits.window is None else KVPool(self.fits.window.layout, entries)
+        self.store = TextStore(self.fits, self.pool, self.window)
         self.texts: dict[Hashable, list[int]] = {}  # what the model was given of each
 
     def gathered(self, parents: Sequence[Hashable], *, room: int = 24) -> BatchCache:
         """The rows of some texts (of those that there are not, none)."""
-        return BatchCache(self.pool.gather(parents, room=room), self.fits)
+        return BatchCache(self.store.gather(parents, room=room), self.fits)
 
-    def grow(self, parents: Sequence[Hashable], new: Sequence[list[int]], keys: Sequence[Hashable]) -> Tensor:
+    def grow(
+        self, parents: Sequence[Hashable], new: Sequence[list[int]], keys: Sequence[Hashable], *, room: int = 24
+    ) -> Tensor:
         """Give the model each parent with new tokens, and store that; returns the logits `[rows, tokens, words]`."""
-        cache = self.gathered(parents)
+        cache = self.gathered(parents, room=room)
         with torch.no_grad():
             logits: Tensor = self.model(**cache.model_inputs(new)).logits
         lengths = [len(tokens) for tokens in new]
-        cache.commit(self.pool, keys, lengths=lengths, new_tokens=max(lengths))
+        cache.commit(self.store, keys, lengths=lengths, new_tokens=max(lengths))
         for parent, tokens, key in zip(parents, new, keys, strict=True):
             self.texts[key] = self.texts.get(parent, []) + tokens
         return logits
@@ -165,7 +195,8 @@ class Forest:
 
     def check(self) -> None:
         """Its books are right, and nothing is held."""
-        assert self.pool.check_integrity().handles == 0
+        for pool in (self.pool, self.window):
+            assert pool is None or pool.check_integrity().handles == 0
 
 
 def words(draw: random.Random, number: int) -> list[int]:

@@ -16,16 +16,20 @@ if tuple([int(part) for part in _version.split(".")[:2]]) < (5, 24):
 
 from ...device.graphs import keep_out_of_graphs
 from .cache import BatchCache
-from .layouts import CacheLayout, UnsupportedModelError, layout_of
+from .layouts import CacheLayout, UnsupportedModelError, WindowLayout, layout_of
+from .stores import TextRows, TextStore
 from .trees import TextNode, TextTree, TextTrees
 
 __all__ = [
     "BatchCache",
     "CacheLayout",
     "TextNode",
+    "TextRows",
+    "TextStore",
     "TextTree",
     "TextTrees",
     "UnsupportedModelError",
+    "WindowLayout",
     "layout_of",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
 
 from ..._checks import positive_int
+from ...device.layout import KVLayout
 from ...device.modes import writing_to
 from ...device.moving import upload
 from ...errors import InvalidArgumentError, InvalidTypeError, WindowOverflowError, shown
@@ -18,8 +20,10 @@ from ...pool.batch import Batch
 from ...pool.padded_rows import PaddedRows
 from ...pool.pool import KVPool
 from ...search.search import Search
-from .layouts import CacheLayout, LayerKind, Place, UnsupportedModelError
+from .layouts import CacheLayout, LayerKind, Place, UnsupportedModelError, WindowLayout
 from .states import TextState, of_layers, to_layers
+from .stores import TextRows, TextStore
+from .windows import side_of
 
 __all__ = ["BatchCache"]
 
@@ -34,33 +38,40 @@ class BatchCache(Cache):  # type: ignore[misc]
     on with that token.
 
     Args:
-        batch: of a gather from pools of `fits.layout`, or what an evaluator hands to its model.
+        batch: of a gather from pools of `fits.layout`, or what an evaluator hands to its model; of a `TextStore`'s
+            where `fits.window` says that layers that slide have a pool of their own.
         fits: the model's `CacheLayout`; not needed where all of its layers keep keys and values of one shape.
 
     Raises:
-        InvalidArgumentError: the batch is of another layout; or some rows have states and some have none.
+        InvalidArgumentError: the batch is of another layout, or its window not of the same rows; or some rows have
+            states and some have none.
     """
 
-    def __init__(self, batch: PaddedRows, fits: CacheLayout | None = None) -> None:
-        if not isinstance(batch, PaddedRows):
-            raise InvalidTypeError(f"batch must be a Batch or a JointBatch, got {type(batch).__name__}")
-        self.batch = batch
+    def __init__(self, batch: PaddedRows | TextRows, fits: CacheLayout | None = None) -> None:
+        rows = batch if isinstance(batch, TextRows) else TextRows(batch, None)
+        self.rows, self.batch, self.window = rows, rows.full, rows.window
+        batch, window = rows.full, rows.window
         self._made: tuple[Tensor, Tensor, Tensor] | None = None  # see `_columns`, and the padding that it was made of
         self._has_gaps = False  # rows were given different numbers of tokens: only a commit puts them in order
+        self._full = _Rows(batch)
+        self._sliding: _Rows | None = None
         if fits is None:
-            layers = [_BatchLayer(self, number) for number in range(batch.keys.shape[0])]
+            layers: list[Any] = [_BatchLayer(self, self._full, number) for number in range(batch.keys.shape[0])]
         else:
-            planes, _, heads, _, width = batch.data.shape
-            layout = fits.layout
-            if (planes, heads, width) != (2 * layout.num_layers, layout.num_heads, layout.head_dim):
-                raise InvalidArgumentError(f"batch must be of pools of {layout}, got buffers {tuple(batch.data.shape)}")
+            _check_fits("batch", batch, fits.layout)
+            if fits.window is not None:
+                self._sliding = _rows_of_window(batch, window, fits.window)
             layers = [_layer(self, fits, number) for number in range(len(fits.kinds))]
+        if self._sliding is None and window is not None:
+            raise InvalidArgumentError("window must be None where no layers have a pool of their own (fits.window)")
         super().__init__(layers=layers)
-        self._records = [layer for layer in layers if isinstance(layer, _RecordLayer)]
         self._stateful = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
         self._keeps_tokens = any(isinstance(layer, _TokenLayer) for layer in layers)
+        self._all_slide = self._sliding is not None and not any(
+            isinstance(layer, _TokenLayer) and layer.rows is self._full for layer in layers
+        )
         if self._stateful:
-            to_layers(batch.side, self._stateful)
+            to_layers([side_of(side) for side in batch.side], self._stateful)
 
     # What goes in --------------------------------------------------------------------------------------------------
 
@@ -142,9 +153,10 @@ class BatchCache(Cache):  # type: ignore[misc]
         return is_there, positions
 
     def _check_room(self, tokens: int) -> None:
-        if tokens > self.batch.room:
+        room = self.batch.room if self.window is None else min(self.batch.room, self.window.room)
+        if tokens > room:
             raise WindowOverflowError(
-                f"input_ids has {tokens} tokens for a row, and the batch has room for {self.batch.room}: gather with "
+                f"input_ids has {tokens} tokens for a row, and the batch has room for {room}: gather with "
                 f"room={tokens + self.batch.end - self.batch.start}, if the window of the pool allows it"
             )
 
@@ -153,25 +165,30 @@ class BatchCache(Cache):  # type: ignore[misc]
     @property
     def side(self) -> tuple[object, ...]:
         """The side data that each row was committed with."""
-        return tuple([side.side if isinstance(side, TextState) else side for side in self.batch.side])
+        sides = [side_of(side) for side in self.batch.side]
+        return tuple([side.side if isinstance(side, TextState) else side for side in sides])
 
     def sides(self, sides: Sequence[object] | None = None) -> list[object] | None:
-        """Side data to commit with: `sides`, and where texts have states, those as the model has left them.
+        """Side data to commit with: `sides`, where texts have states, those as the model has left them, and where they
+        have an entry for layers that slide, the write that both are of.
 
         What is committed by other means than `commit` (an evaluator's `Evaluated`, say) takes them from here.
         """
-        if not self._stateful:
+        return self.rows.sides(self._with_states(sides))
+
+    def _with_states(self, sides: Sequence[object] | None) -> list[object] | None:
+        if not self._stateful and self.window is None:
             return None if sides is None else list(sides)
-        of_rows = [None] * self.batch.batch_size if sides is None else sides
+        of_rows: list[object] = [None] * self.batch.batch_size if sides is None else list(sides)
         if len(of_rows) != self.batch.batch_size:
             raise InvalidArgumentError(
                 f"sides must have one item for each of {self.batch.batch_size} rows, got {len(of_rows)}"
             )
-        return of_layers(of_rows, self._stateful)
+        return of_layers(of_rows, self._stateful) if self._stateful else of_rows
 
     def commit(
         self,
-        store: Search | KVPool,
+        store: Search | KVPool | TextStore,
         keys: Sequence[Hashable],
         *,
         lengths: Sequence[int] | None = None,
@@ -206,7 +223,16 @@ class BatchCache(Cache):  # type: ignore[misc]
                 f"lengths must be the {new} tokens that the model was given, as a state belongs to all of them, got "
                 f"{shown(lengths)}"
             )
-        store.commit(keys, batch, lengths=lengths, sides=self.sides(sides))
+        sides = self._with_states(sides)
+        if isinstance(store, TextStore):
+            store.commit(keys, self.rows, lengths=lengths, sides=sides)
+        elif self.window is None:
+            store.commit(keys, batch, lengths=lengths, sides=sides)
+        else:
+            raise InvalidArgumentError(
+                f"store must be the TextStore that the rows are of (layers that slide have a store of their own), got "
+                f"{shown(store)}"
+            )
 
     # What transformers asks for --------------------------------------------------------------------------------------
 
@@ -215,6 +241,8 @@ class BatchCache(Cache):  # type: ignore[misc]
         if not isinstance(self.batch, Batch):
             raise InvalidArgumentError("beams need a batch of their own: gather it, and do not hand it to an evaluator")
         self.batch.reorder(beam_idx.tolist())
+        if isinstance(self.window, Batch):
+            self.window.reorder(beam_idx.tolist())
         for layer in self._stateful:
             LinearAttentionLayer.reorder_cache(layer, beam_idx)
 
@@ -226,9 +254,11 @@ class BatchCache(Cache):  # type: ignore[misc]
         """
         if self._stateful and tokens_to_remove:
             raise UnsupportedModelError("a state cannot be cropped: it goes on with every token")
-        self.batch.crop(-tokens_to_remove)
-        for layer in self._records:
-            layer.end = layer.index_end = self.batch.end
+        for rows in (self._full, self._sliding):
+            if rows is not None:
+                rows.batch.crop(-tokens_to_remove)
+                for layer in rows.records:
+                    layer.end = layer.index_end = rows.batch.end
 
     @property
     def is_croppable(self) -> bool:
@@ -257,40 +287,103 @@ class BatchCache(Cache):  # type: ignore[misc]
         """Number of rows."""
         return self.batch.batch_size
 
-    def advanced(self) -> None:
+    def advanced(self, rows: _Rows) -> None:
         """A layer was given tokens: once all were, the batch has them."""
-        end = min([layer.end for layer in self._records])
-        if end > self.batch.end:
-            self.batch.advance(end - self.batch.end)
+        if rows.records:
+            end = min([layer.end for layer in rows.records])
+            if end > rows.batch.end:
+                rows.batch.advance(end - rows.batch.end)
+        if self._all_slide:  # no layer gives the batch any, which counts them
+            new = rows.batch.end - rows.batch.start - (self.batch.end - self.batch.start)
+            if new > 0:
+                self.batch.advance(new)
 
     def __repr__(self) -> str:
         return f"BatchCache({self.batch!r})"
 
 
+class _Rows:
+    """The rows of a batch, and where they stand among the columns that a model counts.
+
+    Args:
+        batch: these rows.
+        tokens: of a row, that a new token sees; None: all.
+        first: the model's column of the batch's first.
+    """
+
+    def __init__(self, batch: PaddedRows, tokens: int | None = None, first: int = 0) -> None:
+        self.batch, self.tokens, self.first = batch, tokens, first
+        self.records: list[_RecordLayer] = []
+
+    def first_seen(self, end: int) -> int:
+        """The first of the batch's columns that tokens from `end` on see."""
+        return 0 if self.tokens is None else max(0, end - self.tokens)
+
+
+def _rows_of_window(batch: PaddedRows, window: PaddedRows | None, fits: WindowLayout) -> _Rows:
+    if window is None:
+        raise InvalidArgumentError(
+            "window must be what layers that slide keep of the rows (fits.window): see TextStore, or leave out step= "
+            "of CacheLayout.of for these layers to keep all tokens with the others"
+        )
+    _check_fits("window", window, fits.layout)
+    expected = tuple([min(length, fits.tokens) for length in batch.lengths])
+    if window.lengths != expected:
+        raise InvalidArgumentError(
+            f"window must have the newest {fits.tokens} tokens of batch's rows, {shown(expected)}, got "
+            f"{shown(window.lengths)}"
+        )
+    return _Rows(window, fits.tokens, batch.start - window.start)
+
+
+def _check_fits(name: str, batch: PaddedRows, layout: KVLayout) -> None:
+    planes, _, heads, _, width = batch.data.shape
+    if (planes, heads, width) != (2 * layout.num_layers, layout.num_heads, layout.head_dim):
+        raise InvalidArgumentError(f"{name} must be of pools of {layout}, got buffers {tuple(batch.data.shape)}")
+
+
 def _layer(cache: BatchCache, fits: CacheLayout, number: int) -> Any:
-    kind, layer = fits.kinds[number], fits.layers[number]
+    kind, rows = fits.kinds[number], cache._full
+    layer, places = fits.layers[number], fits.places[number] if fits.places else ()
+    if cache._sliding is not None and fits.window is not None and kind.can_drop:
+        rows, layer = cache._sliding, fits.window.layers[number]
+        places = fits.window.places[number] if fits.window.places else ()
     if layer is not None:
-        return _BatchLayer(cache, layer)
+        return _BatchLayer(cache, rows, layer)
     if not kind.states:
-        return _RecordLayer(cache, fits.places[number]) if kind.parts else DummyLayer()
+        return _RecordLayer(cache, rows, places) if kind.parts else DummyLayer()
     if not kind.parts:
         return _StateLayer(kind)
-    return _MixedLayer(cache, kind, fits.places[number])
+    return _MixedLayer(cache, rows, kind, places)
 
 
 class _TokenLayer(CacheLayerMixin):  # type: ignore[misc]
-    """A layer with all tokens of every row. Models with a sliding window mask those outside of it."""
+    """A layer that knows tokens of every row: all of them, or those in its window, which the model masks by itself."""
 
-    is_sliding = False
     is_croppable = True
     supports_early_init = False
+    rows: _Rows
     _cache: BatchCache
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether masks for layers that slide are as wide as this one says."""
+        return self.rows.tokens is not None
+
+    @abstractmethod
+    def end_here(self) -> int:
+        """The column of its batch after its newest token."""
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         """Nothing: the batch is there."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        end = self.end_here()
+        first = self.rows.first_seen(end)
+        return end + query_length - first, self.rows.first + first
+
+    def get_seq_length(self) -> int:
+        return self.rows.first + self.end_here()
 
     def get_max_length(self) -> int:
         return self._cache.batch.end + self._cache.batch.room
@@ -299,41 +392,46 @@ class _TokenLayer(CacheLayerMixin):  # type: ignore[misc]
 class _BatchLayer(_TokenLayer):
     """One of the batch's own layers."""
 
-    def __init__(self, cache: BatchCache, number: int) -> None:
+    def __init__(self, cache: BatchCache, rows: _Rows, number: int) -> None:
         super().__init__()
-        self._cache, self._number = cache, number
+        self._cache, self.rows, self._number = cache, rows, number
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        return self._cache.batch.append(self._number, key_states, value_states)
+        rows = self.rows
+        if rows.tokens is None:
+            return rows.batch.append(self._number, key_states, value_states)
+        first = rows.first_seen(self.end_here())
+        keys, values = rows.batch.append(self._number, key_states, value_states)
+        self._cache.advanced(rows)
+        return keys[:, :, first:], values[:, :, first:]
 
-    def get_seq_length(self) -> int:
-        return self._cache.batch.layer_end(self._number)
+    def end_here(self) -> int:
+        return self.rows.batch.layer_end(self._number)
 
 
 class _RecordLayer(_TokenLayer):
     """A layer whose parts stand in the records of tokens."""
 
-    def __init__(self, cache: BatchCache, places: tuple[Place, ...]) -> None:
+    def __init__(self, cache: BatchCache, rows: _Rows, places: tuple[Place, ...]) -> None:
         super().__init__()
-        self._cache, self._places = cache, places
-        self.end = self.index_end = cache.batch.end
+        self._cache, self.rows, self._places = cache, rows, places
+        self.end = self.index_end = rows.batch.end
         self.is_initialized = self.is_indexer_initialized = True
         self.indexer_position_ids = None
+        rows.records.append(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        end = self.end + key_states.shape[2]
-        found = (
-            self._write(self._places[0], key_states, end),
-            self._write(self._places[1], value_states, end),
-        )
+        first, end = self.rows.first_seen(self.end), self.end + key_states.shape[2]
+        keys = self._write(self._places[0], key_states, end)
+        values = self._write(self._places[1], value_states, end)
         self.end = end
-        self._cache.advanced()
-        return found
+        self._cache.advanced(self.rows)
+        return (keys[:, :, first:], values[:, :, first:]) if first else (keys, values)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """New keys `[batch, tokens, width]` of an indexer; they may come before or after the layer's own."""
@@ -341,12 +439,12 @@ class _RecordLayer(_TokenLayer):
         self.index_end += new.shape[2]
         return self._write(self._places[2], new, self.index_end).squeeze(1)
 
-    def get_seq_length(self) -> int:
+    def end_here(self) -> int:
         return self.end
 
     def _write(self, place: Place, new: Tensor, end: int) -> Tensor:
         """Put `[batch, heads, tokens, width]` before column `end`; returns all of it, a view."""
-        batch = self._cache.batch
+        batch = self.rows.batch
         batch.check_open()
         data = batch.data
         rows, heads, tokens, width = new.shape
@@ -380,8 +478,8 @@ class _MixedLayer(LinearAttentionLayer, _RecordLayer):  # type: ignore[misc]
 
     is_compileable = False
 
-    def __init__(self, cache: BatchCache, kind: LayerKind, places: tuple[Place, ...]) -> None:
-        _RecordLayer.__init__(self, cache, places)
+    def __init__(self, cache: BatchCache, rows: _Rows, kind: LayerKind, places: tuple[Place, ...]) -> None:
+        _RecordLayer.__init__(self, cache, rows, places)
         LinearAttentionLayer.__init__(self, number_of_states=kind.states)
 
     def get_max_length(self) -> int:

@@ -32,7 +32,7 @@ from ..._checks import positive_int
 from ...device.layout import SUPPORTED_DTYPES, KVLayout
 from ...errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["CacheLayout", "LayerKind", "Place", "UnsupportedModelError", "layout_of"]
+__all__ = ["CacheLayout", "LayerKind", "Place", "UnsupportedModelError", "WindowLayout", "layout_of"]
 
 logger = logging.getLogger("concurrent_kv")
 
@@ -70,11 +70,17 @@ class LayerKind(NamedTuple):
 
     parts: tuple[Part, ...]  # of each token: keys, values and, where there is one, an indexer's keys
     states: int  # convolutions' and recurrent states of each text, by number
+    window: int | None = None  # tokens that one attends to, itself included, in a layer that slides; None: all
 
     @property
     def is_plain(self) -> bool:
         """Whether it keeps keys and values of one shape and nothing else."""
         return len(self.parts) == 2 and self.parts[0] == self.parts[1] and not self.states
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether it needs no more of a text than the tokens in its window."""
+        return bool(self.parts) and not self.states and self.window is not None and self.window > 1
 
 
 class Place(NamedTuple):
@@ -84,6 +90,23 @@ class Place(NamedTuple):
     first: int
     heads: int
     width: int
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """How what layers with a sliding window keep stands in a pool of their own: of each text its newest tokens.
+
+    Attributes:
+        layout: of these pools; its `max_tokens` are those of the window and of a step.
+        tokens: that are kept of a text: all in the window of its next token, but for that one. Where the windows of
+            layers differ it is the longest one's.
+        layers, places: as those of `CacheLayout`, for these layers.
+    """
+
+    layout: KVLayout
+    tokens: int
+    layers: tuple[int | None, ...]
+    places: tuple[tuple[Place, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -100,12 +123,15 @@ class CacheLayout:
         kinds: what each of the model's layers keeps.
         layers: the pool's layer of each; None for one that keeps nothing, and for all where a token is a record.
         places: of each layer's parts in a record; empty where a token is none.
+        window: of the layers that slide, where they have a pool of their own; None where all layers keep all tokens.
+            `layout` is that of the other layers then; where there are none, its tokens are counted and hold nothing.
     """
 
     layout: KVLayout
     kinds: tuple[LayerKind, ...]
     layers: tuple[int | None, ...]
     places: tuple[tuple[Place, ...], ...]
+    window: WindowLayout | None = None
 
     @property
     def has_states(self) -> bool:
@@ -114,7 +140,7 @@ class CacheLayout:
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes of a token as the model hands it over; the layout's are more where a record's halves are not even."""
+        """Bytes of a token as the model hands it over; the layouts' are more where a record's halves are not even."""
         return sum(part.numbers for kind in self.kinds for part in kind.parts) * self.layout.dtype.itemsize
 
     @classmethod
@@ -123,6 +149,7 @@ class CacheLayout:
         model: PreTrainedModel | PreTrainedConfig,
         *,
         max_tokens: int,
+        step: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> CacheLayout:
@@ -131,6 +158,8 @@ class CacheLayout:
         Args:
             model: the model, or its configuration.
             max_tokens: the window: the most tokens of an entry.
+            step: the most tokens that a text is given between a gather and a commit. Where it is stated, and
+                `max_tokens` are more than a sliding window and a step, layers that slide get a pool of their own.
             dtype: of what is cached; the model's if left out, that of a configuration's `dtype`, or float32.
             device: of the pools; the model's if left out, the CPU for a configuration.
 
@@ -152,14 +181,17 @@ class CacheLayout:
             raise InvalidArgumentError(f"dtype must be one of {SUPPORTED_DTYPES}, got {dtype}")
         where: Any = found[1] if device is None else device
         kinds = _seen(model)
-        kept = [kind for kind in kinds if kind.parts]
-        if kept and all(kind == kept[0] and kind.is_plain for kind in kept) and not any(kind.states for kind in kinds):
-            heads, width = kept[0].parts[0]
-            layout = KVLayout(len(kept), heads, width, max_tokens, dtype, where)
-            numbers = iter(range(len(kept)))
-            return cls(layout, kinds, tuple([next(numbers) if kind.parts else None for kind in kinds]), ())
-        width, places = _placed(kinds)
-        return cls(KVLayout(1, 1, width, max_tokens, dtype, where), kinds, (None,) * len(kinds), places)
+        can_drop = step is not None and not any(kind.states for kind in kinds)
+        kept = 0 if not can_drop else max([kind.window or 1 for kind in kinds if kind.can_drop], default=1) - 1
+        columns = kept + (0 if step is None else positive_int("step", step))
+        if not kept or columns >= max_tokens:
+            sizes, layers, places = _placed(kinds)
+            return cls(KVLayout(*sizes, max_tokens, dtype, where), kinds, layers, places)
+        nothing = LayerKind((), 0)
+        sizes, layers, places = _placed([nothing if kind.can_drop else kind for kind in kinds])
+        window_sizes, window_layers, window_places = _placed([kind if kind.can_drop else nothing for kind in kinds])
+        window = WindowLayout(KVLayout(*window_sizes, columns, dtype, where), kept, window_layers, window_places)
+        return cls(KVLayout(*sizes, max_tokens, dtype, where), kinds, layers, places, window)
 
 
 def layout_of(
@@ -173,7 +205,20 @@ def layout_of(
     return CacheLayout.of(model, max_tokens=max_tokens, dtype=dtype, device=device).layout
 
 
-def _placed(kinds: Sequence[LayerKind]) -> tuple[int, tuple[tuple[Place, ...], ...]]:
+Placed = tuple[tuple[int, int, int], tuple[int | None, ...], tuple[tuple[Place, ...], ...]]
+
+
+def _placed(kinds: Sequence[LayerKind]) -> Placed:
+    """Layers, heads and width of a layout for what layers keep, and their `CacheLayout.layers` and `places`."""
+    kept, has_states = [kind for kind in kinds if kind.parts], any(kind.states for kind in kinds)
+    if kept and all(kind.parts == kept[0].parts and kind.is_plain for kind in kept) and not has_states:
+        numbers = iter(range(len(kept)))
+        return (len(kept), *kept[0].parts[0]), tuple([next(numbers) if kind.parts else None for kind in kinds]), ()
+    width, places = _records(kinds)
+    return (1, 1, width), (None,) * len(kinds), places
+
+
+def _records(kinds: Sequence[LayerKind]) -> tuple[int, tuple[tuple[Place, ...], ...]]:
     """Where each part stands in a record of two halves of one width, as even as can be: the largest first."""
     ends = [0, 0]
     parts = [(part, layer, number) for layer, kind in enumerate(kinds) for number, part in enumerate(kind.parts)]
@@ -210,7 +255,7 @@ def _kind_of(layer: Any, name: str) -> LayerKind:
         parts.append(Part(1, layer.indexer_keys.shape[2]))
     if isinstance(layer, LinearAttentionLayer):
         states = layer.number_of_states
-    return LayerKind(tuple(parts), states)
+    return LayerKind(tuple(parts), states, getattr(layer, "sliding_window", None))
 
 
 def _seen(model: PreTrainedModel | PreTrainedConfig) -> tuple[LayerKind, ...]:
@@ -294,6 +339,7 @@ def _read(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     def kind_of(layer: Any) -> LayerKind:
         has_keys = isinstance(layer, DynamicLayer)
         has_states = isinstance(layer, LinearAttentionLayer)
-        return LayerKind(parts if has_keys else (), layer.number_of_states if has_states else 0)
+        window = getattr(layer, "sliding_window", None)
+        return LayerKind(parts if has_keys else (), layer.number_of_states if has_states else 0, window)
 
     return tuple([kind_of(layer) for layer in DynamicCache(config=text).layers])

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..._checks import positive_int
 from ...aio.evaluator import AsyncEvaluator
+from ...books.allocation import default_tokens
 from ...errors import (
     CapacityError,
     InvalidArgumentError,
@@ -33,11 +34,14 @@ from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
 from ...model.config import ManagerConfig
 from ...pool.handle import Handle
-from ...pool.joint import JointBatch
-from ...search.search import Search
+from ...pool.joint import JointBatch, Part, open_together
+from ...pool.pool import KVPool
+from ...search.search import Search, gather_part_of_search
 from .cache import BatchCache
 from .layouts import CacheLayout, UnsupportedModelError
 from .states import TextState
+from .stores import TextRows, TextStore
+from .windows import WindowCapacityError, WindowedSide, commit_window, new_write, side_of, write_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,16 +51,33 @@ if TYPE_CHECKING:
 __all__ = ["TextNode", "TextTree", "TextTrees"]
 
 
+class Window(NamedTuple):
+    """Where a child's tokens in layers with a sliding window come from, and go to.
+
+    Attributes:
+        search: of these layers.
+        part: its parent's, kept from when the leaf was handed in: a call of many trees does not fail where one of them
+            lets go of a node meanwhile.
+        child: the key of what is stored.
+    """
+
+    search: Search
+    part: Part
+    child: Hashable
+
+
 class Last(NamedTuple):
     """What the model is given of a node: the token that it has not seen.
 
     Attributes:
         token: that one.
         path: side data of a text of this token alone, which has no entry; None for others.
+        window: of layers that slide; None where these keep all tokens with the others.
     """
 
     token: int
     path: Any = None
+    window: Window | None = None
 
 
 class Continuation(NamedTuple):
@@ -67,12 +88,14 @@ class Continuation(NamedTuple):
         logprob: the sum of their log-probabilities; nan where that was not asked for.
         has_ended: whether the last one ends the text.
         is_passed: whether the model keeps states, and was given tokens after the last one, as other rows went on.
+        error: why it was not stored in layers that slide: its own caller hears it, and not those of the other rows.
     """
 
     ids: tuple[int, ...]
     logprob: float
     has_ended: bool
     is_passed: bool = False
+    error: Exception | None = None
 
 
 class TextNode(metaclass=ShowsPublic):
@@ -175,6 +198,9 @@ class TextTrees(Handle):
         nodes: of a tree, beside its root.
         tokens: of a tree, counted once where texts share them; if left out, `nodes` full texts where they have at most
             1,024 tokens, and 1,024 for each node where they may have more.
+        window_tokens: of a tree, in layers with a sliding window, which keep no more than the newest tokens of each
+            text; if left out, as many as are always enough: `tokens`, or a window for each node and the root if that
+            is less. A window, and `max_new_tokens` for each node, are enough without `TextTree.add`.
         trees: that can be open at once.
         promoted: texts that `TextTree.promote` keeps for later trees.
         tokenizer: where prompts and nodes are to be text.
@@ -184,7 +210,8 @@ class TextTrees(Handle):
         logprobs: whether nodes get their `logprob`; for the time of a call that costs `max_new_tokens` rows of logits.
         max_rows: nodes that are continued in one call of `generate()`.
         max_wait_seconds: that an expansion waits for others, where a call is not made at once.
-        prefill_tokens: of a prompt, given to the model at once; all of them, where texts have states.
+        prefill_tokens: of a prompt, given to the model at once; all of them, where texts have states. Layers with a
+            sliding window keep no more than that window where `max_tokens` are more than it and these together.
         forward: called instead of `model.generate()`, with the `BatchCache` and its `model_inputs`; returns the ids
             `[rows, 1 + new tokens]`, the given ones first, and log-probabilities of the new ones `[rows, new tokens]`,
             or None.
@@ -208,6 +235,7 @@ class TextTrees(Handle):
         max_tokens: int,
         nodes: int,
         tokens: int | None = None,
+        window_tokens: int | None = None,
         trees: int = 1,
         promoted: int = 4,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -226,7 +254,6 @@ class TextTrees(Handle):
         if model.training:
             raise InvalidArgumentError("model must be in evaluation mode: model.eval()")
         self.model, self.tokenizer = model, tokenizer
-        self.fits = CacheLayout.of(model, max_tokens=max_tokens)
         self._options = _options(model, generation)
         for name in ("num_beams", "num_return_sequences"):
             if self._options[name] not in (None, 1):
@@ -241,9 +268,12 @@ class TextTrees(Handle):
         self._tokens = None if tokens is None else positive_int("tokens", tokens)
         self._logprobs = logprobs
         self._prefill_tokens = positive_int("prefill_tokens", prefill_tokens)
+        step = max(self.new_tokens, min(self._prefill_tokens, positive_int("max_tokens", max_tokens)))
+        self.fits = CacheLayout.of(model, max_tokens=max_tokens, step=step)
+        self.step = None if self.fits.window is None else step  # the most tokens between a gather and a commit
         self._forward = forward or self._generate
         self._trees = trees = positive_int("trees", trees)
-        promoted = positive_int("promoted", promoted)
+        self._promoted = promoted = positive_int("promoted", promoted)
         if self.new_tokens >= self.fits.layout.max_tokens:
             raise InvalidArgumentError(
                 f"generation.max_new_tokens must leave room for a prompt in max_tokens={self.fits.layout.max_tokens}, "
@@ -268,6 +298,9 @@ class TextTrees(Handle):
         if recur is None and trees > 1:
             recur = trees * KVCacheManager.allocation_for(config, 1).slots["recur"]
         self.manager = KVCacheManager(config, 1, init_entries=promoted, recur_slots=recur, wm_entries=1)
+        self.window_manager = self._for_windows(
+            window_tokens, self._tokens or default_tokens(self._nodes + 1, max_tokens)
+        )
         self.evaluator: Evaluator[Last, Continuation] = Evaluator(
             self.manager,
             self._continue,
@@ -280,6 +313,32 @@ class TextTrees(Handle):
         self.for_tasks: AsyncEvaluator[Last, Continuation] = AsyncEvaluator(self.evaluator)
         self._numbers = Numbers()
 
+    def _for_windows(self, window_tokens: int | None, tokens: int) -> KVCacheManager | None:
+        """Where layers that slide keep their tokens, if they have pools of their own; `tokens` of a tree at most."""
+        fits = self.fits.window
+        if fits is None:
+            self._window_tokens = 0
+            return None
+        columns, nodes, trees = fits.layout.max_tokens, self._nodes, self._trees
+        self._window_tokens = (
+            min(tokens, (nodes + 1) * fits.tokens)
+            if window_tokens is None
+            else positive_int("window_tokens", window_tokens, minimum=fits.tokens)
+        )
+        return KVCacheManager(
+            ManagerConfig(fits.layout, 1, nodes, trees * (nodes + 1)),
+            1,
+            # One more: what a name had before goes after the new one is there.
+            init_entries=self._promoted + 1,
+            init_tokens=max(columns, (self._promoted + 1) * fits.tokens),
+            recur_slots=max(columns, trees * self._window_tokens),
+            wm_entries=1,
+            wm_tokens=columns,
+            # Roots that open trees keep after they were replaced.
+            headroom_tokens=max(columns, (trees + 1) * fits.tokens),
+            name="windows",
+        )
+
     # Trees -----------------------------------------------------------------------------------------------------------
 
     def tree(self, prompt: str | Sequence[int] | Tensor) -> TextTree:
@@ -289,13 +348,13 @@ class TextTrees(Handle):
             InvalidArgumentError: the prompt has no token, or no room for a continuation.
             CapacityError: as many trees are open as there is room for.
         """
-        ids, search = self.encoded(prompt), self.opened()
+        ids, store = self.encoded(prompt), self.opened()
         try:
             # Of a single token the model is given none before the first expansion.
-            tree = TextTree(self, search, ids, self.next_key() if len(ids) > 1 else NO_PARENT)
+            tree = TextTree(self, store, ids, self.next_key() if len(ids) > 1 else NO_PARENT)
             tree.give_root()
         except BaseException:
-            search.close()
+            store.close()
             raise
         return tree
 
@@ -305,17 +364,45 @@ class TextTrees(Handle):
         Raises:
             KeyNotFoundError: there is none, or others have displaced it, or the weights have changed.
         """
-        search, key = self.opened(), _promoted(name)
-        try:
-            # From here on the search has it, whatever is promoted under the name meanwhile.
-            with search.gather([key], [0], room=0) as batch:
-                if not batch.hits[0]:
+        key, before = _promoted(name), None
+        while True:
+            store = self.opened()
+            try:
+                # From here on the tree has it, whatever is promoted under the name meanwhile.
+                side = _root_side(store.full, key)
+                write = write_of(side)
+                if side is not None and (store.window is None or _adopts_window(store, key, write)):
+                    side = side_of(side)
+                    return TextTree(self, store, _ids_of(side.side if isinstance(side, TextState) else side), key)
+                if side is None or write == before:
                     raise KeyNotFoundError(f"no text was promoted under {shown(name)}, or it is not there any more")
-                side = batch.side[0]
-            return TextTree(self, search, _ids_of(side.side if isinstance(side, TextState) else side), key)
+            except BaseException:
+                store.close()
+                raise
+            # Its window has gone: another text was promoted under the name meanwhile, or it will be missing again.
+            store.close()
+            before = write
+
+    def promote(self, store: TextStore, node: TextNode, name: Hashable) -> None:
+        """Keep a node's text when its tree is closed; see `TextTree.promote`. May block."""
+        key, full = _promoted(name), store.full
+        assert isinstance(full, Search)
+        if self.window_manager is None or not isinstance(store.window, Search):
+            full.promote(node.key, 0, as_key=key)
+            return
+        # The window first, under a key of its own that the other entry names: who finds that one finds this, too.
+        of_windows, write = self.window_manager.init_pools[0], new_write()
+        (of_node,) = store.in_window([node.key])
+        store.window.promote(of_node, 0, as_key=write, side=write)
+        try:
+            side = side_of(_root_side(full, node.key))
+            replaced = write_of(self.manager.init_pools[0].side(key))
+            full.promote(node.key, 0, as_key=key, side=WindowedSide(side, write))
         except BaseException:
-            search.close()
+            of_windows.discard(write)
             raise
+        if replaced is not None:
+            of_windows.discard(replaced)
 
     def weights_changed(self) -> None:
         """The model's weights are others now: what was computed with the old ones is not used any more.
@@ -323,6 +410,8 @@ class TextTrees(Handle):
         Open trees end with `SearchEndedError`, promoted texts are gone. Never blocks for long.
         """
         self.manager.bump_version()
+        if self.window_manager is not None:
+            self.window_manager.bump_version()
 
     def stats(self) -> EvaluatorStats:
         """What the calls of the model cost; see `EvaluatorStats`."""
@@ -332,6 +421,8 @@ class TextTrees(Handle):
         """End all trees and free the memory."""
         self.evaluator.close()
         self.manager.close()
+        if self.window_manager is not None:
+            self.window_manager.close()
 
     @property
     def closed(self) -> bool:
@@ -364,7 +455,22 @@ class TextTrees(Handle):
 
     def _continue(self, joint: JointBatch, last: Sequence[Last]) -> Evaluated[Continuation]:
         """Continue the texts of a batch's rows, of which the model was given all but the last token."""
-        cache = BatchCache(joint, self.fits)
+        if self.window_manager is None:
+            return self._continued(BatchCache(joint, self.fits), last)
+        parts = [each.window.part for each in last if each.window is not None]
+        for part in parts:  # what a call that was interrupted has appended is not there any more
+            part.settle([part.start] * self.window_manager.layout.num_layers)
+        window = open_together(self.window_manager.storage, parts, room=self.new_tokens)
+        try:
+            evaluated = self._continued(BatchCache(TextRows(joint, window), self.fits), last)
+        except Exception:
+            window.close()
+            raise
+        # Not closed by what is raised otherwise: the call is made once more then, of the same parts.
+        window.close()
+        return evaluated
+
+    def _continued(self, cache: BatchCache, last: Sequence[Last]) -> Evaluated[Continuation]:
         with torch.inference_mode():
             sequences, logprobs = self._forward(cache, cache.model_inputs([[each.token] for each in last]))
         continued, lengths = list[Continuation](), list[int]()
@@ -376,10 +482,27 @@ class TextTrees(Handle):
             continued.append(Continuation(tuple(ids[:number]), total, ids[number - 1] in self._ends, is_passed))
             lengths.append(number)
         if self.fits.has_states:  # of all that the model was given; no text goes on after its end
-            lengths = [joint.end - joint.start] * len(lengths)
+            lengths = [cache.batch.end - cache.batch.start] * len(lengths)
         paths = [path if each.path is None else each.path for path, each in zip(cache.side, last, strict=True)]
         sides = [(path, made.ids) for path, made in zip(paths, continued, strict=True)]
+        if isinstance(cache.window, JointBatch):
+            cache.window.settle()
+            errors = self._store_windows(cache, last, lengths)
+            continued = [made._replace(error=error) for made, error in zip(continued, errors, strict=True)]
         return Evaluated(continued, sides=cache.sides(sides), lengths=lengths)
+
+    def _store_windows(self, cache: BatchCache, last: Sequence[Last], lengths: Sequence[int]) -> list[Exception | None]:
+        """Store what layers that slide keep of each row, before its other entry is; returns why not, of each."""
+        assert self.fits.window is not None
+        errors: list[Exception | None] = [None] * len(last)
+        for row, ((_, _, window), length) in enumerate(zip(last, lengths, strict=True)):
+            if window is not None:
+                write, tokens = cache.rows.writes[row], self.fits.window.tokens
+                try:
+                    commit_window(window.search, [window.child], window.part, [length], tokens, [write])
+                except Exception as error:
+                    errors[row] = error
+        return errors
 
     def _generate(self, cache: BatchCache, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         made: Any = self.model.generate(**inputs, **self._options)
@@ -401,10 +524,18 @@ class TextTrees(Handle):
             for first in range(0, len(ids), together):
                 self.model(**cache.model_inputs([ids[first : first + together]]), **kept)
 
-    def opened(self) -> Search:
-        """A search for a tree."""
+    def opened(self) -> TextStore:
+        """The store of a tree: a search, and where layers slide another one of these."""
         try:
-            return self.manager.search([0], entries=self._nodes + 1, tokens=self._tokens)
+            full = self.manager.search([0], entries=self._nodes + 1, tokens=self._tokens)
+            if self.window_manager is None:
+                return TextStore(self.fits, full)
+            try:
+                window = self.window_manager.search([0], entries=self._nodes + 1, tokens=self._window_tokens)
+            except BaseException:
+                full.close()
+                raise
+            return TextStore(self.fits, full, window)
         except CapacityError as error:
             raise CapacityError(
                 f"no room is left for another tree: close one, or make TextTrees with more than trees={self._trees}",
@@ -429,7 +560,7 @@ class TextTree(Handle):
 
     instead_of_copy = "share the one object between threads and tasks"
 
-    def __init__(self, trees: TextTrees, search: Search, ids: Sequence[int], key: Hashable) -> None:
+    def __init__(self, trees: TextTrees, store: TextStore, ids: Sequence[int], key: Hashable) -> None:
         if not ids:
             raise InvalidArgumentError("prompt must have at least one token, got none")
         most = trees.fits.layout.max_tokens - trees.new_tokens
@@ -439,7 +570,7 @@ class TextTree(Handle):
                 f"{trees.fits.layout.max_tokens} of a text, got {len(ids)}"
             )
         self.trees = trees
-        self._search = search
+        self._store = store
         self._lock = threading.RLock()  # for which nodes there are, and `_left`
         self._left: set[Hashable] = set()  # of nodes that nobody waits for any more: a call may store them yet
         self.root = TextNode(self, None, key, ids)
@@ -496,16 +627,19 @@ class TextTree(Handle):
     def _give(self, parent: TextNode | None, node: TextNode) -> None:
         """Give the model the tokens of a node that it has not seen, but for the last one."""
         ids = node.ids[:-1] if parent is None else (parent.ids[-1], *node.ids[:-1])
-        with self._search.gather([node.key if parent is None else parent.key], [0], room=len(ids)) as batch:
-            path = None
-            if parent is not None and parent.key is NO_PARENT:
-                path = (None, parent.ids)
-            elif parent is not None and not batch.hits[0]:
-                raise KeyNotFoundError(f"{parent!r} was released")
-            cache = BatchCache(batch, self.trees.fits)
-            self.trees.prefilled(cache, ids, begins=not batch.hits[0])
-            side = ((cache.side[0] if path is None else path), node.ids)
-            cache.commit(self._search, [node.key], sides=[side], new_tokens=len(ids))
+        source, path, together = node.key if parent is None else parent.key, None, self.trees.step or len(ids)
+        for first in range(0, len(ids), together):
+            some = ids[first : first + together]
+            with self._store.gather([source], [0], room=len(some)) as rows:
+                cache, is_hit = BatchCache(rows, self.trees.fits), rows.hits[0]
+                if not first:
+                    begins = parent is None or parent.key is NO_PARENT
+                    path = (None, parent.ids) if parent is not None and begins else cache.side[0]
+                if not is_hit and (first or not begins):
+                    raise KeyNotFoundError(f"{parent or node!r} was released")
+                self.trees.prefilled(cache, some, begins=not is_hit)
+                cache.commit(self._store, [node.key], sides=[(path, node.ids)], new_tokens=len(some))
+            source = node.key
 
     def _leaves(self, nodes: TextNode | Sequence[TextNode], samples: int) -> tuple[list[Leaf[Last]], list[TextNode]]:
         of_nodes = [nodes] if isinstance(nodes, TextNode) else [*nodes]
@@ -518,8 +652,14 @@ class TextTree(Handle):
         parents = [node for node in of_nodes for _ in range(samples)]
         keys = [self.trees.next_key() for _ in parents]
         return [
-            Leaf(self._search, node.key, key, self._last(node), 0) for node, key in zip(parents, keys, strict=True)
+            Leaf(self._search, node.key, key, self._last(node, key), 0) for node, key in zip(parents, keys, strict=True)
         ], parents
+
+    @property
+    def _search(self) -> Search:
+        full = self._store.full
+        assert isinstance(full, Search)
+        return full
 
     @contextmanager
     def _making(self, leaves: Sequence[Leaf[Last]]) -> Iterator[None]:
@@ -551,6 +691,14 @@ class TextTree(Handle):
         """While nodes are made: where that fails, what was stored of them goes."""
         try:
             yield
+        except WindowCapacityError as error:
+            self._discard(keys)
+            raise CapacityError(
+                f"the tree has no room for {len(keys)} more nodes in layers with a sliding window: release some, or "
+                f"make TextTrees with at least window_tokens={error.required_slots}",
+                required_entries=error.required_entries,
+                required_slots=error.required_slots,
+            ) from error
         except CapacityError as error:
             self._discard(keys)
             raise CapacityError(
@@ -564,8 +712,7 @@ class TextTree(Handle):
             raise
 
     def _discard(self, keys: Iterable[Hashable]) -> None:
-        for key in keys:
-            self._search.discard(key)
+        self._store.discard(keys)
 
     def _join(self, grown: Sequence[TextNode]) -> None:
         """Put new nodes below their parents, or none of them if one was let go of meanwhile."""
@@ -574,13 +721,23 @@ class TextTree(Handle):
         if overtaken is not None:
             raise KeyNotFoundError(f"{overtaken!r} was released while it was continued")
 
-    def _last(self, node: TextNode) -> Last:
-        return Last(node.ids[-1], (None, node.ids) if node.key is NO_PARENT else None)
+    def _last(self, node: TextNode, child: Hashable) -> Last:
+        is_new, window = node.key is NO_PARENT, self._store.window
+        if not isinstance(window, Search):
+            return Last(node.ids[-1], (None, node.ids) if is_new else None)
+        part = gather_part_of_search(window, None if is_new else self._store.in_window([node.key]), [0])
+        if not is_new and not part.hits[0]:
+            part.close()
+            raise KeyNotFoundError(f"{node!r} was released")
+        return Last(node.ids[-1], (None, node.ids) if is_new else None, Window(window, part, child))
 
     def _grown(
         self, leaves: Sequence[Leaf[Last]], parents: Sequence[TextNode], made: Sequence[Continuation]
     ) -> list[TextNode]:
         grown = []
+        for continued in made:
+            if continued.error is not None:
+                raise continued.error
         for leaf, parent, continued in zip(leaves, parents, made, strict=True):
             node = TextNode(self, parent, leaf.child, continued.ids, continued.logprob)
             node.has_ended, node.is_passed = continued.has_ended, continued.is_passed
@@ -604,6 +761,12 @@ class TextTree(Handle):
     def tokens_stored(self) -> int:
         """Slots that its texts take, those that they share counted once."""
         return self._search.tokens_in_use
+
+    @property
+    def window_tokens_stored(self) -> int:
+        """The same of layers with a sliding window; 0 where these keep all tokens, in the slots of the others."""
+        window = self._store.window
+        return window.tokens_in_use if isinstance(window, Search) else 0
 
     def release(self, nodes: TextNode | Iterable[TextNode]) -> None:
         """Let go of nodes and all below them: their room can be used again. May block.
@@ -654,7 +817,7 @@ class TextTree(Handle):
         """Let go of the entries of nodes that the tree has let go of. No lock is held: it may block."""
         keys = [node.key for node in going if node.key is not NO_PARENT]
         if keys:
-            self._search.release(keys)
+            self._store.release(keys)
 
     def promote(self, node: TextNode, name: Hashable) -> None:
         """Keep a node's text when the tree is closed: `TextTrees.promoted_tree(name)` goes on from it. May block.
@@ -666,7 +829,7 @@ class TextTree(Handle):
         self._check_not_passed(node)
         if node.key is NO_PARENT:
             raise InvalidArgumentError(f"node must have more than one token to be promoted, got {node!r}")
-        self._search.promote(node.key, 0, as_key=_promoted(name))
+        self.trees.promote(self._store, node, name)
 
     def _check_not_passed(self, node: TextNode) -> None:
         if node.is_passed:
@@ -677,7 +840,7 @@ class TextTree(Handle):
 
     def close(self) -> None:
         """Let go of all its texts. May block; nothing happens the second time."""
-        self._search.close()
+        self._store.close()
 
     @property
     def closed(self) -> bool:
@@ -767,3 +930,18 @@ def _ids_of(path: Any) -> list[int]:
         path, ids = path
         parts.append(ids)
     return [token for ids in reversed(parts) for token in ids]
+
+
+def _root_side(search: KVPool | Search, key: Hashable) -> object:
+    """The side data of a text, which the search has from now on; None where there is none."""
+    assert isinstance(search, Search)
+    with search.gather([key], [0], room=0) as batch:
+        return batch.side[0]
+
+
+def _adopts_window(store: TextStore, key: Hashable, write: Hashable) -> bool:
+    """Whether the window of a promoted text is there, under the name of its write, which the search has then."""
+    assert isinstance(store.window, Search)
+    with store.window.gather([write], [0], room=0) as batch:
+        store.window_keys[key] = write
+        return batch.hits[0]
