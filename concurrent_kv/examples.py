@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .device.graphs import keep_out_of_graphs
+
 __all__ = ["main", "write"]
 
 PACKAGE = Path(__file__).resolve().parent
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(NEXT.format(count=count, folder=options.folder))
     return 0
 
+
+keep_out_of_graphs(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

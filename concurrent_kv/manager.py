@@ -559,7 +559,7 @@ class KVCacheManager(Handle):
         pools = self._pools_by_role()
 
         def stats_now() -> dict[str, PoolStats]:
-            return {role: stats_of(pool) for role, pool in pools.items()}
+            return dict(zip(pools, map(stats_of, pools.values()), strict=True))
 
         mutex = self.storage.ledger.mutex_for_numbers()
         with gate.lock, mutex:  # one hold: one moment of all of them
