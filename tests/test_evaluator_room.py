@@ -109,7 +109,7 @@ def test_what_is_too_much_for_an_evaluator_names_its_own_argument(manager: KVCac
 
 
 def test_a_model_that_appends_nothing_hears_so(manager: KVCacheManager) -> None:
-    evaluator = Evaluator(manager, lambda batch, inputs: Evaluated(list(inputs)))
+    evaluator: Evaluator[int, int] = Evaluator(manager, lambda batch, inputs: Evaluated(list(inputs)))
     for parent in ("root", NO_PARENT):
         with pytest.raises(InvalidArgumentError, match=r"batch has no new tokens: append\(\)"):
             evaluator.evaluate(Leaf(manager.init_pools[0], parent, "a", 0))

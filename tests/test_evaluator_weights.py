@@ -58,7 +58,7 @@ class Learning:
             self.weights += 1.0
             bump()
 
-    def __call__(self, batch: JointBatch, inputs: Sequence[object]) -> Evaluated[list[float]]:
+    def __call__(self, batch: JointBatch, inputs: Sequence[None]) -> Evaluated[list[float]]:
         if self.in_between:
             self.in_between.pop(0)()
         with self.calls:
@@ -99,7 +99,7 @@ def test_a_root_is_evaluated_again_by_the_weights_that_changed_and_is_stored(
     pool = manager.init_pools[0]
     seen: list[float] = []
 
-    def model_and_change(batch: JointBatch, inputs: Sequence[object]) -> Evaluated[list[float]]:
+    def model_and_change(batch: JointBatch, inputs: Sequence[None]) -> Evaluated[list[float]]:
         answer = model(batch, inputs)
         seen.append(answer.outputs[0][0])
         if len(seen) == 1:  # after the model's own part, and before the commit
@@ -137,6 +137,10 @@ def test_leaves_of_other_pools_and_searches_in_that_call_go_on(manager: KVCacheM
     roots_of(manager, model, evaluator)
     first, second = manager.init_pools[:2]
 
+    def change() -> None:
+        model.change(first.bump_version)
+        ended.close()
+
     def walk(store: Any, env: int | None) -> Walk[None, list[float], object]:
         try:
             return (yield Leaf(store, "root", "child", None, env))
@@ -144,7 +148,7 @@ def test_leaves_of_other_pools_and_searches_in_that_call_go_on(manager: KVCacheM
             return error
 
     with manager.search([2]) as search, manager.search([3]) as ended:
-        model.in_between = [lambda: (model.change(first.bump_version), ended.close())]
+        model.in_between = [change]
         stores: list[tuple[Any, int | None]] = [(first, None), (second, None), (search, 2), (ended, 3)]
         of_first, of_second, of_search, of_ended = evaluator.run_many([walk(*store) for store in stores])
         assert isinstance(of_first, KeyNotFoundError)
@@ -195,7 +199,7 @@ def test_the_batch_of_a_call_stays_open_until_the_call_is_over_whichever_search_
     kept: list[JointBatch] = []
     shape = HEADS, 1, HEAD_DIM
 
-    def model(batch: JointBatch, inputs: Sequence[object]) -> Evaluated[int]:
+    def model(batch: JointBatch, inputs: Sequence[None]) -> Evaluated[int]:
         manager.bump_version()
         assert [part.closed for part in batch.parts] == [True, False]  # of the search, and of the pool
         assert not batch.closed
