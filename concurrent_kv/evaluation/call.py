@@ -243,10 +243,6 @@ class ModelCall:
 
     def _commit(self, part: Part, rows: list[Row], evaluated: Evaluated[Any], first: int) -> None:
         """Store the rows of a part together or, where that cannot be, each that can be."""
-        if part.is_outdated:  # the model may have read keys and values of older weights than its own
-            for row in rows:
-                row.wait_again()
-            return
         span = slice(first, first + len(rows))
         outputs = evaluated.outputs[span]
         sides = None if evaluated.sides is None else evaluated.sides[span]
@@ -280,7 +276,10 @@ class ModelCall:
 
 
 def _settle(row: Row, output: object, part: Part, stored: bool | None) -> None:
-    """Hand a row its output; where nothing was stored as the weights changed meanwhile, it waits for another call."""
+    """Hand a row its output; where nothing was stored as the weights changed meanwhile, it waits for another call.
+
+    The model may have read keys and values of older weights than its own.
+    """
     if stored is False and part.is_outdated:
         row.wait_again()
     else:
