@@ -1,6 +1,7 @@
 """Statistics: counters under the mutex, and immutable numeric snapshots under Caffeine's names.
 
-A row asked for is one request: a hit counts in the pool that had it, a miss in the last pool that was asked.
+A row asked for is one request: a hit counts in the pool that had it, a miss in the last pool that was asked;
+a search's in its own, the recurrent one, whatever its `order`.
 """
 
 from __future__ import annotations

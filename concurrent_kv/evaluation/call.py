@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -111,20 +112,36 @@ class ModelCall:
             walker.lead_on(self.check_leaf)
         times.walk = perf_counter() - began
 
-    def _run(self, rows: Sequence[Row], times: CallTimes) -> int:
+    def _run(self, rows: Sequence[Row], times: CallTimes, *, counts: bool = True) -> int:
+        """Call the model for rows; where what it appends does not fit, for some of them after the others."""
+        number, apart = self._run_together(rows, times, counts)
+        for some in apart:
+            of_call = CallTimes()
+            times.further.append((self._run(some, of_call, counts=False), of_call))
+        return number
+
+    def _run_together(self, rows: Sequence[Row], times: CallTimes, counts: bool) -> tuple[int, list[list[Row]]]:
+        """Gather, call the model, and commit; returns how many rows it had, and those that are to be called apart.
+
+        `counts`: whether the rows are asked for the first time.
+        """
         began = perf_counter()
         found: list[tuple[Part, list[Row]]] = []
         try:
             for part_rows in _by_store(rows):
-                self._gather(part_rows, found)
+                self._gather(part_rows, found, counts)
             if not found:
-                return 0
-            going = [row for _, of_part in found for row in of_part]
+                return 0, []
+            going, refused = [row for _, of_part in found for row in of_part], 0
             try:
                 with self._opened([part for part, _ in found], len(going)) as joint:
                     gathered = perf_counter()
                     times.gather += gathered - began
-                    evaluated = self._model(joint, [row.leaf.inputs for row in going])
+                    try:
+                        evaluated = self._model(joint, [row.leaf.inputs for row in going])
+                    except Exception:
+                        refused = joint.refused
+                        raise
                     _check(evaluated, len(going))
                     joint.settle()
                     modelled = perf_counter()
@@ -135,23 +152,38 @@ class ModelCall:
                         first += len(of_part)
                     times.commit += perf_counter() - modelled
             except Exception as error:
+                if refused and len(going) > 1:
+                    return len(going), self._apart(found, refused)
                 for row in going:
                     if not row.settled:
                         row.fail_with_others(error)
-            return len(going)
+            return len(going), []
         finally:
             for part, _ in found:
                 part.close()
 
-    def _gather(self, rows: list[Row], found: list[tuple[Part, list[Row]]]) -> None:
+    def _apart(self, found: list[tuple[Part, list[Row]]], wanted: int) -> list[list[Row]]:
+        """Those rows that leave room for `wanted` new tokens, and the others; in halves where that parts none."""
+        with_lengths = [
+            each for part, rows in found for each in zip(part.gathered_by(range(len(rows))), rows, strict=True)
+        ]
+        with_lengths.sort(key=lambda each: each[0])
+        lengths, rows = [length for length, _ in with_lengths], [row for _, row in with_lengths]
+        number = bisect_right(lengths, self.storage.layout.max_tokens - wanted)
+        # With `room`, rows of any length were refused more than that.
+        at = number if self._room is None and 0 < number < len(rows) else len(rows) // 2
+        return [rows[:at], rows[at:]]
+
+    def _gather(self, rows: list[Row], found: list[tuple[Part, list[Row]]], counts: bool) -> None:
         """Find and keep the parents of rows of one store; those that have none, or no room for more, hear so."""
         while rows:
             try:
-                part = _part_of(rows)
+                part = _part_of(rows, counts)
             except Exception as error:
                 for row in _alone(rows, error):
-                    self._gather([row], found)
+                    self._gather([row], found, counts)
                 return
+            counts = False
             try:
                 if rows[0].leaf.parent is NO_PARENT or (all(part.hits) and max(part.lengths) <= self._longest):
                     found.append((part, rows))
@@ -215,22 +247,23 @@ class ModelCall:
         outputs = evaluated.outputs[span]
         sides = None if evaluated.sides is None else evaluated.sides[span]
         lengths = None if evaluated.lengths is None else evaluated.lengths[span]
-        if lengths is None and rows[0].leaf.parent is NO_PARENT:
-            lengths = [part.end - part.start] * len(rows)
+        new = part.end - part.start
+        if lengths is None and new and rows[0].leaf.parent is NO_PARENT:
+            lengths = [new] * len(rows)
         store = rows[0].leaf.store
         overflow = self._overflow if isinstance(store, KVPool) else None
         commit = partial(store.commit, batch=part, overflow=overflow)
         try:
-            commit([row.leaf.child for row in rows], sides=sides, lengths=lengths)
+            stored = commit([row.leaf.child for row in rows], sides=sides, lengths=lengths)
         except Exception as error:
             alone = _alone(rows, error)
         else:
             alone = []
             for row, output in zip(rows, outputs, strict=True):
-                row.succeed(output)
+                _settle(row, output, part, stored)
         for number, row in enumerate(alone):
             try:
-                commit(
+                stored = commit(
                     [row.leaf.child],
                     rows=[number],
                     sides=None if sides is None else [sides[number]],
@@ -239,7 +272,18 @@ class ModelCall:
             except Exception as error:
                 row.fail(error)
             else:
-                row.succeed(outputs[number])
+                _settle(row, outputs[number], part, stored)
+
+
+def _settle(row: Row, output: object, part: Part, stored: bool | None) -> None:
+    """Hand a row its output; where nothing was stored as the weights changed meanwhile, it waits for another call.
+
+    The model may have read keys and values of older weights than its own.
+    """
+    if stored is False and part.is_outdated:
+        row.wait_again()
+    else:
+        row.succeed(output)
 
 
 def _alone(rows: list[Row], error: Exception) -> list[Row]:
@@ -266,12 +310,12 @@ def _by_store(rows: Sequence[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
-def _part_of(rows: list[Row]) -> Part:
+def _part_of(rows: list[Row], counts: bool) -> Part:
     store = rows[0].leaf.store
     parents = None if rows[0].leaf.parent is NO_PARENT else [row.leaf.parent for row in rows]
     if isinstance(store, Search):
-        return gather_part_of_search(store, parents, [row.leaf.env_id for row in rows])
-    return gather_part_of_pool(store, parents, len(rows))
+        return gather_part_of_search(store, parents, [row.leaf.env_id for row in rows], counts=counts)
+    return gather_part_of_pool(store, parents, len(rows), counts=counts)
 
 
 def _check(evaluated: object, rows: int) -> None:

@@ -45,7 +45,12 @@ class Evaluator(Handle, Generic[Inputs, Output]):
     of a search that has ended, by its own caller; what the model raises by all callers of that call.
 
     What a leaf's outputs are does not depend on who shares its call, but for how the model rounds in batches of
-    different sizes; with `max_rows=1` not at all.
+    different sizes; with `max_rows=1` not at all. A call in which the model appends more than there is room for is made
+    again, for the rows that leave more room and for the others.
+
+    No output mixes weights, where the model's call and `bump_version()` exclude each other (docs/weights.md): a leaf
+    whose weights version was bumped after its parent had been read is evaluated again, if it is of a pool, and hears
+    `SearchEndedError`, if it is of a search. The others of its call go on.
 
     Args:
         cache: the manager, or the storage, that the leaves' searches and pools are of.
@@ -129,9 +134,10 @@ class Evaluator(Handle, Generic[Inputs, Output]):
         """The model's output for a leaf, which is stored then. May block.
 
         Raises:
-            KeyNotFoundError: there is no entry for its parent.
+            KeyNotFoundError: there is no entry for its parent, or none any more: the weights version was bumped.
             SearchEndedError, CapacityError, WindowOverflowError: as from `Search.commit`; nothing is stored.
-            WaitTimeoutError: no call was over in time. ClosedError: the evaluator, or a pool, is closed.
+            WaitTimeoutError: no call was over in time, or the weights version was bumped during 16 calls of it.
+            ClosedError: the evaluator, or a pool, is closed.
             ReentrantCallError: the model itself asks, or what runs inside a critical section of the calling thread.
         """
         return self.evaluate_many([leaf], timeout=timeout)[0]

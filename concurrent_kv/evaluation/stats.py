@@ -58,12 +58,17 @@ class EvaluatorStats:
 
 @dataclass
 class CallTimes:
-    """Seconds of one call, or of walks that were led on."""
+    """Seconds of one call, or of walks that were led on.
+
+    Attributes:
+        further: the calls that were made in the place of one that failed, and the rows of each.
+    """
 
     gather: float = 0.0
     model: float = 0.0
     commit: float = 0.0
     walk: float = 0.0
+    further: list[tuple[int, CallTimes]] = field(default_factory=list)
 
 
 @dataclass
@@ -90,6 +95,8 @@ class EvaluatorCounters:
         self.model_seconds += times.model
         self.commit_seconds += times.commit
         self.walk_seconds += times.walk
+        for number, of_call in times.further:
+            self.add(number, of_call)
 
     def snapshot(self) -> EvaluatorStats:
         """As they are now."""

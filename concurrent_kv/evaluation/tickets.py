@@ -13,22 +13,31 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..errors import KVCacheError, WaitTimeoutError
 from ..flights.error_copies import copy_of
 from .leaves import Leaf
 
-__all__ = ["Row", "Run", "Ticket", "Walker"]
+__all__ = ["MOST_CALLS", "Row", "Run", "Ticket", "Walker"]
 
 logger = logging.getLogger("concurrent_kv")
 
+# So often a leaf is evaluated again because the weights changed meanwhile: its caller must not do so without end.
+MOST_CALLS = 16
+
 
 class Row:
-    """One leaf on its way. Whoever took it settles it; `output`, `error` and `settled` are its then."""
+    """One leaf on its way. Whoever took it settles it; `output`, `error` and `settled` are its then.
 
-    __slots__ = ("error", "leaf", "output", "settled", "ticket")
+    Attributes:
+        calls: of the model that it was in, and that ended by other weights than they began.
+    """
+
+    __slots__ = ("calls", "error", "leaf", "output", "settled", "ticket")
 
     def __init__(self, leaf: Leaf[Any], ticket: Ticket) -> None:
         self.leaf = leaf
         self.ticket = ticket
+        self.calls = 0
         self.output: Any = None
         self.error: Exception | None = None
         self.settled = False
@@ -42,11 +51,29 @@ class Row:
         self.error, self.settled = error, True
 
     def fail_with_others(self, error: Exception) -> None:
-        """It cannot be, nor can others: each hears a copy, whose cause says where the error comes from."""
+        """It cannot be, nor can others: each hears a copy that says where the error comes from.
+
+        An error of the library's own by the frames that it came through, any other as the copy's cause.
+        """
         made = copy_of(error)
         if made is not error:
-            made.__cause__ = error
+            if isinstance(error, KVCacheError):
+                made.__traceback__ = error.__traceback__
+                made.__cause__ = error.__cause__
+            else:
+                made.__cause__ = error
         self.fail(made)
+
+    def wait_again(self) -> None:
+        """The weights changed while it was evaluated: it goes into another call, unless it has been in many already."""
+        self.calls += 1
+        if self.calls == MOST_CALLS:
+            self.fail(
+                WaitTimeoutError(
+                    f"the weights version was bumped during each of {MOST_CALLS} calls of the model for this leaf; "
+                    "bump it less often than a call takes"
+                )
+            )
 
 
 class Ticket:

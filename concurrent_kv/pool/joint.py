@@ -12,7 +12,7 @@ from ..books.ledger import Ledger, wake
 from ..books.records import Entry, Generation, Hold, Scope
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
-from ..errors import ClosedError, InvalidArgumentError
+from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError
 from ..locks.gate import gate
 from .batch import Batch
 from .padded_rows import PaddedRows
@@ -44,6 +44,11 @@ class Part(Batch):
     def ledger(self) -> Ledger:
         """The books of its entries."""
         return self._ledger
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the weights version of its pool was bumped since the gather. (A search has ended then.)"""
+        return self.scope.version != self.generation.version
 
     @property
     def gathered_entries(self) -> list[Entry | None]:
@@ -107,13 +112,19 @@ def open_part(
 class JointBatch(PaddedRows):
     """Rows that were gathered from several places at once. A model uses it as any batch; its parts are committed.
 
-    Closing it closes its parts, and gives the buffer back.
+    It stays open until its call is over, whichever of its searches ends meanwhile: a model can go on, and callers whose
+    search has ended hear so afterwards. Closing it closes its parts, and gives the buffer back.
 
     Attributes:
         parts: batches over the same buffer, one after the other, each of one search or pool.
+        refused: new tokens of each row, in all, that a model wanted last and there was no room for; 0 if none were.
     """
 
-    _internal = frozenset(("pad", "settle", "uses"))
+    _internal = frozenset(("pad", "refused", "settle", "uses"))
+
+    _how_to_drop = "give manager.search(overflow=), or Evaluator(overflow=) for leaves of pools,"
+
+    refused = 0
 
     instead_of_copy = "evaluate the leaves once more, or clone its `data`"
 
@@ -151,9 +162,19 @@ class JointBatch(PaddedRows):
     def uses(self, uses: StreamUses | None) -> None:
         self._uses = uses
 
+    def _check_room(self, end: int, tokens: int) -> int:
+        try:
+            return super()._check_room(end, tokens)
+        except WindowOverflowError:
+            self.refused = end + tokens - self._start
+            raise
+
+    def _how_to_get(self, room: int) -> str:
+        return f"make the Evaluator with room={room}, or without room="
+
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether its call is over."""
         return self._closed
 
     def check_open(self) -> None:

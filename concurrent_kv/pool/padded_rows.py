@@ -43,6 +43,8 @@ class PaddedRows(Handle):
 
     _internal = frozenset(("check_open", "use_here"))
 
+    _how_to_drop = "commit with"  # the beginning of advice
+
     # Set by what makes it: a call more would be felt in every gather.
     data: Tensor
     entries: Sequence[Entry | None]
@@ -113,12 +115,12 @@ class PaddedRows(Handle):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Valid tokens of each row, appended ones included; 0 for a miss that was not filled.
+        """Tokens of each row, appended ones included: the position of its next one. 0 for a miss that has none yet.
 
         A commit with `lengths=` says that fewer of the appended ones are valid, and that those appended to a miss are.
         """
         new = self.end - self._start
-        return tuple([length + new if length else 0 for length in self._gathered] if new else self._gathered)
+        return tuple([length + new for length in self._gathered] if new else self._gathered)
 
     @property
     def padding(self) -> Tensor:
@@ -144,12 +146,13 @@ class PaddedRows(Handle):
             layer: which layer.
             keys, values: `[batch, heads, tokens, head_dim]`.
 
-        Returns the layer's keys and values up to and including them, `[batch, heads, columns, head_dim]` (views).
+        Returns the layer's keys and values up to and including them, `[batch, heads, columns, head_dim]` (views). What
+        is written is a copy without its gradient: none flows back through what is returned.
 
         Raises:
             WindowOverflowError: no room is left for them.
             InvalidArgumentError: wrong shape, or no such layer.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
+            ClosedError: the batch is closed; SearchEndedError: by the end of its search, which a `JointBatch` outlasts.
         """
         self.check_open()
         if type(layer) is not int or not 0 <= layer < self._layers:
@@ -165,12 +168,12 @@ class PaddedRows(Handle):
             keys, values: `[layers, batch, heads, tokens, head_dim]`.
 
         Returns all layers' keys and values up to and including them, `[layers, batch, heads, columns, head_dim]`
-        (views).
+        (views). No gradient flows back through them, as with `append`.
 
         Raises:
             WindowOverflowError: no room is left for them.
             InvalidArgumentError: wrong shape, or some layers have more new tokens than others.
-            ClosedError: the batch is closed.
+            ClosedError, SearchEndedError: as from `append`.
         """
         self.check_open()
         ends = self._ends
@@ -246,7 +249,7 @@ class PaddedRows(Handle):
 
         Raises:
             WindowOverflowError: the buffer has no such columns.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
+            ClosedError, SearchEndedError: as from `append`.
         """
         self.check_open()
         tokens = positive_int("tokens", tokens)
@@ -262,7 +265,7 @@ class PaddedRows(Handle):
 
         Raises:
             InvalidArgumentError: fewer were appended to some layer.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
+            ClosedError, SearchEndedError: as from `append`.
         """
         self.check_open()
         tokens = positive_int("tokens", tokens, minimum=0)
@@ -277,22 +280,29 @@ class PaddedRows(Handle):
         return self._ends[self._layer_number(layer)]
 
     def _check_room(self, end: int, tokens: int) -> int:
-        columns, window = self.data.shape[3], self._storage.layout.max_tokens
+        columns = self.data.shape[3]
         if end + tokens <= columns:
             return end + tokens
-        if end + tokens <= window:
-            advice = f"gather with room={end + tokens - self._start}, which the window of {window} allows"
-        elif tokens <= window:
-            advice = (
-                f"the longest row has {self._start} of the window's {window} tokens; commit with an overflow policy "
-                f"of limit={window + 1 - tokens} or less (and step={tokens}, to have that checked), which leaves room "
-                f"for steps of {tokens}"
-            )
-        else:
-            advice = f"the window is {window} tokens"
+        new = end + tokens - self._start  # of each row, in all
         raise WindowOverflowError(
-            f"{tokens} new tokens do not fit: {end} of the batch's {columns} columns are taken; {advice}"
+            f"{tokens} new tokens do not fit: {end} of the batch's {columns} columns are taken; {self._advice(new)}"
         )
+
+    def _advice(self, new: int) -> str:
+        """What would do where rows get `new` tokens, which there is no room for."""
+        longest, window = max(self._gathered), self._storage.layout.max_tokens
+        if new > window:
+            return f"the window is {window} tokens"
+        if longest + new <= window:
+            return f"{self._how_to_get(new)}, which the window of {window} allows"
+        return (
+            f"the longest row has {longest} of the window's {window} tokens; {self._how_to_drop} an overflow policy "
+            f"of limit={window + 1 - new} or less (and step={new}, to have that checked), which leaves room for steps "
+            f"of {new}"
+        )
+
+    def _how_to_get(self, room: int) -> str:
+        return f"gather with room={room}"
 
     # Streams -------------------------------------------------------------------------------------------------------
 
@@ -312,7 +322,7 @@ class PaddedRows(Handle):
         Raises:
             InvalidArgumentError, InvalidTypeError: it is no stream of the batch's device.
             StreamCaptureError: it is being captured into a graph, or a stream that used the batch is.
-            ClosedError: the batch is closed; SearchEndedError: by the end of its search.
+            ClosedError, SearchEndedError: as from `append`.
         """
         self.check_open()
         if stream is not None:

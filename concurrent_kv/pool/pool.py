@@ -636,8 +636,11 @@ def read_from_pool(pool: KVPool, key: Hashable, copied: Callable[[Entry], R]) ->
     return found
 
 
-def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int) -> Part:
-    """As `KVPool.gather`, of rows that are copied together with others'; `rows` that miss where there are no keys."""
+def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int, *, counts: bool = True) -> Part:
+    """As `KVPool.gather`, of rows that are copied together with others'; `rows` that miss where there are no keys.
+
+    `counts`: whether they are requests in the statistics, and no requests that were counted before.
+    """
     deadline = pool._enter(None)
     scope = pool._scope(None)
     generation = scope.generation
@@ -653,8 +656,9 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
             hashes = list(map(hash, keys))
             located = scope.locate(hashes)
             looked_up = located, keys, hashes, {scope: generation}, deadline
-            entries = retain(pool.storage, *looked_up, hold=hold, lower=lower)
-            pool.count_misses(entries.count(None))
+            entries = retain(pool.storage, *looked_up, hold=hold, quiet=not counts, lower=lower)
+            if counts:
+                pool.count_misses(entries.count(None))
             if lower is not None:
                 return _opened_in_both(pool, scope, generation, (hold, lower), entries, deadline, open_part)
         return open_part(pool, scope, generation, hold, entries)

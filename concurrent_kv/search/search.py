@@ -137,8 +137,9 @@ class Search(Handle):
         out: Tensor | None,
         deadline: Deadline,
         opened: Callable[..., B],
+        counts: bool = True,
     ) -> B:
-        """As `gather`, of checked arguments; `opened` makes the batch of what was found."""
+        """As `gather`, of checked arguments; `opened` makes the batch of what was found, which is counted or not."""
         state, new_roots = self._state, list[Entry]()
         ledger = state.ledger
         generation = state.scope.generation
@@ -165,7 +166,7 @@ class Search(Handle):
                 release_both(lower)
             # Only now, as a gather that fails must leave the search as it was.
             with gate.lock, ledger.mutex:
-                state.track(batch)
+                state.track(batch, counts)
             return batch
         except BaseException:
             if lower is not None:
@@ -495,13 +496,18 @@ def storage_of(search: Search) -> KVStorage:
     return search._state.storage
 
 
-def gather_part_of_search(search: Search, keys: Sequence[Hashable] | None, env_ids: Sequence[Hashable]) -> Part:
-    """As `Search.gather`, of rows that are copied together with others'; rows that miss where there are no keys."""
+def gather_part_of_search(
+    search: Search, keys: Sequence[Hashable] | None, env_ids: Sequence[Hashable], *, counts: bool = True
+) -> Part:
+    """As `Search.gather`, of rows that are copied together with others'; rows that miss where there are no keys.
+
+    `counts`: as of `gather_part_of_pool`.
+    """
     state = search._state
     deadline = state.storage.enter(None)
     if keys is not None:
         order, env_ids = search._order == "own_first", search._check_envs(env_ids)
-        return search._gather(check_keys(keys), env_ids, order, None, None, deadline, open_part)
+        return search._gather(check_keys(keys), env_ids, order, None, None, deadline, open_part, counts)
     hold, scope = Hold("batch", []), state.scope
     try:
         with gate.lock, state.ledger.mutex:

@@ -157,8 +157,8 @@ class SearchState(Domain):
         if self.storage.closed:
             super().check_open()
 
-    def track(self, batch: Batch) -> None:
-        """Have an open batch end with the search, unless that has ended, which raises; count its hits and misses.
+    def track(self, batch: Batch, counts: bool) -> None:
+        """Have an open batch end with the search, unless that has ended, which raises; `counts` its hits and misses.
 
         Not earlier: while it was being copied, no end may let its entries go. Counted once, when nothing can time out
         any more: a call that is made again counts once too. Mutex held.
@@ -168,6 +168,8 @@ class SearchState(Domain):
         if len(self.batches) > 64:
             self.batches = [hold for hold in self.batches if not hold.released]
         self.batches.append(batch.hold)
+        if not counts:
+            return
         missing, counters = batch.entries.count(None), self.budget.counters
         counters.hit_count += len(batch.entries) - missing - len(batch.others)
         counters.miss_count += missing
