@@ -15,7 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from concurrent_kv import ClosedError, KeyNotFoundError, KVCacheManager, WaitTimeoutError
+from concurrent_kv import ClosedError, InvalidTypeError, KeyNotFoundError, KVCacheManager, WaitTimeoutError
 from concurrent_kv.aio import AsyncEvaluator
 from concurrent_kv.aio import evaluator as async_module
 from concurrent_kv.evaluation import Evaluator
@@ -79,6 +79,12 @@ def test_tasks_of_a_loop_get_what_their_own_paths_say(manager: KVCacheManager, l
     assert stats.rows == 20 * ENVS
     # Tasks of one loop hand in one after the other, and the last of them calls for all.
     assert stats.calls <= 20 + ENVS
+
+
+def test_what_is_no_evaluator_is_refused_when_the_facade_is_made(manager: KVCacheManager) -> None:
+    wrong: Any = manager
+    with pytest.raises(InvalidTypeError, match=r"got KVCacheManager: AsyncEvaluator\(Evaluator\(manager, model\)\)"):
+        AsyncEvaluator(wrong)
 
 
 def test_tasks_of_two_loops_and_threads_share_calls(manager: KVCacheManager) -> None:

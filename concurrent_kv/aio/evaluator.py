@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from .._checks import check_seconds
 from ..device.cuda import current_streams
-from ..errors import WaitTimeoutError
+from ..errors import InvalidTypeError, WaitTimeoutError
 from ..evaluation.evaluator import Evaluator, walks_of
 from ..evaluation.leaves import Leaf, Walk
 from ..evaluation.queue import LOOK_SECONDS, Group, LeafQueue, Worker
@@ -33,9 +33,12 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     """What an `Evaluator` does, awaited. A task that waits parks no thread.
 
     Args:
-        sync: the evaluator, which threads may use at the same time.
+        sync: the evaluator, which threads may use at the same time; an attribute, too.
         on_loop: whether a task that makes a call does so on its loop's own thread, which others wait for meanwhile; in
             a worker thread otherwise. (Not where the evaluator has a thread of its own: that makes all calls.)
+
+    Raises:
+        InvalidTypeError: `sync` is no `Evaluator`.
     """
 
     _internal = frozenset(("wait", "wait_for_walks"))
@@ -43,6 +46,10 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     instead_of_copy = "share the one object between tasks"
 
     def __init__(self, sync: Evaluator[Inputs, Output], *, on_loop: bool = False) -> None:
+        if not isinstance(sync, Evaluator):
+            raise InvalidTypeError(
+                f"sync must be an Evaluator, got {type(sync).__name__}: AsyncEvaluator(Evaluator(manager, model))"
+            )
         self.sync = sync
         self._on_loop = on_loop
 
