@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -27,6 +27,39 @@ __all__ = ["AsyncEvaluator", "AsyncEvaluatorWorker"]
 Inputs = TypeVar("Inputs")
 Output = TypeVar("Output")
 Result = TypeVar("Result")
+
+
+class _Turn:
+    """Of one event loop: whether a call has been made on its thread since its other tasks had their turn.
+
+    Without it each task that runs a search would make a call in each turn, and no other task had its own in between.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._is_over = True
+
+    async def work(self, sync: Evaluator[Any, Any], group: Group) -> None:
+        """Do what was taken, and let the loop's other tasks have their turn if it was a call."""
+        if not group.rows:
+            sync.work(group)
+            return
+        self._calls += 1
+        self._is_over = False
+        try:
+            sync.work(group)
+            await anyio.lowlevel.checkpoint()
+        finally:
+            self._is_over = True
+
+    async def is_led(self) -> bool:
+        """Whether a task has made a call since this was asked, and looks again; waits until that is known."""
+        calls = self._calls
+        while not self._is_over:
+            if self._calls != calls:
+                return True
+            await anyio.lowlevel.checkpoint()
+        return False
 
 
 class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
@@ -52,6 +85,7 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
             )
         self.sync = sync
         self._on_loop = on_loop
+        self._turns: anyio.lowlevel.RunVar[_Turn] = anyio.lowlevel.RunVar("concurrent_kv turns")
 
     def worker(self) -> AsyncEvaluatorWorker[Inputs, Output]:
         """See `Evaluator.worker`. Never blocks."""
@@ -68,8 +102,8 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     async def run(self, search: Walk[Inputs, Output, Result], *, timeout: float | None = None) -> Result:
         """See `Evaluator.run`. The generator is no coroutine: it yields leaves, and any thread may lead it on.
 
-        With `on_loop=True` the loop's other tasks have their turn after each call. A task that is cancelled leaves at
-        once; the search ends then, or at its next leaf if it runs just now.
+        With `on_loop=True` the loop's other tasks have their turn after each call, however many tasks run searches. A
+        task that is cancelled leaves at once; the search ends then, or at its next leaf if it runs just now.
         """
         return (await self.run_many([search], timeout=timeout))[0]
 
@@ -108,12 +142,11 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                 if run.is_over:
                     await anyio.lowlevel.cancel_shielded_checkpoint()
                     return run.results()
-                if sync.take(group):
+                if self._on_loop and await self._turn_here().is_led():
+                    pass  # who leads looks for all
+                elif sync.take(group):
                     if self._on_loop:
-                        is_call = bool(group.rows)
-                        sync.work(group)
-                        if is_call:
-                            await anyio.lowlevel.checkpoint()
+                        await self._turn_here().work(sync, group)
                     else:
                         await _run_in_worker(sync, group)
                         group = Group(run)
@@ -127,6 +160,15 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
             except BaseException:  # an asynchronous exception has cut it off
                 _leave_run(queue, group, run)
                 raise
+
+    def _turn_here(self) -> _Turn:
+        """That of the current event loop."""
+        try:
+            return self._turns.get()
+        except LookupError:
+            made = _Turn()
+            self._turns.set(made)
+            return made
 
     def stats(self) -> EvaluatorStats:
         """See `Evaluator.stats`."""
