@@ -87,6 +87,22 @@ def test_what_is_no_evaluator_is_refused_when_the_facade_is_made(manager: KVCach
         AsyncEvaluator(wrong)
 
 
+@EACH_LOOP
+def test_leaves_handed_in_during_one_turn_of_a_loop_share_a_call_without_workers(
+    manager: KVCacheManager, loop: str
+) -> None:
+    evaluator = AsyncEvaluator(Evaluator(manager, model, max_wait_seconds=HANG_SECONDS), on_loop=True)
+
+    async def main() -> None:
+        with manager.search([0]) as search:
+            async with anyio.create_task_group() as tasks:
+                for number in range(8):
+                    tasks.start_soon(evaluator.evaluate, leaf(search, "root", number, number))
+
+    run_on(loop, main)
+    assert evaluator.stats().calls == 1
+
+
 def test_tasks_of_two_loops_and_threads_share_calls(manager: KVCacheManager) -> None:
     sync = Evaluator(manager, model, max_wait_seconds=0.05)
     evaluator = AsyncEvaluator(sync)

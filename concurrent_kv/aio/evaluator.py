@@ -92,7 +92,11 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
         return AsyncEvaluatorWorker(self)
 
     async def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
-        """See `Evaluator.evaluate`. A task that is cancelled takes its leaf out, if no call has it yet."""
+        """See `Evaluator.evaluate`. A task that is cancelled takes its leaf out, if no call has it yet.
+
+        With `on_loop=True`, and where no worker is registered, leaves that are handed in during one turn of the loop
+        share a call.
+        """
         return (await self.evaluate_many([leaf], timeout=timeout))[0]
 
     async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
@@ -161,6 +165,13 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                 _leave_run(queue, group, run)
                 raise
 
+    async def _hear_others(self) -> None:
+        """Let tasks that go on in the same turn of the loop hand in theirs, until a turn brings no leaf more."""
+        queue, before = self.sync.queue, -1
+        while before < queue.waiting_rows and queue.seconds_until_due() > 0:
+            before = queue.waiting_rows
+            await anyio.lowlevel.checkpoint()
+
     def _turn_here(self) -> _Turn:
         """That of the current event loop."""
         try:
@@ -195,14 +206,18 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
         try:
             if not ticket.is_over:
                 queue.add(ticket)
+                if self._on_loop:
+                    await self._hear_others()
             while True:
                 event = anyio.Event()  # before it is looked at: who sets it from here on sets this one
                 if ticket.is_over:
-                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                    if not self._on_loop or not ticket.rows:  # else it has had its turn
+                        await anyio.lowlevel.cancel_shielded_checkpoint()
                     return ticket.outputs()
                 if queue.listener is None and queue.take(group):
                     if self._on_loop:
                         sync.work(group)
+                        await anyio.lowlevel.cancel_shielded_checkpoint()
                     else:
                         await _run_in_worker(sync, group)
                         group = Group(ticket)
