@@ -173,7 +173,7 @@ def test_the_tasks_of_a_loop_that_run_walks_make_one_call_a_turn_together(manage
             for again in range(3):  # each begins at a moment of its own
                 for _ in range(number):
                     await anyio.lowlevel.checkpoint()
-                await evaluator.run(chain(search, (number, again), range(8)))
+                await evaluator.run(chain(search, f"{number} {again}", range(8)))
 
         with manager.search([0], entries=300) as search, anyio.CancelScope() as scope:
             async with anyio.create_task_group() as ticking:
