@@ -280,7 +280,6 @@ CASES = [
         "search.close",
         lambda v, opened: opened.close(),
         lambda v: v.open_search(),
-        always_in_worker=True,
         note="an empty one",
     ),
     Case(

@@ -18,7 +18,7 @@ from concurrent_kv.aio.cell import Cell
 from concurrent_kv.errors import WaitTimeoutError
 from concurrent_kv.locks.shards import ShardLocks
 from concurrent_kv.search.state import SearchState
-from tests.async_support import LOOPS, always_in_workers, join_workers, run_on
+from tests.async_support import LOOPS, always_in_workers, join_workers, run_on, shards_held
 from tests.conftest import MakeManager, MakePool
 from tests.flight_support import counted_waiters
 from tests.support import HANG_SECONDS, LOCKS, append, assert_same, config, layout, stacked, tokens
@@ -104,7 +104,7 @@ def test_a_search_waits_in_its_task_for_the_room_of_another(make_manager: MakeMa
                 await anyio.lowlevel.checkpoint()
             assert counts(facade) == (0, 0)
             first.close()
-        assert counts(facade) == (1, 1)  # its opening, and its end
+        assert counts(facade) == (2, 0)  # its opening, and its end
         with manager.search([0]), pytest.raises(CapacityError):
             await facade.search([0], timeout=0.0).__aenter__()
 
@@ -129,8 +129,136 @@ def test_many_evictions_are_made_in_a_worker(make_pool: MakePool, loop: str) -> 
             async with manager.search([0], entries=3):
                 assert counts(manager)[1] == before[1]
             async with manager.search([0], entries=32):
-                assert counts(manager)[1] == before[1] + 2  # the end of the one before, and this
+                assert counts(manager)[1] == before[1] + 1  # this, and not the end of the one before
             many.check_integrity()
+
+    run_on(loop, main)
+
+
+def grown(search: Any, entries: int) -> None:
+    """Children of the root, so many."""
+    for number in range(entries):
+        batch = search.gather(["root"], [0])
+        append(batch, [number])
+        search.commit([number], batch)
+
+
+@on_every_loop
+def test_a_small_search_is_closed_on_its_loops_thread_before_any_other_task_runs(
+    make_manager: MakeManager, loop: str, ends: list[int]
+) -> None:
+    manager = make_manager(wait_timeout=HANG_SECONDS)
+    facade = AsyncKVCacheManager(manager, inline_entries=1)
+
+    async def main() -> None:
+        manager.set_init_cache(0, "root", tokens(1, 2))
+        async with facade.search([0], entries=8, tokens=40) as search:
+            grown(search.sync, 8)  # with the root 9, which is one time eight
+        assert ends == [threading.get_ident()]
+        assert counts(facade) == (2, 0)
+        closing = (await facade.search([0], entries=8, tokens=40).__aenter__()).close()
+        await anyio.lowlevel.checkpoint()
+        steps = closing.__await__()
+        next(steps)  # as far as its first checkpoint
+        assert manager.recur_pool.stats().open_searches == 0
+        closing.close()
+
+    run_on(loop, main)
+
+
+@on_every_loop
+def test_a_search_of_many_entries_or_with_large_batches_is_closed_by_a_worker(
+    make_manager: MakeManager, loop: str, ends: list[int]
+) -> None:
+    manager = make_manager(wait_timeout=HANG_SECONDS)
+    facade = AsyncKVCacheManager(manager, inline_entries=1)
+
+    async def main() -> None:
+        manager.set_init_cache(0, "root", tokens(1, 2))
+        async with facade.search([0], entries=15, tokens=40) as search:
+            grown(search.sync, 15)  # with the root twice eight
+        async with facade.search([0], entries=8, tokens=40) as search:
+            batch = search.sync.gather(["root"] * 15, [0] * 15)
+        assert batch.closed
+        assert counts(facade) == (2, 2)
+        here = threading.get_ident()
+        assert [thread == here for thread in ends] == [True, False] * 2  # there it was seen to be too much
+
+    run_on(loop, main)
+
+
+@on_every_loop
+def test_a_search_whose_shard_is_busy_is_closed_by_a_worker(make_manager: MakeManager, loop: str) -> None:
+    manager = make_manager(wait_timeout=HANG_SECONDS)
+    facade = AsyncKVCacheManager(manager)
+
+    async def main() -> None:
+        search = await facade.search([0], entries=2).__aenter__()
+        with shards_held(manager.recur_pool) as let_go:
+            async with anyio.create_task_group() as group:
+                group.start_soon(search.close)
+                while not counts(facade)[1]:
+                    await anyio.lowlevel.checkpoint()
+                assert not search.closed
+                let_go()
+        assert search.closed
+        assert counts(facade) == (1, 1)
+
+    run_on(loop, main)
+
+
+@on_every_loop
+def test_a_search_is_not_closed_on_a_loop_where_others_left_something_to_be_done(
+    make_manager: MakeManager, loop: str, ends: list[int]
+) -> None:
+    manager = make_manager(wait_timeout=HANG_SECONDS)
+    facade = AsyncKVCacheManager(manager)
+
+    async def main() -> None:
+        async with facade.search([0], entries=2):
+            manager.search([0], entries=2)  # dropped at once
+        assert len(ends) == 2
+        assert threading.get_ident() not in ends
+
+    run_on(loop, main)
+
+
+@on_every_loop
+def test_a_search_that_is_dropped_while_another_is_closed_on_a_loop_is_not_ended_there(
+    make_manager: MakeManager, loop: str, ends: list[int]
+) -> None:
+    manager = make_manager(wait_timeout=HANG_SECONDS)
+    facade = AsyncKVCacheManager(manager)
+
+    async def main() -> None:
+        search = await facade.search([0], entries=2).__aenter__()
+        check_process = manager.storage.check_process
+
+        def and_drop() -> None:
+            manager.storage.check_process = check_process  # type: ignore[method-assign]
+            manager.search([0], entries=2)
+            check_process()
+
+        manager.storage.check_process = and_drop  # type: ignore[method-assign]
+        await search.close()
+        assert len(ends) == 1
+        manager.wm_pool.peek("key")
+        assert len(ends) == 2
+
+    run_on(loop, main)
+
+
+@on_every_loop
+def test_a_search_that_is_over_is_left_without_a_worker(make_manager: MakeManager, loop: str) -> None:
+    manager = make_manager(wait_timeout=HANG_SECONDS)
+    facade = AsyncKVCacheManager(manager, inline_entries=0)
+
+    async def main() -> None:
+        async with facade.search([0], entries=2) as search:
+            before = counts(facade)
+            search.sync.close()
+        await search.close()
+        assert counts(facade) == before
 
     run_on(loop, main)
 

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from concurrent_kv import ClosedError, KeyNotFoundError, KVCacheManager, WaitTimeoutError
+from concurrent_kv import ClosedError, InvalidTypeError, KeyNotFoundError, KVCacheManager, WaitTimeoutError
 from concurrent_kv.aio import AsyncEvaluator
 from concurrent_kv.aio import evaluator as async_module
 from concurrent_kv.evaluation import Evaluator
@@ -79,6 +79,28 @@ def test_tasks_of_a_loop_get_what_their_own_paths_say(manager: KVCacheManager, l
     assert stats.rows == 20 * ENVS
     # Tasks of one loop hand in one after the other, and the last of them calls for all.
     assert stats.calls <= 20 + ENVS
+
+
+def test_what_is_no_evaluator_is_refused_when_the_facade_is_made(manager: KVCacheManager) -> None:
+    wrong: Any = manager
+    with pytest.raises(InvalidTypeError, match=r"got KVCacheManager: AsyncEvaluator\(Evaluator\(manager, model\)\)"):
+        AsyncEvaluator(wrong)
+
+
+@EACH_LOOP
+def test_leaves_handed_in_during_one_turn_of_a_loop_share_a_call_without_workers(
+    manager: KVCacheManager, loop: str
+) -> None:
+    evaluator = AsyncEvaluator(Evaluator(manager, model, max_wait_seconds=HANG_SECONDS), on_loop=True)
+
+    async def main() -> None:
+        with manager.search([0]) as search:
+            async with anyio.create_task_group() as tasks:
+                for number in range(8):
+                    tasks.start_soon(evaluator.evaluate, leaf(search, "root", number, number))
+
+    run_on(loop, main)
+    assert evaluator.stats().calls == 1
 
 
 def test_tasks_of_two_loops_and_threads_share_calls(manager: KVCacheManager) -> None:

@@ -158,6 +158,37 @@ def test_the_other_tasks_of_a_loop_have_their_turn_after_each_call(manager: KVCa
 
 
 @EACH_LOOP
+def test_the_tasks_of_a_loop_that_run_walks_make_one_call_a_turn_together(manager: KVCacheManager, loop: str) -> None:
+    gated = Gated(held=-1)
+    evaluator = AsyncEvaluator(Evaluator(manager, gated), on_loop=True)
+    turns: list[int] = []
+
+    async def main() -> None:
+        async def ticks() -> None:
+            while True:
+                turns.append(len(gated.rows))
+                await anyio.lowlevel.checkpoint()
+
+        async def runs(number: int) -> None:
+            for again in range(3):  # each begins at a moment of its own
+                for _ in range(number):
+                    await anyio.lowlevel.checkpoint()
+                await evaluator.run(chain(search, f"{number} {again}", range(8)))
+
+        with manager.search([0], entries=300) as search, anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as ticking:
+                ticking.start_soon(ticks)
+                async with anyio.create_task_group() as tasks:
+                    for number in range(8):
+                        tasks.start_soon(runs, number)
+                scope.cancel()
+
+    run_on(loop, main)
+    assert sum(gated.rows) == 8 * 3 * 8
+    assert all(after - before <= 2 for before, after in pairwise(turns)), turns  # as above
+
+
+@EACH_LOOP
 @ON_LOOP
 def test_a_cancelled_task_closes_its_walks_at_once_and_no_other_waits_for_them(
     manager: KVCacheManager, loop: str, on_loop: bool

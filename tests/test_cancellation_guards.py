@@ -197,7 +197,7 @@ def whether_it_is_closed_that_a_cancelled_task_left(kind: str, loop: str) -> obj
 
 
 def ending_like_any_operation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Offload, "to_the_end", Offload.in_worker)
+    patch.setattr(Offload, "to_the_end", lambda self, operation, *on_loop: self.in_worker(operation))
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -232,7 +232,7 @@ def how_asyncios_cancel_finds_an_end_that_waits(kind: str) -> object:
 
 
 def ending_under_a_shield_alone(patch: pytest.MonkeyPatch) -> None:
-    async def shielded(self: Offload, operation: Callable[[], object]) -> None:
+    async def shielded(self: Offload, operation: Callable[[], object], *on_loop: object) -> None:
         with anyio.CancelScope(shield=True):
             await self.in_worker_whole(operation)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import pathlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 import concurrent_kv
-from concurrent_kv import KVCacheManager, Search
+from concurrent_kv import AsyncKVCacheManager, AsyncSearch, KVCacheManager, Search
+from concurrent_kv.aio import offload
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.search.state import SearchState
+from tests.async_support import run_on
 from tests.interrupting import cut_at
 from tests.support import append, slots_in_use, tokens
 
@@ -91,6 +94,32 @@ def test_a_search_whose_close_was_cut_off_anywhere_gives_its_reservation_back_on
                 break
     assert number > 50
     assert reserved(manager) == (0, 0)
+
+
+def test_a_search_whose_close_was_cut_off_anywhere_on_its_loops_thread_is_ended_by_the_next_operation(
+    manager: KVCacheManager,
+) -> None:
+    facade = AsyncKVCacheManager(manager)
+    files = PACKAGE | {str(offload.__file__)}
+
+    async def opened() -> AsyncSearch:
+        return await facade.search([0], entries=ENTRIES, tokens=TOKENS).__aenter__()
+
+    with manager.search([1], entries=ENTRIES, tokens=TOKENS):
+        for number in range(1, MOST_PLACES):
+            manager.set_init_cache(0, "root", tokens(1, 3))
+            search = run_on("asyncio", opened)
+            batch = search.sync.gather(["root"], [0])
+            cut = cut_at(number, partial(run_on, "asyncio", search.close), files)
+            del search, batch
+            settle(manager)
+            assert reserved(manager) == ROOM_OF_ONE
+            manager.repair()
+            assert manager.check_integrity().handles == 1
+            if not cut:
+                break
+    assert number > 50
+    assert facade.offload_stats().worker_count == 0
 
 
 @pytest.mark.parametrize("mend", [KVCacheManager.bump_version, KVCacheManager.repair])

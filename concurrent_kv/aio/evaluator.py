@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from .._checks import check_seconds
 from ..device.cuda import current_streams
-from ..errors import WaitTimeoutError
+from ..errors import InvalidTypeError, WaitTimeoutError
 from ..evaluation.evaluator import Evaluator, walks_of
 from ..evaluation.leaves import Leaf, Walk
 from ..evaluation.queue import LOOK_SECONDS, Group, LeafQueue, Worker
@@ -29,13 +29,49 @@ Output = TypeVar("Output")
 Result = TypeVar("Result")
 
 
+class _Turn:
+    """Of one event loop: whether a call has been made on its thread since its other tasks had their turn.
+
+    Without it each task that runs a search would make a call in each turn, and no other task had its own in between.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._is_over = True
+
+    async def work(self, sync: Evaluator[Any, Any], group: Group) -> None:
+        """Do what was taken, and let the loop's other tasks have their turn if it was a call."""
+        if not group.rows:
+            sync.work(group)
+            return
+        self._calls += 1
+        self._is_over = False
+        try:
+            sync.work(group)
+            await anyio.lowlevel.checkpoint()
+        finally:
+            self._is_over = True
+
+    async def is_led(self) -> bool:
+        """Whether a task has made a call since this was asked, and looks again; waits until that is known."""
+        calls = self._calls
+        while not self._is_over:
+            if self._calls != calls:
+                return True
+            await anyio.lowlevel.checkpoint()
+        return False
+
+
 class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     """What an `Evaluator` does, awaited. A task that waits parks no thread.
 
     Args:
-        sync: the evaluator, which threads may use at the same time.
+        sync: the evaluator, which threads may use at the same time; an attribute, too.
         on_loop: whether a task that makes a call does so on its loop's own thread, which others wait for meanwhile; in
             a worker thread otherwise. (Not where the evaluator has a thread of its own: that makes all calls.)
+
+    Raises:
+        InvalidTypeError: `sync` is no `Evaluator`.
     """
 
     _internal = frozenset(("wait", "wait_for_walks"))
@@ -43,15 +79,24 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     instead_of_copy = "share the one object between tasks"
 
     def __init__(self, sync: Evaluator[Inputs, Output], *, on_loop: bool = False) -> None:
+        if not isinstance(sync, Evaluator):
+            raise InvalidTypeError(
+                f"sync must be an Evaluator, got {type(sync).__name__}: AsyncEvaluator(Evaluator(manager, model))"
+            )
         self.sync = sync
         self._on_loop = on_loop
+        self._turns: anyio.lowlevel.RunVar[_Turn] = anyio.lowlevel.RunVar("concurrent_kv turns")
 
     def worker(self) -> AsyncEvaluatorWorker[Inputs, Output]:
         """See `Evaluator.worker`. Never blocks."""
         return AsyncEvaluatorWorker(self)
 
     async def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
-        """See `Evaluator.evaluate`. A task that is cancelled takes its leaf out, if no call has it yet."""
+        """See `Evaluator.evaluate`. A task that is cancelled takes its leaf out, if no call has it yet.
+
+        With `on_loop=True`, and where no worker is registered, leaves that are handed in during one turn of the loop
+        share a call.
+        """
         return (await self.evaluate_many([leaf], timeout=timeout))[0]
 
     async def evaluate_many(self, leaves: Sequence[Leaf[Inputs]], *, timeout: float | None = None) -> list[Output]:
@@ -61,8 +106,8 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
     async def run(self, search: Walk[Inputs, Output, Result], *, timeout: float | None = None) -> Result:
         """See `Evaluator.run`. The generator is no coroutine: it yields leaves, and any thread may lead it on.
 
-        With `on_loop=True` the loop's other tasks have their turn after each call. A task that is cancelled leaves at
-        once; the search ends then, or at its next leaf if it runs just now.
+        With `on_loop=True` the loop's other tasks have their turn after each call, however many tasks run searches. A
+        task that is cancelled leaves at once; the search ends then, or at its next leaf if it runs just now.
         """
         return (await self.run_many([search], timeout=timeout))[0]
 
@@ -101,12 +146,11 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                 if run.is_over:
                     await anyio.lowlevel.cancel_shielded_checkpoint()
                     return run.results()
-                if sync.take(group):
+                if self._on_loop and await self._turn_here().is_led():
+                    pass  # who leads looks for all
+                elif sync.take(group):
                     if self._on_loop:
-                        is_call = bool(group.rows)
-                        sync.work(group)
-                        if is_call:
-                            await anyio.lowlevel.checkpoint()
+                        await self._turn_here().work(sync, group)
                     else:
                         await _run_in_worker(sync, group)
                         group = Group(run)
@@ -120,6 +164,22 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
             except BaseException:  # an asynchronous exception has cut it off
                 _leave_run(queue, group, run)
                 raise
+
+    async def _hear_others(self) -> None:
+        """Let tasks that go on in the same turn of the loop hand in theirs, until a turn brings no leaf more."""
+        queue, before = self.sync.queue, -1
+        while before < queue.waiting_rows and queue.seconds_until_due() > 0:
+            before = queue.waiting_rows
+            await anyio.lowlevel.checkpoint()
+
+    def _turn_here(self) -> _Turn:
+        """That of the current event loop."""
+        try:
+            return self._turns.get()
+        except LookupError:
+            made = _Turn()
+            self._turns.set(made)
+            return made
 
     def stats(self) -> EvaluatorStats:
         """See `Evaluator.stats`."""
@@ -146,14 +206,18 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
         try:
             if not ticket.is_over:
                 queue.add(ticket)
+                if self._on_loop:
+                    await self._hear_others()
             while True:
                 event = anyio.Event()  # before it is looked at: who sets it from here on sets this one
                 if ticket.is_over:
-                    await anyio.lowlevel.cancel_shielded_checkpoint()
+                    if not self._on_loop or not ticket.rows:  # else it has had its turn
+                        await anyio.lowlevel.cancel_shielded_checkpoint()
                     return ticket.outputs()
                 if queue.listener is None and queue.take(group):
                     if self._on_loop:
                         sync.work(group)
+                        await anyio.lowlevel.cancel_shielded_checkpoint()
                     else:
                         await _run_in_worker(sync, group)
                         group = Group(ticket)

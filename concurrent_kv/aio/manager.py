@@ -38,6 +38,10 @@ class AsyncKVCacheManager(NeverCopied):
         manager: the manager to share; made of `config`, `env_num` and `settings` if left out.
         config, env_num, settings: see `KVCacheManager`.
         inline_wait_seconds, inline_bytes, inline_entries, max_workers: see `AsyncKVPool`.
+
+    Attributes:
+        sync: the manager itself, for threads, and for an `Evaluator`.
+        init_pools, recur_pool, wm_pool: facades of its pools, each with the pool itself as its `sync`.
     """
 
     instead_of_copy = "one serves any number of tasks and loops; or make another around the same manager"

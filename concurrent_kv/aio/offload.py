@@ -250,11 +250,24 @@ class Offload:
         seconds = None if timeout is None else check_seconds("timeout", timeout)
         return await self._in_worker(operation, None, seconds=seconds, revocable=False)
 
-    async def to_the_end(self, operation: Callable[[], object]) -> None:
+    async def to_the_end(
+        self,
+        operation: Callable[[], object],
+        on_loop: Callable[[float], object] | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Run `operation()`, which can be called twice, in a worker thread to its end, however the task is cancelled.
 
         A cancellation of any kind is raised when it is over.
+
+        Args:
+            on_loop: the same, for the loop's own thread, given how long it may wait for a lock there. Where that, or
+                the work, is more than a loop has time for, it raises `WaitTimeoutError`, and has done nothing.
+            timeout: seconds that the operation may wait in all.
         """
+        if on_loop is not None and self._ends_on_loop(on_loop, timeout):
+            await anyio.lowlevel.cancel_shielded_checkpoint()
+            return
         cancelled: list[BaseException] = []
         failed: list[Exception] = []
         ended = anyio.Event()
@@ -290,6 +303,22 @@ class Offload:
             raise cancelled.pop() from (failed.pop() if failed else None)
         if failed:
             raise failed.pop()
+
+    def _ends_on_loop(self, on_loop: Callable[[float], object], timeout: float | None) -> bool:
+        """Whether `on_loop(seconds)`, called here and now, has ended what it is to end."""
+        # As in `_attempts`: for what a caller dropped unclosed a loop has no time.
+        if not self._is_small(0) or self.storage.ledger.abandoned:
+            return False
+        seconds = self.inline_wait_seconds if timeout is None else min(timeout, self.inline_wait_seconds)
+        before = caller.set(self._on_loop)
+        try:
+            on_loop(seconds)
+        except WaitTimeoutError:
+            return False
+        finally:
+            caller.reset(before)
+        self._inline_counts[get_ident()] += 1
+        return True
 
     async def _in_worker(
         self,

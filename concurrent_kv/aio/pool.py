@@ -60,6 +60,9 @@ class AsyncKVPool(NeverCopied):
         inline_entries: the most entries that an operation there looks up, stores or removes.
         max_workers: worker threads of each event loop for operations, and as many for sync computations (those that
             wait for another computation do not count).
+
+    Attributes:
+        sync: the pool itself, for threads, and for a `Leaf`.
     """
 
     instead_of_copy = "one serves any number of tasks and loops; or make another around the same pool"

@@ -41,6 +41,8 @@ __all__ = ["LookupOrder", "Search", "gather_part_of_search", "storage_of"]
 
 LookupOrder = Literal["own_first", "init_first"]
 
+CLOSED = "the search was closed; open another with manager.search()"  # why it has ended
+
 
 B = TypeVar("B", bound=Batch)
 
@@ -65,7 +67,7 @@ class Search(Handle):
         env_ids: the environments it is for.
     """
 
-    _internal = frozenset(("abandon",))
+    _internal = frozenset(("abandon", "close_on_loop", "is_over"))
 
     instead_of_copy = "share the one object between threads, or open another with manager.search()"
 
@@ -451,6 +453,11 @@ class Search(Handle):
         """Whether it was closed, or ended from outside."""
         return self._state.scope.ended is not None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and nothing of it is left. Never blocks."""
+        return self._state.finished
+
     def close(self, *, timeout: float | None = None) -> None:
         """Release every entry, root, open batch and reservation. May block; nothing happens the second time.
 
@@ -462,8 +469,23 @@ class Search(Handle):
         if gate.is_inside:
             self.abandon()
             return
-        storage = state.storage
-        state.end("the search was closed; open another with manager.search()", storage.enter_quietly(timeout))
+        state.end(CLOSED, state.storage.enter_quietly(timeout))
+
+    def close_on_loop(self, seconds: float) -> None:
+        """As `close`, for a task, on its event loop's own thread; what others left is not done first, as there.
+
+        Raises:
+            WaitTimeoutError: the search's shard was not free in `seconds`, or there is more to let go of than a loop
+                has time for: nothing has happened, and it is a worker's to close it.
+        """
+        state = self._state
+        if state.finished:
+            return
+        if gate.is_inside:
+            self.abandon()
+            return
+        state.storage.check_process()
+        state.end(CLOSED, Deadline(seconds))
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
         checked = check_env_ids(env_ids)

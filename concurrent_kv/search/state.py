@@ -55,6 +55,7 @@ __all__ = ["RootKey", "SearchState"]
 _SEEN = attrgetter("key", "length", "side", "priority", "key_hash", "correction")
 NO_ENTRIES: frozenset[Entry] = frozenset()
 NO_SLOTS: SlotArray = np.empty(0, dtype=np.int64)
+ENTRIES_PER_STEP = 8  # that an end lets go of in the time in which a write stores one
 
 RootKey = tuple[Hashable, Hashable]  # (env_id, key)
 
@@ -180,9 +181,15 @@ class SearchState(Domain):
         """Release everything, and give what was reserved back. What a failed attempt left is done by the next.
 
         What operations under way still use goes with the last of them.
+
+        Raises:
+            WaitTimeoutError: the scope's shard was not free in time, or, on an event loop's own thread, there is more
+                to let go of than it has time for; nothing has happened.
         """
         ledger = self.ledger
         with gate.lock, self.locks.write(self.scope.shards, deadline):
+            if deadline.on_loop:  # before anything takes effect
+                deadline.step(self.name, self._entries_held() // ENTRIES_PER_STEP)
             # From here on no batch is opened, no child published and no root adopted.
             if self.scope.ended is None:
                 self.scope.ended = reason
@@ -203,6 +210,12 @@ class SearchState(Domain):
         wake(waiters)
         self.buffers.leave()
         del roots, below, dead, taken, going, cells
+
+    def _entries_held(self) -> int:
+        """Entries that its end lets go of, those of open batches too. The scope's shard held."""
+        with gate.lock, self.ledger.mutex:
+            in_batches = sum([len(hold.entries) for hold in self.batches])
+        return len(self.own) + len(self.roots) + len(self.roots_below) + in_batches
 
     def _end_below(self) -> list[Entry]:
         """Let go of the roots in the tier; returns what may die. The scope's shard held."""
