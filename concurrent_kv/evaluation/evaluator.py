@@ -39,10 +39,11 @@ Result = TypeVar("Result")
 class Evaluator(Handle, Generic[Inputs, Output]):
     """Gathers the leaves that threads and tasks hand in, calls the model once for all of them, and stores the children.
 
-    A call begins when `max_rows` leaves wait, or all registered workers do (`worker()`), or the first leaf has waited
-    for `max_wait_seconds`; at once, where no worker is registered. It is made by the caller who came last or, with
-    `own_thread`, by a thread of the evaluator's. What fails is heard by whom it concerns: a leaf without its parent, or
-    of a search that has ended, by its own caller; what the model raises by all callers of that call.
+    A call begins when `max_rows` leaves wait, or every search that runs (`run`) and every registered worker
+    (`worker()`) waits with one, or the first leaf has waited for `max_wait_seconds`; where there is neither, at once.
+    It is made by the caller who came last or, with `own_thread`, by a thread of the evaluator's. What fails is heard by
+    whom it concerns: a leaf without its parent, or of a search that has ended, by its own caller; what the model raises
+    by all callers of that call.
 
     What a leaf's outputs are does not depend on who shares its call, but for how the model rounds in batches of
     different sizes; with `max_rows=1` not at all. A call in which the model appends more than there is room for is made

@@ -214,7 +214,7 @@ class SearchState(Domain):
     def _entries_held(self) -> int:
         """Entries that its end lets go of, those of open batches too. The scope's shard held."""
         with gate.lock, self.ledger.mutex:
-            in_batches = sum([len(hold.entries) for hold in self.batches])
+            in_batches = _entries_in(self.batches)
         return len(self.own) + len(self.roots) + len(self.roots_below) + in_batches
 
     def _end_below(self) -> list[Entry]:
@@ -645,3 +645,7 @@ def _stand_ins_of(origins: list[Entry]) -> list[Entry]:
         entry.scope, entry.generation = origin.scope, origin.generation
         entry.written = entry.ticks = origin.written
     return made
+
+
+def _entries_in(holds: list[Hold]) -> int:
+    return sum([len(hold.entries) for hold in holds])
