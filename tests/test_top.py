@@ -194,6 +194,7 @@ def test_in_process_it_needs_no_endpoint(job: Job) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no such terminals")
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("how", "code"), [("q", 0), ("ctrl-c", 130)])
 def test_a_key_and_ctrl_c_end_it_and_leave_the_terminal_as_it_was(job: Job, how: str, code: int) -> None:
     import termios
