@@ -40,7 +40,7 @@ HARMLESS = {
         "allocation", "allocation_for", "init_pools", "keys_values_wm_list", "keys_values_wm_size_list", "plan",
         "version",
     },
-    "Search": {"closed", "held", "abandon", "tokens_in_use", "__len__"},
+    "Search": {"closed", "held", "is_over", "abandon", "tokens_in_use", "__len__"},
     # Views of a buffer that a fork copies (on a CPU), and what is known of its rows.
     "Batch": {
         "abandon", "batch_size", "check_committable", "closed", "end", "gathered", "gathered_by", "hits", "keys",

@@ -238,16 +238,18 @@ class PagedSlots:
             with gate.lock, self._lock:
                 uses, frames = self._uses, self._frames_in(slots)
                 chosen = self._choose(int(np.count_nonzero(frames == 0)), frames)
-                leaving = self._leaving(chosen)
+                leaving, of_slots = self._leaving(chosen), self._slot_of[chosen]
                 copy = self._new_copy(np.concatenate([frames, chosen]))
-                if not leaving.any():
+                if not leaving.any() and (not uses or not of_slots.any()):
                     return self._assign(slots, frames, chosen), copy
-                of_slots, counts = self._slot_of[chosen], self._store_counts[chosen]
+                counts = self._store_counts[chosen]
             try:
                 # Others may read what is paged out meanwhile, and store into what nothing named when it was chosen.
+                # The device may be at what nothing names, too: only slots have ticks that the next stream waits for.
                 if not self._clock.synchronize(uses, self._seconds):
                     raise WaitTimeoutError(f"the device still used the tier's memory after {self._seconds:g} s")
-                file.write(of_slots[leaving], _as_records(host.read(chosen[leaving])))
+                if leaving.any():
+                    file.write(of_slots[leaving], _as_records(host.read(chosen[leaving])))
             except BaseException:
                 copy.frames = NO_FRAMES
                 raise

@@ -64,6 +64,7 @@ OF_OTHERS = {
     ("queue.py", "join"),
     ("prometheus.py", "join"),
     ("writing.py", "join"),  # of paths, in snapshots
+    ("trees.py", "settle"),
     ("cache.py", "use_here"),  # for models of transformers, which are not here
 }  # other things of the same names, and what no program can do
 

@@ -139,6 +139,16 @@ TIER_GPU_PROGRAMS = [
     ),
     disk_program("up from the file and from memory", several(get(A, 1), get(B, 2)), before=below(A, B), **TWO),
     disk_program("part of it in the file", several(put(C, 40, 2), get(B, 1), get(A, 3)), before=family, **TWO),
+    disk_program(
+        "read in memory, popped, its memory used again",
+        several(get(A, 3, pop=True), put(C, 40, 1), get(B, 2)),
+        before=stored(A, B),
+    ),
+    disk_program(
+        "down, popped, its memory used again",
+        several(put(B, 30, 1), get(A, 2, pop=True), put(C, 40, 3), get(B, 3)),
+        before=stored(A),
+    ),
     disk_program("paged out|get", put(C, 40, 1), get(A, 2), before=stored(A, B)),
     disk_program("paged out|paged out", put(C, 40, 1), put(D, 50, 2), before=stored(A, B)),
     disk_program("not pinned", several(put(C, 40, 2), get(A, 1), get(B, 3)), before=stored(A, B), pinned=False),
