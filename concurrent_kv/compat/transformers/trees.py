@@ -224,7 +224,7 @@ class TextTrees(Handle):
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
     """
 
-    _internal = frozenset(("decoded", "encoded", "next_key", "opened", "prefilled"))
+    _internal = frozenset(("decoded", "encoded", "keep_text", "next_key", "opened", "prefilled"))
 
     instead_of_copy = "share the one object between threads and tasks"
 
@@ -383,7 +383,7 @@ class TextTrees(Handle):
             store.close()
             before = write
 
-    def promote(self, store: TextStore, node: TextNode, name: Hashable) -> None:
+    def keep_text(self, store: TextStore, node: TextNode, name: Hashable) -> None:
         """Keep a node's text when its tree is closed; see `TextTree.promote`. May block."""
         key, full = _promoted(name), store.full
         assert isinstance(full, Search)
@@ -829,7 +829,7 @@ class TextTree(Handle):
         self._check_not_passed(node)
         if node.key is NO_PARENT:
             raise InvalidArgumentError(f"node must have more than one token to be promoted, got {node!r}")
-        self.trees.promote(self._store, node, name)
+        self.trees.keep_text(self._store, node, name)
 
     def _check_not_passed(self, node: TextNode) -> None:
         if node.is_passed:
