@@ -21,11 +21,13 @@ import pytest
 import torch
 
 from concurrent_kv import (
+    AsyncKVCacheManager,
     AsyncKVPool,
     DiskTier,
     HostTier,
     InvalidArgumentError,
     InvalidTypeError,
+    KVCacheManager,
     KVLayout,
     KVPool,
     TierStats,
@@ -38,7 +40,7 @@ from concurrent_kv.device.streams import StreamClock
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.errors import ClosedError
 from concurrent_kv.pool.tier import Tier
-from tests.support import HANG_SECONDS, LAYOUT, WINDOW, append, assert_same, packed, row_of, tokens
+from tests.support import HANG_SECONDS, LAYOUT, WINDOW, append, assert_same, config, packed, row_of, tokens
 from tests.threading_support import Background, Gate
 
 BYTES = LAYOUT.bytes_per_entry
@@ -316,6 +318,19 @@ def test_tokens_of_slots_that_nothing_names_are_not_paged_out(tmp_path: Path) ->
     made.check(2, SECOND)
 
 
+def test_memory_that_nothing_names_goes_first(tmp_path: Path) -> None:
+    made = Slots(tmp_path)
+    made.store(1, HALVES[0])
+    made.store(2, HALVES[1])
+    assert made.slots.may_block_to_store(1)
+    made.named -= {*HALVES[1]}
+    assert not made.slots.may_block_to_store(HALF)
+    made.store(3, HALVES[2])
+    assert made.slots.written_count == 0
+    made.check(1, HALVES[0])
+    made.check(3, HALVES[2])
+
+
 def test_a_thread_that_was_cut_off_between_the_two_arrays_leaves_a_free_frame(tmp_path: Path) -> None:
     made = Slots(tmp_path)
     made.store(1, FIRST)
@@ -383,6 +398,36 @@ def test_what_would_be_paged_out_is_by_a_worker(pool: KVPool) -> None:
     assert pool.stats().eviction_count == 3
 
 
+def test_a_search_reads_its_roots_from_the_file_in_a_worker_each_time(tmp_path: Path) -> None:
+    tier = HostTier(BYTES, behind=DiskTier(tmp_path, 64 * BYTES))
+    manager = KVCacheManager(config(), env_num=1, init_entries=1, tier=tier)
+    for number in range(4):
+        manager.set_init_cache(0, number, tokens(number, WINDOW - 1))
+    threads: list[int] = []
+    original = SlotFile.read
+
+    def read(self: SlotFile, *arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return original(self, *arguments)
+
+    async def main() -> None:
+        facade = AsyncKVCacheManager(manager)
+        async with facade.search([0]) as search:
+            for _ in range(3):
+                batch = await search.gather([0], [0])
+                assert_same(row_of(batch, 0), tokens(0, WINDOW - 1))
+                batch.close()
+            await search.promote(0, 0, as_key="again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotFile, "read", read)
+        asyncio.run(main())
+    assert len(threads) >= 4
+    assert threading.get_ident() not in threads
+    manager.check_integrity()
+    manager.close()
+
+
 # The disk ------------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +463,7 @@ def test_a_disk_that_cannot_be_read_is_an_error_and_the_entry_stays(
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
             pool.gather(["a", "b"])
         assert_same(pool.get("b"), tokens(1, WINDOW))
+        assert counts(pool) == (WINDOW, 0)
     assert_same(pool.get("a"), tokens(0, WINDOW))
     pool.check_integrity()
 
@@ -451,6 +497,21 @@ def test_the_file_has_no_name_and_goes_with_its_pool(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == open_before
     with pytest.raises(ClosedError):
         pool.get(0)
+
+
+def test_what_a_forked_child_has_of_a_closed_file_takes_no_room(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path)
+    childs = os.dup(slots_of(pool)._file._descriptor)
+    assert os.fstat(childs).st_blocks * 512 >= 64 * BYTES  # taken from the first
+    pool.close()
+    assert os.fstat(childs).st_size == 0
+    os.close(childs)
+
+
+def test_a_disk_without_room_for_the_file_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", fails(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"No space left on device: a tier's file of .* bytes"):
+        make_pool(tmp_path)
 
 
 def test_a_read_under_way_has_its_file_until_it_is_done(pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,13 +589,17 @@ def test_arguments_that_cannot_work_are_named(tmp_path: Path) -> None:
         HostTier(100, behind=DiskTier(tmp_path, 100))
     with pytest.raises(InvalidArgumentError, match=r"path must be a folder that can be written to, got '.*nowhere'"):
         KVPool(LAYOUT, 1, tier=HostTier(BYTES, behind=DiskTier(tmp_path / "nowhere", 2 * BYTES)))
+    with pytest.raises(InvalidArgumentError, match=r"max_bytes of a tier must be at most [\d,]+, .* got room for"):
+        KVPool(LAYOUT, 1, tier=HostTier(BYTES, behind=DiskTier(tmp_path, 1 << 80)))
+    with pytest.raises(InvalidTypeError, match=r"tier must be a HostTier or None, got DiskTier; HostTier"):
+        KVPool(LAYOUT, 1, tier=DiskTier(tmp_path, 2 * BYTES))  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="room for one window"):
         KVPool(LAYOUT, 1, tier=HostTier(BYTES - 1, behind=DiskTier(tmp_path, 2 * BYTES)))
 
 
-def test_allocation_says_how_long_the_file_grows(tmp_path: Path) -> None:
+def test_allocation_says_how_long_the_file_is(tmp_path: Path) -> None:
     tier = HostTier(BYTES, behind=DiskTier(tmp_path, 10 * BYTES + 5))
     found = KVPool.allocation_for(LAYOUT, 1, tier=tier)
     assert found.disk_bytes == 10 * BYTES
-    assert f"behind it: a file of {10 * BYTES:,} bytes at most" in str(found)
+    assert f"behind it: a file of {10 * BYTES:,} bytes" in str(found)
     assert KVPool.allocation_for(LAYOUT, 1, tier=HostTier(BYTES)).disk_bytes == 0

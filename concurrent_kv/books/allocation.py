@@ -57,7 +57,7 @@ class Allocation:
             there already, as that pool allocates none.
         bytes_per_slot: bytes of one slot: keys and values of one token over all layers.
         tier_bytes: bytes of host memory of the tier beneath; 0 without one.
-        disk_bytes: bytes that the file behind it grows to at most; 0 without one.
+        disk_bytes: bytes that the file behind it takes; 0 without one.
         search_tokens: slots that a search over all environments reserves if its `tokens` is left out; None for a pool.
     """
 
@@ -89,7 +89,7 @@ class Allocation:
         if self.tier_bytes:
             lines.append(f"tier: {self.tier_bytes:,} bytes of host memory")
         if self.disk_bytes:
-            lines.append(f"behind it: a file of {self.disk_bytes:,} bytes at most")
+            lines.append(f"behind it: a file of {self.disk_bytes:,} bytes")
         if self.search_tokens is not None:
             lines.append(f"a search over all environments: {self.search_tokens:,} slots, if its tokens is left out")
         return "\n".join(lines)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import ClosedError, WaitTimeoutError
+from ..errors import ClosedError
 from ..locks.gate import gate
 from .host_slots import HostSlots
 from .layout import KVLayout
@@ -99,7 +99,7 @@ class PagedSlots:
         self._frame_of: SlotArray = np.zeros(num_slots + 1, dtype=np.int64)
         self._slot_of: SlotArray = np.zeros(num_frames + 1, dtype=np.int64)
         self._was_read: Bools = np.zeros(num_frames + 1, dtype=np.bool_)  # since the hand came by
-        self._store_counts: SlotArray = np.zeros(num_frames + 1, dtype=np.int64)
+        self._copy_counts: SlotArray = np.zeros(num_frames + 1, dtype=np.int64)  # that began, into it or from it
         self._hand = 0  # frames up to here have been looked at, in this turn
         self._copies: list[ref[_Copy]] = []
         self._uses: Ticks = NO_TICKS  # of the device, of any frames
@@ -120,8 +120,10 @@ class PagedSlots:
         self.__dict__.pop("_file", None)
 
     def may_block_to_store(self, count: int) -> bool:
-        """Whether storing so many slots may write to the file. Takes no lock."""
-        return self.num_frames - int(np.count_nonzero(self._slot_of)) < count
+        """Whether storing so many slots may write to the file. May take the tier's mutex."""
+        begin = self._hand + 1
+        ahead = np.arange(begin, min(begin + max(2 * count, FRAMES_LOOKED_AT), self.num_frames + 1), dtype=np.int64)
+        return int(np.count_nonzero(~self._leaving(ahead))) < count
 
     def may_block_to_load(self, slots: SlotArray) -> bool:
         """Whether some slots are read from the file. Takes no lock."""
@@ -134,7 +136,7 @@ class PagedSlots:
 
         Raises:
             OSError: the disk is full, or fails; what the slots hold then is not known.
-            WaitTimeoutError: the device still used the frames after `seconds`.
+            TimeoutError: the device still used the frames after `seconds`.
         """
         file, host = self._file, self._host
         frames, copy = self._frames_for(slots, file, host)
@@ -188,6 +190,8 @@ class PagedSlots:
             return host.load(frames)
         layout, here, absent = self.layout, np.flatnonzero(frames), np.flatnonzero(frames == 0)
         records = file.read(slots[absent])
+        with gate.lock, self._lock:
+            self.read_count += len(absent)
         with plain_torch_state():
             shape = (len(absent), 2 * layout.num_layers, layout.num_heads, layout.head_dim)
             tokens = torch.from_numpy(records).view(layout.dtype).view(shape).to(layout.device)
@@ -229,7 +233,7 @@ class PagedSlots:
             frames = self._frames_in(slots)
             copy = self._new_copy(frames)
             self._was_read[copy.frames] = True
-            self.read_count += len(slots) - len(copy.frames)
+            self._copy_counts[copy.frames] += 1
         return frames, copy
 
     def _frames_for(self, slots: SlotArray, file: SlotFile, host: HostSlots) -> tuple[SlotArray, _Copy]:
@@ -242,12 +246,13 @@ class PagedSlots:
                 copy = self._new_copy(np.concatenate([frames, chosen]))
                 if not leaving.any() and (not uses or not of_slots.any()):
                     return self._assign(slots, frames, chosen), copy
-                counts = self._store_counts[chosen]
+                counts = self._copy_counts[chosen]
             try:
-                # Others may read what is paged out meanwhile, and store into what nothing named when it was chosen.
+                # Others may read what is paged out meanwhile, and store into what nothing named when it was chosen:
+                # their copies may be over for the host by the second look, and not for the device.
                 # The device may be at what nothing names, too: only slots have ticks that the next stream waits for.
                 if not self._clock.synchronize(uses, self._seconds):
-                    raise WaitTimeoutError(f"the device still used the tier's memory after {self._seconds:g} s")
+                    raise TimeoutError(f"the device still used the tier's memory after {self._seconds:g} s")
                 if leaving.any():
                     file.write(of_slots[leaving], _as_records(host.read(chosen[leaving])))
             except BaseException:
@@ -256,7 +261,7 @@ class PagedSlots:
             with gate.lock, self._lock:
                 self.written_count += int(np.count_nonzero(leaving))
                 mine, copy.frames = copy.frames, NO_FRAMES
-                fit = (self._store_counts[chosen] == counts) & ~np.isin(chosen, self._in_use())
+                fit = (self._copy_counts[chosen] == counts) & ~np.isin(chosen, self._in_use())
                 self._slot_of[chosen[leaving & fit]] = 0
                 if fit.all():
                     copy.frames = mine
@@ -266,7 +271,7 @@ class PagedSlots:
             return self._assign(slots, frames, NO_FRAMES), self._new_copy(frames)
 
     def _leaving(self, chosen: SlotArray) -> Bools:
-        """Which of some frames have tokens that an entry names: they have to be paged out. The lock held."""
+        """Which of some frames have tokens that an entry names: they have to be paged out."""
         of_slots = self._slot_of[chosen]
         leaving: Bools = (of_slots > 0) & (self._frame_of[of_slots] == chosen)
         if leaving.any():
@@ -274,7 +279,7 @@ class PagedSlots:
         return leaving
 
     def _choose(self, count: int, but: SlotArray) -> SlotArray:
-        """Up to `count` frames that no copy has: free ones, and those that were not read for a turn. The lock held.
+        """Up to `count` frames that no copy has: those of no tokens, then those not read for a turn. The lock held.
 
         In the order of a clock whose hand passes over what was read since it last came by (second chance).
         """
@@ -284,8 +289,11 @@ class PagedSlots:
         while count and left > 0:
             size = min(max(2 * count, FRAMES_LOOKED_AT), self.num_frames - self._hand, left)
             frames = np.arange(self._hand + 1, self._hand + 1 + size, dtype=np.int64)
-            fit = frames[~self._was_read[frames] & ~np.isin(frames, in_use)][:count]
-            passed = size if len(fit) < count else int(fit[-1]) - self._hand
+            can = ~np.isin(frames, in_use)
+            has_tokens = self._leaving(frames)
+            alive = frames[can & has_tokens & ~self._was_read[frames]]
+            fit = np.concatenate([frames[can & ~has_tokens], alive])[:count]
+            passed = size if len(fit) < count else int(fit.max()) - self._hand
             self._was_read[frames[:passed]] = False
             self._hand = (self._hand + passed) % self.num_frames
             found.append(fit)
@@ -300,7 +308,7 @@ class PagedSlots:
         frames[without] = chosen
         self._slot_of[chosen] = slots[without]
         self._frame_of[slots[without]] = chosen
-        self._store_counts[frames[frames > 0]] += 1
+        self._copy_counts[frames[frames > 0]] += 1
         return frames
 
     def _in_use(self) -> SlotArray:

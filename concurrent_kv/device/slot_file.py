@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,8 @@ class SlotFile:
     """Records of slots 1 to `num_slots`, each at a place of its own.
 
     The file has no name, or loses it at once: the system takes it away when its process ends, however that happens. A
-    crash leaves nothing behind, and no other process can find it, read it or cut it short. It takes room on the disk as
-    it is written to. Any thread may read and write at any time.
+    crash leaves nothing behind, and no other process can find it, read it or cut it short. It takes its room on the
+    disk when it is made. Any thread may read and write at any time.
 
     Args:
         folder: where it is made, on the disk that is to have it.
@@ -31,19 +32,28 @@ class SlotFile:
         record_bytes: of one slot.
 
     Raises:
-        OSError: no file can be made there, or none so long.
+        OSError: no file can be made there, or there is no room for one so long.
     """
 
     def __init__(self, folder: str, num_slots: int, record_bytes: int) -> None:
         self.record_bytes = record_bytes
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             self._descriptor = os.dup(file.fileno())
-        os.ftruncate(self._descriptor, num_slots * record_bytes)
+        self._pid, size = os.getpid(), num_slots * record_bytes
+        try:
+            os.ftruncate(self._descriptor, size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS, where room is taken as it is written to
+                os.posix_fallocate(self._descriptor, 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: a tier's file of {size:,} bytes", folder) from None
 
     def __del__(self) -> None:
         # Here, and not in a method: while a thread reads, nobody may close it, and have the number be another file's.
         descriptor = self.__dict__.get("_descriptor")
         if descriptor is not None:
+            if self.__dict__.get("_pid") == os.getpid():  # forked children have the file, too, and its room
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
             os.close(descriptor)
 
     def read(self, slots: SlotArray) -> Records:

@@ -41,7 +41,7 @@ __all__ = ["Domain", "KVStorage", "LowerTier", "OpenSearch", "PoolState", "Searc
 
 logger = logging.getLogger("concurrent_kv")
 
-MOST_SLOTS = 2**31 - 1  # their numbers are int32 in the tables
+MOST_SLOTS = 2**31 - 2  # their numbers are int32 in the tables, and there is a slot 0
 
 
 _forks = 0  # between this process and the first one that imported this module
@@ -324,6 +324,10 @@ class LowerTier(Domain, ABC):
         quiet: bool,
     ) -> None:
         """Look up what is missing in `found`; what is there joins `hold`, of the tier's ledger. The shards held."""
+
+    @abstractmethod
+    def leave_loop_to_read(self, entries: Sequence[Entry]) -> None:
+        """Raise `NotOnLoopError` on an event loop's own thread where entries are on a disk. The tier's mutex held."""
 
     @abstractmethod
     def drop(self, entries: Sequence[Entry], dead: list[Entry]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from ..locks.deadline import Deadline, NotOnLoopError, caller
 from ..locks.gate import gate
 from .clearing import take_out
 from .room import evict_next, unpublish
-from .storage import Domain, KVStorage, LowerTier
+from .storage import MOST_SLOTS, Domain, KVStorage, LowerTier
 
 __all__ = [
     "DiskTier",
@@ -54,6 +55,7 @@ __all__ = [
 
 logger = logging.getLogger("concurrent_kv")
 
+QUIET_SECONDS = 10.0  # between two warnings of entries that are dropped
 SHARD_SECONDS = 0.02  # that a read waits for a shard to move an entry up; the tier has it anyway
 
 
@@ -67,8 +69,8 @@ class DiskTier:
 
     Args:
         path: a folder that can be written to, on the disk that is to have the file.
-        max_bytes: what the file grows to at most, which is what the tokens of the whole tier take: those in host memory
-            have their place in it, too.
+        max_bytes: what the file takes on the disk, from when the pool is made: what the tokens of the whole tier take,
+            as those in host memory have their place in it, too.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument that cannot work, by name.
@@ -119,8 +121,15 @@ class HostTier:
 
     def slots(self, layout: KVLayout) -> int:
         """How many tokens the tier has room for, in memory or on the disk."""
-        in_memory = self.memory_slots(layout)
-        return in_memory if self.behind is None else self.behind.max_bytes // layout.bytes_per_token
+        slots = self.memory_slots(layout)
+        if self.behind is not None:
+            slots = self.behind.max_bytes // layout.bytes_per_token
+        if slots > MOST_SLOTS:
+            raise InvalidArgumentError(
+                f"max_bytes of a tier must be at most {MOST_SLOTS * layout.bytes_per_token:,}, which is {MOST_SLOTS:,} "
+                f"tokens of {layout.bytes_per_token} bytes, got room for {slots:,}"
+            )
+        return slots
 
     def memory_slots(self, layout: KVLayout) -> int:
         """How many tokens fit into its memory at once, or an error if that is less than a window."""
@@ -136,18 +145,22 @@ class HostTier:
 def tier_of(tier: object) -> HostTier | None:
     """`tier` if it is one, or None."""
     if tier is not None and not isinstance(tier, HostTier):
-        raise InvalidTypeError(f"tier must be a HostTier or None, got {type(tier).__name__}")
+        hint = "; HostTier(max_bytes, behind=DiskTier(...)) has both" if isinstance(tier, DiskTier) else ""
+        raise InvalidTypeError(f"tier must be a HostTier or None, got {type(tier).__name__}{hint}")
     return tier
 
 
 def tier_bytes(tier: object, layout: KVLayout) -> int:
     """Bytes of host memory that a tier takes; 0 for None."""
     checked = tier_of(tier)
-    return 0 if checked is None else (checked.memory_slots(layout) + 1) * layout.bytes_per_token
+    if checked is None:
+        return 0
+    checked.slots(layout)
+    return (checked.memory_slots(layout) + 1) * layout.bytes_per_token
 
 
 def disk_bytes(tier: object, layout: KVLayout) -> int:
-    """Bytes that the file behind a tier grows to; 0 without one."""
+    """Bytes that the file behind a tier takes; 0 without one."""
     checked = tier_of(tier)
     return 0 if checked is None or checked.behind is None else checked.slots(layout) * layout.bytes_per_token
 
@@ -217,6 +230,7 @@ class Tier(LowerTier):
         # Of all copies so far into the tier, and out of it: what shares slots with earlier ones comes after those.
         self._stored: Ticks = NO_TICKS  # under the tier's mutex
         self._raised: Ticks = NO_TICKS
+        self._quiet_until = 0.0  # of the log, in seconds of the monotonic clock
 
     def _are_named(self, slots: SlotArray) -> npt.NDArray[np.bool_]:
         with gate.lock, self.ledger.mutex:
@@ -290,8 +304,8 @@ class Tier(LowerTier):
                 is_over = True
             except WaitTimeoutError:  # the victim's shard is busy
                 raise
-            except Exception:  # the device, or memory: the victim goes as without a tier
-                logger.warning("%s: an entry could not be copied, and is dropped", self.name, exc_info=True)
+            except Exception as error:  # the device, memory, a disk: the victim goes as without a tier
+                self._log_drop(error)
             finally:
                 if not way.spent:
                     # Made here: where this fails too, the next operation does it.
@@ -307,6 +321,13 @@ class Tier(LowerTier):
             except BaseException:
                 pool.ledger.abandoned.append(hold)
                 raise
+
+    def _log_drop(self, error: Exception) -> None:
+        """Say that an entry is dropped; not for each of many, and not where the storage is being closed."""
+        now = time.monotonic()
+        if not self.storage.closed and now >= self._quiet_until:
+            self._quiet_until = now + QUIET_SECONDS
+            logger.warning("%s: an entry could not be copied, and is dropped", self.name, exc_info=error)
 
     def _room_for(self, pool: Domain, victim: Entry, made: Entry, deadline: Deadline) -> _Way | bool:
         """Room in the tier for a victim; its oldest go for it. False if it cannot be had, True if it is not wanted."""
@@ -517,7 +538,7 @@ class Tier(LowerTier):
         if not hits:
             return
         with gate.lock, self.ledger.mutex:
-            self._leave_loop_to_read(hits)
+            self.leave_loop_to_read(hits)
             self.ledger.extend(hold, hits)
             if not quiet:
                 self._touch(hits)
@@ -525,8 +546,8 @@ class Tier(LowerTier):
             with gate.lock, self.storage.ledger.mutex:
                 _count_hits(counted)
 
-    def _leave_loop_to_read(self, entries: list[Entry]) -> None:
-        """Raise `NotOnLoopError` on an event loop's own thread where entries are on a disk. Mutex held."""
+    def leave_loop_to_read(self, entries: Sequence[Entry]) -> None:
+        """See `LowerTier`. Mutex held."""
         runs_for = caller.get()
         if runs_for is None or runs_for.steps_on_loop is None:
             return

@@ -59,6 +59,7 @@ def adopted_below(
                 state.found_below.add((env_ids[row], keys[row]))
     if present and tier is not None:
         with gate.lock, tier.ledger.mutex:
+            tier.leave_loop_to_read(present)
             tier.ledger.extend(lower, present)
 
 

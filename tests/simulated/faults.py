@@ -18,6 +18,7 @@ from concurrent_kv.books.ledger import Ledger
 from concurrent_kv.books.slots import SlotAllocator
 from concurrent_kv.device import streams
 from concurrent_kv.device.buffers import FreeBuffers
+from concurrent_kv.device.paged_slots import PagedSlots
 from concurrent_kv.device.stream_uses import StreamUses
 from concurrent_kv.device.streams import NO_TICKS, StreamClock, Ticks, _Known, _Mark
 from concurrent_kv.pool import tier, writing
@@ -441,7 +442,20 @@ def uses_of_slots_forgotten_by_moves(patch: Patch) -> None:
     patch.setattr(tier, "_enter", enter)
 
 
+def reads_from_memory_before_a_file_not_counted(patch: Patch) -> None:
+    """What was read while it was paged out, and is still being copied, is given away."""
+    original = PagedSlots._frames_of
+
+    def frames_of(slots: PagedSlots, of: Any) -> Any:
+        frames, copy = original(slots, of)
+        slots._copy_counts[copy.frames] -= 1
+        return frames, copy
+
+    patch.setattr(PagedSlots, "_frames_of", frames_of)
+
+
 FORGOTTEN += [
+    (reads_from_memory_before_a_file_not_counted, "tier: disk: paged out|get"),
     (_nothing_noted_of("_stored"), "tier: shared tokens down on one, the rest on another"),
     (_nothing_noted_of("_raised"), "tier: shared tokens up on one, the rest on another"),
     (uses_of_slots_forgotten_by_moves, "tier: read below, popped, its room reused"),
