@@ -88,7 +88,7 @@ def test_rows_that_missed_or_were_filled_move_as_others_do(pool: KVPool) -> None
         batch.fill(1, B, side="filled")
         append(batch, [4, 5, 6])
         batch.reorder([1, 2, 1])
-        assert (batch.lengths, batch.side) == ((3, 0, 3), ("filled", None, "filled"))
+        assert (batch.lengths, batch.side) == ((3, 2, 3), ("filled", None, "filled"))
         assert batch.hits == (False, False, False)
         pool.commit(["x", "y", "z"], batch, lengths=[2, 2, 1])
     assert_same(pool.get("x"), child_of(B, 5))

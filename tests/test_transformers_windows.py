@@ -715,3 +715,32 @@ def test_threads_that_replace_texts_never_read_parts_of_two() -> None:
         assert not thread.is_alive()
     assert failed == []
     grown.check()
+
+
+def test_an_error_that_is_kept_keeps_no_room(make: Callable[..., Any]) -> None:
+    """What a leaf has of its parent's window is given up where no call has had it."""
+    trees = make()
+    with trees.tree(words(random.Random(1), 114)) as tree:
+        (node,) = tree.expand(tree.root)
+        with pytest.raises(WindowOverflowError) as kept:
+            tree.expand(node)
+    assert kept.value.__traceback__ is not None
+    assert trees.window_manager.check_integrity().handles == 0
+    with trees.tree(words(random.Random(1), 20)) as tree:
+        assert tree.expand(tree.root)
+
+
+def test_a_model_that_names_a_window_and_attends_to_all_keeps_all() -> None:
+    config = AutoConfig.for_model(
+        "moshi",
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        ffn_dim=16,
+        sliding_window=4,
+        max_position_embeddings=64,
+    )
+    assert CacheLayout.of(config, max_tokens=64, step=4).window is None

@@ -29,6 +29,9 @@ Output = TypeVar("Output")
 Result = TypeVar("Result")
 
 
+QUIET_TURNS = 3  # of a loop, after which no task is about to hand in a leaf
+
+
 class _Turn:
     """Of one event loop: whether a call has been made on its thread since its other tasks had their turn.
 
@@ -139,8 +142,8 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
         group = Group(run)
         try:
             queue.start(run)
-            if self._on_loop:
-                await anyio.lowlevel.checkpoint()  # tasks that go on in the same turn of the loop take part
+            for _ in range(QUIET_TURNS if self._on_loop else 0):  # tasks that go on just now take part
+                await anyio.lowlevel.checkpoint()
             while True:
                 event = anyio.Event()  # before it is looked at: who sets it from here on sets this one
                 if run.is_over:
@@ -166,9 +169,13 @@ class AsyncEvaluator(NeverCopied, Generic[Inputs, Output]):
                 raise
 
     async def _hear_others(self) -> None:
-        """Let tasks that go on in the same turn of the loop hand in theirs, until a turn brings no leaf more."""
-        queue, before = self.sync.queue, -1
-        while before < queue.waiting_rows and queue.seconds_until_due() > 0:
+        """Let tasks that go on just now hand in theirs, until so many turns of the loop bring no leaf more.
+
+        Not one: of tasks whose searches were led together, those that did not lead go on a turn later.
+        """
+        queue, before, quiet = self.sync.queue, -1, 0
+        while quiet < QUIET_TURNS and queue.seconds_until_due() > 0:
+            quiet = 0 if before < queue.waiting_rows else quiet + 1
             before = queue.waiting_rows
             await anyio.lowlevel.checkpoint()
 

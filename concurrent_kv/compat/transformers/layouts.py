@@ -92,6 +92,10 @@ class Place(NamedTuple):
     width: int
 
 
+# Their configurations name a sliding window, and their forwards attend to all tokens.
+UNMASKED = frozenset(("moshi",))
+
+
 @dataclass(frozen=True)
 class WindowLayout:
     """How what layers with a sliding window keep stands in a pool of their own: of each text its newest tokens.
@@ -181,7 +185,8 @@ class CacheLayout:
             raise InvalidArgumentError(f"dtype must be one of {SUPPORTED_DTYPES}, got {dtype}")
         where: Any = found[1] if device is None else device
         kinds = _seen(model)
-        can_drop = step is not None and not any(kind.states for kind in kinds)
+        config = model.config if isinstance(model, PreTrainedModel) else model
+        can_drop = step is not None and not any(kind.states for kind in kinds) and config.model_type not in UNMASKED
         kept = 0 if not can_drop else max([kind.window or 1 for kind in kinds if kind.can_drop], default=1) - 1
         columns = kept + (0 if step is None else positive_int("step", step))
         if not kept or columns >= max_tokens:

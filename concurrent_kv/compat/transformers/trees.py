@@ -273,6 +273,7 @@ class TextTrees(Handle):
         self.step = None if self.fits.window is None else step  # the most tokens between a gather and a commit
         self._forward = forward or self._generate
         self._trees = trees = positive_int("trees", trees)
+        self._promoting = threading.Lock()
         self._promoted = promoted = positive_int("promoted", promoted)
         if self.new_tokens >= self.fits.layout.max_tokens:
             raise InvalidArgumentError(
@@ -390,14 +391,27 @@ class TextTrees(Handle):
         if self.window_manager is None or not isinstance(store.window, Search):
             full.promote(node.key, 0, as_key=key)
             return
+        # One at a time: the window of one that is under way has the one place that is to spare.
+        seconds = self.manager.storage.wait_timeout
+        if not self._promoting.acquire(timeout=seconds):
+            raise WaitTimeoutError(f"other texts were still being promoted after {seconds:g} s")
+        try:
+            self._keep_both(full, store, node.key, key)
+        finally:
+            self._promoting.release()
+
+    def _keep_both(self, full: Search, store: TextStore, node_key: Hashable, key: Hashable) -> None:
+        """Promote a node's entries in both stores. No other is being promoted."""
+        assert self.window_manager is not None
+        assert isinstance(store.window, Search)
         # The window first, under a key of its own that the other entry names: who finds that one finds this, too.
         of_windows, write = self.window_manager.init_pools[0], new_write()
-        (of_node,) = store.in_window([node.key])
+        (of_node,) = store.in_window([node_key])
         store.window.promote(of_node, 0, as_key=write, side=write)
         try:
-            side = side_of(_root_side(full, node.key))
+            side = side_of(_root_side(full, node_key))
             replaced = write_of(self.manager.init_pools[0].side(key))
-            full.promote(node.key, 0, as_key=key, side=WindowedSide(side, write))
+            full.promote(node_key, 0, as_key=key, side=WindowedSide(side, write))
         except BaseException:
             of_windows.discard(write)
             raise
@@ -672,6 +686,7 @@ class TextTree(Handle):
             with self._discarded_where_it_fails(keys):
                 yield
         except WindowOverflowError as error:
+            _let_go(leaves)
             raise WindowOverflowError(
                 f"a text has too many tokens for {self.trees.new_tokens} more: make TextTrees with more than "
                 f"max_tokens={self.trees.fits.layout.max_tokens}"
@@ -680,6 +695,8 @@ class TextTree(Handle):
             if isinstance(error, WaitTimeoutError) or not isinstance(error, Exception):
                 with gate.lock, self._lock:
                     self._left.update(keys)
+            else:
+                _let_go(leaves)
             raise
         if leaves:  # calls are made one by one: those that were under way before are over
             self._discard(before)
@@ -945,3 +962,10 @@ def _adopts_window(store: TextStore, key: Hashable, write: Hashable) -> bool:
     with store.window.gather([write], [0], room=0) as batch:
         store.window_keys[key] = write
         return batch.hits[0]
+
+
+def _let_go(leaves: Sequence[Leaf[Last]]) -> None:
+    """Give up what leaves keep of their parents' windows, whatever error names them. No call has them any more."""
+    for leaf in leaves:
+        if leaf.inputs.window is not None:
+            leaf.inputs.window.part.close()
