@@ -21,10 +21,6 @@ def plan_promotion(state: SearchState, entry: Entry, key: Hashable, side: object
     """
     storage = state.storage
     if entry.scope.above is not None:  # a root that stayed in the tier
-        tier = storage.tier
-        assert tier is not None
-        with gate.lock, tier.ledger.mutex:
-            tier.leave_loop_to_read([entry])
         return plan_put(storage, [key], copy_out(state, entry), (0,), [side], [priority])
     with gate.lock, state.ledger.mutex:
         root, shared = (state.origins[entry], entry.length) if entry in state.origins else state.root_under(entry)
