@@ -730,6 +730,60 @@ def test_an_error_that_is_kept_keeps_no_room(make: Callable[..., Any]) -> None:
         assert tree.expand(tree.root)
 
 
+def test_an_error_of_one_node_that_is_kept_keeps_no_room_of_the_others(make: Callable[..., Any]) -> None:
+    trees = make()
+    with trees.tree(PROMPT) as tree:
+        one, other = tree.expand(tree.root, 2)
+        tree.release(other)
+        with pytest.raises(KeyNotFoundError) as kept:
+            tree.expand([one, other])
+    assert kept.value.__traceback__ is not None
+    assert trees.window_manager.check_integrity().handles == 0
+
+
+class SeenLock:
+    """A lock that says when a second thread asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.asked = threading.Event()
+
+    def acquire(self, *, timeout: float) -> bool:
+        if self._lock.locked():
+            self.asked.set()
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_texts_that_are_promoted_at_once_displace_no_others(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees = make(promoted=3)
+    with trees.tree(PROMPT) as tree:
+        nodes = tree.expand(tree.root, 5)
+        for node, name in zip(nodes, ("oldest", "one", "other"), strict=False):
+            tree.promote(node, name)
+        lock, search = SeenLock(), tree._store.full
+        monkeypatch.setattr(trees, "_promoting", lock)
+        second, promote = threading.Thread(target=tree.promote, args=(nodes[4], "other"), daemon=True), search.promote
+
+        def held_up(*args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(search, "promote", promote)
+            second.start()
+            wait_until(lambda: lock.asked.is_set() or not second.is_alive())
+            return promote(*args, **options)
+
+        monkeypatch.setattr(search, "promote", held_up)
+        tree.promote(nodes[3], "one")
+        second.join(HANG_SECONDS)
+        assert not second.is_alive()
+    for node, name in ((nodes[0], "oldest"), (nodes[3], "one"), (nodes[4], "other")):
+        with trees.promoted_tree(name) as tree:
+            assert tree.root.all_ids == node.all_ids
+
+
 def test_a_model_that_names_a_window_and_attends_to_all_keeps_all() -> None:
     config = AutoConfig.for_model(
         "moshi",

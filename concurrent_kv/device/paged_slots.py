@@ -121,8 +121,8 @@ class PagedSlots:
 
     def may_block_to_store(self, count: int) -> bool:
         """Whether storing so many slots may write to the file. May take the tier's mutex."""
-        begin = self._hand + 1
-        ahead = np.arange(begin, min(begin + max(2 * count, FRAMES_LOOKED_AT), self.num_frames + 1), dtype=np.int64)
+        number = min(max(2 * count, FRAMES_LOOKED_AT), self.num_frames)
+        ahead = (self._hand + np.arange(number, dtype=np.int64)) % self.num_frames + 1
         return int(np.count_nonzero(~self._leaving(ahead))) < count
 
     def may_block_to_load(self, slots: SlotArray) -> bool:

@@ -463,13 +463,7 @@ class Search(Handle):
 
         Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
         """
-        state = self._state
-        if state.finished:
-            return
-        if gate.is_inside:
-            self.abandon()
-            return
-        state.end(CLOSED, state.storage.enter_quietly(timeout))
+        self._end(lambda: self._state.storage.enter_quietly(timeout))
 
     def close_on_loop(self, seconds: float) -> None:
         """As `close`, for a task, on its event loop's own thread; what others left is not done first, as there.
@@ -478,14 +472,18 @@ class Search(Handle):
             WaitTimeoutError: the search's shard was not free in `seconds`, or there is more to let go of than a loop
                 has time for: nothing has happened, and it is a worker's to close it.
         """
+        self._state.storage.check_process()
+        self._end(lambda: Deadline(seconds))
+
+    def _end(self, begun: Callable[[], Deadline]) -> None:
+        """End it by the deadline that `begun` gives, unless it has ended."""
         state = self._state
         if state.finished:
             return
         if gate.is_inside:
             self.abandon()
             return
-        state.storage.check_process()
-        state.end(CLOSED, Deadline(seconds))
+        state.end(CLOSED, begun())
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
         checked = check_env_ids(env_ids)

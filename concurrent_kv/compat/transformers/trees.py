@@ -664,10 +664,15 @@ class TextTree(Handle):
             if node.has_ended:
                 raise InvalidArgumentError(f"nodes must be texts that have not ended, got {node!r}")
         parents = [node for node in of_nodes for _ in range(samples)]
-        keys = [self.trees.next_key() for _ in parents]
-        return [
-            Leaf(self._search, node.key, key, self._last(node, key), 0) for node, key in zip(parents, keys, strict=True)
-        ], parents
+        leaves: list[Leaf[Last]] = []
+        try:
+            for node in parents:
+                key = self.trees.next_key()
+                leaves.append(Leaf(self._search, node.key, key, self._last(node, key), 0))
+        except Exception:
+            _let_go(leaves)
+            raise
+        return leaves, parents
 
     @property
     def _search(self) -> Search:
@@ -708,19 +713,15 @@ class TextTree(Handle):
         """While nodes are made: where that fails, what was stored of them goes."""
         try:
             yield
-        except WindowCapacityError as error:
-            self._discard(keys)
-            raise CapacityError(
-                f"the tree has no room for {len(keys)} more nodes in layers with a sliding window: release some, or "
-                f"make TextTrees with at least window_tokens={error.required_slots}",
-                required_entries=error.required_entries,
-                required_slots=error.required_slots,
-            ) from error
         except CapacityError as error:
             self._discard(keys)
+            if isinstance(error, WindowCapacityError):
+                where, sizes = " in layers with a sliding window", f"window_tokens={error.required_slots}"
+            else:
+                where, sizes = "", f"nodes={(error.required_entries or 1) - 1} and tokens={error.required_slots}"
             raise CapacityError(
-                f"the tree has no room for {len(keys)} more nodes: release some, or make TextTrees with at least "
-                f"nodes={(error.required_entries or 1) - 1} and tokens={error.required_slots}",
+                f"the tree has no room for {len(keys)} more nodes{where}: release some, or make TextTrees with at "
+                f"least {sizes}",
                 required_entries=error.required_entries,
                 required_slots=error.required_slots,
             ) from error
