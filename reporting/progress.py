@@ -158,4 +158,4 @@ def _lines(figures: Figures, console: Console) -> Iterator[None]:
         yield
     finally:
         over.set()
-        saying.join()
+        saying.join(LINE_SECONDS)  # a line that is being written

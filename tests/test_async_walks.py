@@ -133,6 +133,13 @@ def test_errors_are_heard_where_they_belong(manager: KVCacheManager, loop: str, 
     assert counted_now(sync) == NOTHING
 
 
+async def count_in_turns(gated: Gated, turns: list[int]) -> None:
+    """Note in each turn of the loop how many calls there were by then."""
+    while True:
+        turns.append(len(gated.rows))
+        await anyio.lowlevel.checkpoint()
+
+
 @EACH_LOOP
 def test_the_other_tasks_of_a_loop_have_their_turn_after_each_call(manager: KVCacheManager, loop: str) -> None:
     gated = Gated(held=-1)
@@ -140,14 +147,9 @@ def test_the_other_tasks_of_a_loop_have_their_turn_after_each_call(manager: KVCa
     turns: list[int] = []
 
     async def main() -> None:
-        async def ticks() -> None:
-            while True:
-                turns.append(len(gated.rows))
-                await anyio.lowlevel.checkpoint()
-
         with manager.search([0]) as search:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(ticks)
+                tasks.start_soon(count_in_turns, gated, turns)
                 await until(lambda: turns)
                 await evaluator.run(chain(search, "a", range(8)))
                 tasks.cancel_scope.cancel()
@@ -164,11 +166,6 @@ def test_the_tasks_of_a_loop_that_run_walks_make_one_call_a_turn_together(manage
     turns: list[int] = []
 
     async def main() -> None:
-        async def ticks() -> None:
-            while True:
-                turns.append(len(gated.rows))
-                await anyio.lowlevel.checkpoint()
-
         async def runs(number: int) -> None:
             for again in range(3):  # each begins at a moment of its own
                 for _ in range(number):
@@ -177,7 +174,7 @@ def test_the_tasks_of_a_loop_that_run_walks_make_one_call_a_turn_together(manage
 
         with manager.search([0], entries=300) as search, anyio.CancelScope() as scope:
             async with anyio.create_task_group() as ticking:
-                ticking.start_soon(ticks)
+                ticking.start_soon(count_in_turns, gated, turns)
                 async with anyio.create_task_group() as tasks:
                     for number in range(8):
                         tasks.start_soon(runs, number)

@@ -331,6 +331,14 @@ def test_memory_that_nothing_names_goes_first(tmp_path: Path) -> None:
     made.check(3, HALVES[2])
 
 
+def test_memory_is_looked_at_all_the_way_round(tmp_path: Path) -> None:
+    made = Slots(tmp_path)
+    made.store(1, HALVES[0])
+    made.named -= {*HALVES[0]}
+    assert not made.slots.may_block_to_store(WINDOW)
+    assert made.slots.may_block_to_store(WINDOW + 1)
+
+
 def test_a_thread_that_was_cut_off_between_the_two_arrays_leaves_a_free_frame(tmp_path: Path) -> None:
     made = Slots(tmp_path)
     made.store(1, FIRST)
@@ -451,6 +459,28 @@ def test_a_full_disk_drops_what_has_no_memory_and_says_so(
         assert_same(pool.get(key), tokens(number, WINDOW))
     pool.put("e", tokens(4, WINDOW))
     assert_same(pool.get("d"), tokens(3, WINDOW))
+
+
+def test_what_is_dropped_one_after_the_other_is_said_once(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "pwritev", fails(errno.ENOSPC))
+    for number in range(5):
+        pool.put(number, tokens(number, WINDOW))
+    assert pool.stats().tier_drop_count == 5
+    assert len([record for record in caplog.records if "is dropped" in record.message]) == 1
+
+
+def test_a_device_that_stays_busy_drops_what_has_no_memory_and_fails_no_write(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamClock, "synchronize", lambda *_: False)
+        assert pool.put("d", tokens(3, WINDOW))
+    assert pool.stats().tier_drop_count == 1
+    assert "the device still used the tier's memory" in caplog.text
+    for number, key in ((0, "a"), (1, "b"), (3, "d")):
+        assert_same(pool.get(key), tokens(number, WINDOW))
 
 
 def test_a_disk_that_cannot_be_read_is_an_error_and_the_entry_stays(

@@ -27,7 +27,7 @@ from concurrent_kv import (
 )
 from concurrent_kv.compat.transformers import TextNode, TextTree, TextTrees, UnsupportedModelError
 from tests.support import HANG_SECONDS
-from tests.text_support import VOCABULARY, language_model, words
+from tests.text_support import VOCABULARY, assert_is_what_the_model_says, check_and_close, language_model, words
 
 NEW = 5
 SAMPLING = {"max_new_tokens": NEW, "do_sample": True}
@@ -46,19 +46,7 @@ def make() -> Iterator[Callable[..., TextTrees]]:
 
     torch.manual_seed(2)
     yield trees
-    for each in made:
-        for manager in (each.manager, each.window_manager):
-            assert manager is None or manager.check_integrity().handles == 0
-        each.close()
-
-
-def assert_is_what_the_model_says(node: TextNode) -> None:
-    """Its log-probability is that of a run from scratch: its keys and values were those of its own text."""
-    ids, own = node.all_ids, len(node.ids)
-    with torch.no_grad():
-        logits = node.tree.trees.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
-    of_tokens = [float(logits[at - 1, ids[at]]) for at in range(len(ids) - own, len(ids))]
-    assert math.isclose(node.logprob, sum(of_tokens), abs_tol=1e-4)
+    check_and_close(made)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma4_text", "deepseek_v3", "falcon_h1", "mamba"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -34,7 +33,16 @@ from concurrent_kv.manager import KVCacheManager
 from concurrent_kv.model.config import ManagerConfig
 from tests.support import HANG_SECONDS
 from tests.test_evaluator import wait_until
-from tests.text_support import SLIDING, WINDOW, Forest, configuration, language_model, words
+from tests.text_support import (
+    SLIDING,
+    WINDOW,
+    Forest,
+    assert_is_what_the_model_says,
+    check_and_close,
+    configuration,
+    language_model,
+    words,
+)
 
 KEPT = WINDOW - 1  # tokens of a text that its next token sees
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 0.06}  # see test_transformers_families.py
@@ -401,18 +409,7 @@ def make() -> Iterator[Callable[..., Any]]:
 
     torch.manual_seed(2)
     yield trees
-    for each in made:
-        for manager in (each.manager, each.window_manager):
-            assert manager.check_integrity().handles == 0
-        each.close()
-
-
-def assert_is_what_the_model_says(node: TextNode) -> None:
-    ids, own = node.all_ids, len(node.ids)
-    with torch.no_grad():
-        logits = node.tree.trees.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
-    of_tokens = [float(logits[at - 1, ids[at]]) for at in range(len(ids) - own, len(ids))]
-    assert math.isclose(node.logprob, sum(of_tokens), abs_tol=1e-4)
+    check_and_close(made)
 
 
 @pytest.mark.parametrize("family", SLIDING)

@@ -5,6 +5,7 @@ Needs transformers: `make transformers`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ pytest.importorskip("transformers", reason="needs transformers: make transformer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from concurrent_kv import KVPool
-from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextStore
+from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextNode, TextStore, TextTrees
 
 torch.set_num_threads(1)  # more only get in each other's way: the matrices are small
 
@@ -202,3 +203,20 @@ class Forest:
 def words(draw: random.Random, number: int) -> list[int]:
     """Tokens, none of which pads."""
     return [draw.randrange(1, VOCABULARY) for _ in range(number)]
+
+
+def assert_is_what_the_model_says(node: TextNode) -> None:
+    """Its log-probability is that of a run from scratch: its keys and values were those of its own text."""
+    ids, own = node.all_ids, len(node.ids)
+    with torch.no_grad():
+        logits = node.tree.trees.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    of_tokens = [float(logits[at - 1, ids[at]]) for at in range(len(ids) - own, len(ids))]
+    assert math.isclose(node.logprob, sum(of_tokens), abs_tol=1e-4)
+
+
+def check_and_close(made: Sequence[TextTrees]) -> None:
+    """Nobody has a handle of these any more."""
+    for trees in made:
+        for manager in (trees.manager, trees.window_manager):
+            assert manager is None or manager.check_integrity().handles == 0
+        trees.close()
