@@ -781,6 +781,30 @@ def test_texts_that_are_promoted_at_once_displace_no_others(
             assert tree.root.all_ids == node.all_ids
 
 
+@pytest.mark.parametrize(("family", "step"), [("llama", None), ("gemma3_text", STEP), ("mistral", STEP)])
+def test_a_forward_that_was_cut_off_is_not_gone_on_from(
+    family: str, step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown = Forest(language_model(family), max_tokens=120, step=step)
+    grown.grow([None], [words(random.Random(1), 8)], ["a"], room=8)
+    cache, (first, *_) = grown.gathered(["a"], room=8), grown.model.model.layers
+    ids = words(random.Random(2), 4)
+
+    def out_of_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for a layer")
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(first.mlp, "forward", out_of_memory)  # the first layer has appended, and the second has not
+        with pytest.raises(torch.OutOfMemoryError):
+            grown.model(**cache.model_inputs([ids]))
+    with pytest.raises(InvalidArgumentError, match="gather again"):
+        cache.model_inputs([ids])
+    with pytest.raises(InvalidArgumentError, match="gather again"):
+        cache.commit(grown.store, ["b"])
+    cache.rows.close()
+    grown.check()
+
+
 def test_a_model_that_names_a_window_and_attends_to_all_keeps_all() -> None:
     config = AutoConfig.for_model(
         "moshi",

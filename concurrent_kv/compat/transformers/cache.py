@@ -93,7 +93,8 @@ class BatchCache(Cache):  # type: ignore[misc]
         `position_ids` `[rows, tokens]`, `cache` and `use_cache`.
 
         Raises:
-            InvalidArgumentError: no token for a row, or not as many rows as the batch has.
+            InvalidArgumentError: no token for a row, or not as many rows as the batch has; or a forward of this batch
+                was cut off in the middle.
             UnsupportedModelError: rows of different numbers of tokens, for a model whose texts have states.
             ClosedError: the batch is closed.
         """
@@ -103,6 +104,7 @@ class BatchCache(Cache):  # type: ignore[misc]
             raise InvalidArgumentError(
                 "input_ids cannot follow rows of different numbers of new tokens: commit them, and gather again"
             )
+        self._check_even()
         expand = positive_int("expand", expand)
         if isinstance(input_ids, Tensor):
             lengths = [input_ids.shape[1] if input_ids.dim() == 2 else 0] * len(input_ids)
@@ -151,6 +153,15 @@ class BatchCache(Cache):  # type: ignore[misc]
             self._made = is_there.long(), of_rows.clamp(min=0), padding
         is_there, positions, _ = self._made
         return is_there, positions
+
+    def _check_even(self) -> None:
+        """Raise where a forward was cut off when some layers had its tokens: others would go on from fewer."""
+        ends = {layer.get_seq_length() for layer in self.layers if isinstance(layer, _TokenLayer)}
+        if len(ends) > 1:
+            raise InvalidArgumentError(
+                "the batch cannot be used any more: a forward was cut off when some layers had its tokens and others "
+                "had not; gather again"
+            )
 
     def _check_room(self, tokens: int) -> None:
         room = self.batch.room if self.window is None else min(self.batch.room, self.window.room)
@@ -206,11 +217,13 @@ class BatchCache(Cache):  # type: ignore[misc]
 
         Raises:
             UnsupportedModelError: some of the tokens only, for a model whose texts have states.
-            InvalidArgumentError, CapacityError, ClosedError, WaitTimeoutError: as `store.commit`.
+            InvalidArgumentError, CapacityError, ClosedError, WaitTimeoutError: as `store.commit`; the first also where
+                a forward of the batch was cut off in the middle.
         """
         batch = self.batch
         if not isinstance(batch, Batch):
             raise InvalidTypeError(f"batch must be a Batch to be committed here, got {type(batch).__name__}")
+        self._check_even()
         if not self._keeps_tokens:
             new_tokens = positive_int("new_tokens", new_tokens)
             batch.crop(batch.end - batch.start)  # what an attempt that failed has stated
