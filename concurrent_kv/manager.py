@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["KVCacheManager"]
+__all__ = ["KVCacheManager", "pools_of"]
 
 logger = logging.getLogger("concurrent_kv")
 
@@ -503,17 +503,13 @@ class KVCacheManager(Handle):
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def _pools_by_role(self) -> dict[str, KVPool]:
-        pools = (*self._init_pools, self.recur_pool, self.wm_pool)
-        return {pool.name.removeprefix(f"{self.name}."): pool for pool in pools}
-
     def save(self, path: str | PathLike[str], *, side: SideCodec | None = None, timeout: float | None = None) -> Saved:
         """Write every pool, as they all are at one moment, into one file; see `KVPool.save`. May block.
 
         Entries of open searches are not saved: promote what should stay.
         """
         deadline = self.storage.enter(timeout)
-        return save_pools(self.storage, self._pools_by_role(), path, side, deadline)
+        return save_pools(self.storage, pools_of(self), path, side, deadline)
 
     def load(
         self,
@@ -531,7 +527,7 @@ class KVCacheManager(Handle):
         `on_mismatch="convert"` pools that this manager does not have are left out, too.
         """
         return load_pools(
-            self._pools_by_role(),
+            pools_of(self),
             self.name,
             path,
             side=side,
@@ -556,7 +552,7 @@ class KVCacheManager(Handle):
         return self._summary(lambda pool: pool.lifetime_now(contention))
 
     def _summary(self, stats_of: Callable[[KVPool], PoolStats]) -> StatsSummary:
-        pools = self._pools_by_role()
+        pools = pools_of(self)
 
         def stats_now() -> dict[str, PoolStats]:
             return dict(zip(pools, map(stats_of, pools.values()), strict=True))
@@ -674,3 +670,9 @@ def _root_lengths(root_tokens: int | Iterable[int] | None, overflow: Overflow | 
     if max(lengths) > window:
         raise InvalidArgumentError(f"root_tokens must be at most the window of {window}, got {max(lengths)}")
     return lengths
+
+
+def pools_of(manager: KVCacheManager) -> dict[str, KVPool]:
+    """Its pools by their names without its own, as in files, statistics and metrics."""
+    pools = (*manager.init_pools, manager.recur_pool, manager.wm_pool)
+    return {pool.name.removeprefix(f"{manager.name}."): pool for pool in pools}

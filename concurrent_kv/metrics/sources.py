@@ -15,7 +15,7 @@ from ..books.stats import PoolStats, StatsSummary, role_of
 from ..errors import InvalidArgumentError, InvalidTypeError, shown
 from ..evaluation.evaluator import Evaluator
 from ..locks.gate import gate
-from ..manager import KVCacheManager
+from ..manager import KVCacheManager, pools_of
 from ..pool.pool import KVPool
 from .durations import TimedEvaluator, TimedPools
 from .samples import ROWS, Sample, distribution_of
@@ -283,10 +283,7 @@ class KVMetrics:
 
 def _pools_of(target: KVCacheManager | KVPool) -> dict[str, KVPool]:
     """By their names without the manager's, as in its statistics."""
-    if isinstance(target, KVPool):
-        return {target.name: target}
-    pools = {pool.name.removeprefix(f"{target.name}."): pool for pool in target.init_pools}
-    return pools | {"recur": target.recur_pool, "wm": target.wm_pool}
+    return {target.name: target} if isinstance(target, KVPool) else pools_of(target)
 
 
 def _sync(source: object) -> Watched:
