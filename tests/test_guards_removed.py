@@ -300,7 +300,7 @@ def publishing_shard_by_shard(patch: pytest.MonkeyPatch) -> None:
         with pool.storage.locks.write((located[1][0].shards[located[1][1]],), deadline), pool.storage.ledger.mutex:
             parts[1].put(entries[1])
         grant.spent = True
-        return writing.Outcome.PUBLISHED, (0, 0)
+        return None
 
     patch.setattr(writing, "_publish", one_at_a_time)
     patch.setattr("tests.threading_support.GatedLocks.between", gate, raising=False)

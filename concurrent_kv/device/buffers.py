@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..locks.gate import gate
+from .appends import HostMemory
 from .layout import KVLayout
 from .modes import plain_torch_state
 from .streams import NO_TICKS, Ticks
@@ -30,6 +31,7 @@ class FreeBuffer(NamedTuple):
     batch: int
     columns: int
     ticks: Ticks  # uses that the next one has to be ordered after
+    memory: HostMemory | None  # None: not looked at yet
     thread: int  # that gave it back
 
 
@@ -53,8 +55,11 @@ class FreeBuffers:
         self._lock = threading.Lock()
         self._closed = False
 
-    def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
-        """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
+    def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks, HostMemory | None]:
+        """A buffer `[2 * layers, batch, heads, columns, head_dim]`, the uses it has to be ordered after, its memory.
+
+        The memory is what `host_memory` said when the buffer was last used, None where that is not known.
+        """
         try:
             free = self._by_shape[batch][columns]
         except KeyError:
@@ -67,19 +72,26 @@ class FreeBuffers:
                     place = next((place for place, buffer in enumerate(free) if buffer.thread == here), -1)
                 buffer = free.pop(place)
                 if buffer.columns == columns and buffer.batch == batch:
-                    return buffer.data, buffer.ticks
+                    return buffer.data, buffer.ticks, buffer.memory
                 data = _in_shape(buffer.data, batch, columns)
                 if data is not None:
-                    return data, buffer.ticks
+                    return data, buffer.ticks, None
         if self._others is not None:
             return self._others.take(batch, columns)
-        return new_buffer(self._layout, batch, columns, spare=size_of(batch * columns) - batch * columns), NO_TICKS
+        return (
+            new_buffer(self._layout, batch, columns, spare=size_of(batch * columns) - batch * columns),
+            NO_TICKS,
+            None,
+        )
 
-    def give_back(self, buffer: Tensor, ticks: Ticks) -> None:
+    def give_back(self, buffer: Tensor, ticks: Ticks, memory: HostMemory | None = None) -> None:
         """Take a buffer back for the next gather of its size; at most `KEPT` of a size are kept."""
-        # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
         _, batch, _, columns, _ = buffer.shape
-        returned = FreeBuffer(buffer.detach(), batch, columns, ticks, get_ident())
+        # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
+        data = buffer.detach()
+        if memory:  # of another shape, where its user has given it other memory
+            memory = (data, *memory[1:]) if memory[4] == batch and memory[6] == columns else None
+        returned = FreeBuffer(data, batch, columns, ticks, memory, get_ident())
         try:
             free = self._by_shape[batch][columns]
         except KeyError:
@@ -110,7 +122,7 @@ class FreeBuffers:
             with suppress(IndexError):  # as in `take`
                 while free:
                     buffer = free.pop()
-                    self._others.give_back(buffer.data, buffer.ticks)
+                    self._others.give_back(buffer.data, buffer.ticks, buffer.memory)
 
     def close(self) -> None:
         """Keep nothing any more."""

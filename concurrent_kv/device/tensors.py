@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from ..errors import ClosedError
 from ..native import address_of, native
+from .appends import HostMemory, host_memory
 from .buffers import FreeBuffers
 from .layout import KVLayout
 from .modes import plain_torch_state
@@ -133,16 +134,27 @@ class SlotTensor:
         return (self.num_slots + 1) * self.layout.bytes_per_token
 
     def gather(
-        self, tables: SlotRows, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+        self,
+        tables: SlotRows,
+        rows: list[int],
+        end: int,
+        out: Tensor,
+        *,
+        whole: bool = True,
+        memory: HostMemory | None = None,
     ) -> tuple[Tensor, ...]:
         """Copy the tokens of some rows of the tables into `out`, each row's newest before column `end`.
 
         `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Padding becomes zeros; so do the columns
-        from `end` on, which may stay as they are unless `whole`. Returns the indices, which have to live until the copy
-        is done.
+        from `end` on, which may stay as they are unless `whole`. `memory` is what is known of that of `out`.
+
+        Returns the indices, which have to live until the copy is done.
         """
         columns = out.shape[3]
-        address = self._compiled_at(out, out.nbytes)
+        if memory and memory[2] == out.data_ptr():  # or its last user has given it other memory
+            address = memory[2] if self._copies_here(len(rows) * columns) else 0
+        else:
+            address = self._compiled_at(out, out.nbytes)
         if address:
             filled = columns if whole else end
             self._native.gather(
@@ -212,6 +224,10 @@ class SlotTensor:
             return 0
         return address_of(other) if nbytes < LARGE_BYTES or torch.get_num_threads() == 1 else 0
 
+    def _copies_here(self, tokens: int) -> bool:
+        """Whether compiled code does a copy of so many tokens."""
+        return self._native is not None and (tokens < self._large_slots or torch.get_num_threads() == 1)
+
     def scatter(
         self,
         source: Tensor,
@@ -221,6 +237,7 @@ class SlotTensor:
         difference: Tensor | None = None,
         runs: int = 0,
         block: Block | None = None,
+        memory: HostMemory | None = None,
     ) -> tuple[Tensor, ...]:
         """Copy token `columns[i]` of row `rows[i]` of `source` into slot `slots[i]`, for every `i`.
 
@@ -232,26 +249,18 @@ class SlotTensor:
             runs: see `difference`.
             block: `rows` and `columns` once more, if they are a block and `slots` are a range;
                 a `difference` is then for each of its rows.
+            memory: that of `source` when it was gathered, if it was.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
-        data, shape = self.data, source.shape
-        # Its user may have given it other memory since it was gathered.
-        is_batch = (
-            self._native is not None
-            and type(source) is Tensor
-            and len(shape) == 5
-            and (shape[0], shape[2], shape[4]) == self._batch_shape
-            and source.dtype is data.dtype
-            and source.is_cpu
-            and source.is_contiguous()
-        )
-        if is_batch and (len(slots) < self._large_slots or torch.get_num_threads() == 1):
-            address = address_of(source)
+        if self._copies_here(len(slots)):
+            # Its user may have given it other memory since it was gathered.
+            if not memory or memory[0] is not source or source.data_ptr() != memory[2]:
+                memory = host_memory(source) if self._is_batch(source) else ()
             added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
-            if address and added is not None:
-                batch = (address, shape[1], shape[3])
-                self._native.scatter(data.data_ptr(), self._shape, *batch, *added, rows, columns, slots)
+            if memory and added is not None:
+                batch = (memory[2], memory[4], memory[6], *added)
+                self._native.scatter(self.data.data_ptr(), self._shape, *batch, rows, columns, slots)
                 return ()
         with plain_torch_state():
             if block is None:
@@ -259,6 +268,12 @@ class SlotTensor:
             # No indices, and no copy on the way.
             self._copy_block(source, block, int(slots[0]), difference)
             return ()
+
+    def _is_batch(self, source: Tensor) -> bool:
+        """Whether a tensor has the shape and dtype of a batch."""
+        shape = source.shape
+        fits = len(shape) == 5 and (shape[0], shape[2], shape[4]) == self._batch_shape
+        return fits and source.dtype is self.layout.dtype
 
     def takes(self, part: Tensor) -> bool:
         """Whether `scatter_parts` can copy keys or values `[layers, batch, heads, columns, head_dim]` as they are."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from .._checks import numbers_or_none, positive_int, sequence_of
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
+from ..device.appends import HostMemory
 from ..device.modes import plain_torch_state, writing_to
 from ..device.moving import upload
+from ..device.positions import Correction
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS
 from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError, shown
@@ -44,11 +46,11 @@ class Batch(PaddedRows):
     _internal = frozenset(
         (
             "abandon",
+            "before",
             "check_committable",
             "end_commit",
             "first_row",
             "gathered",
-            "gathered_by",
             "pending_rows",
             "why_closed",
         )
@@ -68,11 +70,12 @@ class Batch(PaddedRows):
         described: Described,
         data: Tensor,
         start: int,
-        *,
         owns_buffer: bool,
+        memory: HostMemory | None = None,
         uses: StreamUses | None = None,
     ) -> None:
         self.data = data
+        self.memory = memory
         self.scope = scope
         self.generation = generation
         self.entries = entries
@@ -248,16 +251,20 @@ class Batch(PaddedRows):
         """Tokens that a row had before the new ones."""
         return self._gathered[row]
 
-    def gathered_by(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Tokens that each of `rows` had before the new ones."""
-        gathered = self._gathered
-        return tuple(
-            gathered if len(rows) == len(gathered) and type(rows) is range else [gathered[row] for row in rows]
+    def before(self, rows: Sequence[int]) -> tuple[tuple[int, ...], tuple[bool, ...], list[int], list[Correction]]:
+        """Of `rows`, or of all where they are a range: tokens, hits, rows in the tables and corrections as gathered."""
+        gathered, hits, table_rows, corrections = self._gathered, self.hits, self.table_rows, self.corrections
+        if type(rows) is range:
+            return tuple(gathered), hits, table_rows, corrections
+        return (
+            tuple([gathered[row] for row in rows]),
+            tuple([hits[row] for row in rows]),
+            [table_rows[row] for row in rows],
+            [corrections[row] for row in rows],
         )
 
     def end_commit(self, rows: Sequence[int], ended: bool) -> None:
         """Note commits; `ended`: they ended the batch, whose buffer goes back then."""
-        self._storage.check_process()
         committed = self._committed
         if len(rows) == len(committed):
             self._committed = [True] * len(committed)
@@ -293,7 +300,7 @@ class Batch(PaddedRows):
         if self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
             if ready is not None:
-                self._buffers.give_back(self.data, ready)
+                self._buffers.give_back(self.data, ready, self.memory)
 
     def check_open(self) -> None:
         """Raise `ClosedError` if it is closed; `SearchEndedError`, which says why, if its search has ended."""

@@ -11,6 +11,7 @@ from .._checks import check_keys, check_priorities, check_sides, last_of_each, p
 from ..books.entries import describe
 from ..books.ledger import Ledger, wake
 from ..books.records import Entry, Generation, Hold, Scope
+from ..device.appends import host_memory
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensor_checks import check_tensor
@@ -52,18 +53,22 @@ def open_batch(
     columns = window if room is None else max(1, longest + room)
     ready: Ticks = NO_TICKS
     own = out is None
+    memory = None
     if out is None:
-        data, ready = domain.buffers.take(len(entries), columns)
+        data, ready, memory = domain.buffers.take(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
     gathered = in_pools(entries) if tier_rows else entries
-    read = gather_entries(domain, gathered, data, longest, ready, described, whole=own)
+    if memory is None:
+        memory = host_memory(data)
+    read = gather_entries(domain, gathered, data, longest, ready, described, whole=own, memory=memory)
     if tier_rows:
         read = fill_rows(storage, tier_rows, data, longest, read)
     uses = StreamUses(clock, stream, read) if read else None
-    return Batch(domain, scope, generation, hold, entries, described, data, longest, owns_buffer=own, uses=uses)
+    of_buffer = data, longest, own, memory, uses
+    return Batch(domain, scope, generation, hold, entries, described, *of_buffer)
 
 
 def _checked_room(room: object, longest: int, window: int) -> int:
@@ -142,12 +147,12 @@ def commit_batch(
     keys: Sequence[Hashable],
     rows: Sequence[int] | None,
     lengths: Sequence[int] | None,
-    overflow: Overflow | None,
+    overflow: Overflow,
     sides: Sequence[object] | None,
     priorities: Sequence[float] | None,
     deadline: Deadline,
 ) -> bool:
-    """Store the new tokens of `rows` of a batch under `keys`; see `KVPool.commit`."""
+    """Store the new tokens of `rows` of a batch under `keys`, by a checked policy; see `KVPool.commit`."""
     if not isinstance(batch, Batch):
         raise InvalidTypeError(f"batch must be a Batch, got {type(batch).__name__}")
     scope = batch.scope
@@ -156,20 +161,23 @@ def commit_batch(
             f"batch was gathered for {scope.account.name}, and cannot be committed to {domain.name}"
         )
     keys = check_keys(keys)
-    batch.check_open()
+    if batch.hold.released:
+        raise batch.why_closed()
+    count = len(keys)
     committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
-    if len(keys) != len(committed):
-        raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {len(keys)}")
-    items, ranks = check_sides(sides, len(keys)), check_priorities(priorities, len(keys))
+    if count != len(committed):
+        raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {count}")
+    items: list[object] = [None] * count if sides is None else check_sides(sides, count)
+    ranks = [0.0] * count if priorities is None else check_priorities(priorities, count)
     ledger = domain.ledger
-    new = batch.check_committable(committed, lengths)
-    last, going = last_of_each(keys), committed
-    if len(last) < len(keys):
+    new, going = batch.check_committable(committed, lengths), committed
+    if len(set(keys)) < count:
+        last = last_of_each(keys)
         keys, going = [keys[i] for i in last], [committed[i] for i in last]
         items, ranks = [items[i] for i in last], [ranks[i] for i in last]
         new = new if isinstance(new, int) else tuple([new[i] for i in last])
     plan = plan_commit(domain.storage, batch, new, keys, going, overflow, items, ranks)
-    plan.ends_batch = rows is None or len(batch.pending_rows()) == len(committed)
+    plan.ends_batch = rows is None or len(batch.pending_rows()) == count
     try:
         if domain.storage.clock.backend is not None:
             batch.use_here()

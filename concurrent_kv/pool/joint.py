@@ -10,6 +10,7 @@ from torch import Tensor
 from ..books.entries import Described, describe
 from ..books.ledger import Ledger, wake
 from ..books.records import Entry, Generation, Hold, Scope
+from ..device.appends import HostMemory
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
 from ..errors import ClosedError, InvalidArgumentError, WindowOverflowError
@@ -64,9 +65,9 @@ class Part(Batch):
         """Its rows were copied into a buffer from `first_row` on, and end before column `start`."""
         self.data, self.first_row, self._start, self._uses = data, first_row, start, uses
 
-    def settle(self, ends: list[int]) -> None:
-        """New tokens were appended to the buffer; `ends` of each layer."""
-        self._ends = ends
+    def settle(self, ends: list[int], memory: HostMemory | None = None) -> None:
+        """New tokens were appended to the buffer, of that `memory`; `ends` of each layer."""
+        self._ends, self.memory = ends, memory
 
     def close(self) -> None:
         """Let go of what it reads. Never blocks; nothing happens the second time."""
@@ -104,7 +105,7 @@ def open_part(
     tier = domain.storage.tier
     tier_rows = [] if tier is None else tier.read_rows(entries, described)
     nowhere = domain.storage.tensor.data
-    part = Part(domain, scope, generation, hold, entries, described, nowhere, 0, owns_buffer=False)
+    part = Part(domain, scope, generation, hold, entries, described, nowhere, 0, False)
     part.tier_rows = tier_rows
     return part.begin()
 
@@ -151,7 +152,7 @@ class JointBatch(PaddedRows):
     def settle(self) -> None:
         """Have the parts know what was appended: before they are committed."""
         for part in self.parts:
-            part.settle(self._ends)
+            part.settle(self._ends, self.memory)
 
     @property
     def uses(self) -> StreamUses | None:
@@ -193,7 +194,7 @@ class JointBatch(PaddedRows):
         if self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
             if ready is not None:
-                self._storage.tensor.buffers.give_back(self.data, ready)
+                self._storage.tensor.buffers.give_back(self.data, ready, self.memory)
 
     def __repr__(self) -> str:
         return f"<JointBatch of {len(self.entries)} rows in {len(self.parts)} parts>"
@@ -232,13 +233,14 @@ def open_together(
         )
     count = sum(len(part.entries) for part in parts)
     rows = count if rows is None else rows
-    data = out
+    data, memory = out, None
     if data is None:
-        data, ready = storage.tensor.buffers.take(rows, max(1, longest + room))
+        data, ready, memory = storage.tensor.buffers.take(rows, max(1, longest + room))
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     start = longest if out is None else out.shape[3] - room
     joint = JointBatch(storage, parts, data, start, owns_buffer=out is None)
+    joint.memory = memory
     sources = [(part.ledger, part.gathered_entries, about) for part, about in zip(parts, described, strict=True)]
     spare = rows - count
     if spare:

@@ -41,7 +41,7 @@ class PaddedRows(Handle):
         entries: what each row was gathered from; None for a miss.
     """
 
-    _internal = frozenset(("check_open", "use_here"))
+    _internal = frozenset(("check_open", "memory", "use_here"))
 
     _how_to_drop = "commit with"  # the beginning of advice
 
@@ -59,7 +59,7 @@ class PaddedRows(Handle):
     _hits: tuple[bool, ...] | None = None
     _side: tuple[object, ...] | None = None
     _padding: Tensor | None = None
-    _memory: HostMemory | None = None  # of the buffer
+    memory: HostMemory | None = None  # of the buffer; None: not looked at yet
 
     @abstractmethod
     def check_open(self) -> None:
@@ -188,9 +188,9 @@ class PaddedRows(Handle):
 
     def _append(self, layer: int, end: int, keys: Tensor, values: Tensor) -> int:
         """Write new tokens of a layer, or of `ALL_LAYERS`, from column `end` on; returns the new end."""
-        if self._memory is None:
-            self._memory = host_memory(self.data)
-        tokens = append_in(self._memory, layer, end, keys, values)
+        if self.memory is None:
+            self.memory = host_memory(self.data)
+        tokens = append_in(self.memory, layer, end, keys, values)
         if tokens:
             return end + tokens
         tokens = self._check_new(keys, values, stacked=layer == ALL_LAYERS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..books.ledger import Ledger
 from ..books.records import Entry, Scopes
 from ..books.tables import Tables
+from ..device.appends import HostMemory
 from ..device.modes import plain_torch_state
 from ..device.moving import joined_on
 from ..device.positions import Correction
@@ -223,6 +224,7 @@ class WritePlan:
         shape: their lengths, how many tokens get slots of their own, and where in `source` those are.
         parents: rows in the tables of the entries that they share slots with, which the caller keeps alive.
         source: contiguous `[2 * layers, batch, heads, columns, head_dim]`; None: nothing is copied.
+        memory: that of `source`, where it is known.
         parts: `[layers, batch, heads, columns, head_dim]`: keys and values that are copied as they are, not `source`.
         fill: writes the tokens into the slots taken for them, in the stead of a copy of `source`.
         difference: `[2 * layers, kept, heads, head_dim]`, added to the first `runs` runs of as many tokens.
@@ -237,6 +239,7 @@ class WritePlan:
         hashes: of the keys, each asked for once: where an entry is looked up, and found again when it goes.
     """
 
+    memory: HostMemory | None = None
     parts: tuple[Tensor, Tensor] | None = None
     fill: Callable[[Slots], None] | None = None
     difference: Tensor | None = None
@@ -366,7 +369,7 @@ def plan_commit(
     new: int | tuple[int, ...],
     keys: list[Hashable],
     rows: Sequence[int],
-    overflow: Overflow | None,
+    overflow: Overflow,
     sides: list[object],
     priorities: list[float],
 ) -> WritePlan:
@@ -374,13 +377,7 @@ def plan_commit(
 
     `new` is how many every row got, or how many each of them.
     """
-    overflow = storage.checked_overflow(overflow)
-    if type(rows) is range:  # the whole batch
-        hits, table_rows, inherited = batch.hits, batch.table_rows, batch.corrections
-    else:
-        rows = tuple(rows)
-        hits = tuple([batch.hits[row] for row in rows])
-        table_rows, inherited = [batch.table_rows[row] for row in rows], [batch.corrections[row] for row in rows]
+    gathered, hits, table_rows, inherited = batch.before(rows)
     if storage.corrects_lazily:
         foreign = overflow.foreign(inherited)
         if foreign:
@@ -388,10 +385,10 @@ def plan_commit(
     if storage.tier is not None:
         # Of a row that was read from the tier no slot is here: its children own all of their tokens.
         hits = tuple([hit and row > 0 for hit, row in zip(hits, table_rows, strict=True)])
-    in_buffer, first = rows, batch.first_row
+    first, in_buffer = batch.first_row, rows if type(rows) is range else tuple(rows)
     if first:
         in_buffer = range(first, first + len(rows)) if type(rows) is range else tuple([first + row for row in rows])
-    shape = shape_of(in_buffer, batch.gathered_by(rows), hits, new, batch.start, overflow)
+    shape = shape_of(in_buffer, gathered, hits, new, batch.start, overflow)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]
@@ -401,7 +398,7 @@ def plan_commit(
         shared = [correction if kept else None for correction, kept in zip(inherited, shape.kept, strict=True)]
         corrections = overflow.corrections(shared, shape.over, shape.moved)
     plan = WritePlan(keys, sides, priorities, corrections, shape, table_rows, batch.data)
-    plan.batch, plan.since = batch, batch.opened
+    plan.batch, plan.since, plan.memory = batch, batch.opened, batch.memory
     difference = overflow.difference_of(shape.corrected) if shape.corrected else None
     if difference is not None:
         plan.difference, plan.runs = difference

@@ -432,7 +432,8 @@ class KVPool(PoolCore):
                     timeout=timeout,
                 )
         deadline = self._enter(timeout)
-        return commit_batch(self, batch, keys, rows, lengths, overflow, sides, priorities, deadline)
+        checked = self.storage.checked_overflow(overflow)
+        return commit_batch(self, batch, keys, rows, lengths, checked, sides, priorities, deadline)
 
     def pop(
         self,

@@ -13,6 +13,7 @@ from ..books.index import find_in
 from ..books.ledger import Ledger
 from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
 from ..books.tables import Tables, in_columns
+from ..device.appends import HostMemory
 from ..device.buffers import new_buffer
 from ..device.modes import plain_torch_state
 from ..device.positions import Correction, PositionSteps, PositionTable
@@ -102,13 +103,14 @@ def gather_entries(
     described: Described | None = None,
     *,
     whole: bool = True,
+    memory: HostMemory | None = None,
 ) -> Ticks:
     """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
 
-    `described` is what `describe` gave, where the caller has it; unless `whole`, columns from `end` on may
-    stay as they are. One gather, in the caller's stream, after the writes of everything that it reads and after
-    `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock
-    is held.
+    `described` is what `describe` gave, and `memory` that of `out`, where the caller has them; unless `whole`, columns
+    from `end` on may stay as they are. One gather, in the caller's stream, after the writes of everything that it reads
+    and after `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries.
+    No lock is held.
     """
     if described is None:
         described = describe(entries, None)
@@ -119,7 +121,7 @@ def gather_entries(
             _gather(storage, domain.ledger.tables, described, out, end, [], whole)
         else:
             rows, _, _, _ = described
-            storage.tensor.gather(domain.ledger.tables, rows, end, out, whole=whole)
+            storage.tensor.gather(domain.ledger.tables, rows, end, out, whole=whole, memory=memory)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from functools import partial
 
 from torch import Tensor
@@ -23,14 +22,6 @@ __all__ = ["generation_for", "write"]
 
 
 OVER = Generation(-1, -1)  # of what a tier has of a key that is written anew: no scope's
-
-
-class Outcome(Enum):
-    """How an attempt to publish ended."""
-
-    PUBLISHED = "published"
-    STALE = "stale"  # the scope's epoch or version is over
-    NO_ROOM = "no room"  # what it would have replaced, or shared slots with, has left the pool meanwhile
 
 
 def generation_for(scope: Scope, deadline: Deadline) -> Generation:
@@ -93,11 +84,15 @@ def write(domain: Domain, scope: Scope | Scopes, generation: Generation, plan: W
         else:
             entries = new_entries(plan.keys, scope, generation, *of_each, written)
         while True:
-            outcome, missing = _publish(domain, scope, generation, entries, plan, located, grant, deadline)
-            if outcome is not Outcome.NO_ROOM:
+            missing = _publish(domain, scope, generation, entries, plan, located, grant, deadline)
+            if missing is None:
                 break
             make_room(domain, *missing, deadline, plan.since)
             grant.entries, grant.slots = missing
+        if grant.spent:
+            return True
+        cancel(domain, scope, grant, used)  # its epoch or version is over
+        return False
     except BaseException:
         try:
             cancel(domain, scope, grant, used)
@@ -105,13 +100,6 @@ def write(domain: Domain, scope: Scope | Scopes, generation: Generation, plan: W
             # What cannot be undone here, where memory or frames are short, is undone by the next operation.
             ledger.abandoned.append(partial(_cancel_later, domain, scope, grant, used))
         raise
-    if outcome is Outcome.STALE:
-        try:
-            cancel(domain, scope, grant, used)
-        except BaseException:
-            ledger.abandoned.append(partial(_cancel_later, domain, scope, grant, used))
-            raise
-    return outcome is Outcome.PUBLISHED
 
 
 def _cancel_later(domain: Domain, scope: Scope | Scopes, grant: Grant, used: Ticks, deadline: Deadline) -> None:
@@ -128,7 +116,8 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> 
         storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, grant.taken)
         return ()
     block = shape.block if type(grant.taken) is range else None
-    return storage.tensor.scatter(source, shape.rows, shape.columns, grant.taken, plan.difference, plan.runs, block)
+    added = plan.difference, plan.runs
+    return storage.tensor.scatter(source, shape.rows, shape.columns, grant.taken, *added, block, plan.memory)
 
 
 # Publication ------------------------------------------------------------
@@ -143,8 +132,12 @@ def _publish(
     located: Sequence[tuple[Scope, int]],
     grant: Grant,
     deadline: Deadline,
-) -> tuple[Outcome, tuple[int, int]]:
-    """Make all entries visible together, or none; and the entries and slots that are missing where there is no room."""
+) -> tuple[int, int] | None:
+    """Make all entries visible together, and spend the grant; or none, where the scope's epoch or version is over.
+
+    Or none where there is no room, as what they would have replaced, or shared slots with, has left the pool meanwhile:
+    then it returns how many entries and slots are missing.
+    """
     ledger = domain.ledger
     dead: list[Entry] = []
     dead_in_tier: list[Entry] = []
@@ -160,7 +153,7 @@ def _publish(
         if scope.generation is not generation:
             with gate.lock, ledger.mutex:
                 domain.counters.stale_write_count += len(entries)
-            return Outcome.STALE, (0, 0)
+            return None
         in_tier = None if scope.below is None else _find_in_tier(scope.parts_below(located), plan)
         cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
         try:
@@ -169,23 +162,24 @@ def _publish(
                 _set_generations(in_tier)
             with gate.lock, ledger.mutex:
                 missing = _admit(domain, scope, entries, cells, replaced, plan, old, grant)
-                if grant.spent and isinstance(scope, Scopes):
-                    try:
-                        scope.renew()
-                    except Exception:  # no memory, no frames; what was written is current a little later
-                        ledger.abandoned.append(partial(ledger.again, [scope.renew]))
-                if grant.spent and old:
-                    try:
-                        dead = unpublish(domain, old, told=True)
-                    except Exception:  # no memory, no frames; what was written is there
-                        again = partial(unpublish, domain, old, told=True)
-                        ledger.abandoned.append(partial(ledger.again, [again]))
-                if grant.spent and plan.uses_batch:
-                    leave = partial(plan.leave_batch, ledger, ends=plan.ends_batch)
-                    try:
-                        dead += leave()
-                    except Exception:  # no memory, no frames; nothing happens the second time
-                        ledger.abandoned.append(partial(ledger.again, [leave]))
+                if missing is None:
+                    if isinstance(scope, Scopes):
+                        try:
+                            scope.renew()
+                        except Exception:  # no memory, no frames; what was written is current a little later
+                            ledger.abandoned.append(partial(ledger.again, [scope.renew]))
+                    if old:
+                        try:
+                            dead = unpublish(domain, old, told=True)
+                        except Exception:  # no memory, no frames; what was written is there
+                            again = partial(unpublish, domain, old, told=True)
+                            ledger.abandoned.append(partial(ledger.again, [again]))
+                    if plan.uses_batch:
+                        leave = partial(plan.leave_batch, ledger, ends=plan.ends_batch)
+                        try:
+                            dead += leave()
+                        except Exception:  # no memory, no frames; nothing happens the second time
+                            ledger.abandoned.append(partial(ledger.again, [leave]))
                 # Where it did not fit, others may: it keeps nothing while it waits for all that it needs.
                 waiters = ledger.take_waiters() if ledger.waiters else []
         finally:
@@ -195,9 +189,8 @@ def _publish(
                 _drop_from_tier(domain, in_tier, dead_in_tier, is_over=grant.spent)
     if waiters:
         wake(waiters)
-    outcome = Outcome.PUBLISHED if grant.spent else Outcome.NO_ROOM
     del dead, dead_in_tier, in_tier, old, replaced, cells
-    return outcome, missing
+    return missing
 
 
 def _find_in_tier(parts: list[Index[Entry]], plan: WritePlan) -> list[tuple[Entry, Generation]]:
@@ -235,11 +228,11 @@ def _admit(
     plan: WritePlan,
     old: list[Entry],
     grant: Grant,
-) -> tuple[int, int]:
+) -> tuple[int, int] | None:
     """Count the new entries in, name the slots, and put the entries into their places; `unpublish` then takes the old.
 
     The grant is spent then; whatever is raised before that, nothing has changed. Or, where it would exceed the quota,
-    take the grant's place in it back and say how much the write needs. Mutex and shards held.
+    take the grant's place in it back and return how much the write needs. Mutex and shards held.
     """
     ledger, budget = domain.ledger, scope.budget
     counters = (domain.account if budget is None else budget).counters
@@ -273,7 +266,7 @@ def _admit(
             ledger.grants += 1
         raise
     counters.insert_count, counters.replace_count = counted
-    return 0, 0
+    return None
 
 
 def _count(

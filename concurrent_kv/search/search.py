@@ -19,7 +19,7 @@ from ..books.records import Budget, Entry, Hold
 from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
-from ..model.overflow import Overflow, check_overflow
+from ..model.overflow import Overflow
 from ..never_copied import is_owned_elsewhere
 from ..pool.batch import Batch
 from ..pool.clearing import discard, take_out
@@ -72,7 +72,7 @@ class Search(Handle):
     instead_of_copy = "share the one object between threads, or open another with manager.search()"
 
     def __init__(
-        self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow | None
+        self, state: SearchState, env_ids: tuple[Hashable, ...], order: LookupOrder, overflow: Overflow
     ) -> None:
         self.env_ids = env_ids
         self._known_envs = frozenset(env_ids)
@@ -284,10 +284,10 @@ class Search(Handle):
                     keys, batch, rows=rows, lengths=lengths, overflow=overflow, sides=sides, timeout=timeout
                 )
         deadline = state.storage.enter(timeout)
-        state.check_open()
         if getattr(batch, "scope", state.scope) is not state.scope:
             raise InvalidArgumentError("batch was gathered by another search or pool, and cannot be committed here")
-        commit_batch(state, batch, keys, rows, lengths, overflow or self._overflow, sides, None, deadline)
+        checked = self._overflow if overflow is None else state.storage.checked_overflow(overflow)
+        commit_batch(state, batch, keys, rows, lengths, checked, sides, None, deadline)
 
     def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """Remove some of the search's own entries; their room can be used again at once. May block.
@@ -574,13 +574,13 @@ def open_search(
     if len(set(ids)) != len(ids):
         raise InvalidArgumentError(f"env_ids must be different, got {shown(ids)}")
     check_order(order)
-    check_overflow(overflow, pool.layout)
+    checked = pool.storage.checked_overflow(overflow)
     entries = positive_int("entries", entries) if entries is not None else len(ids) * entries_per_env
     tokens = positive_int("tokens", tokens) if tokens is not None else default_tokens(entries, pool.layout.max_tokens)
     budget = reserve_budget(pool, entries, tokens, deadline)
     try:
         kind = RecordingState if record_tree else SearchState
-        return _opened(kind, pool, init_pools, ids, number, budget, order, overflow)
+        return _opened(kind, pool, init_pools, ids, number, budget, order, checked)
     except BaseException:
         pool.ledger.abandoned.append(partial(pool.ledger.again, [partial(_give_back, pool, budget)]))
         raise
@@ -605,7 +605,7 @@ def _opened(
     number: int,
     budget: Budget,
     order: LookupOrder,
-    overflow: Overflow | None,
+    overflow: Overflow,
 ) -> Search:
     state = kind(pool, init_pools, number, budget, budget.runs or [])
     # Before it is registered: wherever an exception arrives from then on, the search is dropped, and so closed.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from concurrent_kv import KVLayout, WaitTimeoutError
 from concurrent_kv.books import tables as books_tables
+from concurrent_kv.device.appends import HostMemory
 from concurrent_kv.device.slot_numbers import Slots, as_array
 from concurrent_kv.device.tensors import Block, Indices, SlotRows, SlotTensor
 from concurrent_kv.locks.deadline import Deadline
@@ -164,7 +165,14 @@ class ModelTensor(SlotTensor):
         self._writing: set[int] = set()
 
     def gather(
-        self, tables: SlotRows, rows: list[int], end: int, out: Tensor, *, whole: bool = True
+        self,
+        tables: SlotRows,
+        rows: list[int],
+        end: int,
+        out: Tensor,
+        *,
+        whole: bool = True,
+        memory: HostMemory | None = None,
     ) -> tuple[Tensor, ...]:
         table = books_tables.in_columns(cast(books_tables.Tables, tables), rows, end, out.shape[3])
         slots = self.data[:, torch.from_numpy(table)]
@@ -186,6 +194,7 @@ class ModelTensor(SlotTensor):
         difference: Tensor | None = None,
         runs: int = 0,
         block: Block | None = None,
+        memory: HostMemory | None = None,
     ) -> tuple[Tensor, ...]:
         assert difference is None, "programs commit without corrections"
         taken = as_array(slots).tolist()

@@ -20,7 +20,6 @@ from concurrent_kv.pool.clearing import sweep_if
 from concurrent_kv.pool.core import PoolCore
 from concurrent_kv.pool.plan import WritePlan
 from concurrent_kv.pool.room import unpublish
-from concurrent_kv.pool.writing import Outcome
 from concurrent_kv.search.state import SearchState
 
 Patch = pytest.MonkeyPatch
@@ -36,12 +35,12 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
         located: Sequence[tuple[Scope, int]],
         grant: Grant,
         deadline: Deadline,
-    ) -> tuple[Outcome, tuple[int, int]]:
+    ) -> tuple[int, int] | None:
         if scope.generation is not generation:
-            return Outcome.STALE, (0, 0)
+            return None
         with pool.storage.locks.write(sorted_shards(located), deadline):
             _enter_books(pool, entries, plan, located, grant)
-        return Outcome.PUBLISHED, (0, 0)
+        return None
 
     patch.setattr("concurrent_kv.pool.writing._publish", publish)
 
@@ -82,7 +81,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         located: Sequence[tuple[Scope, int]],
         grant: Grant,
         deadline: Deadline,
-    ) -> tuple[Outcome, tuple[int, int]]:
+    ) -> tuple[int, int] | None:
         pending = grant
         taken = as_array(grant.taken)
         for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
@@ -97,7 +96,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
                 pending.taken = taken[first : first + number]
                 _enter_books(pool, [entry], one, [at], pending)
             pending = Grant(0, 0, grant.taken, grant.ticks)
-        return Outcome.PUBLISHED, (0, 0)
+        return None
 
     patch.setattr("concurrent_kv.pool.writing._publish", publish)
 
