@@ -111,15 +111,22 @@ class SlotAllocator:
 
     def allocate(self, count: int) -> Taken | None:
         """`count` slots, or None with nothing changed."""
-        if count > self.free_count:
+        left, runs = self.free_count - count, self._runs
+        if left < 0:
             return None
+        if runs and type(runs[0][0]) is range and len(runs[0][0]) > count:  # nearly always: a call less
+            front, ticks = runs[0]
+            taken, more = Taken(front[:count], ticks), (front[count:], ticks)
+            # Nothing that needs memory from here on.
+            runs[0], self.free_count = more, left
+            return taken
         first, whole, mine, rest = self._front(count)
         if first < 0:
             return None
         slots, ticks = mine[0] if len(mine) == 1 else _merged(mine)
         if type(slots) is not range and count:
             slots = _as_range(slots) or slots
-        taken, left, popped = Taken(slots, ticks), self.free_count - count, iter(mine[:whole])
+        taken, popped = Taken(slots, ticks), iter(mine[:whole])
         # Nothing that needs memory from here on.
         if whole or rest is None:
             self._take_off(first, popped, rest)

@@ -142,8 +142,8 @@ class Search(Handle):
         counts: bool = True,
     ) -> B:
         """As `gather`, of checked arguments; `opened` makes the batch of what was found, which is counted or not."""
-        state, new_roots = self._state, list[Entry]()
-        ledger = state.ledger
+        state, ledger = self._state, self._state.ledger
+        new_roots: list[Entry] = []
         generation = state.scope.generation
         hold, of_roots = Hold("batch", []), None
         found: list[Entry | None] = [None] * len(keys)
@@ -463,7 +463,9 @@ class Search(Handle):
 
         Inside a critical section of the calling thread (in a finaliser, say) it is left to the next operation.
         """
-        self._end(lambda: self._state.storage.enter_quietly(timeout))
+        # No closure anywhere here: where there is no memory for its cells, CPython 3.11 loses what was to be in them.
+        if not self._is_left():
+            self._state.end(CLOSED, self._state.storage.enter_quietly(timeout))
 
     def close_on_loop(self, seconds: float) -> None:
         """As `close`, for a task, on its event loop's own thread; what others left is not done first, as there.
@@ -473,17 +475,15 @@ class Search(Handle):
                 has time for: nothing has happened, and it is a worker's to close it.
         """
         self._state.storage.check_process()
-        self._end(lambda: Deadline(seconds))
+        if not self._is_left():
+            self._state.end(CLOSED, Deadline(seconds))
 
-    def _end(self, begun: Callable[[], Deadline]) -> None:
-        """End it by the deadline that `begun` gives, unless it has ended."""
-        state = self._state
-        if state.finished:
-            return
-        if gate.is_inside:
+    def _is_left(self) -> bool:
+        """Whether there is nothing to end here: it has ended, or is left to the next operation."""
+        if not self._state.finished and gate.is_inside:
             self.abandon()
-            return
-        state.end(CLOSED, begun())
+            return True
+        return self._state.finished
 
     def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
         checked = check_env_ids(env_ids)
