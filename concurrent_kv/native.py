@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["address_of", "compiled", "in_python", "lookup", "native"]
+__all__ = ["compiled", "in_python", "lookup", "native"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 in_python: dict[str, Callable[..., Any]] = {}  # what `compiled` has replaced, or would have
@@ -27,16 +27,6 @@ def _load() -> Any:
     except ImportError:
         return None
     return _native
-
-
-def address_of(tensor: Any) -> int:
-    """Where the numbers of a contiguous tensor in host memory lie; 0 if they are not simply there."""
-    if tensor.is_neg():  # what lies there has the other sign
-        return 0
-    try:
-        return int(tensor.data_ptr())  # 0: zeros without any memory
-    except RuntimeError:  # wrapped by a transform of torch.func
-        return 0
 
 
 native = _load()

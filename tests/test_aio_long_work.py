@@ -71,13 +71,13 @@ def test_a_search_that_is_dropped_while_an_operation_runs_is_not_ended_by_it(
     facade = AsyncKVCacheManager(manager)
     enter = manager.storage.enter
 
-    def and_drop(timeout: float | None = None) -> Any:
+    def and_drop(*of_pool: Any) -> Any:
         manager.storage.enter = enter  # type: ignore[method-assign]
         manager.search([0])
-        return enter(timeout)
+        return enter(*of_pool)
 
     async def main() -> None:
-        manager.storage.enter = and_drop  # type: ignore[method-assign]
+        manager.storage.enter = and_drop  # type: ignore[method-assign, assignment]
         await facade.wm_pool.get("key")
         assert counts(facade) == (1, 0)
         assert ends == []

@@ -235,7 +235,7 @@ def entering_like_any_operation(patch: pytest.MonkeyPatch) -> None:
     try_claim = KVPool.try_claim
 
     def entered(self: KVPool, key: Any) -> Claim:
-        self._enter(None)
+        self.storage.enter(None, self.account)
         return try_claim(self, key)
 
     patch.setattr(KVPool, "try_claim", entered)

@@ -153,20 +153,19 @@ def test_keys_and_values_in_two_tensors_are_scattered_as_they_would_be_in_one(
     source = random_bits(seed + 1, tuple(new_buffer(apart.layout, batch, 5).shape), layout.dtype)
     keys, values = source[: layout.num_layers].clone(), source[layout.num_layers :].clone()
     rows, at, slots = picked(batch, 5, tokens, a_range, seed)
-    assert apart.takes(keys)
-    assert apart.takes(values)
-    apart.scatter_parts(keys, values, rows, at, slots)
+    assert apart.scatter_parts(keys, values, rows, at, slots) == ()
     joined.scatter(source, rows, at, slots)
     assert same_bits(apart.data, joined.data)
 
 
 def test_only_plain_contiguous_host_memory_is_scattered_as_it_is() -> None:
     layout = KVLayout(num_layers=1, num_heads=2, head_dim=2, max_tokens=4)
-    tensor = SlotTensor(layout, 4)
-    plain = torch.ones(1, 1, 2, 4, 2)
-    assert tensor.takes(plain) == (native is not None)
-    for other in (plain.transpose(2, 3), plain.to("meta"), torch.nn.Parameter(plain), torch._neg_view(plain)):
-        assert not tensor.takes(other)
+    tensor, slots, at = SlotTensor(layout, 4), range(1, 3), np.arange(2)
+    plain = torch.randn(1, 1, 2, 2, 2)
+    for other in (plain, plain.transpose(2, 3), torch.nn.Parameter(plain), torch._neg_view(plain)):
+        temporaries = tensor.scatter_parts(other, plain, np.zeros(2, dtype=np.int64), at, slots)
+        assert (temporaries == ()) == (native is not None and other is plain)
+        assert torch.equal(tensor.data[:, 1:3], torch.cat([other, plain])[:, 0].transpose(1, 2))
 
 
 @needs_native

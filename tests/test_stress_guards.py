@@ -122,7 +122,7 @@ def without_looking_at_the_process(patch: pytest.MonkeyPatch) -> None:
 
 def without_looking_whether_it_is_closed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PoolCore, "check_open", lambda self: None)
-    patch.setattr(PoolCore, "_enter", lambda self, timeout: Deadline(5.0))
+    patch.setattr(KVStorage, "enter", lambda self, timeout=None, account=None: Deadline(5.0))
 
 
 def with_one_scope_for_all(patch: pytest.MonkeyPatch) -> None:

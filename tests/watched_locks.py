@@ -38,7 +38,7 @@ UNDER_THE_MUTEX: dict[type, tuple[str, ...]] = {
         *("give_back", "borrow", "pay_back", "look_idle", "leave"),
     ),
     Candidates: (
-        *("exchange", "withdraw", "set_aside", "shares_tail", "beside", "return_shared", "return_unshared"),
+        *("withdraw", "set_aside", "shares_tail", "beside", "return_shared", "return_unshared"),
         *("return_unpinned", "arrange", "forget_parked"),
     ),
     SlotAllocator: (

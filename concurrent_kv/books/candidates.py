@@ -35,15 +35,8 @@ class Candidates:
 
     # Coming and going ------------------------------------------------------------------------------------------------
 
-    def exchange(self, account: Account, leaving: list[Entry], coming: list[Entry]) -> None:
-        """Tell the policy which entries go and which come; it may be the user's, and raise. Mutex held."""
-        for entry in leaving:
-            account.policy.remove(entry)
-        for entry in coming:
-            account.policy.add(entry)
-
     def exchange_back(self, account: Account, leaving: list[Entry], coming: list[Entry]) -> None:
-        """Undo `exchange`, perhaps a second time. Mutex held."""
+        """Undo what the policy was told of entries that go and others that come, perhaps once more. Mutex held."""
         for entry in coming:
             account.policy.remove(entry)
         for entry in reversed(leaving):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import repeat
 from operator import attrgetter, setitem
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from ..native import lookup, native
 
@@ -22,6 +22,14 @@ class Indexed(Protocol):
     @property
     def index_key(self) -> Hashable:
         """What later keys are compared with."""
+
+    @property
+    def scope(self) -> Any:
+        """Where it is stored."""
+
+    @property
+    def generation(self) -> object:
+        """That of the scope when it was stored."""
 
 
 FEW = 256  # keys of which compiled code looks at every pair sooner than this does at each
@@ -239,13 +247,18 @@ class Index(Generic[E]):
         return len(self.cells)
 
 
-def find_in(indexes: list[Index[E]], keys: list[Hashable], hashes: list[int]) -> list[E | None]:
-    """The entry of each key in its part of an index, or None."""
-    if native is not None:
-        found = native.find(indexes, keys, hashes)
-        if found is not None:  # no two keys of one hash
-            return found  # type: ignore[no-any-return]
-    return list(map(Index.get, indexes, keys, hashes))
+def find_in(
+    indexes: list[Index[E]], keys: list[Hashable], hashes: list[int], generations: Mapping[Any, object] | None = None
+) -> list[E | None]:
+    """The entry of each key in its part of an index, or None; with `generations`, of those of their scopes alone."""
+    found: list[E | None] | None = None if native is None else native.find(indexes, keys, hashes)
+    if found is None:  # or there are two keys of one hash
+        found = list(map(Index.get, indexes, keys, hashes))
+    if generations is not None:
+        for row, entry in enumerate(found):
+            if entry is not None and entry.generation is not generations[entry.scope]:
+                found[row] = None
+    return found
 
 
 _CELLS = attrgetter("cells")

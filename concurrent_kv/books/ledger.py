@@ -142,10 +142,10 @@ class Ledger:
         own: list[int],
         taken: Slots,
         positions: SlotArray,
-    ) -> None:
+    ) -> list[int]:
         """Give new entries rows of the tables (see `Tables.enter`), and the reference of the index. Mutex held.
 
-        All of it, or nothing where it raises.
+        Returns the rows. All of it, or nothing where it raises.
         """
         rows, tails = self.tables.enter(parents, kept, own, taken, positions)
         try:
@@ -153,6 +153,7 @@ class Ledger:
         except Exception:
             self.leave(rows)
             raise
+        return rows
 
     def let_go(self, entries: list[Entry]) -> list[Entry]:
         """Drop one reference of each, and free what the dead had; returns those that died. Mutex held.
@@ -166,9 +167,8 @@ class Ledger:
                 for of_one in used:
                     ticks = merge(ticks, of_one)
                 parted = self.candidates.beside(rows) if self.candidates.shared else ()
-                freed: list[Any] = [None, False]
-                release, dying = partial(self._release, freed, ticks), iter(dead)
-                freed[0], freed[1] = self.tables.leave(rows)
+                dying = iter(dead)
+                freed, others_left = self.tables.leave(rows)
             except Exception:
                 for entry in entries:
                     entry.refs += 1
@@ -178,11 +178,18 @@ class Ledger:
                 entry.row = -1
             try:
                 try:
-                    release()
+                    self._release(freed, ticks, others_left)
                 except MemoryError:
-                    release()  # once more: a search that ends next must have them
+                    self._release(freed, ticks, others_left)  # once more: a search that ends next must have them
             except Exception:  # no memory, no frames: they are free a little later
-                self.abandoned.append(partial(self.again, [release]))
+                self.abandoned.append(partial(self.again, [partial(self._release, freed, ticks, others_left)]))
+                if self.borrowed:
+                    self.abandoned.append(partial(self.again, [self.pay_back]))  # after these
+            if self.borrowed:
+                try:
+                    self.pay_back()
+                except Exception:  # as above: the storage gets them a little later
+                    self.abandoned.append(partial(self.again, [self.pay_back]))
             if parted:
                 try:
                     self.candidates.return_unshared(parted)
@@ -204,31 +211,22 @@ class Ledger:
         except Exception:  # no memory, no frames
             self.abandoned.append(partial(self.again, [partial(self.tables.leave, rows)]))
 
-    def _release(self, freed: list[Any], ticks: Ticks) -> None:
-        """Free what `Tables.leave` returned; once, however often it is called. Mutex held."""
-        slots, others_left = freed
-        if slots is not None:
-            if self.copies is not None:
-                # First: a slot that is given out may have other bytes.
-                self.copies.put(np.frombuffer(slots, dtype=np.int64), 0)
-            self.slots.release(np.frombuffer(slots, dtype=np.int64), ticks, others_left=others_left)
-            freed[0] = None
-        if self.borrowed:
-            pay_back = self.pay_back
-            try:
-                pay_back()
-            except Exception:  # no memory, no frames: the storage gets them a little later
-                self.abandoned.append(partial(self.again, [pay_back]))
+    def _release(self, freed: Any, ticks: Ticks, others_left: bool) -> None:
+        """Free the slots that `Tables.leave` returned; all of them, or none where it raises. Mutex held."""
+        slots = np.frombuffer(freed, dtype=np.int64)
+        if self.copies is not None:
+            # First: a slot that is given out may have other bytes.
+            self.copies.put(slots, 0)
+        self.slots.release(slots, ticks, others_left=others_left)
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free slots that no entry came to name; all of them, or none where it raises. Mutex held."""
         self.slots.give_back(slots, ticks)
         if self.borrowed:
-            pay_back = self.pay_back
             try:
-                pay_back()
+                self.pay_back()
             except Exception:  # no memory, no frames: the storage gets them a little later
-                self.abandoned.append(partial(self.again, [pay_back]))
+                self.abandoned.append(partial(self.again, [self.pay_back]))
 
     @property
     def left(self) -> int:

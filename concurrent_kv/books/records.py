@@ -480,13 +480,6 @@ class Account:
         """The arguments with which a pool holds so much, of those that have to grow."""
         return self.arguments.that_hold(entries, slots, max_entries=self.max_entries, max_slots=self.max_slots)
 
-    def excess(self) -> tuple[int, int]:
-        """Entries and slots by which everything counted, pending and reserved exceeds what it may hold."""
-        return (
-            max(0, self.entries + self.pending_entries + self.reserved_entries - self.max_entries),
-            max(0, self.uses.used + self.pending_slots + self.reserved_slots - self.max_slots),
-        )
-
     def __repr__(self) -> str:
         return f"<Account {self.name!r}>"
 
@@ -531,7 +524,7 @@ class Budget:
             self.root_hits[account] = self.root_hits.get(account, 0) + 1
 
 
-@dataclass
+@dataclass(slots=True)
 class Grant:
     """What a write in flight has taken; given back whole if it fails."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ def runs_of(slots: SlotArray, ticks: Ticks) -> list[Run]:
     found = None if native is None else native.in_runs(slots, MOST_PIECES)
     if found is not None:
         pieces = found if type(found) is list else [np.frombuffer(found, dtype=np.int64)]
-        return list(zip(pieces, repeat(ticks)))
+        return [(piece, ticks) for piece in pieces]
     if len(slots) <= FEW:
         numbers = sorted(slots.tolist())
         if numbers[-1] - numbers[0] == len(numbers) - 1:
@@ -63,18 +63,6 @@ def runs_of(slots: SlotArray, ticks: Ticks) -> list[Run]:
         return [(slots, ticks)]
     edges = [0, *gaps.tolist(), len(slots)]
     return [(range(int(slots[first]), int(slots[last - 1]) + 1), ticks) for first, last in pairwise(edges)]
-
-
-def _joined(first: Run, second: Run) -> Run | None:
-    """One run of two that lie side by side and were used by the same streams; None for others."""
-    (one, ticks), (other, other_ticks) = first, second
-    if type(one) is not range or type(other) is not range or ticks.keys() != other_ticks.keys():
-        return None
-    if other.start == one.stop:
-        return range(one.start, other.stop), merge(ticks, other_ticks)
-    if one.start == other.stop:
-        return range(other.start, one.stop), merge(ticks, other_ticks)
-    return None
 
 
 def _merged(runs: list[Run]) -> Run:
@@ -214,8 +202,15 @@ class SlotAllocator:
         if not new:
             return
         runs = self._runs
-        last = runs[-1] if runs else None
-        joined = None if last is None else _joined(last, new[0])
+        last, joined = runs[-1] if runs else None, None
+        if last is not None:
+            # One run of two that lie side by side and were used by the same streams.
+            (one, ticks), (other, other_ticks) = last, new[0]
+            if type(one) is range and type(other) is range and ticks.keys() == other_ticks.keys():
+                if other.start == one.stop:
+                    joined = range(one.start, other.stop), merge(ticks, other_ticks)
+                elif one.start == other.stop:
+                    joined = range(other.start, one.stop), merge(ticks, other_ticks)
         more = new if joined is None else new[1:]
         at = -1 - len(more)
         try:
@@ -235,20 +230,16 @@ class SlotAllocator:
         """
         if self.residual:
             ticks = merge(ticks, self.residual)
-        self._free(slots, ticks)
+        if len(slots):
+            left = self.free_count + len(slots)
+            self._append(runs_of(slots, ticks))
+            self.free_count = left
         if ticks and others_left:
             self.residual = ticks
 
     def give_back(self, slots: Slots, ticks: Ticks) -> None:
         """Free allocated slots that no entry came to name; all of them, or none where it raises."""
-        self._free(as_array(slots), ticks)
-
-    def _free(self, slots: SlotArray, ticks: Ticks) -> None:
-        """All of them, or none where it raises: what may fail comes first."""
-        if len(slots):
-            left = self.free_count + len(slots)
-            self._append(runs_of(slots, ticks))
-            self.free_count = left
+        self.release(as_array(slots), ticks, others_left=False)
 
     def free_slots(self) -> SlotArray:
         """Every free slot, in the order of release."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from ..native import address_of, native
+from ..native import native
+from .tensor_checks import address_of
 
 __all__ = ["ALL_LAYERS", "HostMemory", "append_in", "host_memory"]
 
@@ -23,7 +24,7 @@ HostMemory: TypeAlias = "tuple[()] | tuple[Tensor, Any, int, int, int, int, int,
 
 def host_memory(buffer: Tensor) -> HostMemory:
     """A batch `[2 * layers, batch, heads, columns, head_dim]` as compiled code appends to it; empty if torch does."""
-    plain = native is not None and type(buffer) is Tensor and buffer.is_cpu and buffer.dim() == 5
+    plain = native is not None and buffer.is_cpu and buffer.dim() == 5
     address = address_of(buffer) if plain and buffer.is_contiguous() else 0
     if not address:
         return ()

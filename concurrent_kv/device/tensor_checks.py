@@ -1,4 +1,4 @@
-"""`check_tensor`: tensors that callers pass in."""
+"""`check_tensor`: tensors that callers pass in; `address_of`: whether compiled code may read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["check_tensor"]
+__all__ = ["LARGE_BYTES", "address_of", "check_tensor"]
+
+LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
 
 
 def check_tensor(name: str, tensor: object) -> Tensor:
@@ -19,3 +21,20 @@ def check_tensor(name: str, tensor: object) -> Tensor:
         makes = "dequantize" if tensor.is_quantized else "to_padded_tensor" if tensor.is_nested else "to_dense"
         raise InvalidArgumentError(f"{name} must be a dense tensor, got {what}; its {makes}() makes one")
     return tensor
+
+
+def address_of(tensor: Tensor, nbytes: int = 0, known: int = 0) -> int:
+    """Where the numbers of a contiguous tensor in host memory lie, for compiled code that copies so many bytes.
+
+    0 if they are not simply there, or if torch does it sooner. Where they still lie at `known`, nothing else is asked.
+    """
+    if nbytes >= LARGE_BYTES and torch.get_num_threads() > 1:
+        return 0
+    try:
+        address = tensor.data_ptr()  # 0: zeros without any memory
+    except RuntimeError:  # wrapped by a transform of torch.func
+        return 0
+    if address == known:
+        return address
+    # What lies there may have the other sign.
+    return 0 if type(tensor) is not Tensor or tensor.is_neg() else address

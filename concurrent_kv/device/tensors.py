@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..errors import ClosedError
-from ..native import address_of, native
+from ..native import native
 from .appends import HostMemory, host_memory
 from .buffers import FreeBuffers
 from .layout import KVLayout
 from .modes import plain_torch_state
-from .moving import upload
+from .moving import joined_on, upload
 from .positions import Correction, PositionSteps, PositionTable
 from .slot_numbers import Slots, as_array
+from .tensor_checks import LARGE_BYTES, address_of
 
 __all__ = ["Block", "SlotTensor", "in_units"]
 
-LARGE_BYTES = 4 << 20  # of a copy that torch does sooner, if it has several threads
 UNIT = torch.complex128  # the widest type: 16 bytes, copied as they are
 
 Indices = npt.NDArray[np.int64]
@@ -151,10 +151,8 @@ class SlotTensor:
         Returns the indices, which have to live until the copy is done.
         """
         columns = out.shape[3]
-        if memory and memory[2] == out.data_ptr():  # or its last user has given it other memory
-            address = memory[2] if self._copies_here(len(rows) * columns) else 0
-        else:
-            address = self._compiled_at(out, out.nbytes)
+        known = memory[2] if memory else 0
+        address = 0 if self._native is None else address_of(out, out.nbytes, known)
         if address:
             filled = columns if whole else end
             self._native.gather(
@@ -176,8 +174,9 @@ class SlotTensor:
     ) -> tuple[Tensor, ...]:
         """As `gather`, of rows of several tables: those of each after those of the one before."""
         batch, columns = out.shape[1], out.shape[3]
-        address, row_bytes = self._compiled_at(out, out.nbytes), self.layout.num_heads * columns * self._shape[3]
+        address = 0 if self._native is None else address_of(out, out.nbytes)
         if address:
+            row_bytes = self.layout.num_heads * columns * self._shape[3]
             filled, data = columns if whole else end, self.data.data_ptr()
             for tables, rows in parts:
                 self._native.gather(data, self._shape, address, batch, columns, end, filled, tables, rows)
@@ -204,7 +203,7 @@ class SlotTensor:
             owed: what each row is owed.
             steps: what is owed for each drop.
         """
-        address = self._compiled_at(out, 0) if out.dtype is torch.float32 else 0
+        address = address_of(out) if self._native is not None and out.dtype is torch.float32 else 0
         difference = address_of(steps.rows) if address else 0
         if not difference:
             return False
@@ -217,16 +216,6 @@ class SlotTensor:
         if not out.is_inference():
             increment_version(out)
         return True
-
-    def _compiled_at(self, other: Tensor, nbytes: int) -> int:
-        """The address of a batch, if compiled code does a copy of so many bytes to or from it; 0 if torch does."""
-        if self._native is None or type(other) is not Tensor:
-            return 0
-        return address_of(other) if nbytes < LARGE_BYTES or torch.get_num_threads() == 1 else 0
-
-    def _copies_here(self, tokens: int) -> bool:
-        """Whether compiled code does a copy of so many tokens."""
-        return self._native is not None and (tokens < self._large_slots or torch.get_num_threads() == 1)
 
     def scatter(
         self,
@@ -253,7 +242,7 @@ class SlotTensor:
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
-        if self._copies_here(len(slots)):
+        if self._native is not None and (len(slots) < self._large_slots or torch.get_num_threads() == 1):
             # Its user may have given it other memory since it was gathered.
             if not memory or memory[0] is not source or source.data_ptr() != memory[2]:
                 memory = host_memory(source) if self._is_batch(source) else ()
@@ -263,6 +252,7 @@ class SlotTensor:
                 self._native.scatter(self.data.data_ptr(), self._shape, *batch, rows, columns, slots)
                 return ()
         with plain_torch_state():
+            source = source.detach()
             if block is None:
                 return self._copy_tokens(source, rows, columns, slots, difference, runs)
             # No indices, and no copy on the way.
@@ -275,28 +265,28 @@ class SlotTensor:
         fits = len(shape) == 5 and (shape[0], shape[2], shape[4]) == self._batch_shape
         return fits and source.dtype is self.layout.dtype
 
-    def takes(self, part: Tensor) -> bool:
-        """Whether `scatter_parts` can copy keys or values `[layers, batch, heads, columns, head_dim]` as they are."""
-        return (
-            self._native is not None
-            and type(part) is Tensor
-            and part.is_cpu
-            and part.is_contiguous()
-            and address_of(part) != 0
-        )
-
-    def scatter_parts(self, keys: Tensor, values: Tensor, rows: Indices, columns: Indices, slots: Slots) -> None:
-        """As `scatter`, of keys and values in two tensors that this `takes`, of the layout's shape and dtype."""
-        data, (planes, *rest) = self.data, self._shape
-        half = (planes // 2, *rest)
-        for part, start in ((keys, data.data_ptr()), (values, data.data_ptr() + data.nbytes // 2)):
-            batch = (part.data_ptr(), part.shape[1], part.shape[3])
-            self._native.scatter(start, half, *batch, 0, 0, 1, 0, rows, columns, slots)
+    def scatter_parts(
+        self, keys: Tensor, values: Tensor, rows: Indices, columns: Indices, slots: Slots, block: Block | None = None
+    ) -> tuple[Tensor, ...]:
+        """As `scatter`, of keys and values in two tensors of the layout's shape, dtype and device."""
+        data = self.data
+        plain = self._native is not None and keys.is_contiguous() and values.is_contiguous()
+        addresses = (address_of(keys), address_of(values)) if plain else (0, 0)
+        if not all(addresses):
+            with plain_torch_state():
+                joined = joined_on(data.device, [keys.detach(), values.detach()])
+            return joined, *self.scatter(joined, rows, columns, slots, block=block)
+        half, start = (data.shape[0] // 2, *self._shape[1:]), data.data_ptr()
+        _, batch, _, width, _ = keys.shape
+        for address in addresses:
+            self._native.scatter(start, half, address, batch, width, 0, 0, 1, 0, rows, columns, slots)
+            start += data.nbytes // 2
+        return ()
 
     def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:
         """What compiled code takes for differences; None where it must not look at their memory."""
         kept, heads, head_dim = difference.shape[1:]
-        plain = type(difference) is Tensor and difference.dtype is torch.float32 and difference.is_cpu
+        plain = difference.dtype is torch.float32 and difference.is_cpu
         if not plain or difference.stride()[1:] != (heads * head_dim, head_dim, 1):
             return None
         address = address_of(difference)
@@ -370,7 +360,7 @@ class SlotTensor:
 
         Returns what has to live until it is done.
         """
-        numbers = steps.numbers if self._on_host and type(out) is Tensor and address_of(out) else None
+        numbers = steps.numbers if self._on_host and address_of(out) else None
         if numbers is not None:
             _add_steps(out.detach().numpy(), moved, positions, steps.count, numbers)
             if not out.is_inference():

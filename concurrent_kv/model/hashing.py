@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from ..device.tensor_checks import check_tensor
+from ..device.tensor_checks import address_of, check_tensor
 from ..errors import InvalidArgumentError, shown
-from ..native import address_of, native
+from ..native import native
 
 __all__ = ["State", "hash_state", "hash_states"]
 

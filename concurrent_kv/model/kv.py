@@ -170,11 +170,11 @@ def whole_row(packed: Tensor, tokens: int | None = None) -> KeysValues:
 
     Its first `tokens` columns are valid, all of them if left out.
     """
-    layers = packed.shape[0] // 2
     if tokens is None:
         tokens = packed.shape[3]
     made = KeysValues.__new__(KeysValues)
-    made.keys, made.values, made.packed = packed[:layers], packed[layers:], packed
+    made.keys, made.values = packed.chunk(2)
+    made.packed = packed
     made.lengths, made.end = (tokens,), tokens
     return made
 
@@ -197,7 +197,7 @@ def check_fits(kv: object, layout: KVLayout, *, rows: int | None = None) -> Keys
         raise InvalidArgumentError(f"kv must have {rows} row{'s' if rows != 1 else ''}, got {batch}")
     if kv.keys.dtype != layout.dtype:
         raise InvalidArgumentError(f"kv must have the dtype {layout.dtype}, got {kv.keys.dtype}")
-    if not all(1 <= length <= layout.max_tokens for length in kv.lengths):
+    if min(kv.lengths) < 1 or max(kv.lengths) > layout.max_tokens:
         raise InvalidArgumentError(f"kv must have 1 to {layout.max_tokens} tokens in every row, got {kv.lengths}")
     if kv.keys.device != layout.device:
         if kv.keys.device.type not in SUPPORTED_DEVICES:

@@ -107,10 +107,13 @@ def put_row(
     pool: PoolState, scope: Scope, key: Hashable, kv: KeysValues, side: object, priority: float, deadline: Deadline
 ) -> bool:
     """Store `kv`, one row, under a checked `key`; see `KVPool.put`."""
-    pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
+    if pool.storage.clock.backend is not None:
+        pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     kv = check_fits(kv, pool.layout, rows=1)
-    ranks = check_priorities([priority], 1)
-    generation = generation_for(scope, deadline)
+    ranks = [priority]
+    if type(priority) is not float or priority != priority:
+        ranks = check_priorities(ranks, 1)
+    generation = scope.generation if deadline.task_time is None else generation_for(scope, deadline)
     return write(pool, scope, generation, plan_put(pool.storage, [key], kv, (0,), [side], ranks), deadline)
 
 

@@ -212,7 +212,7 @@ class PoolCore(PoolState, Handle):
             InvalidArgumentError: it is the default scope, or another pool's.
             WaitTimeoutError: a shard was not free in time. The scope has ended if anything was removed; drop it again.
         """
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         name = scope.name if isinstance(scope, Scope) else scope
         hash_of(name, "scope")
         with gate.lock, self.storage.ledger.mutex:
@@ -273,12 +273,12 @@ class PoolCore(PoolState, Handle):
 
         Writes that began before and publish afterwards store nothing, and say so.
         """
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         self.renew(deadline, None if scope is None else [self._scope(scope)])
 
     def bump_version(self, *, timeout: float | None = None) -> None:
         """State that the weights changed: every entry is a miss from now on, open searches end. May block."""
-        bump_versions([self], self.name, self._enter(timeout))
+        bump_versions([self], self.name, self.storage.enter(timeout, self.account))
 
     @property
     def version(self) -> int:
@@ -420,12 +420,6 @@ class PoolCore(PoolState, Handle):
         Returns what operations that were cut off by an asynchronous exception had taken and not given back.
         """
         return repair(self.storage)
-
-    def _enter(self, timeout: float | None) -> Deadline:
-        deadline = self.storage.enter(timeout)
-        if self.account.closed:
-            self.check_open()
-        return deadline
 
     def __repr__(self) -> str:
         account = self.account

@@ -50,8 +50,7 @@ def _store(
     timeout: float | None = None,
 ) -> bool:
     """Put a result in the generation that it was claimed in: after a clear, it is not kept."""
-    deadline = pool.storage.enter(timeout)
-    pool.check_open()
+    deadline = pool.storage.enter(timeout, pool.account)
     pool.storage.clock.current()  # before anything is copied, which a capture would take into its graph
     plan = plan_put(pool.storage, [key], check_fits(kv, pool.layout, rows=1), [0], [side], [priority])
     return write(pool, scope, generation, plan, deadline)

@@ -50,8 +50,7 @@ class Pin(Handle):
         Raises:
             ClosedError: the pin or the pool is closed.
         """
-        self._storage.enter()
-        self._pool.check_open()
+        self._storage.enter(None, self._pool.account)
         if self._hold.released:
             raise ClosedError("this pin is closed")
         with self._storage.clock.using(stream):

@@ -17,8 +17,6 @@ from ..books.ledger import Ledger
 from ..books.records import Entry, Scopes
 from ..books.tables import Tables
 from ..device.appends import HostMemory
-from ..device.modes import plain_torch_state
-from ..device.moving import joined_on
 from ..device.positions import Correction
 from ..device.slot_numbers import Slots
 from ..device.streams import NO_TICKS, Ticks
@@ -286,12 +284,9 @@ class WritePlan:
             ledger.abandoned.append(partial(ledger.again, [partial(ledger.end_use, hold, release=ends)]))
             return []
 
-    def slots_together(self, tables: Tables, limit: int) -> int:
-        """Slots that it needs and shares, if they may be more than `limit`; or a number that is not."""
+    def slots_together(self, tables: Tables) -> int:
+        """Slots that it needs and shares."""
         shape = self.shape
-        most = sum(shape.lengths)
-        if most <= limit:
-            return most
         shared = {
             slot
             for parent, kept in zip(self.parents, shape.kept, strict=True)
@@ -323,10 +318,10 @@ class WritePlan:
             for key, (scope, _), generation, length, side, priority, key_hash, correction in of_each
         ]
 
-    def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> None:
+    def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> list[int]:
         """Give the new entries their parents' slots and those taken for them; see `Ledger.make`. Mutex held."""
         shape = self.shape
-        ledger.make(entries, self.parents, shape.kept, shape.owned, taken, shape.written_at)
+        return ledger.make(entries, self.parents, shape.kept, shape.owned, taken, shape.written_at)
 
 
 def plan_put(
@@ -343,12 +338,8 @@ def plan_put(
     shape = shape_of(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, storage.no_overflow)
     packed, parts = kv.packed, None
     if packed is None or not packed.is_contiguous():
-        if storage.tensor.takes(kv.keys) and storage.tensor.takes(kv.values):
-            packed, parts = kv.keys, (kv.keys, kv.values)
-        else:
-            with plain_torch_state():
-                packed = joined_on(kv.keys.device, [kv.keys.detach(), kv.values.detach()])
-    plan = WritePlan(keys, sides, priorities, [None] * len(keys), shape, [0] * len(keys), packed.detach())
+        packed, parts = kv.keys, (kv.keys, kv.values)
+    plan = WritePlan(keys, sides, priorities, [None] * len(keys), shape, [0] * len(keys), packed)
     plan.parts = parts
     return plan
 

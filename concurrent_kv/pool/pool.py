@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .._checks import check_compute, check_keys, hash_of
+from .._checks import PLAIN, check_compute, check_keys, hash_of
 from ..books.records import Entry, Generation, Hold, Scope
 from ..errors import InvalidTypeError, KeyNotFoundError, shown
 from ..flights.table import Claim, FlightState
@@ -31,7 +31,6 @@ from .pin import Pin
 from .reading import copy_out, retain
 from .restoring import Loaded, load_pools
 from .saving import Saved, save_pools
-from .storage import LowerTier
 from .tier import move_up_each, release_both
 
 __all__ = ["KVPool", "gather_part_of_pool", "read_from_pool"]
@@ -106,7 +105,8 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.get(key, scope=scope, timeout=timeout, count_miss=count_miss, to=to)
-        found = self._read(key, scope, self._enter(timeout), partial(copy_out, self, to=to), quiet=False)
+        deadline = self.storage.enter(timeout, self.account)
+        found = self._read(key, scope, deadline, partial(copy_out, self, to=to), quiet=False)
         if found is None and count_miss:
             self.count_misses(1)
         return found
@@ -122,18 +122,18 @@ class KVPool(PoolCore):
     ) -> KeysValues | None:
         """As `get`, without touching statistics or the eviction policy."""
         with self.storage.clock.using(stream):
-            return self._read(key, scope, self._enter(timeout), partial(copy_out, self, to=to))
+            return self._read(key, scope, self.storage.enter(timeout, self.account), partial(copy_out, self, to=to))
 
     def side(
         self, key: Hashable, default: object = None, *, scope: Scope | None = None, timeout: float | None = None
     ) -> object:
         """The side data stored with `key` (the object itself); `default` on a miss. Not counted. May block."""
-        found = self._read(key, scope, self._enter(timeout), lambda entry: (entry.side,))
+        found = self._read(key, scope, self.storage.enter(timeout, self.account), lambda entry: (entry.side,))
         return default if found is None else found[0]
 
     def contains(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> bool:
         """Whether `key` is stored just now. Not counted. May block."""
-        return self._read(key, scope, self._enter(timeout), lambda entry: True) is not None
+        return self._read(key, scope, self.storage.enter(timeout, self.account), lambda entry: True) is not None
 
     def __contains__(self, key: Hashable) -> bool:
         """As `contains`, in the default scope."""
@@ -145,7 +145,7 @@ class KVPool(PoolCore):
         One shard is looked at after the other: a key that is there all the time is among them, one that came or went
         meanwhile may be.
         """
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         looked_in = self._scope(scope)
         generation = looked_in.generation
         found: list[Hashable] = []
@@ -173,62 +173,33 @@ class KVPool(PoolCore):
     def _read(
         self, key: Hashable, scope: Scope | None, deadline: Deadline, use: Callable[[Entry], R], *, quiet: bool = True
     ) -> R | None:
-        """What `use` makes of the entry of `key`, which is kept alive meanwhile; None on a miss."""
-        if self.storage.tier is not None:
-            return self._read_in_both(self.storage.tier, key, scope, deadline, use, quiet=quiet)
-        hold = Hold("read", [])
-        ledger = self.storage.ledger
-        try:
-            entry = self._retain(key, scope, deadline, hold, quiet=quiet)
-            return None if entry is None else use(entry)
-        finally:
-            try:
-                ledger.release(hold)
-            except BaseException:
-                ledger.abandoned.append(hold)
-                raise
+        """What `use` makes of the entry of `key`, which is kept alive meanwhile; None on a miss.
 
-    def _read_in_both(
-        self,
-        tier: LowerTier,
-        key: Hashable,
-        scope: Scope | None,
-        deadline: Deadline,
-        use: Callable[[Entry], R],
-        *,
-        quiet: bool,
-    ) -> R | None:
-        """As `_read`, of an entry that may be in the tier; it moves up where there is room, unless `quiet`."""
-        hold, lower = Hold("read", []), Hold("read", [])
+        One that is in the tier moves up where there is room, unless `quiet`.
+        """
+        ledger, tier = self.ledger, self.storage.tier
+        hold = Hold("read", [])
+        lower = None if tier is None else Hold("read", [])
         try:
-            entry = self._retain(key, scope, deadline, hold, quiet=quiet, lower=lower)
-            if entry is not None and lower.entries and not quiet:
+            hashes = [hash(key) if type(key) in PLAIN else hash_of(key)]
+            found_in = self.default_scope if scope is None else self._scope(scope)
+            located = ((found_in, hashes[0] % len(found_in.shards)),)
+            looked_up = located, [key], hashes, {found_in: found_in.generation}, deadline
+            (entry,) = retain(self.storage, *looked_up, hold=hold, quiet=quiet, lower=lower)
+            if entry is not None and lower is not None and lower.entries and not quiet:
+                assert tier is not None
                 entry = tier.move_up(self, entry, hold, deadline) or entry
             return None if entry is None else use(entry)
         finally:
             try:
-                release_both(hold, lower)
-            except BaseException:
-                self.storage.ledger.abandoned += (hold, lower)
+                ledger.release(hold)
+                if tier is not None and lower is not None:
+                    tier.ledger.release(lower)
+            except BaseException:  # nothing happens the second time
+                ledger.abandoned.append(hold)
+                if lower is not None:
+                    ledger.abandoned.append(lower)
                 raise
-
-    def _retain(
-        self,
-        key: Hashable,
-        scope: Scope | None,
-        deadline: Deadline,
-        hold: Hold,
-        *,
-        quiet: bool,
-        lower: Hold | None = None,
-    ) -> Entry | None:
-        """The entry of `key`, which joins `hold`, or `lower` if it is in the tier; None on a miss."""
-        key_hash = hash_of(key)
-        found_in = self._scope(scope)
-        located = ((found_in, found_in.part_of(key_hash)),)
-        generations = {found_in: found_in.generation}
-        looked_up = located, [key], [key_hash], generations, deadline
-        return retain(self.storage, *looked_up, hold=hold, quiet=quiet, lower=lower)[0]
 
     def pin(self, key: Hashable, *, scope: Scope | None = None, timeout: float | None = None) -> Pin:
         """A handle that keeps the entry of `key` from being evicted until it is closed (leaving its `with`). May block.
@@ -238,12 +209,14 @@ class KVPool(PoolCore):
         Raises:
             KeyNotFoundError: there is no such key.
         """
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         hold = Hold("pin", [], pinning=True)
         tier = self.storage.tier
         lower = None if tier is None else Hold("pin", [], pinning=True)
         try:
-            entry = self._retain(key, scope, deadline, hold, quiet=True, lower=lower)
+            hashes, found_in = [hash_of(key)], self._scope(scope)
+            looked_up = found_in.locate(hashes), [key], hashes, {found_in: found_in.generation}, deadline
+            (entry,) = retain(self.storage, *looked_up, hold=hold, quiet=True, lower=lower)
             if entry is None:
                 raise KeyNotFoundError(f"{self.name} has no entry for {shown(key)} to pin")
             if tier is not None and lower is not None and lower.entries:
@@ -298,7 +271,7 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.gather(keys, scope=scope, room=room, out=out, timeout=timeout)
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         keys = check_keys(keys)
         found_in = self._scope(scope)
         generation = found_in.generation
@@ -358,9 +331,11 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.put(key, kv, side=side, priority=priority, scope=scope, timeout=timeout)
-        deadline = self._enter(timeout)
-        hash_of(key)
-        return put_row(self, self._scope(scope), key, kv, side, priority, deadline)
+        deadline = self.storage.enter(timeout, self.account)
+        if type(key) not in PLAIN:
+            hash_of(key)
+        found_in = self.default_scope if scope is None else self._scope(scope)
+        return put_row(self, found_in, key, kv, side, priority, deadline)
 
     def put_many(
         self,
@@ -382,7 +357,7 @@ class KVPool(PoolCore):
             CapacityError: more rows or tokens than the pool holds at all.
         """
         with self.storage.clock.using(stream):
-            deadline = self._enter(timeout)
+            deadline = self.storage.enter(timeout, self.account)
             return put_rows(self, self._scope(scope), keys, kv, sides, priorities, deadline)
 
     def commit(
@@ -431,7 +406,7 @@ class KVPool(PoolCore):
                     priorities=priorities,
                     timeout=timeout,
                 )
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         checked = self.storage.checked_overflow(overflow)
         return commit_batch(self, batch, keys, rows, lengths, checked, sides, priorities, deadline)
 
@@ -448,7 +423,7 @@ class KVPool(PoolCore):
         if stream is not None:
             with self.storage.clock.using(stream):
                 return self.pop(key, scope=scope, timeout=timeout, to=to)
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
 
         def taken(entry: Entry) -> tuple[KeysValues, bool]:
             # Copied before it is removed: if the copy fails, the pool is as it was.
@@ -507,7 +482,7 @@ class KVPool(PoolCore):
             ClosedError: the pool was closed meanwhile.
             Exception: whatever `compute`, or storing its result, raised.
         """
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         hash_of(key)
         check_compute(compute)
         within = self._scope(scope)
@@ -584,7 +559,7 @@ class KVPool(PoolCore):
             ImportError: safetensors is not installed.
             WaitTimeoutError, ClosedError.
         """
-        deadline = self._enter(timeout)
+        deadline = self.storage.enter(timeout, self.account)
         return save_pools(self.storage, {ALONE: self}, path, side, deadline)
 
     def load(
@@ -631,7 +606,7 @@ class KVPool(PoolCore):
 
 def read_from_pool(pool: KVPool, key: Hashable, copied: Callable[[Entry], R]) -> R | None:
     """As `KVPool.get`, of a copy that `copied` makes of the entry; None on a miss."""
-    found = pool._read(key, None, pool._enter(None), copied, quiet=False)
+    found = pool._read(key, None, pool.storage.enter(None, pool.account), copied, quiet=False)
     if found is None:
         pool.count_misses(1)
     return found
@@ -642,7 +617,7 @@ def gather_part_of_pool(pool: KVPool, keys: Sequence[Hashable] | None, rows: int
 
     `counts`: whether they are requests in the statistics, and no requests that were counted before.
     """
-    deadline = pool._enter(None)
+    deadline = pool.storage.enter(None, pool.account)
     scope = pool._scope(None)
     generation = scope.generation
     hold = Hold("batch", [])

@@ -58,8 +58,9 @@ def retain(
             there.
     """
     ledger = storage.ledger
+    parts = [scope.entries[part] for scope, part in located]
     with gate.lock, storage.locks.read(sorted_shards(located), deadline):
-        found = _look_up(located, keys, hashes, generations)
+        found = find_in(parts, keys, hashes, generations)
         hits = list(filter(None, found))
         if None in found:
             _check_open(storage, located)  # under the shard: what a close has swept from here, no operation removed
@@ -81,17 +82,6 @@ def _check_open(storage: KVStorage, located: Located) -> None:
         ended = scope.why_ended()
         if ended is not None:
             raise ended
-
-
-def _look_up(
-    located: Located, keys: list[Hashable], hashes: list[int], generations: dict[Scope, Generation]
-) -> list[Entry | None]:
-    """The entries of keys that are of the present generations. The shards held."""
-    found = find_in([scope.entries[part] for scope, part in located], keys, hashes)
-    for row, entry in enumerate(found):
-        if entry is not None and entry.generation is not generations[entry.scope]:
-            found[row] = None
-    return found
 
 
 def gather_entries(
@@ -262,25 +252,18 @@ def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None)
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
     storage = domain.storage
     if entry.scope.above is not None:
-        return _copy_from_tier(storage, entry, to)
-    if storage.clock.backend is not None:
-        storage.clock.current()  # before anything is allocated, which a capture would take into its graph
-    length = entry.length
-    out = new_buffer(storage.layout, 1, length)
-    if storage.clock.backend is None and entry.correction is None:  # nothing to wait for, and nothing owed
-        storage.tensor.gather(domain.ledger.tables, [entry.row], length, out)
+        assert storage.tier is not None
+        out = storage.tier.read(entry)
     else:
-        gather_entries(domain, [entry], out, length)
+        if storage.clock.backend is not None:
+            storage.clock.current()  # before anything is allocated, which a capture would take into its graph
+        length = entry.length
+        out = new_buffer(storage.layout, 1, length)
+        if storage.clock.backend is None and entry.correction is None:  # nothing to wait for, and nothing owed
+            storage.tensor.gather(domain.ledger.tables, [entry.row], length, out)
+        else:
+            gather_entries(domain, [entry], out, length)
     found = whole_row(out)
-    if to is None:
-        return found
-    with plain_torch_state():
-        return found.to(to)
-
-
-def _copy_from_tier(storage: KVStorage, entry: Entry, to: torch.device | str | None) -> KeysValues:
-    assert storage.tier is not None
-    found = whole_row(storage.tier.read(entry))
     if to is None:
         return found
     with plain_torch_state():

@@ -288,15 +288,15 @@ class _RestoredPlan(WritePlan):
         super().__init__(keys, sides, priorities, corrections, shape, none, torch.empty(0, device="cpu"))
         self._numbers = numbers
 
-    def slots_together(self, tables: Tables, limit: int) -> int:
+    def slots_together(self, tables: Tables) -> int:
         """Each once."""
         return self.num_slots
 
-    def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> None:
+    def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> list[int]:
         """Give each entry a row of its own, which shares slots with the others, and no page. Mutex held."""
         shape = self.shape
         slots = as_array(taken)[self._numbers]
-        ledger.make(entries, self.parents, shape.kept, shape.owned, slots, shape.written_at)
+        return ledger.make(entries, self.parents, shape.kept, shape.owned, slots, shape.written_at)
 
 
 class _Restoring:

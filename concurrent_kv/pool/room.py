@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..books.entries import displace, row_of
+from ..books.index import find_in
 from ..books.ledger import Ledger, wake
 from ..books.records import (
     CLAIMED,
@@ -92,7 +93,8 @@ def reserve(
             raise ended
         return None
     account = domain.account
-    account.check_size(domain.name, len(plan.keys), plan.slots_together(ledger.tables, account.max_slots))
+    if len(plan.keys) > account.max_entries or sum(plan.shape.lengths) > account.max_slots:
+        account.check_size(domain.name, len(plan.keys), plan.slots_together(ledger.tables))
     freed = _freed_by(domain, scope, plan, located, deadline)
     entries = len(plan.keys) - freed[0]
     slots = max(0, plan.num_slots + plan.foreign_slots - freed[1])
@@ -128,8 +130,7 @@ def _freed_by(
 
 def _present(plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
     """The entries that a plan's keys have, just now where their shards are not held."""
-    keys = zip(located, plan.keys, plan.hashes, strict=True)
-    return [entry for (of, part), key, key_hash in keys if (entry := of.entries[part].get(key, key_hash)) is not None]
+    return list(filter(None, find_in([of.entries[part] for of, part in located], plan.keys, plan.hashes)))
 
 
 def _freed_of(domain: Domain, scope: Scope | Scopes, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
@@ -165,16 +166,18 @@ def _take(
     """Take a place for `entries` and `slots` in the account, and `num_slots` slots; evict or wait until both are there.
 
     In the turn of an operation that came at `since`, with the `deadline` if None, and stores as many entries and slots
-    as `of` says.
+    as `of` says. One that may not evict does not queue.
     """
     ledger, account = pool.ledger, pool.account
-    kept = None if deadline.task_time is None else _kept_turn(pool, deadline.task_time)
-    turn = kept or Turn(deadline.started if since is None else since)
+    turn = None if deadline.task_time is None else _kept_turn(pool, deadline.task_time)
+    if turn is None and may_evict:
+        turn = Turn(deadline.started if since is None else since)
     try:
         while True:
             with gate.lock, ledger.mutex:
                 pool.check_open()
-                if (not may_evict or account.turns.is_first(turn)) and account.fits(entries, slots):
+                queues = turn if may_evict else None
+                if (queues is None or account.turns.is_first(queues)) and account.fits(entries, slots):
                     grant = Grant(entries, slots, NO_SLOTS, NO_TICKS)  # made before anything is taken
                     pending = account.pending_entries + entries, account.pending_slots + slots
                     taken = ledger.slots.allocate(num_slots)
@@ -183,9 +186,9 @@ def _take(
                         grant.taken, grant.ticks = taken.slots, taken.ticks
                         account.pending_entries, account.pending_slots = pending
                         return grant
-                if may_evict:
-                    turn.stalled = not account.can_ever_fit(entries, slots)
-                    victim, waiter = _next_for(pool, turn, want_slots=account.fits(entries, 0))
+                if queues is not None:
+                    queues.stalled = not account.can_ever_fit(entries, slots)
+                    victim, waiter = _next_for(pool, queues, want_slots=account.fits(entries, 0))
                 else:
                     victim, waiter = None, ledger.waiter()
             try:
@@ -196,10 +199,11 @@ def _take(
                 raise
             del victim  # here, where no lock is held: it may be the last to name the entry
     except WaitTimeoutError:
-        _keep_turn(pool, turn, deadline)
+        if turn is not None:
+            _keep_turn(pool, turn, deadline)
         raise
     finally:
-        if turn.joined:
+        if turn is not None and turn.joined:
             try:
                 if not _is_kept(turn, deadline):
                     _leave(pool, turn)

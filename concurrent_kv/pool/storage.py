@@ -130,13 +130,17 @@ class KVStorage(NeverCopied):
         self.pools: list[PoolState] = []
         self._pid, self._forks = os.getpid(), _forks
 
-    def enter(self, timeout: float | None = None) -> Deadline:
-        """Begin an operation: checks the process and that the storage is open, drains what finalisers left.
+    def enter(self, timeout: float | None = None, account: Account | None = None) -> Deadline:
+        """Begin an operation: checks the process and that all is open, drains what finalisers left.
 
         Not on an event loop's own thread, though: a search that was dropped may have thousands of entries.
 
+        Args:
+            timeout: seconds that it waits at most; `wait_timeout` if left out.
+            account: that of the pool it is for.
+
         Raises:
-            ClosedError: the storage is closed.
+            ClosedError: the storage or the pool is closed.
             WrongProcessError: this process is not the one that made the storage.
             ReentrantCallError: the calling thread is inside a critical section.
         """
@@ -144,8 +148,8 @@ class KVStorage(NeverCopied):
             self.check_process()
         if gate.holds():
             gate.check(self.name)
-        if self.closed:
-            raise ClosedError(f"{self.name} is closed")
+        if self.closed or (account is not None and account.closed):
+            raise ClosedError(f"{self.name if account is None else account.name} is closed")
         if timeout is None:
             timeout = self.wait_timeout
         elif type(timeout) is not TaskTime:  # which was checked, and is more than its seconds

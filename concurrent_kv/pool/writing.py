@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..books.entries import new_entries, occupy, row_of
 from ..books.index import Index, find_in, find_places, take_away
-from ..books.ledger import Ledger, wake
-from ..books.records import EXEMPT, HELD, Account, Entry, Generation, Grant, Scope, Scopes, sorted_shards
+from ..books.ledger import wake
+from ..books.records import EXEMPT, HELD, Entry, Generation, Grant, Scope, Scopes, sorted_shards
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -112,10 +112,9 @@ def _copy(storage: KVStorage, source: Tensor, plan: WritePlan, grant: Grant) -> 
     if plan.fill is not None:
         plan.fill(grant.taken)
         return ()
-    if plan.parts is not None:
-        storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, grant.taken)
-        return ()
     block = shape.block if type(grant.taken) is range else None
+    if plan.parts is not None:
+        return storage.tensor.scatter_parts(*plan.parts, shape.rows, shape.columns, grant.taken, block)
     added = plan.difference, plan.runs
     return storage.tensor.scatter(source, shape.rows, shape.columns, grant.taken, *added, block, plan.memory)
 
@@ -277,46 +276,40 @@ def _count(
     The old ones are counted out once they have left their places: nothing in the index is ever not counted.
     """
     ledger, account = domain.ledger, domain.account
-    uses = account.uses
+    uses, policy = account.uses, account.policy
     old_rows = list(map(row_of, old))
     leaving = [entry for entry in old if entry.place is HELD]
     pending = account.pending_entries - grant.entries, account.pending_slots - grant.slots
     before = account.entries, uses.used
-    undo = (  # in the order of the steps, of which so many are `done`
-        partial(_unmake, ledger, entries),  # the slots stay the grant's
-        partial(_uncount, account, entries),
-        partial(ledger.candidates.exchange_back, account, leaving, entries),
-    )
-    done, needed = 1, (0, 0)
+    done, needed = [1], (0, 0)  # steps that `_uncount` undoes
     error: Exception | None = None
     # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
     grant.entries = grant.slots = 0
     account.pending_entries, account.pending_slots = pending
-    plan.make(ledger, entries, grant.taken)
+    rows = plan.make(ledger, entries, grant.taken)
     try:
-        uses.add(list(map(row_of, entries)))
-        done = 2
+        uses.add(rows)
+        done[0] = 2
         account.entries += len(entries)
-        entries_over, slots_over = account.excess()
-        freed = uses.exclusive(old_rows) if entries_over or slots_over else 0
+        entries_over = account.entries + account.pending_entries + account.reserved_entries - account.max_entries
+        slots_over = uses.used + account.pending_slots + account.reserved_slots - account.max_slots
+        freed = uses.exclusive(old_rows) if entries_over > 0 or slots_over > 0 else 0
         needed = max(0, len(entries) - len(old)), max(0, uses.used - before[1] - freed)
         if entries_over <= len(old) and slots_over <= freed:
-            done = 3
-            ledger.candidates.exchange(account, leaving, entries)
+            done[0] = 3
+            for entry in leaving:
+                policy.remove(entry)
+            for entry in entries:
+                policy.add(entry)
             return None
     except Exception as raised:
         error = raised
     account.entries = before[0]
-    while done:
-        try:
-            undo[done - 1]()
-        except Exception as raised:  # no memory, no frames
-            error = error or raised  # and no other attempt, whose rows would be undone later
-            while done:
-                ledger.abandoned.append(partial(ledger.again, [undo[done - 1]]))
-                done -= 1
-            break
-        done -= 1
+    try:
+        _uncount(domain, leaving, entries, rows, done)
+    except Exception as raised:  # no memory, no frames
+        error = error or raised  # and no other attempt, whose rows would be undone later
+        ledger.abandoned.append(partial(ledger.again, [partial(_uncount, domain, leaving, entries, rows, done)]))
     if error is None:
         return needed
     try:
@@ -325,11 +318,13 @@ def _count(
         del error  # it names this frame
 
 
-def _unmake(ledger: Ledger, entries: list[Entry]) -> None:
-    """Take the rows of new entries back. Mutex held."""
-    ledger.tables.leave(list(map(row_of, entries)))
-
-
-def _uncount(account: Account, entries: list[Entry]) -> None:
-    """Count the slots of new entries out. Mutex held."""
-    account.uses.remove(list(map(row_of, entries)))
+def _uncount(domain: Domain, leaving: list[Entry], entries: list[Entry], rows: list[int], done: list[int]) -> None:
+    """Undo the steps of `_count` that are `done`, the last first; what fails is undone by another call. Mutex held."""
+    while done[0]:
+        if done[0] == 3:
+            domain.ledger.candidates.exchange_back(domain.account, leaving, entries)
+        elif done[0] == 2:
+            domain.account.uses.remove(rows)
+        else:
+            domain.ledger.tables.leave(rows)  # the slots stay the grant's
+        done[0] -= 1

@@ -11,7 +11,6 @@ import time
 from itertools import count
 from typing import Any, NamedTuple
 
-from ..books.entries import row_of
 from ..books.ledger import Ledger
 from ..books.records import Entry
 from ..device.slot_numbers import SlotArray, Slots
@@ -48,17 +47,18 @@ class RecordingLedger(Ledger):
         own: list[int],
         taken: Slots,
         positions: SlotArray,
-    ) -> None:
+    ) -> list[int]:
         """See `Ledger.make`. Mutex held."""
         above = [self.records[parent].number if parent else NO_PARENT for parent in parents]  # row 0 is of no entry
-        super().make(entries, parents, kept, own, taken, positions)
+        rows = super().make(entries, parents, kept, own, taken, positions)
         try:
             now = time.monotonic()
-            for entry, parent, new, shared in zip(entries, above, own, kept, strict=True):
-                self.records[entry.row] = Record(next(self.numbers), parent, new, shared, now)
+            for row, parent, new, shared in zip(rows, above, own, kept, strict=True):
+                self.records[row] = Record(next(self.numbers), parent, new, shared, now)
         except Exception:
-            self.leave(list(map(row_of, entries)))
+            self.leave(rows)
             raise
+        return rows
 
     def note_roots(self, stand_ins: list[Entry]) -> None:
         """Note roots that are adopted. Mutex held."""

@@ -176,17 +176,17 @@ def rule_4_only_the_last_read_kept(patch: Patch) -> None:
 def rule_4_writes_left_out(patch: Patch) -> None:
     original = Ledger.make
 
-    def make(self: Ledger, entries: Any, *rows: Any) -> None:
+    def make(self: Ledger, entries: Any, *rows: Any) -> list[int]:
         for entry in entries:
             entry.ticks = NO_TICKS
-        original(self, entries, *rows)
+        return original(self, entries, *rows)
 
     patch.setattr(Ledger, "make", make)
 
 
 def rule_4_freed_without_ticks(patch: Patch) -> None:
-    original = SlotAllocator._free
-    patch.setattr(SlotAllocator, "_free", lambda self, slots, ticks: original(self, slots, NO_TICKS))
+    original = SlotAllocator.release
+    patch.setattr(SlotAllocator, "release", lambda self, slots, ticks, **left: original(self, slots, NO_TICKS, **left))
 
 
 # The events ----------------------------------------------------------------------------------------------------------

@@ -91,10 +91,10 @@ LEFT_OUT = [
 def writes_not_told_to_readers(patch: Patch) -> None:
     original = Ledger.make
 
-    def make(self: Ledger, entries: Any, *rows: Any) -> None:
+    def make(self: Ledger, entries: Any, *rows: Any) -> list[int]:
         for entry in entries:
             entry.written = NO_TICKS
-        original(self, entries, *rows)
+        return original(self, entries, *rows)
 
     patch.setattr(Ledger, "make", make)
 
@@ -151,13 +151,13 @@ def _uses_of_roots_forgotten_in(function: str) -> Callable[[Patch], None]:
 
 
 def slots_reused_one_release_too_early(patch: Patch) -> None:
-    original = SlotAllocator._free
+    original = SlotAllocator.release
 
-    def free(self: SlotAllocator, freed: Any, ticks: Ticks) -> None:
+    def release(self: SlotAllocator, freed: Any, ticks: Ticks, **others_left: bool) -> None:
         last, self.last = getattr(self, "last", NO_TICKS), ticks  # type: ignore[attr-defined]
-        original(self, freed, last)
+        original(self, freed, last, **others_left)
 
-    patch.setattr(SlotAllocator, "_free", free)
+    patch.setattr(SlotAllocator, "release", release)
 
 
 def only_the_first_of_several_runs_waited_for(patch: Patch) -> None:

@@ -34,9 +34,6 @@ class FIFO(EvictionPolicy[E]):
         self._first = 0
 
     def add(self, entry: E) -> None:
-        self._renew(entry)
-
-    def _renew(self, entry: E) -> None:
         number = self._number + 1
         self._queue[entry] = number  # first: it needs memory
         self._queue.move_to_end(entry)
@@ -48,9 +45,6 @@ class FIFO(EvictionPolicy[E]):
         pass
 
     def remove(self, entry: E) -> None:
-        self._forget(entry)
-
-    def _forget(self, entry: E) -> None:
         if self._queue.pop(entry, None) is None:
             self._out.pop(entry, None)
             self._numbered.pop(self._back.pop(entry, 0), None)
@@ -75,7 +69,7 @@ class FIFO(EvictionPolicy[E]):
     def give_back(self, entry: E) -> None:
         number = self._out.pop(entry, None)
         if number is None:  # it was never given out: older than all
-            self._forget(entry)
+            self.remove(entry)
             self._first -= 1
             number = self._first
         heappush(self._oldest, number)  # first: one that is not numbered is passed over

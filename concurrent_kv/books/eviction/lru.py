@@ -15,4 +15,4 @@ class LRU(FIFO[E]):
 
     def touch(self, entry: E) -> None:
         if entry in self._queue or entry in self._back:
-            self._renew(entry)
+            self.add(entry)

@@ -57,7 +57,7 @@ def entries_of(domain: Domain, scope: Scope) -> Entries:
 
 def number_of(pool: KVPool, key: Hashable) -> int | None:
     """The number that `entries_of` gives a key's entry, None where it is not stored. May block."""
-    return pool._read(key, None, pool._enter(None), lambda entry: entry.row)
+    return pool._read(key, None, pool.storage.enter(None, pool.account), lambda entry: entry.row)
 
 
 def _rows_in(part: Index[Entry]) -> Entries:
