@@ -43,7 +43,7 @@ HARMLESS = {
     "Search": {"closed", "held", "is_over", "abandon", "tokens_in_use", "__len__"},
     # Views of a buffer that a fork copies (on a CPU), and what is known of its rows.
     "Batch": {
-        "abandon", "batch_size", "before", "check_committable", "closed", "end", "end_commit", "gathered", "hits",
+        "abandon", "batch_size", "before", "closed", "committable", "end", "end_rows", "gathered", "hits",
         "keys", "layer", "layer_end", "lengths", "padding", "pending_rows", "room", "side", "start",
         "use_here", "values", "why_closed",
     },

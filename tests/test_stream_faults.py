@@ -40,7 +40,7 @@ BY_SEARCHES = (
     "stamp left out of write in writing.py",
     "use_here left out of commit_batch in committing.py",
     "use_here left out of fill in batch.py",
-    "finish left out of _give_buffer_back in batch.py",
+    "finish left out of end_rows in batch.py",
     "writes not told to readers",
     "shared writes not told to readers",  # only a promotion shares slots without a copy
     "seen without a wait",

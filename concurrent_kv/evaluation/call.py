@@ -165,7 +165,7 @@ class ModelCall:
     def _apart(self, found: list[tuple[Part, list[Row]]], wanted: int) -> list[list[Row]]:
         """Those rows that leave room for `wanted` new tokens, and the others; in halves where that parts none."""
         with_lengths = [
-            each for part, rows in found for each in zip(part.before(range(len(rows)))[0], rows, strict=True)
+            each for part, rows in found for each in zip(part.before(range(len(rows)))[1], rows, strict=True)
         ]
         with_lengths.sort(key=lambda each: each[0])
         lengths, rows = [length for length, _ in with_lengths], [row for _, row in with_lengths]

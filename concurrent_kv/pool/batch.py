@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TypeAlias
 from weakref import ref
 
 import numpy as np
@@ -27,6 +28,10 @@ from .storage import Domain
 
 __all__ = ["Batch"]
 
+# Of some rows: the column where they ended, how many tokens each had, which were found, where their slots are listed,
+# and what they were corrected by.
+Before: TypeAlias = tuple[int, tuple[int, ...], tuple[bool, ...], list[int], list[Correction]]
+
 
 class Batch(PaddedRows):
     """The result of a gather: K and V of many entries, and the references that a commit needs to share their slots.
@@ -47,8 +52,8 @@ class Batch(PaddedRows):
         (
             "abandon",
             "before",
-            "check_committable",
-            "end_commit",
+            "committable",
+            "end_rows",
             "first_row",
             "gathered",
             "pending_rows",
@@ -189,17 +194,23 @@ class Batch(PaddedRows):
 
     # For commits ---------------------------------------------------------------------------------------------------
 
-    def pending_rows(self) -> Sequence[int]:
-        """Rows not committed yet; a range where that is all of them."""
-        if True not in self._committed:
-            return range(len(self._committed))
+    def pending_rows(self) -> list[int]:
+        """Rows not committed yet."""
         return [row for row, committed in enumerate(self._committed) if not committed]
 
-    def check_committable(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> int | tuple[int, ...]:
-        """New tokens of every row, or of each; or an error that says why `rows` cannot be committed.
+    def committable(
+        self, rows: Sequence[int] | None, lengths: Sequence[int] | None = None
+    ) -> tuple[Sequence[int], int | tuple[int, ...]]:
+        """Rows that a commit is of, all that are left if not given, and the new tokens of every row, or of each.
 
-        `lengths`: how many each of `rows` got, of those appended; all of them if left out. The caller uses the hold.
+        Or an error that says why they cannot be committed. A range of rows is the whole batch. `lengths`: how many each
+        of them got, of those appended; all of them if left out. The caller uses the hold.
         """
+        gathered, committed = self._gathered, self._committed
+        if rows is not None:
+            rows = self._check_rows(rows)
+        else:
+            rows = self.pending_rows() if True in committed else range(len(committed))
         ends = self._ends
         if ends.count(ends[0]) < len(ends):
             raise InvalidArgumentError(
@@ -207,13 +218,12 @@ class Batch(PaddedRows):
                 "have fewer first"
             )
         new = ends[0] - self._start
-        gathered, committed = self._gathered, self._committed
         if lengths is not None:
-            return self._check_new_lengths(rows, lengths, new)
+            return rows, self._check_new_lengths(rows, lengths, new)
         if not new:
             raise InvalidArgumentError("batch has no new tokens: append() or advance() before commit")
         if 0 not in gathered and True not in committed:
-            return new
+            return rows, new
         for row in rows:
             if not gathered[row]:
                 raise InvalidArgumentError(
@@ -221,7 +231,13 @@ class Batch(PaddedRows):
                     "tokens are its whole content"
                 )
             self._check_not_committed(row)
-        return new
+        return rows, new
+
+    def _check_rows(self, rows: Sequence[int]) -> list[int]:
+        checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]
+        if any(row >= self.batch_size for row in checked) or len(set(checked)) != len(checked):
+            raise InvalidArgumentError(f"rows must be different numbers from 0 to {self.batch_size - 1}, got {checked}")
+        return checked
 
     def _check_new_lengths(self, rows: Sequence[int], lengths: Sequence[int], new: int) -> int | tuple[int, ...]:
         checked = numbers_or_none("lengths", lengths) or []
@@ -251,28 +267,27 @@ class Batch(PaddedRows):
         """Tokens that a row had before the new ones."""
         return self._gathered[row]
 
-    def before(self, rows: Sequence[int]) -> tuple[tuple[int, ...], tuple[bool, ...], list[int], list[Correction]]:
-        """Of `rows`, or of all where they are a range: tokens, hits, rows in the tables and corrections as gathered."""
-        gathered, hits, table_rows, corrections = self._gathered, self.hits, self.table_rows, self.corrections
-        if type(rows) is range:
-            return tuple(gathered), hits, table_rows, corrections
-        return (
-            tuple([gathered[row] for row in rows]),
-            tuple([hits[row] for row in rows]),
-            [table_rows[row] for row in rows],
-            [corrections[row] for row in rows],
-        )
+    def before(self, rows: Sequence[int]) -> Before:
+        """What `rows` were before the new tokens, or all of the batch where they are a range."""
+        gathered, entries, table_rows, corrections = self._gathered, self.entries, self.table_rows, self.corrections
+        if type(rows) is not range:
+            gathered, entries = [gathered[row] for row in rows], [entries[row] for row in rows]
+            table_rows, corrections = [table_rows[row] for row in rows], [corrections[row] for row in rows]
+        hits = tuple([entry is not None for entry in entries]) if None in entries else (True,) * len(entries)
+        return self._start, tuple(gathered), hits, table_rows, corrections
 
-    def end_commit(self, rows: Sequence[int], ended: bool) -> None:
-        """Note commits; `ended`: they ended the batch, whose buffer goes back then."""
+    def end_rows(self, rows: Sequence[int], *, ended: bool) -> None:
+        """Note rows that were committed; `ended`: the batch is over, and its buffer goes back."""
         committed = self._committed
         if len(rows) == len(committed):
             self._committed = [True] * len(committed)
         else:
             for row in rows:
                 committed[row] = True
-        if ended:
-            self._give_buffer_back()
+        if ended and self._owns_buffer:
+            ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
+            if ready is not None:
+                self._buffers.give_back(self.data, ready, self.memory)
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -294,13 +309,7 @@ class Batch(PaddedRows):
             # Only who ends the hold, and only here, in its user's own thread: a search that closes meanwhile must not
             # hand the buffer on.
             if self._ledger.release(self.hold):
-                self._give_buffer_back()
-
-    def _give_buffer_back(self) -> None:
-        if self._owns_buffer:
-            ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
-            if ready is not None:
-                self._buffers.give_back(self.data, ready, self.memory)
+                self.end_rows((), ended=True)
 
     def check_open(self) -> None:
         """Raise `ClosedError` if it is closed; `SearchEndedError`, which says why, if its search has ended."""

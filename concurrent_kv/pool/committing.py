@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .._checks import check_keys, check_priorities, check_sides, last_of_each, positive_int, sequence_of
+from .._checks import check_keys, check_priorities, check_sides, last_of_each, positive_int
 from ..books.entries import describe
 from ..books.ledger import Ledger, wake
 from ..books.records import Entry, Generation, Hold, Scope
@@ -167,13 +167,13 @@ def commit_batch(
     if batch.hold.released:
         raise batch.why_closed()
     count = len(keys)
-    committed = batch.pending_rows() if rows is None else _check_rows(batch, rows)
+    committed, new = batch.committable(rows, lengths)
     if count != len(committed):
         raise InvalidArgumentError(f"keys must have one key for each of {len(committed)} rows, got {count}")
     items: list[object] = [None] * count if sides is None else check_sides(sides, count)
     ranks = [0.0] * count if priorities is None else check_priorities(priorities, count)
     ledger = domain.ledger
-    new, going = batch.check_committable(committed, lengths), committed
+    going = committed
     if len(set(keys)) < count:
         last = last_of_each(keys)
         keys, going = [keys[i] for i in last], [committed[i] for i in last]
@@ -194,7 +194,7 @@ def commit_batch(
             except Exception:  # no memory, no frames
                 ledger.abandoned.append(partial(ledger.again, [partial(plan.leave_batch, ledger, ends=False)]))
         raise
-    batch.end_commit(committed, plan.ended_batch)
+    batch.end_rows(committed, ended=plan.ended_batch)
     return stored
 
 
@@ -206,10 +206,3 @@ def _leave_batch(ledger: Ledger, plan: WritePlan, batch: Batch, *, ends: bool) -
         waiters = ledger.take_waiters() if batch.hold.released else []
     wake(waiters)
     del dead
-
-
-def _check_rows(batch: Batch, rows: Sequence[int]) -> Sequence[int]:
-    checked = [positive_int("rows", row, minimum=0) for row in sequence_of("rows", rows, "row numbers")]
-    if any(row >= batch.batch_size for row in checked) or len(set(checked)) != len(checked):
-        raise InvalidArgumentError(f"rows must be different numbers from 0 to {batch.batch_size - 1}, got {checked}")
-    return checked

@@ -368,7 +368,7 @@ def plan_commit(
 
     `new` is how many every row got, or how many each of them.
     """
-    gathered, hits, table_rows, inherited = batch.before(rows)
+    start, gathered, hits, table_rows, inherited = batch.before(rows)
     if storage.corrects_lazily:
         foreign = overflow.foreign(inherited)
         if foreign:
@@ -379,7 +379,7 @@ def plan_commit(
     first, in_buffer = batch.first_row, rows if type(rows) is range else tuple(rows)
     if first:
         in_buffer = range(first, first + len(rows)) if type(rows) is range else tuple([first + row for row in rows])
-    shape = shape_of(in_buffer, gathered, hits, new, batch.start, overflow)
+    shape = shape_of(in_buffer, gathered, hits, new, start, overflow)
     if shape.corrected and len(shape.corrected) < len(rows):
         keys, table_rows = [keys[i] for i in shape.order], [table_rows[i] for i in shape.order]
         sides, priorities = [sides[i] for i in shape.order], [priorities[i] for i in shape.order]

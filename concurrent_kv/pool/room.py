@@ -70,7 +70,9 @@ def reserve(
     if budget is not None:
         entries, slots = len(plan.keys), plan.num_slots
         with gate.lock, ledger.mutex:
-            domain.check_open()  # in the same hold as the taking: what a closed search took would never come back
+            # In the same hold as the taking: what a closed search took would never come back.
+            if scope.ended is not None or budget.ended is not None or domain.storage.closed:
+                domain.check_open()
             if plan.batch is not None:
                 if not ledger.use(plan.batch.hold):
                     raise plan.batch.why_closed()

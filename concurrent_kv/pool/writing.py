@@ -137,7 +137,7 @@ def _publish(
     Or none where there is no room, as what they would have replaced, or shared slots with, has left the pool meanwhile:
     then it returns how many entries and slots are missing.
     """
-    ledger = domain.ledger
+    ledger, budget = domain.ledger, scope.budget
     dead: list[Entry] = []
     dead_in_tier: list[Entry] = []
     shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
@@ -147,7 +147,8 @@ def _publish(
         ended = None if scope.ended is None else scope.why_ended()
         if ended is not None:
             raise ended
-        domain.check_open()
+        if domain.account.closed or domain.storage.closed or (budget is not None and budget.ended is not None):
+            domain.check_open()
         # Under the shards' write locks: a clear that raises the epoch from here on will sweep what is published here.
         if scope.generation is not generation:
             with gate.lock, ledger.mutex:

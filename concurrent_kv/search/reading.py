@@ -91,7 +91,8 @@ def retain_here(
         return
     ledger = state.ledger
     with gate.lock, state.locks.read(state.scope.shards, deadline):
-        state.check_open()
+        if state.scope.ended is not None or state.budget.ended is not None:
+            state.check_open()
         present = look_up(state, found, keys, env_ids)
         with gate.lock, ledger.mutex:
             ledger.extend(hold, present)

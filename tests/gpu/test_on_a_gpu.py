@@ -40,7 +40,7 @@ def test_random_programs_of_several_threads_read_what_they_should(seed: int) -> 
         ("writing.py", "write", "stamp", "read_after_write"),
         ("writing.py", "write", "order_after", "write_after_read"),
         ("reading.py", "gather_entries", "stamp", "write_after_read"),
-        ("batch.py", "_give_buffer_back", "finish", "buffer_used_again"),
+        ("batch.py", "end_rows", "finish", "buffer_used_again"),
         ("padded_rows.py", "use_here", "join", "committed_on_another"),
     ],
 )

@@ -71,7 +71,7 @@ LEFT_OUT = [
     left_out("padded_rows.py", "use_here", "protect", "appended from elsewhere"),
     left_out("padded_rows.py", "wait", "join", "gather, closed on another, gather again"),
     left_out("padded_rows.py", "synchronize", "synchronize", "batch waited for by the host"),
-    left_out("batch.py", "_give_buffer_back", "finish", "gather, gather again"),
+    left_out("batch.py", "end_rows", "finish", "gather, gather again"),
     left_out("reading.py", "gather_together", "order_after", "put|gather together"),
     left_out("reading.py", "gather_together", "stamp", "gather together, then reused"),
     left_out("joint.py", "open_together", "protect", "gather, gather together and drop"),
