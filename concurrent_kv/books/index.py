@@ -261,7 +261,7 @@ def find_in(
     return found
 
 
-_CELLS = attrgetter("cells")
+_CELLS, _EXTRA = attrgetter("cells"), attrgetter("extra")
 
 
 def find_places(
@@ -271,14 +271,10 @@ def find_places(
 
     Returns the places, what each holds or None, what is held, and the parts in which places are new.
     """
-    if native is not None and len(keys) <= FEW:
-        for index in dict.fromkeys(indexes):
-            if index.extra:
-                break
-        else:
-            found = native.places(list(map(_CELLS, indexes)), keys, hashes)
-            if found is not None:  # no two keys of one hash
-                return found  # type: ignore[no-any-return]
+    if native is not None and len(keys) <= FEW and not any(map(_EXTRA, indexes)):
+        found = native.places(list(map(_CELLS, indexes)), keys, hashes)
+        if found is not None:  # no two keys of one hash
+            return found  # type: ignore[no-any-return]
     places: list[list[E]] = []
     added: list[Cells[E]] = []
     try:
