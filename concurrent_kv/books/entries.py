@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..device.streams import Ticks
 from ..native import compiled, native
-from .records import HELD, NO_PLACE, Account, Entry, Generation, Place, Scope
+from .records import HELD, NO_PLACE, Entry, Generation, Place, Scope
 
 if TYPE_CHECKING:
     from ..device.positions import Correction
@@ -139,11 +139,8 @@ def occupy(cells: list[list[Entry]], entries: list[Entry], held: list[Entry | No
 
 def count_hits(hits: list[Entry]) -> None:
     """Note the hits of a read with the statistics and the policy of each entry's pool. Mutex held."""
-    numbers: dict[Account, int] = {}
     for entry in hits:
         account = entry.scope.account
-        numbers[account] = numbers.get(account, 0) + 1
+        account.counters.hit_count += 1
         if entry.place is HELD and account.policy.observes_hits:
             account.policy.touch(entry)
-    for account, number in numbers.items():
-        account.counters.hit_count += number

@@ -543,6 +543,7 @@ class Releases(Protocol):
         """Release a hold that its owner has dropped."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Hold:
     """A registered set of entries kept alive for one owner: an open batch, a pin, a search. Released once.
 
@@ -553,16 +554,13 @@ class Hold:
     Called, it is released: as it stands, it can be left to the next operation (`Ledger.abandoned`), without memory.
     """
 
-    __slots__ = ("entries", "ledger", "owner", "pinning", "released", "users", "what")
-
-    def __init__(self, what: str, entries: list[Entry], *, pinning: bool = False) -> None:
-        self.what = what
-        self.entries = entries
-        self.pinning = pinning
-        self.released = False
-        self.users = 0
-        self.owner: ref[object] | None = None
-        self.ledger: Releases | None = None
+    what: str
+    entries: list[Entry]
+    pinning: bool = False
+    released: bool = False
+    users: int = 0
+    owner: ref[object] | None = None
+    ledger: Releases | None = None
 
     def __call__(self, deadline: Deadline) -> None:
         """Release it, if it was ever registered."""

@@ -170,10 +170,11 @@ def whole_row(packed: Tensor, tokens: int | None = None) -> KeysValues:
 
     Its first `tokens` columns are valid, all of them if left out.
     """
+    layers = packed.shape[0] // 2
     if tokens is None:
         tokens = packed.shape[3]
     made = KeysValues.__new__(KeysValues)
-    made.keys, made.values = packed.chunk(2)
+    made.keys, made.values = torch.split_with_sizes(packed, (layers, layers))
     made.packed = packed
     made.lengths, made.end = (tokens,), tokens
     return made

@@ -148,8 +148,10 @@ class KVStorage(NeverCopied):
             self.check_process()
         if gate.holds():
             gate.check(self.name)
-        if self.closed or (account is not None and account.closed):
-            raise ClosedError(f"{self.name if account is None else account.name} is closed")
+        if self.closed:
+            raise ClosedError(f"{self.name} is closed")
+        if account is not None and account.closed:
+            raise ClosedError(f"{account.name} is closed")
         if timeout is None:
             timeout = self.wait_timeout
         elif type(timeout) is not TaskTime:  # which was checked, and is more than its seconds

@@ -278,10 +278,8 @@ def _count(
     """
     ledger, account = domain.ledger, domain.account
     uses, policy = account.uses, account.policy
-    old_rows = list(map(row_of, old))
-    leaving = [entry for entry in old if entry.place is HELD]
     pending = account.pending_entries - grant.entries, account.pending_slots - grant.slots
-    before = account.entries, uses.used
+    entries_before, slots_before = account.entries, uses.used
     done, needed = [1], (0, 0)  # steps that `_uncount` undoes
     error: Exception | None = None
     # First: what is cut off here is lost until repair, and not given back twice, which would let too many in.
@@ -294,23 +292,24 @@ def _count(
         account.entries += len(entries)
         entries_over = account.entries + account.pending_entries + account.reserved_entries - account.max_entries
         slots_over = uses.used + account.pending_slots + account.reserved_slots - account.max_slots
-        freed = uses.exclusive(old_rows) if entries_over > 0 or slots_over > 0 else 0
-        needed = max(0, len(entries) - len(old)), max(0, uses.used - before[1] - freed)
+        freed = uses.exclusive(list(map(row_of, old))) if entries_over > 0 or slots_over > 0 else 0
         if entries_over <= len(old) and slots_over <= freed:
             done[0] = 3
-            for entry in leaving:
-                policy.remove(entry)
+            for entry in old:
+                if entry.place is HELD:
+                    policy.remove(entry)
             for entry in entries:
                 policy.add(entry)
             return None
+        needed = max(0, len(entries) - len(old)), max(0, uses.used - slots_before - freed)
     except Exception as raised:
         error = raised
-    account.entries = before[0]
+    account.entries = entries_before
     try:
-        _uncount(domain, leaving, entries, rows, done)
+        _uncount(domain, old, entries, rows, done)
     except Exception as raised:  # no memory, no frames
         error = error or raised  # and no other attempt, whose rows would be undone later
-        ledger.abandoned.append(partial(ledger.again, [partial(_uncount, domain, leaving, entries, rows, done)]))
+        ledger.abandoned.append(partial(ledger.again, [partial(_uncount, domain, old, entries, rows, done)]))
     if error is None:
         return needed
     try:
@@ -319,11 +318,11 @@ def _count(
         del error  # it names this frame
 
 
-def _uncount(domain: Domain, leaving: list[Entry], entries: list[Entry], rows: list[int], done: list[int]) -> None:
+def _uncount(domain: Domain, old: list[Entry], entries: list[Entry], rows: list[int], done: list[int]) -> None:
     """Undo the steps of `_count` that are `done`, the last first; what fails is undone by another call. Mutex held."""
     while done[0]:
         if done[0] == 3:
-            domain.ledger.candidates.exchange_back(domain.account, leaving, entries)
+            domain.ledger.candidates.exchange_back(domain.account, old, entries)
         elif done[0] == 2:
             domain.account.uses.remove(rows)
         else:
