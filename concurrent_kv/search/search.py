@@ -285,6 +285,7 @@ class Search(Handle):
                 )
         deadline = state.storage.enter(timeout)
         if getattr(batch, "scope", state.scope) is not state.scope:
+            state.check_open()
             raise InvalidArgumentError("batch was gathered by another search or pool, and cannot be committed here")
         checked = self._overflow if overflow is None else state.storage.checked_overflow(overflow)
         commit_batch(state, batch, keys, rows, lengths, checked, sides, None, deadline)
