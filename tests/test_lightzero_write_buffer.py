@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from concurrent_kv import ClosedError, HostTier, KeysValues, KVCacheManager, ReentrantCallError, WaitTimeoutError
+from concurrent_kv import (
+    ClosedError,
+    HostTier,
+    KeysValues,
+    KVCacheManager,
+    ReentrantCallError,
+    WaitTimeoutError,
+    WrongProcessError,
+)
 from concurrent_kv.books import index
 from concurrent_kv.compat.lightzero import LightZeroKeysValues, LightZeroKVCacheManager, from_lightzero, write_buffer
 from concurrent_kv.compat.lightzero.manager import ROWS_TOGETHER
@@ -323,3 +334,38 @@ def test_a_closed_pool_says_so(manager: LightZeroKVCacheManager) -> None:
     ):
         with pytest.raises(ClosedError):
             call()
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_hears_so_whatever_another_thread_was_setting(manager: LightZeroKVCacheManager) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    assert manager._buffer is not None
+    held, done = threading.Event(), threading.Event()
+
+    def hold(turn: Any) -> None:
+        with turn:
+            held.set()
+            done.wait(HANG_SECONDS)
+
+    thread = threading.Thread(target=hold, args=(manager._buffer._turn,))
+    thread.start()
+    assert held.wait(HANG_SECONDS)
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # it would wait for good
+        heard = 0
+        for call in (
+            lambda: manager.get_recur_cache(1),
+            lambda: manager.set_recur_cache(2, container(1.0)),
+            lambda: len(manager.recur_pool),
+            lambda: manager.manager,
+        ):
+            with suppress(WrongProcessError):
+                call()
+                continue
+            heard += 1
+        os._exit(0 if heard == 4 else 1)
+    done.set()
+    thread.join(HANG_SECONDS)
+    assert os.waitpid(child, 0)[1] == 0

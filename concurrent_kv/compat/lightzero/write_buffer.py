@@ -109,7 +109,9 @@ class WriteBuffer:
 
         Raises:
             WaitTimeoutError: a shard was not free in time, or this interrupts the calling thread in a call of this.
+            WrongProcessError: the process was forked from the one that made the pool.
         """
+        self._pool.storage.check_process()
         if not self._keys:
             return
         with self._turn:
