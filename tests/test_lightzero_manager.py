@@ -217,11 +217,11 @@ def test_setting_an_entry_returns_the_number_that_its_pool_has_for_it(manager: L
         assert manager.set_wm_cache(key, released()) == manager.wm_pool._key_to_index[key]
 
 
-def test_an_entry_that_was_cleared_while_it_was_set_has_no_number(
-    manager: LightZeroKVCacheManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manager.wm_pool.pool, "put", lambda key, kv: False)
-    assert manager.set_wm_cache(1, released()) == -1
+def test_an_entry_that_was_cleared_has_no_number_any_more(manager: LightZeroKVCacheManager) -> None:
+    number = manager.set_recur_cache("node", released())
+    assert dict(manager.recur_pool._key_to_index) == {"node": number}
+    manager.clear_recur_cache()
+    assert dict(manager.recur_pool._key_to_index) == {}
 
 
 def test_every_pool_that_is_asked_counts_and_tells_so_in_words(manager: LightZeroKVCacheManager) -> None:

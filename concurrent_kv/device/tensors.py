@@ -129,6 +129,11 @@ class SlotTensor:
         raise AttributeError(name)
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code copies."""
+        return self._native is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slots, the zero slot included."""
         return (self.num_slots + 1) * self.layout.bytes_per_token

@@ -23,9 +23,20 @@ from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
+from ..native import native
 from .storage import Domain, KVStorage
 
-__all__ = ["copy_out", "fill_rows", "gather_entries", "gather_together", "in_pools", "retain"]
+__all__ = [
+    "copy_out",
+    "copy_unheld",
+    "fill_rows",
+    "find_unheld",
+    "gather_entries",
+    "gather_together",
+    "in_pools",
+    "reads_unheld",
+    "retain",
+]
 
 Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
 
@@ -268,3 +279,41 @@ def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None)
         return found
     with plain_torch_state():
         return found.to(to)
+
+
+def reads_unheld(storage: KVStorage) -> bool:
+    """Whether `copy_unheld` can read entries of a storage: in host memory, by compiled code, in no streams."""
+    return native is not None and storage.tensor.is_compiled and storage.clock.backend is None
+
+
+def find_unheld(domain: Domain, scope: Scope, key: Hashable, key_hash: int) -> Entry | None:
+    """The entry that a key has just now, for `copy_unheld`; None on a miss, which is counted. Takes no shard."""
+    parts = scope.entries
+    (entry,) = find_in([parts[key_hash % len(parts)]], [key], [key_hash])
+    if entry is not None and entry.generation is scope.generation:
+        return entry
+    _check_open(domain.storage, ((scope, 0),))  # after the look, for what a close has swept
+    with gate.lock, domain.ledger.mutex:
+        domain.counters.miss_count += 1
+    return None
+
+
+def copy_unheld(domain: Domain, entry: Entry, out: Tensor) -> bool:
+    """Copy an entry of a pool that was just found into `out`, a row of a window, and count the hit; if it still lives.
+
+    No lock is held and no reference taken. An entry without references is dead for good, and only then are its slots
+    free: one that has some after the copy has had these slots since it was found. Another thread may have replaced or
+    removed it meanwhile: it was current when it was found. Where it is dead, whatever was copied is worth nothing, and
+    False is returned. An entry that is owed corrections is not copied either.
+    """
+    if entry.correction is not None:
+        return False
+    try:
+        domain.storage.tensor.gather(domain.ledger.tables, [entry.row], entry.length, out)
+    except IndexError:  # it has no row in the tables any more
+        return False
+    with gate.lock, domain.ledger.mutex:
+        if not entry.refs:
+            return False
+        count_hits([entry])
+    return True

@@ -149,10 +149,11 @@ class LightZeroKeysValues:
     def _keys_values(self) -> tuple[LightZeroKVCache, ...]:
         layers = self._layers
         if layers is None:
-            packed, size = self.packed, self._size
-            # One by one, and with gradients on: a model that has some writes to these views in place.
-            with torch.inference_mode(False):
-                planes = [packed[plane] for plane in range(len(packed))]
+            if not self._is_open:
+                self._open()
+            size = self._size
+            # No views of each other, as far as gradients go: a model that has some writes to them in place.
+            planes = [plane.data for plane in self._packed.unbind()]
             number = len(planes) // 2
             layers = self._layers = tuple(
                 [

@@ -7,17 +7,19 @@ from collections.abc import Hashable, Iterable
 from functools import partial
 from typing import Any
 
-from ..._checks import positive_int
+from ..._checks import hash_of, positive_int
 from ...books.records import Entry
 from ...device.buffers import new_buffer
+from ...locks.gate import gate
 from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
 from ...pool.pool import KVPool, read_from_pool
-from ...pool.reading import gather_entries
+from ...pool.reading import copy_unheld, find_unheld, gather_entries, reads_unheld
 from ...pool.storage import Domain
 from .containers import LightZeroKeysValues, row_of_lightzero
 from .settings import setting
-from .views import KeyIndex, entries_of, number_of
+from .views import KeyIndex, entries_of
+from .write_buffer import WriteBuffer
 
 __all__ = ["LightZeroKVCacheManager", "LightZeroPool", "LightZeroStats"]
 
@@ -26,12 +28,25 @@ logger = logging.getLogger("concurrent_kv")
 # What LightZero assumes where its configuration does not say, and how it sizes its pools.
 DEFAULT_SIMULATIONS, DEFAULT_MOST, LEAST_ROOTS = 50, 5000, 256
 
+ROWS_TOGETHER = 32  # new nodes that one write stores; a window each is allocated for them
+
 
 class LightZeroStats:
-    """The counts of one pool, under the main branch's names: always those of now."""
+    """The counts of one pool, under the main branch's names: always those of now.
 
-    def __init__(self, pool: KVPool) -> None:
-        self._pool = pool
+    Args:
+        pool: whose they are.
+        buffer: of rows that are set and not stored yet, if it has one.
+    """
+
+    def __init__(self, pool: KVPool, buffer: WriteBuffer | None = None) -> None:
+        self._counted = pool
+        self._buffer = buffer
+
+    @property
+    def _pool(self) -> KVPool:
+        _store_rows(self._buffer)
+        return self._counted
 
     @property
     def hits(self) -> int:
@@ -77,58 +92,104 @@ class LightZeroStats:
         )
 
 
+def _store_rows(buffer: WriteBuffer | None) -> None:
+    """Store the rows that wait, before counts are looked at; later, inside a critical section of the calling thread."""
+    if buffer is not None and not gate.is_inside:
+        buffer.store()
+
+
 def _window(domain: Domain, entry: Entry) -> LightZeroKeysValues:
     """A private copy of a retained entry as LightZero's container: with zeros in the window's columns behind it."""
-    storage = domain.storage
+    storage, length = domain.storage, entry.length
     if storage.clock.backend is not None:
         storage.clock.current()  # before anything is allocated, which a capture would take into its graph
     packed = new_buffer(storage.layout, 1, storage.layout.max_tokens)
-    gather_entries(domain, [entry], packed, entry.length)
-    return LightZeroKeysValues.private(packed, entry.length)
+    if storage.clock.backend is None and entry.correction is None:  # nothing to wait for, and nothing owed
+        storage.tensor.gather(domain.ledger.tables, [entry.row], length, packed)
+    else:
+        gather_entries(domain, [entry], packed, length)
+    return LightZeroKeysValues.private(packed, length)
 
 
 class LightZeroPool:
     """One pool with LightZero's containers going in and coming out; thread-safe like the pool under it.
 
-    Attributes:
+    Args:
         pool: the `KVPool` under it.
+        name: what the main branch calls it.
+        enable_stats: whether it counts.
+        buffer: of its manager's rows that are set and not stored yet; None where every row is stored at once.
+        has_rows: whether they are this pool's.
+
+    Attributes:
         name: what the main branch calls it.
         enable_stats: whether it counts.
         stats: its counts; None where it does not count.
     """
 
-    def __init__(self, pool: KVPool, name: str, enable_stats: bool = True) -> None:
-        self.pool = pool
+    def __init__(
+        self,
+        pool: KVPool,
+        name: str,
+        enable_stats: bool = True,
+        buffer: WriteBuffer | None = None,
+        *,
+        has_rows: bool = False,
+    ) -> None:
+        self._pool = pool
+        self._buffer, self._of_this = buffer, buffer if has_rows else None
         self.name = name
         self.enable_stats = enable_stats
-        self.stats = LightZeroStats(pool) if enable_stats else None
+        self.stats = LightZeroStats(pool, self._of_this) if enable_stats else None
+
+    @property
+    def pool(self) -> KVPool:
+        """The `KVPool` under it. May block."""
+        _store_rows(self._of_this)
+        return self._pool
 
     def get(self, cache_key: Hashable) -> LightZeroKeysValues | None:
         """A private copy of the entry of `cache_key`, or None. May block."""
-        return read_from_pool(self.pool, cache_key, partial(_window, self.pool))
+        pool, key_hash = self._pool, hash_of(cache_key)
+        storage = pool.storage
+        storage.check_call()
+        pool.check_open()
+        if self._buffer is None or self._buffer.is_next:
+            return read_from_pool(pool, cache_key, partial(_window, pool))
+        found = None if self._of_this is None else self._of_this.get(cache_key)
+        if found is not None:
+            return found
+        entry = find_unheld(pool, pool.default_scope, cache_key, key_hash)
+        if entry is None:
+            return None
+        packed = new_buffer(storage.layout, 1, storage.layout.max_tokens)
+        if copy_unheld(pool, entry, packed):
+            return LightZeroKeysValues.private(packed, entry.length)
+        return read_from_pool(pool, cache_key, partial(_window, pool))
 
     def set(self, cache_key: Hashable, kv_cache: Any) -> int:
         """Store a copy of LightZero's container, one row of some tokens. May block.
 
-        Returns what `_key_to_index` has for it from now on; -1 where it was cleared or evicted meanwhile.
+        Returns what `_key_to_index` has for it as long as it is there.
         """
-        self.pool.put(cache_key, row_of_lightzero(kv_cache))
-        index = number_of(self.pool, cache_key)
-        return -1 if index is None else index
+        key_hash = hash_of(cache_key)
+        if self._of_this is None or not self._of_this.add(cache_key, key_hash, kv_cache):
+            self._pool.put(cache_key, row_of_lightzero(kv_cache))
+        return key_hash
 
     def clear(self) -> None:
         """Remove every entry. May block."""
-        self.pool.clear()
+        self._pool.clear()
 
     @property
     def _key_to_index(self) -> KeyIndex:
         """The keys stored just now; `.keys()`, `in`, `len()`. May block."""
-        return KeyIndex(lambda: entries_of(self.pool, self.pool.default_scope), self.pool.clear)
+        return KeyIndex(lambda: entries_of(self._pool, self._pool.default_scope), self._pool.clear)
 
     @property
     def pool_size(self) -> int:
         """Entries that it holds at most."""
-        return self.pool.account.max_entries
+        return self._pool.account.max_entries
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -154,9 +215,6 @@ class LightZeroKVCacheManager:
         clear_recur_log_freq: log the statistics at every N-th `clear_recur_cache()`; never if 0.
         clear_all_log_freq: the same for `clear_all()`.
         settings: anything else that `KVCacheManager` takes.
-
-    Attributes:
-        manager: the `KVCacheManager` under it, for searches and everything else.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: a setting is missing or impossible; by name.
@@ -187,17 +245,27 @@ class LightZeroKVCacheManager:
         # A search may store a root for each of its simulations; the setting is a guard against too many.
         most = positive_int("config.max_cache_size", setting(config, "max_cache_size", DEFAULT_MOST))
         settings.setdefault("init_entries", min(most, max(LEAST_ROOTS, 2 * simulations)))
-        self.manager = KVCacheManager(known, env_num, enable_stats, **settings)
+        self._manager = KVCacheManager(known, env_num, enable_stats, **settings)
+        pools = self._manager
+        of_nodes, has_tier = pools.recur_pool, pools.storage.tier is not None
+        is_plain = reads_unheld(pools.storage) and not (has_tier or of_nodes.account.policy.observes_hits)
+        self._buffer = WriteBuffer(of_nodes, ROWS_TOGETHER) if is_plain else None
         self.init_pools = [
-            LightZeroPool(pool, f"init_env{env_id}", enable_stats)
-            for env_id, pool in enumerate(self.manager.init_pools)
+            LightZeroPool(pool, f"init_env{env_id}", enable_stats, self._buffer)
+            for env_id, pool in enumerate(pools.init_pools)
         ]
-        self.recur_pool = LightZeroPool(self.manager.recur_pool, "recurrent", enable_stats)
-        self.wm_pool = LightZeroPool(self.manager.wm_pool, "world_model", enable_stats)
+        self.recur_pool = LightZeroPool(of_nodes, "recurrent", enable_stats, self._buffer, has_rows=True)
+        self.wm_pool = LightZeroPool(pools.wm_pool, "world_model", enable_stats, self._buffer)
 
     def __reduce__(self) -> tuple[Any, ...]:
         frequencies = (self.clear_recur_log_freq, self.clear_all_log_freq)
         return partial(type(self), **self._settings), (self.config, self.env_num, self.enable_stats, *frequencies)
+
+    @property
+    def manager(self) -> KVCacheManager:
+        """The `KVCacheManager` under it, for searches and everything else. May block."""
+        _store_rows(self._buffer)
+        return self._manager
 
     # Entries ---------------------------------------------------------------------------------------------------------
 
@@ -210,7 +278,8 @@ class LightZeroKVCacheManager:
         return self._init_pool(env_id).get(cache_key)
 
     def _init_pool(self, env_id: int) -> LightZeroPool:
-        self.manager._init_pool(env_id)  # says what it must be
+        if type(env_id) is not int or not 0 <= env_id < self.env_num:
+            self._manager._init_pool(env_id)  # says what it must be
         return self.init_pools[env_id]
 
     def set_recur_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
@@ -234,24 +303,24 @@ class LightZeroKVCacheManager:
 
         Each pool that is asked counts, as on the main branch.
         """
-        found = self.get_init_cache(env_id, cache_key)
-        return self.get_recur_cache(cache_key) if found is None else found
+        found = self._init_pool(env_id).get(cache_key)
+        return self.recur_pool.get(cache_key) if found is None else found
 
     # Clears ----------------------------------------------------------------------------------------------------------
 
     def clear_all(self) -> None:
         """Clear every pool, and the two lists. May block."""
         self._log("clear_all", next(self._all_clears), self.clear_all_log_freq)
-        self.manager.clear_all()
+        self._manager.clear_all()
 
     def clear_init_caches(self) -> None:
         """Clear every environment's init pool. May block."""
-        self.manager.clear_init_caches()
+        self._manager.clear_init_caches()
 
     def clear_recur_cache(self) -> None:
         """Clear the recurrent pool. May block."""
         self._log("clear_recur_cache", next(self._recur_clears), self.clear_recur_log_freq)
-        self.manager.clear_recur_cache()
+        self._manager.clear_recur_cache()
 
     def _log(self, what: str, number: int, frequency: int) -> None:
         # Before anything is cleared: the line shows what is about to go.
@@ -259,7 +328,7 @@ class LightZeroKVCacheManager:
             total = self.manager.get_stats_summary().total
             logger.info(
                 "%s: %s %d: %d entries, %s, %d evictions",
-                self.manager.name,
+                self._manager.name,
                 what,
                 number,
                 total.entries,
@@ -292,20 +361,20 @@ class LightZeroKVCacheManager:
     @property
     def keys_values_wm_list(self) -> list[Any]:
         """The caller's list of world-model caches; assigning copies the items, `clear_all()` empties it."""
-        return self.manager.keys_values_wm_list
+        return self._manager.keys_values_wm_list
 
     @keys_values_wm_list.setter
     def keys_values_wm_list(self, items: Iterable[Any]) -> None:
-        self.manager.keys_values_wm_list = items
+        self._manager.keys_values_wm_list = items
 
     @property
     def keys_values_wm_size_list(self) -> list[int]:
         """The caller's list of their sizes; assigning copies the items, `clear_all()` empties it."""
-        return self.manager.keys_values_wm_size_list
+        return self._manager.keys_values_wm_size_list
 
     @keys_values_wm_size_list.setter
     def keys_values_wm_size_list(self, items: Iterable[int]) -> None:
-        self.manager.keys_values_wm_size_list = items
+        self._manager.keys_values_wm_size_list = items
 
     def __repr__(self) -> str:
-        return f"<LightZeroKVCacheManager over {self.manager!r}>"
+        return f"<LightZeroKVCacheManager over {self._manager!r}>"

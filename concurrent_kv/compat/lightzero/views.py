@@ -7,17 +7,16 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from ...books.index import Index
 from ...books.records import Entry, Scope
 from ...locks.gate import gate
-from ...pool.pool import KVPool
 from ...pool.storage import Domain
 from .attachment import Attachment
 
-__all__ = ["KeyIndex", "entries_of", "init_views", "number_of", "recur_view"]
+__all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
 
-Entries = list[tuple[Hashable, int]]  # keys, each with a number that no other entry has at the time
+Entries = list[tuple[Hashable, int]]  # keys, each with a number of its own: its hash
 
 
 class KeyIndex(Mapping[Hashable, int]):
-    """The keys that are stored just now, each with a number of its entry; a snapshot at every call. May block.
+    """The keys that are stored just now, each with a number of its own; a snapshot at every call. May block.
 
     Args:
         entries: gives the snapshot.
@@ -46,7 +45,7 @@ class KeyIndex(Mapping[Hashable, int]):
 
 
 def entries_of(domain: Domain, scope: Scope) -> Entries:
-    """The keys of a scope, and the rows of the ledger that their entries have."""
+    """The keys of a scope, and their numbers."""
     deadline = domain.storage.enter()
     found: Entries = []
     for part, shard in enumerate(scope.shards):
@@ -55,14 +54,9 @@ def entries_of(domain: Domain, scope: Scope) -> Entries:
     return found
 
 
-def number_of(pool: KVPool, key: Hashable) -> int | None:
-    """The number that `entries_of` gives a key's entry, None where it is not stored. May block."""
-    return pool._read(key, None, pool.storage.enter(None, pool.account), lambda entry: entry.row)
-
-
 def _rows_in(part: Index[Entry]) -> Entries:
     """As `entries_of`, of one shard, held for reading."""
-    return [(key, entry.row) for key, entry in part.items()]
+    return [(key, entry.key_hash) for key, entry in part.items()]
 
 
 def recur_view(kv: Attachment) -> KeyIndex:

@@ -1,0 +1,389 @@
+"""Nodes that the one import stores many at a time: nothing that looks finds them missing, or finds other bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from concurrent_kv import (
+    ClosedError,
+    HostTier,
+    KeysValues,
+    KVCacheManager,
+    ReentrantCallError,
+    WaitTimeoutError,
+    WrongProcessError,
+)
+from concurrent_kv.books import index
+from concurrent_kv.compat.lightzero import LightZeroKeysValues, LightZeroKVCacheManager, from_lightzero, write_buffer
+from concurrent_kv.compat.lightzero import manager as lightzero_manager
+from concurrent_kv.compat.lightzero.manager import ROWS_TOGETHER
+from concurrent_kv.device.tensors import SlotTensor
+from concurrent_kv.locks.gate import gate
+from concurrent_kv.native import native
+from concurrent_kv.pool import reading
+from tests.support import HANG_SECONDS, config
+
+LAYERS, HEADS, WINDOW, HEAD_DIM = 2, 2, 8, 3
+
+compiled = pytest.mark.skipif(native is None, reason="reads without a hold are compiled code's")
+
+
+def container(value: float, size: int = 5) -> LightZeroKeysValues:
+    return LightZeroKeysValues(torch.full((2 * LAYERS, 1, HEADS, WINDOW, HEAD_DIM), float(value)), size)
+
+
+def container_as_row(value: float) -> KeysValues:
+    return from_lightzero(container(value))
+
+
+def value_of(found: Any) -> float | None:
+    """What all valid numbers of a container are; they must be the same."""
+    if found is None:
+        return None
+    valid: Tensor = found.packed[..., : found.size, :]
+    assert (valid == valid.ravel()[0]).all()
+    return float(valid.ravel()[0])
+
+
+@pytest.fixture
+def manager() -> Iterator[LightZeroKVCacheManager]:
+    """Two environments, and room for 42 nodes."""
+    made = LightZeroKVCacheManager(config(num_simulations=20), env_num=2)
+    yield made
+    if not made.manager.storage.closed:
+        made.manager.check_integrity()
+        made.manager.close()
+
+
+@pytest.fixture
+def pool(manager: LightZeroKVCacheManager) -> Any:
+    """The pool of nodes, as kept by a user before anything is set."""
+    return manager.manager.recur_pool
+
+
+def waiting(manager: LightZeroKVCacheManager) -> int:
+    return 0 if manager._buffer is None else len(manager._buffer._keys)
+
+
+@compiled
+def test_new_nodes_are_stored_by_one_write_for_many(manager: LightZeroKVCacheManager, pool: Any) -> None:
+    for key in range(ROWS_TOGETHER - 1):
+        manager.set_recur_cache(key, container(key))
+    assert (waiting(manager), len(pool)) == (ROWS_TOGETHER - 1, 0)
+    assert [value_of(manager.get_recur_cache(key)) for key in range(ROWS_TOGETHER)] == [
+        *range(ROWS_TOGETHER - 1),
+        None,
+    ]
+    manager.set_recur_cache(-1, container(-1.0))
+    assert (waiting(manager), len(pool)) == (0, ROWS_TOGETHER)
+    assert [value_of(manager.hierarchical_get(1, key)) for key in range(-1, 5)] == [*range(-1, 5)]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda lz, pool: lz.get_recur_cache(7) is not None,
+        lambda lz, pool: lz.hierarchical_get(1, 7) is not None,
+        lambda lz, pool: 7 in lz.recur_pool._key_to_index,
+        lambda lz, pool: len(lz.recur_pool) == 1,
+        lambda lz, pool: len(lz.recur_pool.pool) == 1,
+        lambda lz, pool: lz.manager.get_stats_summary().total.entries == 1,
+        lambda lz, pool: pool.get(7) is not None,
+        lambda lz, pool: 7 in pool,
+        lambda lz, pool: pool.keys() == [7],
+        lambda lz, pool: pool.pop(7) is not None and lz.get_recur_cache(7) is None,
+        lambda lz, pool: lz.get_init_cache(0, 7) is None and lz.get_recur_cache(7) is not None,
+    ],
+)
+def test_a_node_is_found_from_when_it_is_set_on_whoever_looks(
+    manager: LightZeroKVCacheManager, pool: Any, look: Callable[[Any, Any], bool]
+) -> None:
+    manager.set_recur_cache(7, container(7.0))
+    assert look(manager, pool)
+
+
+def test_what_is_set_is_copied_at_once(manager: LightZeroKVCacheManager) -> None:
+    kv = container(1.0)
+    manager.set_recur_cache(1, kv)
+    kv.packed.zero_()
+    found = manager.get_recur_cache(1)
+    assert value_of(found) == 1.0
+    found.packed.fill_(9.0)  # type: ignore[union-attr]
+    assert value_of(manager.get_recur_cache(1)) == 1.0
+    assert manager.manager.recur_pool.get(1).packed.eq(1.0).all()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_last_of_a_key_is_found(manager: LightZeroKVCacheManager, pool: Any, stored: bool) -> None:
+    for value in (1.0, 2.0, 3.0):
+        manager.set_recur_cache(1, container(value))
+        if stored:
+            assert 1 in pool
+        assert value_of(manager.get_recur_cache(1)) == value
+    assert float(pool.get(1).keys.ravel()[0]) == 3.0
+    assert pool.keys() == [1]
+
+
+@pytest.mark.parametrize("end", ["clear", "bump_version"])
+def test_what_was_set_before_the_pools_end_of_a_generation_is_gone_after_it(
+    manager: LightZeroKVCacheManager, pool: Any, end: str
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    getattr(pool, end)()
+    assert manager.get_recur_cache(1) is None
+    manager.set_recur_cache(2, container(2.0))
+    assert value_of(manager.get_recur_cache(2)) == 2.0
+    assert manager.get_recur_cache(1) is None
+
+
+@compiled
+def test_rows_of_a_generation_that_ended_while_they_waited_are_neither_found_nor_stored(
+    manager: LightZeroKVCacheManager, pool: Any
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    pool.storage.ledger.abandoned.clear()  # as if the end had come between the look at the notes and this
+    pool.bump_version()
+    assert manager.get_recur_cache(1) is None
+    manager.recur_pool._buffer.store()  # type: ignore[union-attr]
+    assert len(pool) == 0
+
+
+def test_the_order_of_victims_is_that_of_the_calls(manager: LightZeroKVCacheManager) -> None:
+    size = manager.recur_pool.pool_size
+    for key in range(size + 3):
+        manager.set_recur_cache(key, container(key, size=5 if key % 7 else 3))
+    assert set(manager.recur_pool._key_to_index) == set(range(3, size + 3))
+    manager.set_recur_cache(4, container(0.0))  # the newest now
+    manager.set_recur_cache(-1, container(0.0))
+    manager.set_recur_cache(-2, container(0.0))
+    assert set(manager.recur_pool._key_to_index) == {-1, -2, 4, *range(6, size + 3)}
+    assert manager.recur_pool.stats is not None
+    assert manager.recur_pool.stats.evictions == 5
+
+
+def test_nodes_that_cannot_be_stored_just_now_wait_and_are_found(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+
+    def busy(*arguments: object) -> bool:
+        raise WaitTimeoutError("busy")
+
+    if waiting(manager):
+        with monkeypatch.context() as patch:
+            patch.setattr(write_buffer, "put_rows", busy)
+            assert pool.get(1) is None  # who comes by is not held up
+            assert value_of(manager.get_recur_cache(1)) == 1.0
+            with pytest.raises(WaitTimeoutError):
+                len(manager.recur_pool)
+    assert pool.get(1) is not None
+
+
+def test_a_call_from_inside_a_critical_section_raises_and_leaves_what_waits(manager: LightZeroKVCacheManager) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    with gate.lock:
+        for call in (
+            lambda: manager.get_recur_cache(1),
+            lambda: manager.set_recur_cache(2, container(2.0)),
+        ):
+            with pytest.raises(ReentrantCallError):
+                call()
+        assert len(manager.recur_pool) <= 1
+    assert value_of(manager.get_recur_cache(1)) == 1.0
+    assert manager.get_recur_cache(2) is None
+
+
+@compiled
+def test_a_finaliser_that_sets_a_node_while_one_is_set_loses_neither(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = torch._foreach_copy_
+
+    def interrupted(to: list[Tensor], of: list[Tensor]) -> None:
+        copied(to, of)
+        monkeypatch.undo()
+        manager.set_recur_cache(2, container(2.0))
+        assert value_of(manager.get_recur_cache(2)) == 2.0
+
+    manager.set_recur_cache(0, container(0.0))
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+    manager.set_recur_cache(1, container(1.0))
+    assert [value_of(manager.get_recur_cache(key)) for key in range(3)] == [0.0, 1.0, 2.0]
+    assert set(pool.keys()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("settings", [{"policy": "lru"}, {"tier": HostTier(1 << 16)}], ids=["lru", "tier"])
+def test_where_hits_are_noted_or_a_tier_is_beneath_every_row_is_stored_at_once(settings: dict[str, Any]) -> None:
+    manager = LightZeroKVCacheManager(config(), 2, **settings)
+    pool: KVCacheManager = manager.manager
+    manager.set_recur_cache(1, container(1.0))
+    assert len(pool.recur_pool) == 1
+    assert value_of(manager.hierarchical_get(0, 1)) == 1.0
+    manager.manager.close()
+
+
+def test_threads_find_what_they_have_set(manager: LightZeroKVCacheManager, pool: Any) -> None:
+    errors: list[str] = []
+    barrier = threading.Barrier(3)
+
+    def run(number: int) -> None:
+        barrier.wait(HANG_SECONDS)
+        for turn in range(150):
+            key = number * 4 + turn % 4
+            value = float(100 * turn + number)
+            manager.set_recur_cache(key, container(value))
+            found = value_of(manager.get_recur_cache(key))
+            direct = pool.get(key)
+            if found != value or direct is None or float(direct.keys.ravel()[0]) != value:
+                errors.append(f"{key}: {found} and {direct} for {value}")
+            if turn % 10 == number:
+                manager.recur_pool._key_to_index.keys()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert errors == []
+
+
+# Reads that hold nothing ---------------------------------------------------------------------------------------------
+
+
+@compiled
+def test_an_entry_that_dies_while_it_is_copied_is_not_what_is_found(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    assert 1 in pool
+    copied = SlotTensor.gather
+
+    def overtaken(tensor: SlotTensor, *arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        pool.pop(1)
+        for key in range(2, 12):  # its slots are others' now
+            pool.put(key, container_as_row(9.0))
+        pool.put(1, container_as_row(4.0))
+        return copied(tensor, *arguments, **options)
+
+    monkeypatch.setattr(SlotTensor, "gather", overtaken)
+    assert value_of(manager.get_recur_cache(1)) == 4.0
+
+
+@compiled
+def test_an_entry_that_is_dead_before_it_is_copied_is_looked_up_anew(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    assert 1 in pool
+    copied = reading.copy_unheld
+
+    def overtaken(*arguments: Any) -> Any:
+        pool.pop(1)  # it has no row in the tables any more
+        pool.put(1, container_as_row(4.0))
+        return copied(*arguments)
+
+    monkeypatch.setattr(lightzero_manager, "copy_unheld", overtaken)
+    assert value_of(manager.get_recur_cache(1)) == 4.0
+
+
+@compiled
+def test_an_entry_that_is_replaced_while_it_is_copied_may_still_be_what_is_found(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    pin = pool.pin(1)
+    copied = SlotTensor.gather
+
+    def overtaken(tensor: SlotTensor, *arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        pool.put(1, container_as_row(4.0))
+        return copied(tensor, *arguments, **options)
+
+    monkeypatch.setattr(SlotTensor, "gather", overtaken)
+    assert value_of(manager.get_recur_cache(1)) == 1.0  # current when it was looked up, and pinned
+    assert value_of(manager.get_recur_cache(1)) == 4.0
+    pin.close()
+
+
+@compiled
+def test_what_was_discarded_is_not_found(manager: LightZeroKVCacheManager, pool: Any) -> None:
+    for lz, kv_pool in ((manager.recur_pool, pool), (manager.init_pools[0], manager.init_pools[0].pool)):
+        lz.set(1, container(1.0))
+        assert 1 in kv_pool
+        kv_pool.discard(1)
+        assert lz.get(1) is None
+
+
+@compiled
+def test_a_close_during_a_lookup_is_no_miss(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    assert 1 in pool
+    looked_up = index.find_in
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        manager.manager.close()
+        return looked_up(*arguments)
+
+    monkeypatch.setattr(reading, "find_in", overtaken)
+    with pytest.raises(ClosedError):
+        manager.get_recur_cache(1)
+
+
+def test_a_closed_pool_says_so(manager: LightZeroKVCacheManager) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    manager.manager.close()
+    for call in (
+        lambda: manager.get_recur_cache(1),
+        lambda: manager.hierarchical_get(0, 2),
+        lambda: manager.set_recur_cache(3, container(1.0)),
+    ):
+        with pytest.raises(ClosedError):
+            call()
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_hears_so_whatever_another_thread_was_setting(manager: LightZeroKVCacheManager) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    assert manager._buffer is not None
+    held, done = threading.Event(), threading.Event()
+
+    def hold(turn: Any) -> None:
+        with turn:
+            held.set()
+            done.wait(HANG_SECONDS)
+
+    thread = threading.Thread(target=hold, args=(manager._buffer._turn,))
+    thread.start()
+    assert held.wait(HANG_SECONDS)
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # it would wait for good
+        heard = 0
+        for call in (
+            lambda: manager.get_recur_cache(1),
+            lambda: manager.set_recur_cache(2, container(1.0)),
+            lambda: len(manager.recur_pool),
+            lambda: manager.manager,
+        ):
+            with suppress(WrongProcessError):
+                call()
+                continue
+            heard += 1
+        os._exit(0 if heard == 4 else 1)
+    done.set()
+    thread.join(HANG_SECONDS)
+    assert os.waitpid(child, 0)[1] == 0
