@@ -330,14 +330,14 @@ def test_a_close_during_a_lookup_is_no_miss(
 ) -> None:
     manager.set_recur_cache(1, container(1.0))
     assert 1 in pool
-    looked_up = index.find_in
+    looked_up = index.Index.get
 
     def overtaken(*arguments: Any) -> Any:
         monkeypatch.undo()
         manager.manager.close()
         return looked_up(*arguments)
 
-    monkeypatch.setattr(reading, "find_in", overtaken)
+    monkeypatch.setattr(index.Index, "get", overtaken)
     with pytest.raises(ClosedError):
         manager.get_recur_cache(1)
 

@@ -289,7 +289,7 @@ def reads_unheld(storage: KVStorage) -> bool:
 def find_unheld(domain: Domain, scope: Scope, key: Hashable, key_hash: int) -> Entry | None:
     """The entry that a key has just now, for `copy_unheld`; None on a miss, which is counted. Takes no shard."""
     parts = scope.entries
-    (entry,) = find_in([parts[key_hash % len(parts)]], [key], [key_hash])
+    entry = parts[key_hash % len(parts)].get(key, key_hash)  # compiled code would need the shard
     if entry is not None and entry.generation is scope.generation:
         return entry
     _check_open(domain.storage, ((scope, 0),))  # after the look, for what a close has swept
