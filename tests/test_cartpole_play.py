@@ -18,7 +18,7 @@ from concurrent_kv import IntegrityError, KVCacheManager
 from concurrent_kv.device.tensors import SlotTensor
 from examples.cartpole import __main__ as program
 from examples.cartpole.__main__ import INTERRUPTED, main
-from examples.cartpole.job import JobReport, JobSettings, run_job
+from examples.cartpole.job import JobReport, JobSettings, run_job, usual_groups
 from examples.cartpole.model import WorldModel, load_model
 from examples.cartpole.report import live_figures
 from examples.cartpole.scaling import plot
@@ -321,8 +321,13 @@ def test_the_scaling_is_a_table_a_json_and_a_plot_that_is_the_same_again(
     result = json.loads(file.read_text("utf-8"))
     assert [way["name"] for way in result["ways"]] == ["1 together", "2 together", "2 apart", "the loop alone"]
     assert [way["envs"] for way in result["by_rows"]] == [1, 2, 4, 8, 16, 32]
-    assert [way["envs"] for way in result["own_envs"]] == [2 * way["threads"] for way in result["own_envs"]]
-    assert {len(way["rates"]) for name in ("ways", "by_rows", "own_envs") for way in result[name]} == {2}
+    with_more = [*result["own_envs"], *result["more_envs"]]
+    assert [way["envs"] for way in with_more] == [2 * way["threads"] for way in with_more]
+    assert {(way["threads"], way["groups"]) for way in result["more_envs"]} >= {
+        (4, usual_groups(4)),
+        (8, usual_groups(8)),
+    }
+    assert {len(way["rates"]) for way in [*result["ways"], *result["by_rows"], *with_more]} == {2}
     assert result["planned"]["1"] == pytest.approx(result["own_envs"][0]["rate"])
     assert 0 <= result["share_in_queue"] <= 1
     again = tmp_path / "again.svg"
