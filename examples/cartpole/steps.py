@@ -7,7 +7,9 @@ takes half the time: there is no Python between the operators.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -34,7 +36,7 @@ class Steps:
 
     def recurrent(self, actions: Tensor, batch: JointBatch, positions: Tensor) -> Tensor:
         """`numbers_of` what `WorldModel.recurrent` says, with the paths in a batch that has room for a step only."""
-        numbers: Tensor = self._recurrent(batch.data, batch.padding, actions, positions)
+        numbers = self._recurrent(batch.data, batch.padding, actions, positions)
         batch.advance(self.tokens)
         return numbers
 
@@ -42,7 +44,7 @@ class Steps:
         self, actions: Tensor, observation: Tensor, is_real: Tensor, batch: JointBatch, positions: Tensor
     ) -> Tensor:
         """`numbers_of` what `WorldModel.step` says, in the same way."""
-        numbers: Tensor = self._step(batch.data, batch.padding, actions, positions, observation, is_real)
+        numbers = self._step(batch.data, batch.padding, actions, positions, observation, is_real)
         batch.advance(self.tokens)
         return numbers
 
@@ -88,15 +90,18 @@ class _Columns:
         return all_keys[:, :, :end], all_values[:, :, :end]
 
 
-def _traced(model: WorldModel, *, real: bool = False) -> torch.jit.ScriptModule:
+def _traced(model: WorldModel, *, real: bool = False) -> Callable[..., Tensor]:
+    step = _Step(model)
+    if sys.version_info >= (3, 14):
+        return step  # torch says of a trace that it may break there
     config, rows = model.config, 2  # of the example that is traced: any others will do
     data = torch.zeros(2 * config.num_layers, rows, config.num_heads, config.context_length, config.head_dim)
     numbers = torch.zeros(rows, dtype=torch.int64)
     seen = torch.zeros(rows, config.observation_size), torch.ones(rows, dtype=torch.bool)
     with warnings.catch_warnings(), torch.no_grad():
-        # What torch would have instead holds the GIL while it runs, or has to be compiled first.
+        # What torch would have instead has to be compiled first, and some of it holds the GIL while it runs.
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
-        traced: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
-            _Step(model), (data, numbers, numbers, numbers, *(seen if real else ())), check_trace=False
+        traced: Callable[..., Tensor] = torch.jit.trace(  # type: ignore[no-untyped-call]
+            step, (data, numbers, numbers, numbers, *(seen if real else ())), check_trace=False
         )
     return traced
