@@ -19,6 +19,7 @@ from examples.cartpole.job import JobSettings, run_job
 from examples.cartpole.model import WorldModel, load_model
 from examples.cartpole.replay import ReplayingEvaluator
 from examples.cartpole.search import TreeSearch
+from examples.cartpole.steps import Steps
 from examples.cartpole.tree import Evaluation, Node, Tree
 from examples.cartpole.verify import Verifier
 from examples.cartpole.workers import in_threads
@@ -65,8 +66,8 @@ def test_a_simulation_of_all_trees_is_one_gather_one_call_of_the_model_and_one_c
         monkeypatch.setattr(owner, name, counted)
 
     count(SlotTensor, "gather_together", "gather")
-    count(WorldModel, "recurrent", "model")
-    count(WorldModel, "step", "model of roots")
+    count(Steps, "recurrent", "model")
+    count(Steps, "step", "model of roots")
     count(Search, "commit", "commit")
     count(KVPool, "commit", "commit of a root")
     settings = replace(SHORT, episodes=4, max_steps=2, threads=threads)
@@ -202,7 +203,7 @@ def test_a_tree_stays_while_threads_search_it_whose_task_was_cancelled(
 ) -> None:
     player = Player(model, envs=1, simulations=25, workers=2)
     entered, go_on = threading.Event(), threading.Event()
-    recurrent, calls = WorldModel.recurrent, iter(range(10**9))
+    recurrent, calls = Steps.recurrent, iter(range(10**9))
 
     def held(*arguments: Any) -> Any:
         if next(calls) == 6:  # some nodes are there
@@ -222,7 +223,7 @@ def test_a_tree_stays_while_threads_search_it_whose_task_was_cancelled(
             go_on.set()
             assert before == after != []
 
-    monkeypatch.setattr(WorldModel, "recurrent", held)
+    monkeypatch.setattr(Steps, "recurrent", held)
     anyio.run(cancel)
     assert player.evaluator.stats().rows == 25
     assert player.evaluator.stats().failed_rows == 0

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
+from examples.cartpole.episode import numbers_of
 from examples.cartpole.model import DEFAULT_WEIGHTS, RootOutput, RotaryEmbedding, StepOutput, WorldModel, load_model
 from examples.cartpole.replay import ReplayCache, replay_path
+from examples.cartpole.steps import Steps
 from examples.cartpole.training.__main__ import TrainSettings, save_model, train
 from examples.cartpole.training.figures import disturbed_transitions, policy_returns, prediction_errors
 from examples.cartpole.training.policy import PolicySettings, advantages
@@ -119,6 +122,50 @@ def test_a_step_of_both_kinds_equals_a_real_one_and_a_predicted_one(model: World
     assert not torch.allclose(real.value, predicted.value)
 
 
+class Columns:
+    """A batch as `Steps` see one: the paths in a buffer whose last columns are free."""
+
+    def __init__(self, past: PaddedCache, room: int) -> None:
+        self.padding = past.padding
+        self.data = torch.nn.functional.pad(
+            torch.cat((torch.stack(past.keys), torch.stack(past.values))), (0, 0, 0, room)
+        )
+        self.advanced = 0
+
+    def advance(self, tokens: int) -> None:
+        self.advanced += tokens
+
+
+def with_new_weights(model: WorldModel) -> WorldModel:
+    changed = WorldModel(model.config).eval().requires_grad_(False)
+    changed.load_state_dict({name: weight * 1.1 for name, weight in model.state_dict().items()})
+    return changed
+
+
+@pytest.mark.parametrize("new_weights", [False, True])
+def test_traced_steps_say_and_append_what_the_model_does(model: WorldModel, new_weights: bool) -> None:
+    traced = WorldModel(model.config).eval().requires_grad_(False)
+    steps = Steps(traced)
+    traced.load_state_dict((with_new_weights(model) if new_weights else model).state_dict())
+    for paths in (PATHS, PATHS[:1], PATHS[1:2] * 9):  # of other sizes than the batch that was traced
+        starts, seen = observations(len(paths)), observations(2 * len(paths))[len(paths) :]
+        actions = torch.tensor([row % 2 for row in range(len(paths))])
+        positions = torch.tensor([1 + 2 * len(path) for path in paths])
+        replays = [replay_path(traced, start, path).cache for start, path in zip(starts, paths, strict=True)]
+        for is_real in (None, actions == 0):
+            past = PaddedCache(replays, 0.0)
+            batch: Any = Columns(PaddedCache(replays, 0.0), room=steps.tokens)
+            if is_real is None:
+                expected = traced.recurrent(actions, past, positions)
+                numbers = steps.recurrent(actions, batch, positions)
+            else:
+                expected = traced.step(actions, seen, is_real, past, positions)
+                numbers = steps.step(actions, seen, is_real, batch, positions)
+            assert torch.allclose(numbers, numbers_of(expected), rtol=1e-4, atol=ROUNDING)
+            assert torch.allclose(batch.data, torch.stack([*past.keys, *past.values]), atol=ROUNDING)
+            assert batch.advanced == steps.tokens
+
+
 def test_left_padding_has_no_influence(model: WorldModel) -> None:
     assert differences(model, step_together(model), step_together(model, filling=1e4)) == [0.0] * len(
         StepOutput._fields
@@ -133,12 +180,12 @@ def test_shifting_all_positions_changes_nothing_beyond_rounding(model: WorldMode
 
 def test_positions_within_a_path_do_matter() -> None:
     rotary = RotaryEmbedding(head_dim=32)
-    x = torch.randn(1, 1, 2, 32, generator=Generator().manual_seed(0))
-    cosines, sines = rotary.angles(torch.tensor([5]), 2)
+    x = torch.randn(2, 1, 32, generator=Generator().manual_seed(0))  # [tokens, heads, head_dim]
+    cosines, sines = rotary.angles(torch.tensor([5, 6]))
     rotated = rotary.rotate(x, cosines, sines)
     assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1))
-    one_apart = (rotated[0, 0, 0] * rotated[0, 0, 1]).sum()
-    assert not torch.isclose(one_apart, (x[0, 0, 0] * x[0, 0, 1]).sum())
+    one_apart = (rotated[0, 0] * rotated[1, 0]).sum()
+    assert not torch.isclose(one_apart, (x[0, 0] * x[1, 0]).sum())
 
 
 def test_window_lengths_run_1_3_5_5_5(model: WorldModel) -> None:

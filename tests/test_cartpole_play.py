@@ -18,10 +18,11 @@ from concurrent_kv import IntegrityError, KVCacheManager
 from concurrent_kv.device.tensors import SlotTensor
 from examples.cartpole import __main__ as program
 from examples.cartpole.__main__ import INTERRUPTED, main
-from examples.cartpole.job import JobReport, JobSettings, run_job
+from examples.cartpole.job import JobReport, JobSettings, run_job, usual_groups
 from examples.cartpole.model import WorldModel, load_model
 from examples.cartpole.report import live_figures
 from examples.cartpole.scaling import plot
+from examples.cartpole.steps import Steps
 from examples.cartpole.tree import Tree
 from tests.async_support import join_workers
 from tests.cartpole_support import (
@@ -151,17 +152,17 @@ def test_the_model_is_called_in_threads_or_on_the_loop_alone(
 ) -> None:
     seen: set[int] = set()
 
-    def noted(name: str) -> None:
-        original = getattr(WorldModel, name)
+    def noted(owner: type, name: str) -> None:
+        original = getattr(owner, name)
 
         def call(*arguments: Any) -> Any:
             seen.add(threading.get_ident())
             return original(*arguments)
 
-        monkeypatch.setattr(WorldModel, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    for name in ("initial", "step", "recurrent"):
-        noted(name)
+    for owner, name in ((WorldModel, "initial"), (Steps, "step"), (Steps, "recurrent")):
+        noted(owner, name)
     run_job(model, JobSettings(SHORT if threads else replace(SHORT, threads=0), backend=backend))
     here = {threading.get_ident()}
     assert (not seen & here and len(seen) <= threads) if threads else seen == here
@@ -169,7 +170,7 @@ def test_the_model_is_called_in_threads_or_on_the_loop_alone(
 
 @both_backends
 @threads_and_loop
-@pytest.mark.parametrize("where", [(WorldModel, "recurrent"), (Tree, "select"), (Tree, "best_action")])
+@pytest.mark.parametrize("where", [(Steps, "recurrent"), (Tree, "select"), (Tree, "best_action")])
 def test_an_error_in_the_model_or_in_a_search_ends_the_job(
     model: WorldModel, backend: Any, threads: int, where: tuple[type, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +259,7 @@ def test_books_that_do_not_balance_end_with_a_non_zero_exit(
 def test_ctrl_c_ends_cleanly(
     backend: str, ways: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recurrent = WorldModel.recurrent
+    recurrent = Steps.recurrent
     calls = iter(range(10**9))
 
     def interrupt(*arguments: Any) -> Any:
@@ -266,7 +267,7 @@ def test_ctrl_c_ends_cleanly(
             signal.raise_signal(signal.SIGINT)
         return recurrent(*arguments)
 
-    monkeypatch.setattr(WorldModel, "recurrent", interrupt)
+    monkeypatch.setattr(Steps, "recurrent", interrupt)
     arguments = [*SHORT_ARGUMENTS, "--episodes", "1000", *ways.split(), "--backend", backend]
     assert main(arguments) == INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
@@ -320,8 +321,13 @@ def test_the_scaling_is_a_table_a_json_and_a_plot_that_is_the_same_again(
     result = json.loads(file.read_text("utf-8"))
     assert [way["name"] for way in result["ways"]] == ["1 together", "2 together", "2 apart", "the loop alone"]
     assert [way["envs"] for way in result["by_rows"]] == [1, 2, 4, 8, 16, 32]
-    assert [way["envs"] for way in result["own_envs"]] == [2 * way["threads"] for way in result["own_envs"]]
-    assert {len(way["rates"]) for name in ("ways", "by_rows", "own_envs") for way in result[name]} == {2}
+    with_more = [*result["own_envs"], *result["more_envs"]]
+    assert [way["envs"] for way in with_more] == [2 * way["threads"] for way in with_more]
+    assert {(way["threads"], way["groups"]) for way in result["more_envs"]} >= {
+        (4, usual_groups(4)),
+        (8, usual_groups(8)),
+    }
+    assert {len(way["rates"]) for way in [*result["ways"], *result["by_rows"], *with_more]} == {2}
     assert result["planned"]["1"] == pytest.approx(result["own_envs"][0]["rate"])
     assert 0 <= result["share_in_queue"] <= 1
     again = tmp_path / "again.svg"

@@ -120,7 +120,7 @@ def of_scaling() -> Iterator[Grid]:
         way = Way(name, PlaySettings(envs=1_000_000))
         way.rates, way.rows_per_call = [HUGE, HUGE / 2], [HUGE, HUGE]
         ways.append(way)
-    yield scaling_table(Scaling({"gil": False}, 1_000_000, ways, ways, ways))
+    yield scaling_table(Scaling({"gil": False}, 1_000_000, ways, ways, ways, ways))
 
 
 def of_gpu() -> Iterator[Grid]:

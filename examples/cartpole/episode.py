@@ -48,13 +48,23 @@ def next_position(config: ModelConfig, steps: int) -> int:
     return 1 + steps * config.tokens_per_step
 
 
+def numbers_of(output: StepOutput) -> Tensor:
+    """What a search needs to know of each row, in one tensor, which is fetched at once however many rows there are.
+
+    Float32 `[batch, 3 + actions]`: reward, probability that the episode ends, value, priors of the actions.
+    """
+    said = output.reward, output.termination_probability, output.value
+    return torch.cat((torch.stack(said, dim=1), output.policy_logits.softmax(-1)), dim=1)
+
+
+def evaluations_in(numbers: Tensor) -> list[Evaluation]:
+    """One evaluation for each row of what `numbers_of` returns."""
+    return [Evaluation(value, tuple(priors), reward, ends) for reward, ends, value, *priors in numbers.tolist()]
+
+
 def evaluations_of(output: RootOutput | StepOutput) -> list[Evaluation]:
     """One evaluation for each row."""
-    columns = [output.value[:, None], output.policy_logits.softmax(-1)]
     if isinstance(output, StepOutput):
-        columns = [output.reward[:, None], output.termination_probability[:, None], *columns]
-    # One tensor, so that a batch is fetched at once however many rows it has.
-    rows = torch.cat(columns, dim=1).tolist()
-    if isinstance(output, StepOutput):
-        return [Evaluation(value, tuple(priors), reward, ends) for reward, ends, value, *priors in rows]
+        return evaluations_in(numbers_of(output))
+    rows = torch.cat((output.value[:, None], output.policy_logits.softmax(-1)), dim=1).tolist()
     return [Evaluation(value, tuple(priors)) for value, *priors in rows]

@@ -22,6 +22,7 @@ from examples.cartpole.job import JobSettings, failures_of
 from examples.cartpole.model import WorldModel, load_model
 from examples.cartpole.play import PlaySettings, Tally, play_episodes
 from examples.cartpole.search import TreeSearch, evaluate, new_evaluator, new_manager
+from examples.cartpole.steps import steps_of
 from examples.cartpole.verify import Verification, Verifier
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
@@ -72,6 +73,7 @@ def setup(settings: JobSettings, metrics: int | None = None) -> Callable[[], Hos
 def _new_parts(settings: JobSettings, metrics: int | None) -> HostParts:
     torch.set_num_threads(1)
     model, play = load_model(), settings.play
+    steps = steps_of(model)
     verifier = Verifier(model) if settings.verify else None
     manager = new_manager(
         model, envs=play.envs, simulations=play.simulations, workers_per_tree=1, policy=settings.policy
@@ -80,7 +82,7 @@ def _new_parts(settings: JobSettings, metrics: int | None) -> HostParts:
     evaluator = new_evaluator(
         model,
         manager,
-        lambda batch, asked: evaluate(model, batch, asked, check),
+        lambda batch, asked: evaluate(steps, batch, asked, check),
         max_rows=play.max_rows or play.envs,
     )
     parts = HostParts(manager, evaluator, Searching(model, play.simulations, verifier), load=model.load_state_dict)

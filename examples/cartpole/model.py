@@ -107,16 +107,15 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)  # [head_dim / 2], radians per token
         self.frequencies: Tensor
 
-    def angles(self, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 `[batch, 1, count, head_dim / 2]`, of `count` tokens from `positions` on."""
-        steps = torch.arange(count, device=positions.device)
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 `[batch, 1, head_dim / 2]`, of a token of each row."""
         # In float32 the product would lose about position * 1e-7 radians: late positions would see other differences.
-        radians = (positions[:, None] + steps)[:, None, :, None].double() * self.frequencies
+        radians = positions[:, None, None] * self.frequencies
         return radians.cos().float(), radians.sin().float()
 
     @staticmethod
     def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Rotate the halves of `x` `[batch, heads, count, head_dim]` against each other."""
+        """Rotate the halves of `x` `[..., batch, heads, head_dim]` against each other."""
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
@@ -137,25 +136,22 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, past: PastKeysValues, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Map `x` `[batch, n, embed_dim]` to the same shape, appending its K and V to `past`."""
-        batch, count, width = x.shape
-        projected = self.queries_keys_values(self.attention_norm(x)).view(batch, count, 3, self.num_heads, -1)
-        queries, keys, values = projected.permute(2, 0, 3, 1, 4).unbind()  # each [batch, heads, n, head_dim]
-        queries = RotaryEmbedding.rotate(queries, *angles)
-        keys = RotaryEmbedding.rotate(keys, *angles)
-        keys, values = past.append(self.layer, keys, values)
-        visible = visible_columns(past.padding, columns=keys.shape[2], new=count)
+        """Map a token of each row, `x` `[batch, embed_dim]`, to the same shape, appending its K and V to `past`."""
+        batch, width = x.shape
+        projected = self.queries_keys_values(self.attention_norm(x)).view(batch, 3, self.num_heads, -1).transpose(0, 1)
+        rotated = RotaryEmbedding.rotate(projected[:2], *angles)
+        queries, keys = rotated.unsqueeze(3).unbind()  # [batch, heads, 1, head_dim] each
+        keys, values = past.append(self.layer, keys, projected[2].unsqueeze(2))
+        visible = visible_columns(past.padding, keys.shape[2])
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
-        x = x + self.attention_output(attended.transpose(1, 2).reshape(batch, count, width))
+        x = x + self.attention_output(attended.reshape(batch, width))
         output: Tensor = x + self.feed_forward(x)
         return output
 
 
-def visible_columns(padding: Tensor, *, columns: int, new: int) -> Tensor:
-    """Which columns each of the `new` last tokens may attend to: bool `[batch, 1, new, columns]`."""
-    column = torch.arange(columns, device=padding.device)
-    causal = column <= column[columns - new :, None]  # [new, columns]
-    return causal & (column >= padding[:, None, None, None])
+def visible_columns(padding: Tensor, columns: int) -> Tensor:
+    """Which of so many columns the token in the last of them may attend to: bool `[batch, 1, 1, columns]`."""
+    return torch.arange(columns, device=padding.device) >= padding[:, None, None, None]
 
 
 class WorldModel(nn.Module):
@@ -266,11 +262,10 @@ class WorldModel(nn.Module):
         return value, self.policy_head(hidden)
 
     def _forward_token(self, token: Tensor, past: PastKeysValues, positions: Tensor) -> Tensor:
-        angles = self.rotary.angles(positions, 1)
-        hidden = token[:, None]  # [batch, 1, embed_dim]
+        angles, hidden = self.rotary.angles(positions), token
         for block in self.blocks:
             hidden = block(hidden, past, angles)
-        output: Tensor = self.output_norm(hidden[:, 0])
+        output: Tensor = self.output_norm(hidden)
         return output
 
 

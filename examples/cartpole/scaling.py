@@ -86,6 +86,7 @@ class Scaling:
     ways: list[Way]  # with so many environments; the first is one thread
     by_rows: list[Way]  # one thread, with as many environments as rows
     own_envs: list[Way]  # threads by themselves, with so many environments each
+    more_envs: list[Way]  # as many threads and environments, in as many groups as is best
 
     @property
     def share_in_queue(self) -> float:
@@ -106,6 +107,7 @@ class Scaling:
             "ways": [way.as_json() for way in self.ways],
             "by_rows": [way.as_json() for way in self.by_rows],
             "own_envs": [way.as_json() for way in self.own_envs],
+            "more_envs": [way.as_json() for way in self.more_envs],
             "call": {"seconds": line.seconds, "seconds_per_row": line.seconds_per_row},
             "share_in_queue": self.share_in_queue,
             "planned": {str(workers): rate for workers, rate in self.planned().items()},
@@ -138,8 +140,13 @@ def measure(model: WorldModel, settings: JobSettings, *, turns: int, steps: int,
         ],
         [way(f"{rows} rows", envs=rows, threads=1) for rows in ROWS],
         [way(f"{threads} apart", envs=envs * threads, threads=threads, groups=threads) for threads in THREADS],
+        [
+            way(f"{threads} together", envs=envs * threads, threads=threads, groups=usual_groups(threads))
+            for threads in THREADS
+            if usual_groups(threads) < threads
+        ],
     )
-    ways = [*scaling.ways, *scaling.by_rows, *scaling.own_envs]
+    ways = [*scaling.ways, *scaling.by_rows, *scaling.own_envs, *scaling.more_envs]
     play_cached(model, replace(settings, play=replace(ways[0].settings, max_steps=2)), unwatched)  # warms up
     began, parts = perf_counter(), turns * len(ways)
     for turn in range(turns):
@@ -162,7 +169,8 @@ def scaling_table(scaling: Scaling) -> Grid:
         legend=f"by the model of the queue ({scaling.share_in_queue:.0%} of a round in it), workers: {planned}",
     )
     _add(table, f"{scaling.envs} environments", scaling.ways, scaling.ways[0])
-    _add(table, f"{scaling.envs} environments a thread", scaling.own_envs, scaling.own_envs[0])
+    own = [*scaling.own_envs, *scaling.more_envs]
+    _add(table, f"{scaling.envs} environments a thread", own, own[0])
     _add(table, "1 thread", scaling.by_rows, scaling.ways[0])
     return table
 
@@ -194,7 +202,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         _line(fixed, apart, f"apart, {gil}", f"C{2 * number + 1}", "s--")
         for way in loop:
             fixed.axhline(way["rate"], color=f"C{2 * number}", linestyle=":", label=f"the loop alone, {gil}")
-        _line(grown, result["own_envs"], f"measured, {gil}", f"C{2 * number}", "o")
+        _line(grown, result["own_envs"], f"apart, {gil}", f"C{2 * number}", "o")
+        _line(grown, result["more_envs"], f"together, {gil}", f"C{2 * number + 1}", "s")
         planned = {int(workers): rate for workers, rate in result["planned"].items()}
         grown.plot(list(planned), list(planned.values()), color=f"C{2 * number}", linestyle="-", label=f"model, {gil}")
     envs = results[0]["envs"]

@@ -17,9 +17,10 @@ import torch
 
 from concurrent_kv import DropOldest, KeyNotFoundError, KeysValues, KVCacheManager
 from concurrent_kv.evaluation import Evaluated, Evaluator, JointBatch, Leaf, Walk
-from examples.cartpole.episode import Asked, Episode, evaluations_of, next_position
+from examples.cartpole.episode import Asked, Episode, evaluations_in, evaluations_of, next_position
 from examples.cartpole.model import WorldModel
 from examples.cartpole.replay import replay_path
+from examples.cartpole.steps import Steps, steps_of
 from examples.cartpole.tree import Evaluation, Tree
 
 Run = Callable[[Walk[Asked, Evaluation, Any]], Coroutine[Any, Any, Any]]
@@ -84,10 +85,11 @@ class TreeSearch:
 
     def evaluator(self, *, max_rows: int) -> Evaluator[Asked, Evaluation]:
         """One that evaluates this search's leaves, at most so many in a call of the model."""
+        self._steps = steps_of(self._model)
         return new_evaluator(self._model, self._manager, self._evaluate, max_rows=max_rows)
 
     def _evaluate(self, batch: JointBatch, asked: Sequence[Asked]) -> Evaluated[Evaluation]:
-        return evaluate(self._model, batch, asked, self._check)
+        return evaluate(self._steps, batch, asked, self._check)
 
     async def decide(self, episode: Episode, run: Run) -> int:
         """The action that follows the episode's newest observation, by a search that `run` runs."""
@@ -153,9 +155,7 @@ class TreeSearch:
 # The model's call ----------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: WorldModel, batch: JointBatch, asked: Sequence[Asked], check: Check | None
-) -> Evaluated[Evaluation]:
+def evaluate(steps: Steps, batch: JointBatch, asked: Sequence[Asked], check: Check | None) -> Evaluated[Evaluation]:
     """What the model says of the steps that are asked for; each row of the batch is what one of them leads on from."""
     with torch.inference_mode():
         if check is not None:
@@ -165,11 +165,10 @@ def evaluate(
         is_real = [each.edge is None for each in asked]
         if any(is_real):
             observations = torch.stack([each.episode.observations[each.time] for each in asked])
-            output = model.step(actions, observations, torch.tensor(is_real), batch, at)
+            numbers = steps.step(actions, observations, torch.tensor(is_real), batch, at)
         else:
-            output = model.recurrent(actions, batch, at)
-        step = model.config.tokens_per_step
-        return Evaluated(evaluations_of(output), sides=[position + step for position in positions])
+            numbers = steps.recurrent(actions, batch, at)
+        return Evaluated(evaluations_in(numbers), sides=[position + steps.tokens for position in positions])
 
 
 def new_evaluator(

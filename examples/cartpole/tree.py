@@ -8,6 +8,7 @@ worker rather chooses another.
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from math import inf, log, sqrt
 from typing import NamedTuple
 
@@ -62,11 +63,7 @@ class Edge(NamedTuple):
 
     parent: Node
     action: int
-
-    @property
-    def number(self) -> int:
-        """Of the node that it makes."""
-        return self.parent.number * len(self.parent.children) + self.action + 1
+    number: int  # of the node that it makes
 
 
 def path_to(node: Node) -> list[int]:
@@ -76,6 +73,15 @@ def path_to(node: Node) -> list[int]:
         actions.append(node.action)
         node = node.parent
     return actions[::-1]
+
+
+@lru_cache
+def explorations(most: int) -> list[float]:
+    """What a step's prior counts at a node, by the node's visits, from none to `most`."""
+    return [
+        sqrt(visits) * (EXPLORATION_INIT + log((visits + EXPLORATION_BASE + 1) / EXPLORATION_BASE))
+        for visits in range(most + 1)
+    ]
 
 
 class Tree:
@@ -89,6 +95,7 @@ class Tree:
 
     def __init__(self, root: Evaluation, *, simulations: int, discount: float) -> None:
         self._left = simulations
+        self._exploration = explorations(simulations + 1)
         self._discount = discount
         self._lowest_q = inf
         self._highest_q = -inf
@@ -111,7 +118,7 @@ class Tree:
                 node.awaited[action] += 1
                 child = node.children[action]
                 if child is None:
-                    return Edge(node, action)
+                    return Edge(node, action, node.number * len(node.children) + action + 1)
                 node = child
 
     def expand(self, edge: Edge, evaluation: Evaluation) -> None:
@@ -134,8 +141,7 @@ class Tree:
 
     def _best_scored(self, node: Node) -> int:
         awaited = node.awaited
-        visits = node.visits + sum(awaited)
-        exploration = sqrt(visits) * (EXPLORATION_INIT + log((visits + EXPLORATION_BASE + 1) / EXPLORATION_BASE))
+        exploration = self._exploration[node.visits + sum(awaited)]
         best_action, best_score = 0, -inf
         lowest, value_range = self._lowest_q, self._highest_q - self._lowest_q
         for action, child in enumerate(node.children):
@@ -160,7 +166,9 @@ class Tree:
                 return
             parent.awaited[node.action] -= 1
             node.q = node.reward + node.continuation * node.value_sum / node.visits
-            self._lowest_q = min(self._lowest_q, node.q)
-            self._highest_q = max(self._highest_q, node.q)
+            if node.q < self._lowest_q:
+                self._lowest_q = node.q
+            if node.q > self._highest_q:
+                self._highest_q = node.q
             value = node.reward + node.continuation * value
             node = parent
