@@ -221,6 +221,43 @@ def test_a_finaliser_that_sets_a_node_while_one_is_set_loses_neither(
     assert set(pool.keys()) == {0, 1, 2}
 
 
+@compiled
+def test_who_waits_for_a_thread_that_sets_a_node_hears_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads whose finalisers set nodes of each other's managers would wait for ever."""
+    managers = [LightZeroKVCacheManager(config(), 2, wait_timeout=0.2) for _ in range(2)]
+    both_set, heard, began = threading.Barrier(2), list[str](), set[str]()
+    copied = torch._foreach_copy_
+
+    def crosswise(to: list[Tensor], of: list[Tensor]) -> None:
+        copied(to, of)
+        name = threading.current_thread().name
+        if name in began:
+            return
+        began.add(name)
+        both_set.wait(HANG_SECONDS)
+        try:
+            managers[1 - int(name)].set_recur_cache(2, container(2.0))
+        except WaitTimeoutError as error:
+            heard.append(str(error))
+
+    monkeypatch.setattr(torch, "_foreach_copy_", crosswise)
+    threads = [
+        threading.Thread(target=manager.set_recur_cache, args=(1, container(1.0)), name=str(number), daemon=True)
+        for number, manager in enumerate(managers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+    assert heard
+    assert all("another thread was setting a row" in words for words in heard)
+    for manager in managers:
+        assert value_of(manager.get_recur_cache(1)) == 1.0
+        manager.manager.check_integrity()
+        manager.manager.close()
+
+
 @pytest.mark.parametrize("settings", [{"policy": "lru"}, {"tier": HostTier(1 << 16)}], ids=["lru", "tier"])
 def test_where_hits_are_noted_or_a_tier_is_beneath_every_row_is_stored_at_once(settings: dict[str, Any]) -> None:
     manager = LightZeroKVCacheManager(config(), 2, **settings)

@@ -24,6 +24,27 @@ __all__ = ["WriteBuffer"]
 PLAIN = (int, str)  # types of keys whose comparison is no code of a user's
 
 
+class _Turn:
+    """A reentrant lock that is waited for no longer than operations of its pool wait for anything.
+
+    Finalisers may call one buffer inside of a call of another's, in two threads crosswise.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        self._lock = threading.RLock()
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        seconds = self._pool.storage.wait_timeout
+        if not self._lock.acquire(timeout=seconds):
+            raise WaitTimeoutError(
+                f"{self._pool.name}: another thread was setting a row, or storing some, for {seconds:g} s"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class WriteBuffer:
     """New rows of a pool, copied when they are set, and stored together: a write's books once for all of them.
 
@@ -49,9 +70,8 @@ class WriteBuffer:
         # Views of it: of each row, and of each row the keys and values of each layer as in a container.
         self._windows: list[Tensor] = []  # [rows] of [2 * layers, 1, heads, window, head_dim]
         self._places: list[list[Tensor]] = []  # [rows][2 * layers] of [1, heads, window, head_dim]
-        # For all that follows. Reentrant: a finaliser may call this inside of a call of its own thread, and finds it
-        # `_busy`.
-        self._turn = threading.RLock()
+        # For all that follows. A finaliser may call this inside of a call of its own thread, and finds it `_busy`.
+        self._turn = _Turn(pool)
         self._busy = False
         self._keys: list[Hashable] = []
         self._rows: dict[Hashable, int] = {}  # the newest place of each key
