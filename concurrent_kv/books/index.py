@@ -191,10 +191,13 @@ class Index(Generic[E]):
 
     def take_all(self) -> tuple[list[E], Cells[E]]:
         """Take every entry away; returns them, and the cells, which may die where no lock is held. Looks at no key."""
-        cells = self.cells
-        taken = list(self.values()) if native is None else native.items_of(cells), cells
+        taken = self.all(), self.cells
         self.cells, self.extra = {}, {}
         return taken
+
+    def all(self) -> list[E]:
+        """Every entry."""
+        return list(self.values()) if native is None else native.items_of(self.cells)
 
     def clear(self) -> None:
         """Take every entry away. Looks at no key."""

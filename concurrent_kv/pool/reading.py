@@ -23,7 +23,6 @@ from ..errors import ClosedError
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.kv import KeysValues, whole_row
-from ..native import native
 from .storage import Domain, KVStorage
 
 __all__ = [
@@ -283,7 +282,7 @@ def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None)
 
 def reads_unheld(storage: KVStorage) -> bool:
     """Whether `copy_unheld` can read entries of a storage: in host memory, by compiled code, in no streams."""
-    return native is not None and storage.tensor.is_compiled and storage.clock.backend is None
+    return storage.tensor.is_compiled and storage.clock.backend is None
 
 
 def find_unheld(domain: Domain, scope: Scope, key: Hashable, key_hash: int) -> Entry | None:

@@ -198,7 +198,7 @@ class SearchState(Domain):
             except Exception:  # no memory, no frames: the next operation does it
                 below = []
                 ledger.abandoned.append(self.below_hold)
-            going = [*self.own.values()]
+            going = self.own.all()
             with gate.lock, ledger.mutex:
                 self.gone += going  # first: what is in it twice does no harm
             taken, cells = self.own.take_all()
