@@ -417,3 +417,31 @@ def test_errors_of_attributes_reach_the_caller_unless_they_say_that_there_is_no_
     assert native.append(memory, 0, 0, strange, strange) == 0  # on another device, nothing more is asked
     strange.is_cpu, strange.error = True, RuntimeError("no memory")
     assert native.append(memory, 0, 0, strange, strange) == 0
+
+
+def test_a_buffer_that_its_user_replaced_before_anything_was_appended_is_the_batches() -> None:
+    with KVPool(KVLayout(LAYERS, HEADS, HEAD_DIM, WINDOW), 8) as pool:
+        tokens, new = torch.randn(2 * LAYERS, 1, HEADS, GATHERED, HEAD_DIM), torch.randn(1, HEADS, 2, HEAD_DIM)
+        pool.put(1, KeysValues.from_packed(tokens))
+        batch = pool.gather([1])
+        batch.data = batch.data.clone()
+        for layer in range(LAYERS):
+            keys, values = batch.append(layer, new, new + 1)
+            assert torch.equal(keys[:, :, GATHERED:], new)
+            assert torch.equal(values[:, :, GATHERED:], new + 1)
+        pool.commit([2], batch)
+        found = pool.get(2)
+        assert found is not None
+        assert torch.equal(found.keys[:, :, :, GATHERED:], new.expand(LAYERS, -1, -1, -1, -1))
+        assert torch.equal(found.keys[:, :, :, :GATHERED], tokens[:LAYERS])
+        pool.check_integrity()
+
+
+def test_the_next_batch_knows_nothing_of_what_the_last_user_made_of_its_buffer() -> None:
+    with KVPool(KVLayout(LAYERS, HEADS, HEAD_DIM, WINDOW), 8) as pool:
+        tokens = torch.randn(2 * LAYERS, 1, HEADS, GATHERED, HEAD_DIM)
+        pool.put(1, KeysValues.from_packed(tokens))
+        for _ in range(2):
+            with pool.gather([1]) as batch:
+                assert torch.equal(batch.data[:, :, :, :GATHERED], tokens)
+                batch.data = torch._neg_view(batch.data)

@@ -25,7 +25,7 @@ def slots() -> SlotTensor:
 
 
 def test_a_buffer_that_was_given_back_is_used_again(slots: SlotTensor) -> None:
-    buffer, _, _ = slots.buffers.take(2, 3)
+    buffer, _ = slots.buffers.take(2, 3)
     slots.buffers.give_back(buffer, NO_TICKS)
     assert slots.buffers.take(2, 3)[0].data_ptr() == buffer.data_ptr()
     assert slots.buffers.take(2, 3)[0].data_ptr() != buffer.data_ptr()
@@ -45,7 +45,7 @@ def test_batches_of_about_the_same_size_use_the_same_memory_in_turns(slots: Slot
     slots.buffers.give_back(slots.buffers.take(*shapes[0])[0], {(0, 1): 2})
     addresses = set()
     for batch, columns in shapes:
-        buffer, ticks, _ = slots.buffers.take(batch, columns)
+        buffer, ticks = slots.buffers.take(batch, columns)
         assert buffer.shape == new_buffer(slots.layout, batch, columns).shape
         assert buffer.is_contiguous()
         assert dict(ticks) == {(0, 1): 2}
@@ -94,7 +94,7 @@ def test_who_finds_that_another_thread_took_the_last_gets_a_new_one(slots: SlotT
 
 
 def test_what_comes_back_after_the_memory_was_freed_is_not_kept(slots: SlotTensor) -> None:
-    buffer, _, _ = slots.buffers.take(2, 3)
+    buffer, _ = slots.buffers.take(2, 3)
     slots.buffers.give_back(new_buffer(slots.layout, 2, 3), NO_TICKS)
     slots.free()
     slots.buffers.give_back(buffer, NO_TICKS)
@@ -130,7 +130,7 @@ def test_shapes_that_are_looked_up_are_bounded(slots: SlotTensor) -> None:
     buffers = slots.buffers
     for _ in range(2):
         for columns in range(1, 3 * MAX_SHAPES):
-            buffer, _, _ = buffers.take(1, columns)
+            buffer, _ = buffers.take(1, columns)
             assert buffer.shape[3] == columns
             buffers.give_back(buffer, NO_TICKS)
             assert sum(map(len, buffers._by_shape.values())) <= MAX_SHAPES
@@ -146,7 +146,7 @@ def test_no_two_threads_get_the_same_buffer(slots: SlotTensor) -> None:
     def work(number: int) -> None:
         together.wait(HANG_SECONDS)
         for _ in range(ROUNDS):
-            buffer, _, _ = slots.buffers.take(1, 2)
+            buffer, _ = slots.buffers.take(1, 2)
             buffer.fill_(number)
             if not (buffer == number).all():
                 mixed_up.append(number)
@@ -176,7 +176,7 @@ def test_a_search_has_buffers_of_its_own_and_leaves_them_to_others(slots: SlotTe
     first.give_back(buffer, {(0, 1): 2})
     assert second.take(2, 3)[0].data_ptr() != buffer.data_ptr()
     first.leave()
-    found, ticks, _ = second.take(2, 3)
+    found, ticks = second.take(2, 3)
     assert found.data_ptr() == buffer.data_ptr()
     assert dict(ticks) == {(0, 1): 2}
     slots.free()

@@ -16,6 +16,7 @@ from torch import Tensor
 from concurrent_kv import (
     ClosedError,
     HostTier,
+    InvalidArgumentError,
     KeysValues,
     KVCacheManager,
     ReentrantCallError,
@@ -29,7 +30,7 @@ from concurrent_kv.compat.lightzero.manager import ROWS_TOGETHER
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.native import native
-from concurrent_kv.pool import reading
+from concurrent_kv.pool import reading, storage
 from tests.support import HANG_SECONDS, config
 
 LAYERS, HEADS, WINDOW, HEAD_DIM = 2, 2, 8, 3
@@ -424,3 +425,149 @@ def test_a_forked_child_hears_so_whatever_another_thread_was_setting(manager: Li
     done.set()
     thread.join(HANG_SECONDS)
     assert os.waitpid(child, 0)[1] == 0
+
+
+# What an attack found ------------------------------------------------------------------------------------------------
+
+
+@compiled
+def test_two_operations_that_store_what_waits_leave_what_is_set_between_them(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have done one note; the first takes it off, a row is set, and the second must not take its note off."""
+    manager.set_recur_cache(1, container(1.0))
+    taken_off, have_done, may_go_on = storage._take_off, threading.Barrier(3), threading.Semaphore(0)
+
+    def held_up(abandoned: Any, release: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            have_done.wait(HANG_SECONDS)
+            assert may_go_on.acquire(timeout=HANG_SECONDS)
+        taken_off(abandoned, release)
+
+    monkeypatch.setattr(storage, "_take_off", held_up)
+    threads = [threading.Thread(target=pool.get, args=(1,), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    have_done.wait(HANG_SECONDS)
+    manager.set_recur_cache(2, container(2.0))
+    may_go_on.release(2)
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert pool.get(2) is not None
+
+
+@compiled
+def test_a_store_that_raises_what_no_operation_expects_is_done_by_a_later_one(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+
+    def fails(*arguments: Any) -> bool:
+        monkeypatch.undo()
+        raise ValueError("a mode of torch's, say")
+
+    monkeypatch.setattr(write_buffer, "put_rows", fails)
+    pool.contains("another")
+    assert pool.contains(1)
+
+
+@compiled
+def test_rows_wait_in_host_memory_whatever_the_default_device(manager: LightZeroKVCacheManager, pool: Any) -> None:
+    row = container(1.0)
+    with torch.device("meta"):
+        manager.set_recur_cache(1, row)
+    manager.set_recur_cache(2, container(2.0))
+    assert value_of(manager.get_recur_cache(1)) == 1.0
+    assert {1, 2} == set(pool.keys())
+
+
+@compiled
+def test_a_key_among_others_of_its_hash_is_found_while_one_of_those_goes(
+    manager: LightZeroKVCacheManager, pool: Any
+) -> None:
+    compared, gone = threading.Event(), threading.Event()
+    is_armed = False
+
+    class Key:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __hash__(self) -> int:
+            return 12345
+
+        def __eq__(self, other: object) -> bool:
+            assert isinstance(other, Key)
+            if is_armed and threading.current_thread() is reader and 1 in (self.number, other.number):
+                compared.set()
+                gone.wait(1.0)
+            return self.number == other.number
+
+    for number in range(3):
+        manager.set_recur_cache(Key(number), container(float(number)))
+    found: list[float | None] = []
+    reader = threading.Thread(target=lambda: found.append(value_of(manager.get_recur_cache(Key(2)))), daemon=True)
+    is_armed = True
+    reader.start()
+    assert compared.wait(HANG_SECONDS)
+    with suppress(WaitTimeoutError):  # the reader has the shard
+        pool.pop(Key(1), timeout=0.1)
+    gone.set()
+    reader.join(HANG_SECONDS)
+    assert found == [2.0]
+
+
+@compiled
+def test_where_no_more_can_wait_and_none_can_be_stored_a_set_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = LightZeroKVCacheManager(config(num_simulations=60), env_num=2, wait_timeout=0.05)
+
+    def busy(*arguments: Any) -> bool:
+        raise WaitTimeoutError("a shard is busy")
+
+    monkeypatch.setattr(write_buffer, "put_rows", busy)
+    for key in range(ROWS_TOGETHER - 1):
+        manager.set_recur_cache(key, container(float(key)))
+    for key in (ROWS_TOGETHER - 1, ROWS_TOGETHER, ROWS_TOGETHER + 1):
+        with pytest.raises(WaitTimeoutError, match="a shard is busy"):
+            manager.set_recur_cache(key, container(float(key)))
+    monkeypatch.undo()
+    manager.set_recur_cache(100, container(100.0))
+    assert value_of(manager.get_recur_cache(0)) == 0.0
+    assert value_of(manager.get_recur_cache(100)) == 100.0
+    assert len(manager.recur_pool) == ROWS_TOGETHER + 1
+    manager.manager.check_integrity()
+    manager.manager.close()
+
+
+@compiled
+def test_a_row_that_waits_and_is_set_again_is_replaced(manager: LightZeroKVCacheManager) -> None:
+    for value in range(5):
+        manager.set_recur_cache(7, container(float(value)))
+    assert value_of(manager.get_recur_cache(7)) == 4.0
+    assert manager.manager.recur_pool.stats().replace_count == 4
+
+
+@compiled
+def test_a_manager_that_is_closed_while_a_row_is_set_can_be_asked_and_closed_again(
+    manager: LightZeroKVCacheManager,
+) -> None:
+    pools = manager.manager
+
+    class Closing:
+        @property
+        def _keys_values(self) -> Any:
+            pools.close()
+            return container(1.0)._keys_values
+
+    manager.set_recur_cache(1, Closing())  # as if it had come before
+    assert manager.manager is pools
+    manager.manager.close()
+    with pytest.raises(ClosedError):
+        manager.get_recur_cache(1)
+
+
+@compiled
+def test_a_sparse_tensor_in_a_container_is_refused_by_name(manager: LightZeroKVCacheManager) -> None:
+    bad = container(1.0)
+    bad._keys_values[0]._k_cache._cache = torch.zeros(1, HEADS, WINDOW, HEAD_DIM).to_sparse()
+    with pytest.raises(InvalidArgumentError, match="dense"):
+        manager.set_recur_cache(1, bad)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -156,3 +158,33 @@ def test_compiled_code_does_not_copy_past_the_streams_of_a_device(gpu: SimGPU) -
     with OperatorCalls() as calls:
         storage.tensor.gather(storage.ledger.tables, [0], 1, new_buffer(storage.tensor.layout, 1, 1))
     assert "aten.index_select" in [name.rsplit(".", 1)[0] for name in calls.names]
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["gather", "scatter"])
+def test_a_copy_under_way_keeps_the_slots_that_another_thread_frees(kind: str) -> None:
+    storage = KVStorage(LAYOUT, 8, headroom_slots=8)
+    tensor, compiled = storage.tensor, storage.tensor._native
+    if compiled is None:
+        pytest.skip("torch keeps what it copies")
+    alive = ref(tensor.data)
+    seen: list[bool] = []
+
+    class Freed:
+        def __getattr__(self, name: str) -> Any:
+            def overtaken(*arguments: Any) -> Any:
+                tensor.free()
+                seen.append(alive() is not None)
+                return getattr(compiled, name)(*arguments)
+
+            return overtaken
+
+    tensor._native = Freed()
+    out = new_buffer(tensor.layout, 1, 2)
+    if kind == "gather":
+        tensor.gather(storage.ledger.tables, [0], 1, out)
+    else:
+        at = np.zeros(1, dtype=np.int64)
+        tensor.scatter(out, at, at, range(1, 2))
+    assert seen == [True]
+    assert alive() is None

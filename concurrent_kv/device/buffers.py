@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..locks.gate import gate
-from .appends import HostMemory
 from .layout import KVLayout
 from .modes import plain_torch_state
 from .streams import NO_TICKS, Ticks
@@ -31,7 +30,6 @@ class FreeBuffer(NamedTuple):
     batch: int
     columns: int
     ticks: Ticks  # uses that the next one has to be ordered after
-    memory: HostMemory | None  # None: not looked at yet
     thread: int  # that gave it back
 
 
@@ -55,11 +53,8 @@ class FreeBuffers:
         self._lock = threading.Lock()
         self._closed = False
 
-    def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks, HostMemory | None]:
-        """A buffer `[2 * layers, batch, heads, columns, head_dim]`, the uses it has to be ordered after, its memory.
-
-        The memory is what `host_memory` said when the buffer was last used, None where that is not known.
-        """
+    def take(self, batch: int, columns: int) -> tuple[Tensor, Ticks]:
+        """A buffer `[2 * layers, batch, heads, columns, head_dim]` and the uses it has to be ordered after."""
         try:
             free = self._by_shape[batch][columns]
         except KeyError:
@@ -72,26 +67,19 @@ class FreeBuffers:
                     place = next((place for place, buffer in enumerate(free) if buffer.thread == here), -1)
                 buffer = free.pop(place)
                 if buffer.columns == columns and buffer.batch == batch:
-                    return buffer.data, buffer.ticks, buffer.memory
+                    return buffer.data, buffer.ticks
                 data = _in_shape(buffer.data, batch, columns)
                 if data is not None:
-                    return data, buffer.ticks, None
+                    return data, buffer.ticks
         if self._others is not None:
             return self._others.take(batch, columns)
-        return (
-            new_buffer(self._layout, batch, columns, spare=size_of(batch * columns) - batch * columns),
-            NO_TICKS,
-            None,
-        )
+        return new_buffer(self._layout, batch, columns, spare=size_of(batch * columns) - batch * columns), NO_TICKS
 
-    def give_back(self, buffer: Tensor, ticks: Ticks, memory: HostMemory | None = None) -> None:
+    def give_back(self, buffer: Tensor, ticks: Ticks) -> None:
         """Take a buffer back for the next gather of its size; at most `KEPT` of a size are kept."""
-        _, batch, _, columns, _ = buffer.shape
         # Detached: whatever its user wrote into it, with whatever gradients, ends with its user.
-        data = buffer.detach()
-        if memory:  # of another shape, where its user has given it other memory
-            memory = (data, *memory[1:]) if memory[4] == batch and memory[6] == columns else None
-        returned = FreeBuffer(data, batch, columns, ticks, memory, get_ident())
+        _, batch, _, columns, _ = buffer.shape
+        returned = FreeBuffer(buffer.detach(), batch, columns, ticks, get_ident())
         try:
             free = self._by_shape[batch][columns]
         except KeyError:
@@ -122,7 +110,7 @@ class FreeBuffers:
             with suppress(IndexError):  # as in `take`
                 while free:
                     buffer = free.pop()
-                    self._others.give_back(buffer.data, buffer.ticks, buffer.memory)
+                    self._others.give_back(buffer.data, buffer.ticks)
 
     def close(self) -> None:
         """Keep nothing any more."""

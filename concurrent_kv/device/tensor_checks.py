@@ -23,18 +23,16 @@ def check_tensor(name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def address_of(tensor: Tensor, nbytes: int = 0, known: int = 0) -> int:
+def address_of(tensor: Tensor, nbytes: int = 0) -> int:
     """Where the numbers of a contiguous tensor in host memory lie, for compiled code that copies so many bytes.
 
-    0 if they are not simply there, or if torch does it sooner. Where they still lie at `known`, nothing else is asked.
+    0 if they are not simply there, or if torch does it sooner.
     """
-    if nbytes >= LARGE_BYTES and torch.get_num_threads() > 1:
+    if type(tensor) is not Tensor or (nbytes >= LARGE_BYTES and torch.get_num_threads() > 1):
+        return 0
+    if tensor.is_neg():  # what lies there has the other sign
         return 0
     try:
-        address = tensor.data_ptr()  # 0: zeros without any memory
+        return tensor.data_ptr()  # 0: zeros without any memory
     except RuntimeError:  # wrapped by a transform of torch.func
         return 0
-    if address == known:
-        return address
-    # What lies there may have the other sign.
-    return 0 if type(tensor) is not Tensor or tensor.is_neg() else address

@@ -139,30 +139,19 @@ class SlotTensor:
         return (self.num_slots + 1) * self.layout.bytes_per_token
 
     def gather(
-        self,
-        tables: SlotRows,
-        rows: list[int],
-        end: int,
-        out: Tensor,
-        *,
-        whole: bool = True,
-        memory: HostMemory | None = None,
+        self, tables: SlotRows, rows: list[int], end: int, out: Tensor, *, whole: bool = True
     ) -> tuple[Tensor, ...]:
         """Copy the tokens of some rows of the tables into `out`, each row's newest before column `end`.
 
         `out` is contiguous, `[2 * layers, batch, heads, columns, head_dim]`. Padding becomes zeros; so do the columns
-        from `end` on, which may stay as they are unless `whole`. `memory` is what is known of that of `out`.
-
-        Returns the indices, which have to live until the copy is done.
+        from `end` on, which may stay as they are unless `whole`. Returns the indices, which have to live until the copy
+        is done.
         """
-        columns = out.shape[3]
-        known = memory[2] if memory else 0
-        address = 0 if self._native is None else address_of(out, out.nbytes, known)
+        columns, data = out.shape[3], self.data  # kept: another thread may free it meanwhile
+        address = 0 if self._native is None else address_of(out, out.nbytes)
         if address:
             filled = columns if whole else end
-            self._native.gather(
-                self.data.data_ptr(), self._shape, address, len(rows), columns, end, filled, tables, rows
-            )
+            self._native.gather(data.data_ptr(), self._shape, address, len(rows), columns, end, filled, tables, rows)
             if not out.is_inference():
                 increment_version(out)
             return ()
@@ -171,7 +160,7 @@ class SlotTensor:
             table = np.frombuffer(table, dtype=np.int64).reshape(len(rows), columns)
         index = self._index((table[:, None, :] * self.layout.num_heads + self._heads[:, None]).ravel())
         with plain_torch_state(out):
-            torch.index_select(self._by_head(self.data), 1, index, out=self._by_head(out))
+            torch.index_select(self._by_head(data), 1, index, out=self._by_head(out))
         return (index,)
 
     def gather_together(
@@ -182,9 +171,9 @@ class SlotTensor:
         address = 0 if self._native is None else address_of(out, out.nbytes)
         if address:
             row_bytes = self.layout.num_heads * columns * self._shape[3]
-            filled, data = columns if whole else end, self.data.data_ptr()
+            filled, data = columns if whole else end, self.data  # kept, as in `gather`
             for tables, rows in parts:
-                self._native.gather(data, self._shape, address, batch, columns, end, filled, tables, rows)
+                self._native.gather(data.data_ptr(), self._shape, address, batch, columns, end, filled, tables, rows)
                 address += len(rows) * row_bytes
             if not out.is_inference():
                 increment_version(out)
@@ -243,18 +232,18 @@ class SlotTensor:
             runs: see `difference`.
             block: `rows` and `columns` once more, if they are a block and `slots` are a range;
                 a `difference` is then for each of its rows.
-            memory: that of `source` when it was gathered, if it was.
+            memory: that of `source` when tokens were appended to it, if they were.
 
         Returns the indices and temporaries, which have to live until the copy is done.
         """
         if self._native is not None and (len(slots) < self._large_slots or torch.get_num_threads() == 1):
-            # Its user may have given it other memory since it was gathered.
+            # Its user may have given it other memory since.
             if not memory or memory[0] is not source or source.data_ptr() != memory[2]:
                 memory = host_memory(source) if self._is_batch(source) else ()
             added = (0, 0, 1, 0) if difference is None else self._addends(difference, runs)
             if memory and added is not None:
-                batch = (memory[2], memory[4], memory[6], *added)
-                self._native.scatter(self.data.data_ptr(), self._shape, *batch, rows, columns, slots)
+                data, batch = self.data, (memory[2], memory[4], memory[6], *added)  # kept, as in `gather`
+                self._native.scatter(data.data_ptr(), self._shape, *batch, rows, columns, slots)
                 return ()
         with plain_torch_state():
             source = source.detach()

@@ -13,7 +13,6 @@ from torch import Tensor
 from .._checks import numbers_or_none, positive_int, sequence_of
 from ..books.entries import Described
 from ..books.records import Entry, Generation, Hold, Scope
-from ..device.appends import HostMemory
 from ..device.modes import plain_torch_state, writing_to
 from ..device.moving import upload
 from ..device.positions import Correction
@@ -76,11 +75,9 @@ class Batch(PaddedRows):
         data: Tensor,
         start: int,
         owns_buffer: bool,
-        memory: HostMemory | None = None,
         uses: StreamUses | None = None,
     ) -> None:
         self.data = data
-        self.memory = memory
         self.scope = scope
         self.generation = generation
         self.entries = entries
@@ -287,7 +284,7 @@ class Batch(PaddedRows):
         if ended and self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
             if ready is not None:
-                self._buffers.give_back(self.data, ready, self.memory)
+                self._buffers.give_back(self.data, ready)
 
     # Life ----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from .._checks import check_keys, check_priorities, check_sides, last_of_each, p
 from ..books.entries import describe
 from ..books.ledger import Ledger, wake
 from ..books.records import Entry, Generation, Hold, Scope
-from ..device.appends import host_memory
 from ..device.stream_uses import StreamUses
 from ..device.streams import NO_TICKS, Ticks
 from ..device.tensor_checks import check_tensor
@@ -53,22 +52,18 @@ def open_batch(
     columns = window if room is None else max(1, longest + room)
     ready: Ticks = NO_TICKS
     own = out is None
-    memory = None
     if out is None:
-        data, ready, memory = domain.buffers.take(len(entries), columns)
+        data, ready = domain.buffers.take(len(entries), columns)
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     else:
         data = _check_out(storage, out, len(entries), longest + (room or 0))
     gathered = in_pools(entries) if tier_rows else entries
-    if memory is None:
-        memory = host_memory(data)
-    read = gather_entries(domain, gathered, data, longest, ready, described, whole=own, memory=memory)
+    read = gather_entries(domain, gathered, data, longest, ready, described, whole=own)
     if tier_rows:
         read = fill_rows(storage, tier_rows, data, longest, read)
     uses = StreamUses(clock, stream, read) if read else None
-    of_buffer = data, longest, own, memory, uses
-    return Batch(domain, scope, generation, hold, entries, described, *of_buffer)
+    return Batch(domain, scope, generation, hold, entries, described, data, longest, own, uses)
 
 
 def _checked_room(room: object, longest: int, window: int) -> int:

@@ -194,7 +194,7 @@ class JointBatch(PaddedRows):
         if self._owns_buffer:
             ready = NO_TICKS if self._uses is None else self._uses.finish(self.data)
             if ready is not None:
-                self._storage.tensor.buffers.give_back(self.data, ready, self.memory)
+                self._storage.tensor.buffers.give_back(self.data, ready)
 
     def __repr__(self) -> str:
         return f"<JointBatch of {len(self.entries)} rows in {len(self.parts)} parts>"
@@ -233,14 +233,13 @@ def open_together(
         )
     count = sum(len(part.entries) for part in parts)
     rows = count if rows is None else rows
-    data, memory = out, None
+    data = out
     if data is None:
-        data, ready, memory = storage.tensor.buffers.take(rows, max(1, longest + room))
+        data, ready = storage.tensor.buffers.take(rows, max(1, longest + room))
         if ready:  # used before, perhaps allocated on another stream
             clock.protect(data)
     start = longest if out is None else out.shape[3] - room
     joint = JointBatch(storage, parts, data, start, owns_buffer=out is None)
-    joint.memory = memory
     sources = [(part.ledger, part.gathered_entries, about) for part, about in zip(parts, described, strict=True)]
     spare = rows - count
     if spare:

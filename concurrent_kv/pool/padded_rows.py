@@ -59,7 +59,7 @@ class PaddedRows(Handle):
     _hits: tuple[bool, ...] | None = None
     _side: tuple[object, ...] | None = None
     _padding: Tensor | None = None
-    memory: HostMemory | None = None  # of the buffer; None: not looked at yet
+    memory: HostMemory | None = None  # of the buffer; looked at by the first append
 
     @abstractmethod
     def check_open(self) -> None:

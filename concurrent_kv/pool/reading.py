@@ -13,7 +13,6 @@ from ..books.index import find_in
 from ..books.ledger import Ledger
 from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
 from ..books.tables import Tables, in_columns
-from ..device.appends import HostMemory
 from ..device.buffers import new_buffer
 from ..device.modes import plain_torch_state
 from ..device.positions import Correction, PositionSteps, PositionTable
@@ -26,6 +25,7 @@ from ..model.kv import KeysValues, whole_row
 from .storage import Domain, KVStorage
 
 __all__ = [
+    "can_find_unheld",
     "copy_out",
     "copy_unheld",
     "fill_rows",
@@ -103,14 +103,13 @@ def gather_entries(
     described: Described | None = None,
     *,
     whole: bool = True,
-    memory: HostMemory | None = None,
 ) -> Ticks:
     """Copy retained entries into `out`, one row each (None: zeros), the newest tokens before column `end`.
 
-    `described` is what `describe` gave, and `memory` that of `out`, where the caller has them; unless `whole`, columns
-    from `end` on may stay as they are. One gather, in the caller's stream, after the writes of everything that it reads
-    and after `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries.
-    No lock is held.
+    `described` is what `describe` gave, where the caller has it; unless `whole`, columns from `end` on may
+    stay as they are. One gather, in the caller's stream, after the writes of everything that it reads and after
+    `ready`, the earlier uses of `out`. Returns the ticks of the read, which the caller stamps on the entries. No lock
+    is held.
     """
     if described is None:
         described = describe(entries, None)
@@ -121,7 +120,7 @@ def gather_entries(
             _gather(storage, domain.ledger.tables, described, out, end, [], whole)
         else:
             rows, _, _, _ = described
-            storage.tensor.gather(domain.ledger.tables, rows, end, out, whole=whole, memory=memory)
+            storage.tensor.gather(domain.ledger.tables, rows, end, out, whole=whole)
         return NO_TICKS
     present = [entry for entry in entries if entry is not None]
     stream = clock.current()
@@ -283,6 +282,12 @@ def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None)
 def reads_unheld(storage: KVStorage) -> bool:
     """Whether `copy_unheld` can read entries of a storage: in host memory, by compiled code, in no streams."""
     return storage.tensor.is_compiled and storage.clock.backend is None
+
+
+def can_find_unheld(scope: Scope, key_hash: int) -> bool:
+    """Whether one look finds a key of this hash: not where other keys have it too, whose list a writer may change."""
+    parts = scope.entries
+    return not parts[key_hash % len(parts)].extra
 
 
 def find_unheld(domain: Domain, scope: Scope, key: Hashable, key_hash: int) -> Entry | None:

@@ -172,7 +172,6 @@ class ModelTensor(SlotTensor):
         out: Tensor,
         *,
         whole: bool = True,
-        memory: HostMemory | None = None,
     ) -> tuple[Tensor, ...]:
         table = books_tables.in_columns(cast(books_tables.Tables, tables), rows, end, out.shape[3])
         slots = self.data[:, torch.from_numpy(table)]

@@ -14,7 +14,7 @@ from ...locks.gate import gate
 from ...locks.numbers import Numbers
 from ...manager import KVCacheManager
 from ...pool.pool import KVPool, read_from_pool
-from ...pool.reading import copy_unheld, find_unheld, gather_entries, reads_unheld
+from ...pool.reading import can_find_unheld, copy_unheld, find_unheld, gather_entries, reads_unheld
 from ...pool.storage import Domain
 from .containers import LightZeroKeysValues, row_of_lightzero
 from .settings import setting
@@ -159,6 +159,8 @@ class LightZeroPool:
         found = None if self._of_this is None else self._of_this.get(cache_key)
         if found is not None:
             return found
+        if not can_find_unheld(pool.default_scope, key_hash):
+            return read_from_pool(pool, cache_key, partial(_window, pool))
         entry = find_unheld(pool, pool.default_scope, cache_key, key_hash)
         if entry is None:
             return None

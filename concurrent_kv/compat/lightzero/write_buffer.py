@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,9 +149,19 @@ class WriteBuffer:
             self._is_noted = False
             try:
                 self.store()
-            except BaseException:
+            except (WaitTimeoutError, MemoryError, RecursionError, SystemError):
                 self._is_noted = True  # it is left there for the next operation
                 raise
+            except BaseException:
+                if self._keys:  # it is not: another is
+                    self._leave_note()
+                raise
+
+    def _leave_note(self) -> None:
+        """Have the next operation store what waits. The turn held."""
+        # Each time another object: of two operations that do one of them, each takes off what it has done.
+        self._pool.ledger.abandoned.append(partial(self._store_later))
+        self._is_noted = True
 
     def _buffers_of(self, kv: Any) -> tuple[list[Tensor], int] | None:
         """The buffers of a container as the pool has them, all layers' keys before all values, and its tokens.
@@ -172,17 +183,23 @@ class WriteBuffer:
         ):
             return None
         for buffer in buffers:
-            if type(buffer) is not Tensor or buffer.dtype is not dtype or buffer.shape != shape or not buffer.is_cpu:
+            if type(buffer) is not Tensor or buffer.layout is not torch.strided or not buffer.is_cpu:
+                return None
+            if buffer.dtype is not dtype or buffer.shape != shape:
                 return None
         return buffers, tokens
 
     def _goes_on(self, tokens: int) -> bool:
         """Whether a row of so many can wait with those that do. The turn held."""
-        return not self._keys or (tokens == self._tokens and self._generation is self._scope.generation)
+        waiting = len(self._keys)  # as many as may wait, where they could not be stored
+        fits = tokens == self._tokens and waiting < self._most
+        return not waiting or (fits and self._generation is self._scope.generation)
 
     def _has_room(self, key: Hashable, key_hash: int, tokens: int) -> bool:
         """Whether a row is new, and has room beside those that wait. The turn held."""
         scope, number = self._scope, len(self._keys) + 1
+        if key in self._rows:
+            return False
         if scope.entries[scope.part_of(key_hash)].get(key, key_hash) is not None:  # as it takes no shard, in Python
             return False
         return self._pool.account.fits(number, number * tokens)
@@ -192,7 +209,8 @@ class WriteBuffer:
         if self._packed is None:
             layout, (_, *of_row) = self._pool.layout, self._shape
             with plain_torch_state():
-                packed = torch.empty((2 * layout.num_layers, self._most, *of_row), dtype=layout.dtype)
+                shape = (2 * layout.num_layers, self._most, *of_row)
+                packed = torch.empty(shape, dtype=layout.dtype, device=layout.device)
                 self._windows = [packed[:, row : row + 1] for row in range(self._most)]
                 self._places = [list(window.unbind()) for window in self._windows]
             self._packed = packed
@@ -202,8 +220,7 @@ class WriteBuffer:
         if not row:
             self._generation, self._tokens = self._scope.generation, tokens
         if not self._is_noted:  # before the row counts: no operation passes it by
-            self._is_noted = True
-            self._pool.ledger.abandoned.append(self._store_later)
+            self._leave_note()
         self._keys.append(key)
         self._rows[key] = row
 
@@ -212,7 +229,8 @@ class WriteBuffer:
         keys, packed, pool = self._keys, self._packed, self._pool
         if not keys or packed is None:
             return
-        if self._generation is self._scope.generation:
+        is_closed = pool.account.closed or pool.storage.closed  # as if they had been stored before
+        if self._generation is self._scope.generation and not is_closed:
             rows = packed if len(keys) == self._most else packed[:, : len(keys)].contiguous()
             kv = KeysValues.from_packed(rows, end=self._tokens)
             put_rows(pool, self._scope, keys, kv, None, None, Deadline(pool.storage.wait_timeout))
