@@ -445,3 +445,28 @@ def test_the_next_batch_knows_nothing_of_what_the_last_user_made_of_its_buffer()
             with pool.gather([1]) as batch:
                 assert torch.equal(batch.data[:, :, :, :GATHERED], tokens)
                 batch.data = torch._neg_view(batch.data)
+
+
+@pytest.mark.parametrize("way", ["another tensor", "another view of the same memory", "other memory"])
+def test_a_commit_stores_what_its_user_gave_the_batch_after_the_appends(way: str) -> None:
+    with KVPool(KVLayout(LAYERS, HEADS, HEAD_DIM, WINDOW), 8) as pool:
+        pool.put(1, KeysValues.from_packed(torch.randn(2 * LAYERS, 1, HEADS, GATHERED, HEAD_DIM)))
+        new = torch.randn(1, HEADS, 2, HEAD_DIM)
+        batch = pool.gather([1])
+        for layer in range(LAYERS):
+            batch.append(layer, new, new)
+        given, before = batch.data + 1, batch.data  # which keeps its memory, and what was appended
+        if way == "another tensor":
+            batch.data = given
+        elif way == "another view of the same memory":
+            batch.data = torch._neg_view(batch.data)
+            given = -before
+        else:
+            before = before.clone()
+            batch.data.set_(given)  # type: ignore[call-overload]
+        pool.commit([2], batch)
+        found = pool.get(2)
+        assert found is not None
+        assert torch.equal(found.keys[:, :, :, GATHERED:], given[:LAYERS, :, :, GATHERED : GATHERED + 2])
+        assert torch.equal(before[:, :, :, GATHERED : GATHERED + 2], new.expand(2 * LAYERS, -1, -1, -1, -1))
+        pool.check_integrity()

@@ -126,7 +126,7 @@ class Columns:
     """A batch as `Steps` see one: the paths in a buffer whose last columns are free."""
 
     def __init__(self, past: PaddedCache, room: int) -> None:
-        self.padding = past.padding
+        self.padding, self.room = past.padding, room
         self.data = torch.nn.functional.pad(
             torch.cat((torch.stack(past.keys), torch.stack(past.values))), (0, 0, 0, room)
         )
@@ -164,6 +164,13 @@ def test_traced_steps_say_and_append_what_the_model_does(model: WorldModel, new_
             assert torch.allclose(numbers, numbers_of(expected), rtol=1e-4, atol=ROUNDING)
             assert torch.allclose(batch.data, torch.stack([*past.keys, *past.values]), atol=ROUNDING)
             assert batch.advanced == steps.tokens
+
+
+def test_traced_steps_take_no_batch_whose_last_columns_are_not_theirs(model: WorldModel) -> None:
+    batch: Any = Columns(PaddedCache([replay_path(model, observations(1)[0], []).cache], 0.0), room=3)
+    with pytest.raises(ValueError, match="room for the 2 tokens of a step, got 3"):
+        Steps(model).recurrent(torch.zeros(1, dtype=torch.int64), batch, torch.ones(1, dtype=torch.int64))
+    assert batch.advanced == 0
 
 
 def test_left_padding_has_no_influence(model: WorldModel) -> None:

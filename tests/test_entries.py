@@ -171,6 +171,16 @@ def test_keys_of_one_hash_have_places_of_their_own_in_the_order_of_their_writes(
     assert (len(index), index.extra) == (1, {})
 
 
+def test_a_key_is_replaced_where_it_is_once_the_first_of_its_hash_has_gone() -> None:
+    index = index_of()
+    first, second = Colliding("a"), Colliding("b")
+    write(index, [entry(first), entry(second)])
+    assert index.remove(index[first])
+    replacing = entry(Colliding("b"))
+    write(index, [replacing])
+    assert (len(index), index[second]) == (1, replacing)
+
+
 def test_places_of_one_hash_that_were_taken_away_again_are_used_again() -> None:
     index = index_of()
     keys = [Colliding(name) for name in "abc"]

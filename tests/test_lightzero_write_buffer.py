@@ -15,10 +15,12 @@ from torch import Tensor
 
 from concurrent_kv import (
     ClosedError,
+    DropLazily,
     HostTier,
     InvalidArgumentError,
     KeysValues,
     KVCacheManager,
+    PositionSteps,
     ReentrantCallError,
     WaitTimeoutError,
     WrongProcessError,
@@ -30,7 +32,8 @@ from concurrent_kv.compat.lightzero.manager import ROWS_TOGETHER
 from concurrent_kv.device.tensors import SlotTensor
 from concurrent_kv.locks.gate import gate
 from concurrent_kv.native import native
-from concurrent_kv.pool import reading, storage
+from concurrent_kv.pool import storage
+from concurrent_kv.pool.core import PoolCore
 from tests.support import HANG_SECONDS, config
 
 LAYERS, HEADS, WINDOW, HEAD_DIM = 2, 2, 8, 3
@@ -55,6 +58,18 @@ def value_of(found: Any) -> float | None:
     return float(valid.ravel()[0])
 
 
+def overtake(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[], object]) -> None:
+    """Have `act` come before the next call of a function."""
+    called = getattr(owner, name)
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        act()
+        return called(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, overtaken)
+
+
 @pytest.fixture
 def manager() -> Iterator[LightZeroKVCacheManager]:
     """Two environments, and room for 42 nodes."""
@@ -72,7 +87,7 @@ def pool(manager: LightZeroKVCacheManager) -> Any:
 
 
 def waiting(manager: LightZeroKVCacheManager) -> int:
-    return 0 if manager._buffer is None else len(manager._buffer._keys)
+    return 0 if manager._buffer is None else len(manager._buffer._rows)
 
 
 @compiled
@@ -303,17 +318,14 @@ def test_an_entry_that_dies_while_it_is_copied_is_not_what_is_found(
 ) -> None:
     manager.set_recur_cache(1, container(1.0))
     assert 1 in pool
-    copied = SlotTensor.gather
 
-    def overtaken(tensor: SlotTensor, *arguments: Any, **options: Any) -> Any:
-        monkeypatch.undo()
+    def others_come() -> None:
         pool.pop(1)
         for key in range(2, 12):  # its slots are others' now
             pool.put(key, container_as_row(9.0))
         pool.put(1, container_as_row(4.0))
-        return copied(tensor, *arguments, **options)
 
-    monkeypatch.setattr(SlotTensor, "gather", overtaken)
+    overtake(monkeypatch, SlotTensor, "gather", others_come)
     assert value_of(manager.get_recur_cache(1)) == 4.0
 
 
@@ -323,14 +335,12 @@ def test_an_entry_that_is_dead_before_it_is_copied_is_looked_up_anew(
 ) -> None:
     manager.set_recur_cache(1, container(1.0))
     assert 1 in pool
-    copied = reading.copy_unheld
 
-    def overtaken(*arguments: Any) -> Any:
+    def another_comes() -> None:
         pool.pop(1)  # it has no row in the tables any more
         pool.put(1, container_as_row(4.0))
-        return copied(*arguments)
 
-    monkeypatch.setattr(lightzero_manager, "copy_unheld", overtaken)
+    overtake(monkeypatch, lightzero_manager, "copy_unheld", another_comes)
     assert value_of(manager.get_recur_cache(1)) == 4.0
 
 
@@ -340,14 +350,7 @@ def test_an_entry_that_is_replaced_while_it_is_copied_may_still_be_what_is_found
 ) -> None:
     manager.set_recur_cache(1, container(1.0))
     pin = pool.pin(1)
-    copied = SlotTensor.gather
-
-    def overtaken(tensor: SlotTensor, *arguments: Any, **options: Any) -> Any:
-        monkeypatch.undo()
-        pool.put(1, container_as_row(4.0))
-        return copied(tensor, *arguments, **options)
-
-    monkeypatch.setattr(SlotTensor, "gather", overtaken)
+    overtake(monkeypatch, SlotTensor, "gather", lambda: pool.put(1, container_as_row(4.0)))
     assert value_of(manager.get_recur_cache(1)) == 1.0  # current when it was looked up, and pinned
     assert value_of(manager.get_recur_cache(1)) == 4.0
     pin.close()
@@ -368,14 +371,7 @@ def test_a_close_during_a_lookup_is_no_miss(
 ) -> None:
     manager.set_recur_cache(1, container(1.0))
     assert 1 in pool
-    looked_up = index.Index.get
-
-    def overtaken(*arguments: Any) -> Any:
-        monkeypatch.undo()
-        manager.manager.close()
-        return looked_up(*arguments)
-
-    monkeypatch.setattr(index.Index, "get", overtaken)
+    overtake(monkeypatch, index.Index, "get", lambda: manager.manager.close())
     with pytest.raises(ClosedError):
         manager.get_recur_cache(1)
 
@@ -571,3 +567,79 @@ def test_a_sparse_tensor_in_a_container_is_refused_by_name(manager: LightZeroKVC
     bad._keys_values[0]._k_cache._cache = torch.zeros(1, HEADS, WINDOW, HEAD_DIM).to_sparse()
     with pytest.raises(InvalidArgumentError, match="dense"):
         manager.set_recur_cache(1, bad)
+
+
+@compiled
+def test_what_is_older_than_its_scope_is_no_hit_while_a_clear_sweeps(
+    manager: LightZeroKVCacheManager, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.set_recur_cache(1, container(1.0))
+    assert 1 in pool
+    found: list[Any] = []
+    overtake(monkeypatch, PoolCore, "_sweep", lambda: found.append(manager.get_recur_cache(1)))
+    manager.clear_recur_cache()
+    assert found == [None]
+
+
+@compiled
+def test_a_root_that_is_owed_corrections_gets_them(manager: LightZeroKVCacheManager) -> None:
+    pools = manager.manager
+    layout = pools.recur_pool.layout
+    difference = torch.randn(LAYERS, 2, HEADS, WINDOW - 3, HEAD_DIM)
+    lazily = DropLazily(WINDOW - 1, 2, PositionSteps(layout, 2, difference))
+    pools.set_init_cache(0, "root", container_as_row(1.0))
+    with pools.search([0], overflow=lazily) as search:
+        batch = search.gather(["root"], [0])
+        for layer in range(LAYERS):
+            batch.append(layer, torch.ones(1, HEADS, 2, HEAD_DIM), torch.ones(1, HEADS, 2, HEAD_DIM))
+        search.commit(["child"], batch)
+        assert search.promote("child", 0, as_key=7)
+    expected = pools.init_pools[0].get(7)
+    found = manager.get_init_cache(0, 7)
+    assert expected is not None
+    assert found is not None
+    assert (expected.keys[:, :, :, :1] != 1.0).any()  # what moved is owed something
+    assert torch.equal(found.packed[:LAYERS, ..., : found.size, :], expected.keys)
+
+
+@compiled
+def test_behind_a_row_that_waits_there_are_zeros(manager: LightZeroKVCacheManager) -> None:
+    row = container(1.0)
+    row.packed[..., 5:, :] = 9.0
+    manager.set_recur_cache(1, row)
+    assert waiting(manager) == 1
+    found = manager.get_recur_cache(1)
+    assert found is not None
+    assert bool((found.packed[..., 5:, :] == 0.0).all())
+
+
+@compiled
+def test_a_row_for_which_another_has_to_go_does_not_wait(manager: LightZeroKVCacheManager, pool: Any) -> None:
+    most = pool.account.max_entries
+    for key in range(most):
+        manager.set_recur_cache(key, container(float(key)))
+    manager.set_recur_cache(most, container(float(most)))
+    assert manager.get_recur_cache(0) is None
+    assert value_of(manager.get_recur_cache(most)) == float(most)
+
+
+@compiled
+def test_rows_of_other_lengths_do_not_wait_together(manager: LightZeroKVCacheManager, pool: Any) -> None:
+    sizes = {1: 5, 2: 3, 3: 3, 4: 8, 5: 5}
+    for key, size in sizes.items():
+        manager.set_recur_cache(key, container(float(key), size))
+    for key, size in sizes.items():
+        found = manager.get_recur_cache(key)
+        assert (value_of(found), found and found.size) == (float(key), size)
+    assert {key: pool.get(key).lengths for key in sizes} == {key: (size,) for key, size in sizes.items()}
+
+
+@compiled
+@pytest.mark.parametrize("kind", [tuple, frozenset])
+def test_a_key_whose_comparison_may_run_code_of_its_own_does_not_wait(
+    manager: LightZeroKVCacheManager, kind: Callable[[Any], Any]
+) -> None:
+    key = kind([1, 2])
+    manager.set_recur_cache(key, container(1.0))
+    assert waiting(manager) == 0
+    assert value_of(manager.get_recur_cache(kind([1, 2]))) == 1.0

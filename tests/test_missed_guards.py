@@ -495,3 +495,40 @@ def test_a_commit_that_a_close_overtakes_hears_so(make_pool: MakePool, monkeypat
         monkeypatch.setattr(writing, "reserve", closed_meanwhile)
         with pytest.raises(ClosedError):
             pool.commit(["child"], batch, lengths=[2])
+
+
+@pytest.mark.parametrize("end", ["pool", "storage", "version"])
+def test_nothing_is_stored_once_an_end_has_begun(
+    manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """The end has set its mark while the tokens were copied, and has come no further."""
+    pool, scattered = manager.recur_pool, writing._copy
+    with manager.search([0]) as search:
+        store_child(search)
+        batch = search.gather(["child"], [0])
+        append(batch, [3])
+        state = search._state
+
+        def begins(*arguments: Any) -> Any:
+            if end == "pool":
+                pool.account.closed = True
+            elif end == "storage":
+                manager.storage.closed = True
+            else:
+                state.budget.ended = "the version was bumped"
+            return scattered(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "_copy", begins)
+            if end == "version":
+                with pytest.raises(SearchEndedError, match="the version was bumped"):
+                    search.commit(["grandchild"], batch)
+            else:
+                with pytest.raises(ClosedError):
+                    pool.put("key", tokens(1, 3))
+        pool.account.closed = manager.storage.closed = False
+        state.budget.ended = None
+        assert "grandchild" not in search
+        assert "key" not in pool
+        batch.close()
+    manager.check_integrity()

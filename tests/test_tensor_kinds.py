@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from concurrent_kv import (
     DropAndCorrect,
@@ -28,7 +29,7 @@ from concurrent_kv import (
 from concurrent_kv.compat.lightzero.containers import LightZeroKeysValues, from_lightzero, to_lightzero
 from concurrent_kv.device.moving import joined_on
 from concurrent_kv.model.overflow import Overflow
-from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, layout, stacked, store, tokens
+from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, config, layout, packed, stacked, store, tokens
 
 # Tensors of other kinds -----------------------------------------------------------------------------------------------
 
@@ -118,6 +119,19 @@ def test_tokens_without_data_are_not_copied_to_where_there_is_some() -> None:
 
 
 # A device by another name --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("torch_loops")
+def test_a_pool_keeps_no_tangents_of_what_is_put_into_it(pool: KVPool) -> None:
+    """Forward derivatives ride on a tensor that requires no gradient."""
+    forward: Any = forward_ad
+    given = packed(tokens(1, 3))
+    with forward.dual_level():
+        pool.put("key", KeysValues.from_packed(forward.make_dual(given, torch.ones_like(given))))
+        found = pool.get("key")
+        assert found is not None
+        for tensor in (pool.storage.tensor.data, found.packed):
+            assert forward.unpack_dual(tensor).tangent is None
 
 
 def test_a_numbered_cpu_is_the_cpu() -> None:

@@ -164,9 +164,7 @@ class ModelCall:
 
     def _apart(self, found: list[tuple[Part, list[Row]]], wanted: int) -> list[list[Row]]:
         """Those rows that leave room for `wanted` new tokens, and the others; in halves where that parts none."""
-        with_lengths = [
-            each for part, rows in found for each in zip(part.before(range(len(rows)))[1], rows, strict=True)
-        ]
+        with_lengths = [(part.gathered(number), row) for part, rows in found for number, row in enumerate(rows)]
         with_lengths.sort(key=lambda each: each[0])
         lengths, rows = [length for length, _ in with_lengths], [row for _, row in with_lengths]
         number = bisect_right(lengths, self.storage.layout.max_tokens - wanted)

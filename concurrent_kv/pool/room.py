@@ -70,7 +70,7 @@ def reserve(
     if budget is not None:
         entries, slots = len(plan.keys), plan.num_slots
         with gate.lock, ledger.mutex:
-            # In the same hold as the taking: what a closed search took would never come back.
+            # Sooner than where it is published, which looks again: nothing is taken, or copied, in vain.
             if scope.ended is not None or budget.ended is not None or domain.storage.closed:
                 domain.check_open()
             if plan.batch is not None:

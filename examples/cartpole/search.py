@@ -85,7 +85,7 @@ class TreeSearch:
 
     def evaluator(self, *, max_rows: int) -> Evaluator[Asked, Evaluation]:
         """One that evaluates this search's leaves, at most so many in a call of the model."""
-        self._steps = steps_of(self._model)
+        self._steps = steps_of(self._model)  # traced only here: searches of a host share its evaluator
         return new_evaluator(self._model, self._manager, self._evaluate, max_rows=max_rows)
 
     def _evaluate(self, batch: JointBatch, asked: Sequence[Asked]) -> Evaluated[Evaluation]:

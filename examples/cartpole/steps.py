@@ -36,15 +36,18 @@ class Steps:
 
     def recurrent(self, actions: Tensor, batch: JointBatch, positions: Tensor) -> Tensor:
         """`numbers_of` what `WorldModel.recurrent` says, with the paths in a batch that has room for a step only."""
-        numbers = self._recurrent(batch.data, batch.padding, actions, positions)
-        batch.advance(self.tokens)
-        return numbers
+        return self._run(self._recurrent, batch, actions, positions)
 
     def step(
         self, actions: Tensor, observation: Tensor, is_real: Tensor, batch: JointBatch, positions: Tensor
     ) -> Tensor:
         """`numbers_of` what `WorldModel.step` says, in the same way."""
-        numbers = self._step(batch.data, batch.padding, actions, positions, observation, is_real)
+        return self._run(self._step, batch, actions, positions, observation, is_real)
+
+    def _run(self, traced: Callable[..., Tensor], batch: JointBatch, *given: Tensor) -> Tensor:
+        if batch.room != self.tokens:  # what is traced writes to the last columns, whatever is there
+            raise ValueError(f"the batch must have room for the {self.tokens} tokens of a step, got {batch.room}")
+        numbers = traced(batch.data, batch.padding, *given)
         batch.advance(self.tokens)
         return numbers
 

@@ -154,19 +154,16 @@ class LightZeroPool:
         storage = pool.storage
         storage.check_call()
         pool.check_open()
-        if self._buffer is None or self._buffer.is_next:
-            return read_from_pool(pool, cache_key, partial(_window, pool))
-        found = None if self._of_this is None else self._of_this.get(cache_key)
-        if found is not None:
-            return found
-        if not can_find_unheld(pool.default_scope, key_hash):
-            return read_from_pool(pool, cache_key, partial(_window, pool))
-        entry = find_unheld(pool, pool.default_scope, cache_key, key_hash)
-        if entry is None:
-            return None
-        packed = new_buffer(storage.layout, 1, storage.layout.max_tokens)
-        if copy_unheld(pool, entry, packed):
-            return LightZeroKeysValues.private(packed, entry.length)
+        if self._buffer is not None and not self._buffer.is_next and can_find_unheld(pool.default_scope, key_hash):
+            found = None if self._of_this is None else self._of_this.get(cache_key)
+            if found is not None:
+                return found
+            entry = find_unheld(pool, pool.default_scope, cache_key, key_hash)
+            if entry is None:
+                return None
+            packed = new_buffer(storage.layout, 1, storage.layout.max_tokens)
+            if copy_unheld(pool, entry, packed):
+                return LightZeroKeysValues.private(packed, entry.length)
         return read_from_pool(pool, cache_key, partial(_window, pool))
 
     def set(self, cache_key: Hashable, kv_cache: Any) -> int:

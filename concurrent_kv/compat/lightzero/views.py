@@ -12,11 +12,11 @@ from .attachment import Attachment
 
 __all__ = ["KeyIndex", "entries_of", "init_views", "recur_view"]
 
-Entries = list[tuple[Hashable, int]]  # keys, each with a number of its own: its hash
+Entries = list[tuple[Hashable, int]]  # keys, each with its hash
 
 
 class KeyIndex(Mapping[Hashable, int]):
-    """The keys that are stored just now, each with a number of its own; a snapshot at every call. May block.
+    """The keys that are stored just now, each with its hash; a snapshot at every call. May block.
 
     Args:
         entries: gives the snapshot.
@@ -45,7 +45,7 @@ class KeyIndex(Mapping[Hashable, int]):
 
 
 def entries_of(domain: Domain, scope: Scope) -> Entries:
-    """The keys of a scope, and their numbers."""
+    """The keys of a scope, and their hashes."""
     deadline = domain.storage.enter()
     found: Entries = []
     for part, shard in enumerate(scope.shards):

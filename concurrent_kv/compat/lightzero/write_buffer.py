@@ -74,8 +74,7 @@ class WriteBuffer:
         # For all that follows. A finaliser may call this inside of a call of its own thread, and finds it `_busy`.
         self._turn = _Turn(pool)
         self._busy = False
-        self._keys: list[Hashable] = []
-        self._rows: dict[Hashable, int] = {}  # the newest place of each key
+        self._rows: dict[Hashable, int] = {}  # the place of each key, in the order in which they were set
         self._tokens = 0  # of each row
         self._generation = self._scope.generation
         self._is_noted = False  # whether a note of this is among the ledger's
@@ -118,7 +117,7 @@ class WriteBuffer:
                     self._store()
                     return False
                 self._note(key, *fitting)
-                if len(self._keys) == self._most:
+                if len(self._rows) == self._most:
                     self._store()
             finally:
                 self._busy = False
@@ -132,7 +131,7 @@ class WriteBuffer:
             WrongProcessError: the process was forked from the one that made the pool.
         """
         self._pool.storage.check_process()
-        if not self._keys:
+        if not self._rows:
             return
         with self._turn:
             if self._busy:
@@ -144,7 +143,10 @@ class WriteBuffer:
                 self._busy = False
 
     def _store_later(self, deadline: Deadline) -> None:
-        """The ledger's note."""
+        """The ledger's note.
+
+        What comes by waits for this as long as the storage lets it, whatever its own `timeout`: it must not miss rows.
+        """
         with self._turn:
             self._is_noted = False
             try:
@@ -153,7 +155,7 @@ class WriteBuffer:
                 self._is_noted = True  # it is left there for the next operation
                 raise
             except BaseException:
-                if self._keys:  # it is not: another is
+                if self._rows:  # it is not: another is
                     self._leave_note()
                 raise
 
@@ -191,13 +193,13 @@ class WriteBuffer:
 
     def _goes_on(self, tokens: int) -> bool:
         """Whether a row of so many can wait with those that do. The turn held."""
-        waiting = len(self._keys)  # as many as may wait, where they could not be stored
+        waiting = len(self._rows)  # as many as may wait, where they could not be stored
         fits = tokens == self._tokens and waiting < self._most
         return not waiting or (fits and self._generation is self._scope.generation)
 
     def _has_room(self, key: Hashable, key_hash: int, tokens: int) -> bool:
         """Whether a row is new, and has room beside those that wait. The turn held."""
-        scope, number = self._scope, len(self._keys) + 1
+        scope, number = self._scope, len(self._rows) + 1
         if key in self._rows:
             return False
         if scope.entries[scope.part_of(key_hash)].get(key, key_hash) is not None:  # as it takes no shard, in Python
@@ -214,19 +216,18 @@ class WriteBuffer:
                 self._windows = [packed[:, row : row + 1] for row in range(self._most)]
                 self._places = [list(window.unbind()) for window in self._windows]
             self._packed = packed
-        row = len(self._keys)
+        row = len(self._rows)
         with plain_torch_state():
             torch._foreach_copy_(self._places[row], buffers)
         if not row:
             self._generation, self._tokens = self._scope.generation, tokens
         if not self._is_noted:  # before the row counts: no operation passes it by
             self._leave_note()
-        self._keys.append(key)
         self._rows[key] = row
 
     def _store(self) -> None:
         """Store what waits, or forget it where its scope was cleared, or its version bumped, since. The turn held."""
-        keys, packed, pool = self._keys, self._packed, self._pool
+        keys, packed, pool = [*self._rows], self._packed, self._pool
         if not keys or packed is None:
             return
         is_closed = pool.account.closed or pool.storage.closed  # as if they had been stored before
@@ -234,4 +235,4 @@ class WriteBuffer:
             rows = packed if len(keys) == self._most else packed[:, : len(keys)].contiguous()
             kv = KeysValues.from_packed(rows, end=self._tokens)
             put_rows(pool, self._scope, keys, kv, None, None, Deadline(pool.storage.wait_timeout))
-        self._keys, self._rows = [], {}
+        self._rows = {}
