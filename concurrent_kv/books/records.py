@@ -51,10 +51,12 @@ __all__ = [
     "Generation",
     "Grant",
     "Hold",
+    "Located",
     "Place",
     "Scope",
     "Scopes",
-    "sorted_shards",
+    "locate_each",
+    "parts_below",
 ]
 
 
@@ -202,8 +204,6 @@ class Scope(NeverCopied):
             "locate",
             "number",
             "part_of",
-            "parts_below",
-            "parts_of",
             "renew",
             "shards",
             "why_ended",
@@ -266,24 +266,17 @@ class Scope(NeverCopied):
         """Which of the scope's parts holds keys of this hash."""
         return key_hash % len(self.shards)
 
-    def locate(self, hashes: Sequence[int]) -> list[tuple[Scope, int]]:
-        """Scope and part of keys of these hashes."""
-        count = len(self.shards)
-        if count == 1:
-            return [(self, 0)] * len(hashes)
-        return [(self, key_hash % count) for key_hash in hashes]
-
-    def parts_of(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
-        """The part of the index that each key belongs to, for `find_places`."""
-        entries = self.entries
-        if len(entries) == 1:
-            return [entries[0]] * len(located)
-        return [entries[part] for _, part in located]
-
-    def parts_below(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
-        """The part of the tier's index that each key belongs to; of a scope that has one below."""
-        assert self.below is not None
-        return self.below.parts_of(located)
+    def locate(self, hashes: Sequence[int]) -> Located:
+        """Where keys of these hashes belong."""
+        shards, entries, keys = self.shards, self.entries, len(hashes)
+        if len(shards) == 1:
+            return Located([self] * keys, [entries[0]] * keys, shards)
+        if keys == 1:
+            number = hashes[0] % len(shards)
+            return Located([self], [entries[number]], (shards[number],))
+        numbers = [key_hash % len(shards) for key_hash in hashes]
+        of_all = set(map(shards.__getitem__, numbers))
+        return Located([self] * keys, list(map(entries.__getitem__, numbers)), tuple(sorted(of_all)))
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r} epoch={self.epoch} version={self.version}>"
@@ -337,22 +330,17 @@ class Scopes:
         ended = self.ended
         return None if ended is None else ClosedError(ended)
 
+    def of_keys(self) -> list[Scope]:
+        """That of each key."""
+        return [self.scopes[number] for number in self._scope_of]
+
     def generations(self) -> list[Generation]:
         """That of each key's entry."""
         return [self.coming[number] for number in self._scope_of]
 
-    def locate(self, hashes: Sequence[int]) -> list[tuple[Scope, int]]:
-        """Scope and part of each key."""
-        scopes = [self.scopes[number] for number in self._scope_of]
-        return [(scope, scope.part_of(key_hash)) for scope, key_hash in zip(scopes, hashes, strict=True)]
-
-    def parts_of(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
-        """The part of the index that each key belongs to."""
-        return [scope.entries[part] for scope, part in located]
-
-    def parts_below(self, located: Sequence[tuple[Scope, int]]) -> list[Index[Entry]]:
-        """The part of the tier's index that each key belongs to."""
-        return [scope.below.entries[part] for scope, part in located if scope.below is not None]
+    def locate(self, hashes: Sequence[int]) -> Located:
+        """Where the keys belong, whose hashes these are."""
+        return locate_each(self.of_keys(), hashes)
 
     def renew(self) -> None:
         """Begin the coming generations, and the next ones in every other scope of the account. Mutex held.
@@ -367,11 +355,31 @@ class Scopes:
             scope.renew(generation)
 
 
-def sorted_shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
-    """The lock shards of (scope, part) pairs, ascending and without repeats."""
-    if len(located) == 1:
-        return (located[0][0].shards[located[0][1]],)
-    return tuple(sorted({scope.shards[part] for scope, part in located}))
+class Located(NamedTuple):
+    """Where some keys belong.
+
+    Attributes:
+        scopes: of each key.
+        parts: of each key, the part of its scope's index.
+        shards: those of all these parts, ascending and without repeats.
+    """
+
+    scopes: list[Scope]
+    parts: list[Index[Entry]]
+    shards: tuple[int, ...]
+
+
+def locate_each(scopes: list[Scope], hashes: Sequence[int]) -> Located:
+    """Where keys of these hashes belong, each in a scope of its own."""
+    of_each = [(scope, key_hash % len(scope.shards)) for scope, key_hash in zip(scopes, hashes, strict=True)]
+    shards = {scope.shards[number] for scope, number in of_each}
+    return Located(scopes, [scope.entries[number] for scope, number in of_each], tuple(sorted(shards)))
+
+
+def parts_below(scopes: list[Scope], hashes: Sequence[int]) -> list[Index[Entry]]:
+    """The part of the tier's index that each key belongs to, of scopes that have one below."""
+    belows = [scope.below for scope in scopes if scope.below is not None]
+    return [below.entries[below.part_of(key_hash)] for below, key_hash in zip(belows, hashes, strict=True)]
 
 
 class Account:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ def runs_of(slots: SlotArray, ticks: Ticks) -> list[Run]:
     found = None if native is None else native.in_runs(slots, MOST_PIECES)
     if found is not None:
         pieces = found if type(found) is list else [np.frombuffer(found, dtype=np.int64)]
-        return [(piece, ticks) for piece in pieces]
+        return list(zip(pieces, repeat(ticks)))
     if len(slots) <= FEW:
         numbers = sorted(slots.tolist())
         if numbers[-1] - numbers[0] == len(numbers) - 1:

@@ -270,11 +270,12 @@ class SlotTensor:
             with plain_torch_state():
                 joined = joined_on(data.device, [keys.detach(), values.detach()])
             return joined, *self.scatter(joined, rows, columns, slots, block=block)
-        half, start = (data.shape[0] // 2, *self._shape[1:]), data.data_ptr()
+        planes, number, heads, head_bytes = self._shape
+        half, start = (planes // 2, number, heads, head_bytes), data.data_ptr()
         _, batch, _, width, _ = keys.shape
         for address in addresses:
             self._native.scatter(start, half, address, batch, width, 0, 0, 1, 0, rows, columns, slots)
-            start += data.nbytes // 2
+            start += planes // 2 * number * heads * head_bytes
         return ()
 
     def _addends(self, difference: Tensor, runs: int) -> tuple[int, int, int, int] | None:

@@ -304,7 +304,7 @@ class WritePlan:
         """The new entries, of several scopes."""
         of_each = zip(
             self.keys,
-            scopes.locate(self.hashes),
+            scopes.of_keys(),
             scopes.generations(),
             self.shape.lengths,
             self.sides,
@@ -315,7 +315,7 @@ class WritePlan:
         )
         return [
             Entry(key, scope, generation, length, side, priority, key_hash, correction, written)
-            for key, (scope, _), generation, length, side, priority, key_hash, correction in of_each
+            for key, scope, generation, length, side, priority, key_hash, correction in of_each
         ]
 
     def make(self, ledger: Ledger, entries: list[Entry], taken: Slots) -> list[int]:
@@ -333,7 +333,7 @@ def plan_put(
     priorities: list[float],
 ) -> WritePlan:
     """Store rows of `kv` whole."""
-    lengths = tuple([kv.lengths[row] for row in rows])
+    lengths = tuple(map(kv.lengths.__getitem__, rows))
     # As a commit of rows that nothing was gathered for, and nothing appended to.
     shape = shape_of(tuple(rows), lengths, (False,) * len(keys), 0, kv.end, storage.no_overflow)
     packed, parts = kv.packed, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import PLAIN, check_compute, check_keys, hash_of
-from ..books.records import Entry, Generation, Hold, Scope
+from ..books.records import Entry, Generation, Hold, Located, Scope
 from ..errors import InvalidTypeError, KeyNotFoundError, shown
 from ..flights.table import Claim, FlightState
 from ..flights.waiting import outcome, wait_in_thread
@@ -183,7 +183,8 @@ class KVPool(PoolCore):
         try:
             hashes = [hash(key) if type(key) in PLAIN else hash_of(key)]
             found_in = self.default_scope if scope is None else self._scope(scope)
-            located = ((found_in, hashes[0] % len(found_in.shards)),)
+            number = hashes[0] % len(found_in.shards)
+            located = Located([found_in], [found_in.entries[number]], (found_in.shards[number],))
             looked_up = located, [key], hashes, {found_in: found_in.generation}, deadline
             (entry,) = retain(self.storage, *looked_up, hold=hold, quiet=quiet, lower=lower)
             if entry is not None and lower is not None and lower.entries and not quiet:

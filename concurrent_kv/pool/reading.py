@@ -11,7 +11,7 @@ from torch import Tensor
 from ..books.entries import Described, count_hits, describe
 from ..books.index import find_in
 from ..books.ledger import Ledger
-from ..books.records import Entry, Generation, Hold, Scope, sorted_shards
+from ..books.records import Entry, Generation, Hold, Located, Scope
 from ..books.tables import Tables, in_columns
 from ..device.buffers import new_buffer
 from ..device.modes import plain_torch_state
@@ -37,8 +37,6 @@ __all__ = [
     "retain",
 ]
 
-Located = Sequence[tuple[Scope, int]]  # scopes, and which parts of them
-
 NOTHING: frozenset[Correction] = frozenset([None])
 
 
@@ -61,21 +59,21 @@ def retain(
     statistics of its account unless `quiet`. (Misses are counted by the caller, who knows where else it will look.)
 
     Args:
-        located: scope and part of each key.
+        located: where the keys belong.
         hashes: of the keys.
         generations: of the scopes, read once at the start of the operation.
         lower: what is found in the tier instead joins this hold, of the tier's ledger; left out, nothing is looked up
             there.
     """
     ledger = storage.ledger
-    parts = [scope.entries[part] for scope, part in located]
-    with gate.lock, storage.locks.read(sorted_shards(located), deadline):
-        found = find_in(parts, keys, hashes, generations)
+    with gate.lock, storage.locks.read(located.shards, deadline):
+        found = find_in(located.parts, keys, hashes, generations)
         hits = list(filter(None, found))
         if None in found:
-            _check_open(storage, located)  # under the shard: what a close has swept from here, no operation removed
+            # Under the shard: what a close has swept from here, no operation removed.
+            _check_open(storage, located.scopes)
             if lower is not None and storage.tier is not None:
-                storage.tier.look_up(located, keys, hashes, generations, found, lower, quiet=quiet)
+                storage.tier.look_up(located.scopes, keys, hashes, generations, found, lower, quiet=quiet)
         if hits or not quiet:
             with gate.lock, ledger.mutex:
                 ledger.extend(hold, hits)
@@ -84,9 +82,9 @@ def retain(
     return found
 
 
-def _check_open(storage: KVStorage, located: Located) -> None:
+def _check_open(storage: KVStorage, scopes: list[Scope]) -> None:
     """Raise `ClosedError` if a pool that is looked into is closed, or is being closed, or its scope is dropped."""
-    for scope, _ in located:
+    for scope in scopes:
         if storage.closed or scope.account.closed:
             raise ClosedError(f"{scope.account.name} is closed")
         ended = scope.why_ended()
@@ -296,7 +294,7 @@ def find_unheld(domain: Domain, scope: Scope, key: Hashable, key_hash: int) -> E
     entry = parts[key_hash % len(parts)].get(key, key_hash)  # compiled code would need the shard
     if entry is not None and entry.generation is scope.generation:
         return entry
-    _check_open(domain.storage, ((scope, 0),))  # after the look, for what a close has swept
+    _check_open(domain.storage, [scope])  # after the look, for what a close has swept
     with gate.lock, domain.ledger.mutex:
         domain.counters.miss_count += 1
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from ..books.records import (
     Entry,
     Generation,
     Grant,
+    Located,
     Scope,
     Scopes,
-    sorted_shards,
 )
 from ..books.turns import EVICTIONS_BEFORE_QUEUE, Turn
 from ..device.slot_numbers import SlotArray
@@ -58,7 +58,7 @@ def reserve(
     scope: Scope | Scopes,
     generation: Generation,
     plan: WritePlan,
-    located: Sequence[tuple[Scope, int]],
+    located: Located,
     deadline: Deadline,
 ) -> Grant | None:
     """All the slots a plan needs, and its place in the account (or in its search's budget), or nothing.
@@ -112,7 +112,7 @@ def reserve(
 
 
 def _freed_by(
-    domain: Domain, scope: Scope | Scopes, plan: WritePlan, located: Sequence[tuple[Scope, int]], deadline: Deadline
+    domain: Domain, scope: Scope | Scopes, plan: WritePlan, located: Located, deadline: Deadline
 ) -> tuple[int, int]:
     """Entries and slots that go when a plan's keys are replaced."""
     replaced = _present(plan, located)
@@ -121,7 +121,7 @@ def _freed_by(
     with gate.lock, domain.ledger.mutex:
         freed = _freed_of(domain, scope, plan, replaced)
     if freed is None:  # another writer replaced one of them since
-        with gate.lock, domain.locks.read(sorted_shards(located), deadline):
+        with gate.lock, domain.locks.read(located.shards, deadline):
             replaced = _present(plan, located)
             with gate.lock, domain.ledger.mutex:
                 freed = _freed_of(domain, scope, plan, replaced)
@@ -130,9 +130,9 @@ def _freed_by(
     return freed
 
 
-def _present(plan: WritePlan, located: Sequence[tuple[Scope, int]]) -> list[Entry]:
+def _present(plan: WritePlan, located: Located) -> list[Entry]:
     """The entries that a plan's keys have, just now where their shards are not held."""
-    return list(filter(None, find_in([of.entries[part] for of, part in located], plan.keys, plan.hashes)))
+    return list(filter(None, find_in(located.parts, plan.keys, plan.hashes)))
 
 
 def _freed_of(domain: Domain, scope: Scope | Scopes, plan: WritePlan, replaced: list[Entry]) -> tuple[int, int] | None:
@@ -177,7 +177,8 @@ def _take(
     try:
         while True:
             with gate.lock, ledger.mutex:
-                pool.check_open()
+                if account.closed or pool.storage.closed:
+                    pool.check_open()
                 queues = turn if may_evict else None
                 if (queues is None or account.turns.is_first(queues)) and account.fits(entries, slots):
                     grant = Grant(entries, slots, NO_SLOTS, NO_TICKS)  # made before anything is taken

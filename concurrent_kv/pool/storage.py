@@ -320,7 +320,7 @@ class LowerTier(Domain, ABC):
     @abstractmethod
     def look_up(
         self,
-        located: Sequence[tuple[Scope, int]],
+        scopes: list[Scope],
         keys: list[Hashable],
         hashes: list[int],
         generations: dict[Scope, Generation],

@@ -25,7 +25,7 @@ from ..books.eviction import LRU
 from ..books.index import Index, find_in
 from ..books.integrity import IntegrityReport, Problem, compare, compare_accounts, recount_of, scopes_of
 from ..books.ledger import Ledger, wake
-from ..books.records import CLAIMED, HELD, NO_PLACE, PINNED, Account, Entry, Generation, Hold, Scope
+from ..books.records import CLAIMED, HELD, NO_PLACE, PINNED, Account, Entry, Generation, Hold, Scope, parts_below
 from ..books.stats import TierStats
 from ..books.tables import slots_of_row, weights_of
 from ..device.host_slots import HostSlots
@@ -514,7 +514,7 @@ class Tier(LowerTier):
 
     def look_up(
         self,
-        located: Sequence[tuple[Scope, int]],
+        scopes: list[Scope],
         keys: list[Hashable],
         hashes: list[int],
         generations: dict[Scope, Generation],
@@ -524,13 +524,13 @@ class Tier(LowerTier):
         quiet: bool,
     ) -> None:
         """See `LowerTier`. The shards held."""
-        rows = [row for row, entry in enumerate(found) if entry is None and located[row][0].below is not None]
-        parts = [scope.below.entries[part] for scope, part in map(located.__getitem__, rows) if scope.below is not None]
-        in_tier = find_in(parts, [keys[row] for row in rows], [hashes[row] for row in rows])
+        rows = [row for row, entry in enumerate(found) if entry is None and scopes[row].below is not None]
+        below = parts_below([scopes[row] for row in rows], [hashes[row] for row in rows])
+        in_tier = find_in(below, [keys[row] for row in rows], [hashes[row] for row in rows])
         hits: list[Entry] = []
         counted: dict[Account, int] = {}
         for row, entry in zip(rows, in_tier, strict=True):
-            scope = located[row][0]
+            scope = scopes[row]
             if entry is not None and entry.generation is generations[scope]:
                 found[row] = entry
                 hits.append(entry)

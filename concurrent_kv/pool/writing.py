@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 
 from ..books.entries import new_entries, occupy, row_of
-from ..books.index import Index, find_in, find_places, take_away
+from ..books.index import find_in, find_places, take_away
 from ..books.ledger import wake
-from ..books.records import EXEMPT, HELD, Entry, Generation, Grant, Scope, Scopes, sorted_shards
+from ..books.records import EXEMPT, HELD, Entry, Generation, Grant, Located, Scope, Scopes, parts_below
 from ..device.streams import NO_TICKS, Ticks, merge
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
@@ -128,7 +127,7 @@ def _publish(
     generation: Generation,
     entries: list[Entry],
     plan: WritePlan,
-    located: Sequence[tuple[Scope, int]],
+    located: Located,
     grant: Grant,
     deadline: Deadline,
 ) -> tuple[int, int] | None:
@@ -140,8 +139,7 @@ def _publish(
     ledger, budget = domain.ledger, scope.budget
     dead: list[Entry] = []
     dead_in_tier: list[Entry] = []
-    shards = scope.shards if len(scope.shards) == 1 else sorted_shards(located)
-    with gate.lock, domain.locks.write(shards, deadline):
+    with gate.lock, domain.locks.write(located.shards, deadline):
         if deadline.caller is not None:
             deadline.check(domain.name)
         ended = None if scope.ended is None else scope.why_ended()
@@ -154,8 +152,8 @@ def _publish(
             with gate.lock, ledger.mutex:
                 domain.counters.stale_write_count += len(entries)
             return None
-        in_tier = None if scope.below is None else _find_in_tier(scope.parts_below(located), plan)
-        cells, replaced, old, added = find_places(scope.parts_of(located), plan.keys, plan.hashes)
+        in_tier = None if scope.below is None else _find_in_tier(located, plan)
+        cells, replaced, old, added = find_places(located.parts, plan.keys, plan.hashes)
         try:
             if in_tier is not None:
                 # Before the new ones are there: cut off in between, it leaves no old value that could be read again.
@@ -193,9 +191,9 @@ def _publish(
     return missing
 
 
-def _find_in_tier(parts: list[Index[Entry]], plan: WritePlan) -> list[tuple[Entry, Generation]]:
+def _find_in_tier(located: Located, plan: WritePlan) -> list[tuple[Entry, Generation]]:
     """What the tier has of a plan's keys, and of which generation. The shards held."""
-    found = filter(None, find_in(parts, plan.keys, plan.hashes))
+    found = filter(None, find_in(parts_below(located.scopes, plan.hashes), plan.keys, plan.hashes))
     return [(entry, entry.generation) for entry in found]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from ..books.index import find_in
 from ..books.ledger import wake
-from ..books.records import Entry, Hold, Scope
+from ..books.records import Entry, Hold, locate_each
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..pool.reading import retain
@@ -118,12 +118,9 @@ def retain_roots(
         return {}
     wanted = [keys[row] for row in missing]
     hashes = list(map(hash, wanted))
-    located: list[tuple[Scope, int]] = []
-    for row, key_hash in zip(missing, hashes, strict=True):
-        scope = state.init_pools[env_ids[row]].default_scope
-        located.append((scope, key_hash % len(scope.shards)))
-    generations = {scope: scope.generation for scope, _ in located}
-    looked_up = located, wanted, hashes, generations, deadline
+    scopes = [state.init_pools[env_ids[row]].default_scope for row in missing]
+    generations = {scope: scope.generation for scope in scopes}
+    looked_up = locate_each(scopes, hashes), wanted, hashes, generations, deadline
     entries = retain(state.storage, *looked_up, hold=hold, quiet=True, lower=lower)
     tier = state.storage.tier
     if lower is not None and lower.entries and tier is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from concurrent_kv.books.ledger import wake
-from concurrent_kv.books.records import Entry, Generation, Hold, Scope, sorted_shards
+from concurrent_kv.books.records import Entry, Generation, Hold, Located, Scope
 from concurrent_kv.locks.deadline import Deadline
 from concurrent_kv.pool import committing, reading, writing
 from concurrent_kv.pool.clearing import sweep_if
@@ -40,7 +40,7 @@ def slots_freed_before_the_readers_copy_is_done(patch: Patch) -> None:
 def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> None:
     def retain(
         storage: Any,
-        located: Sequence[tuple[Scope, int]],
+        located: Located,
         keys: Sequence[Hashable],
         hashes: Sequence[int],
         generations: dict[Scope, Generation],
@@ -53,8 +53,8 @@ def _patch_retain(patch: Patch, *, compared: bool, under_the_shard: bool) -> Non
             with storage.ledger.mutex:
                 storage.ledger.extend(hold, [entry for entry in found if entry is not None])
 
-        with storage.locks.read(sorted_shards(located), deadline):
-            found = [scope.entries[part].get(key) for (scope, part), key in zip(located, keys, strict=True)]
+        with storage.locks.read(located.shards, deadline):
+            found = [part.get(key) for part, key in zip(located.parts, keys, strict=True)]
             if compared:
                 found = [entry if entry and entry.generation is generations[entry.scope] else None for entry in found]
             if under_the_shard:

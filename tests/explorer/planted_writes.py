@@ -11,7 +11,7 @@ import pytest
 
 from concurrent_kv.books.entries import new_entries
 from concurrent_kv.books.ledger import Ledger, wake
-from concurrent_kv.books.records import Account, Entry, Generation, Grant, Hold, Place, Scope, sorted_shards
+from concurrent_kv.books.records import Account, Entry, Generation, Grant, Hold, Located, Place, Scope
 from concurrent_kv.device.slot_numbers import Slots, as_array
 from concurrent_kv.device.streams import NO_TICKS
 from concurrent_kv.locks.deadline import Deadline
@@ -32,13 +32,13 @@ def epoch_compared_before_the_lock(patch: Patch) -> None:
         generation: Generation,
         entries: list[Entry],
         plan: WritePlan,
-        located: Sequence[tuple[Scope, int]],
+        located: Located,
         grant: Grant,
         deadline: Deadline,
     ) -> tuple[int, int] | None:
         if scope.generation is not generation:
             return None
-        with pool.storage.locks.write(sorted_shards(located), deadline):
+        with pool.storage.locks.write(located.shards, deadline):
             _enter_books(pool, entries, plan, located, grant)
         return None
 
@@ -49,12 +49,11 @@ def _enter_books(
     pool: PoolCore,
     entries: list[Entry],
     plan: WritePlan,
-    located: Sequence[tuple[Scope, int]],
+    located: Located,
     grant: Grant,
 ) -> None:
     """Publish to a pool that has room, checking nothing. Shards held."""
-    parts = [scope.entries[part] for scope, part in located]
-    old = [part[entry.key] for part, entry in zip(parts, entries, strict=True) if entry.key in part]
+    old = [part[entry.key] for part, entry in zip(located.parts, entries, strict=True) if entry.key in part]
     with pool.storage.ledger.mutex:
         pool.account.pending_entries -= grant.entries
         pool.account.pending_slots -= grant.slots
@@ -62,7 +61,7 @@ def _enter_books(
         pool.account.uses.add([entry.row for entry in entries])
         pool.account.entries += len(entries)
         unpublish(pool, old)
-        for part, entry in zip(parts, entries, strict=True):
+        for part, entry in zip(located.parts, entries, strict=True):
             part.put(entry)
             entry.place = Place.HELD
             pool.policy.add(entry)
@@ -78,14 +77,15 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
         generation: Generation,
         entries: list[Entry],
         plan: WritePlan,
-        located: Sequence[tuple[Scope, int]],
+        located: Located,
         grant: Grant,
         deadline: Deadline,
     ) -> tuple[int, int] | None:
         pending = grant
         taken = as_array(grant.taken)
-        for row, (entry, at) in enumerate(zip(entries, located, strict=True)):
-            with pool.storage.locks.write(sorted_shards([at]), deadline):
+        for row, entry in enumerate(entries):
+            at = scope.locate(plan.hashes[row : row + 1])
+            with pool.storage.locks.write(at.shards, deadline):
                 one, first, number = copy(plan), sum(plan.shape.owned[:row]), plan.shape.owned[row]
                 one.parents = plan.parents[row : row + 1]
                 one.shape = plan.shape._replace(
@@ -94,7 +94,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
                     written_at=plan.shape.written_at[first : first + number],
                 )
                 pending.taken = taken[first : first + number]
-                _enter_books(pool, [entry], one, [at], pending)
+                _enter_books(pool, [entry], one, at, pending)
             pending = Grant(0, 0, grant.taken, grant.ticks)
         return None
 
@@ -103,7 +103,7 @@ def batch_published_shard_by_shard(patch: Patch) -> None:
 
 def published_before_it_is_copied(patch: Patch) -> None:
     def write(pool: PoolCore, scope: Scope, generation: Generation, plan: WritePlan, deadline: Deadline) -> bool:
-        located = [(scope, scope.part_of(key_hash)) for key_hash in plan.hashes]
+        located = scope.locate(plan.hashes)
         grant = room.reserve(pool, scope, generation, plan, located, deadline)
         if grant is None:
             return False
@@ -118,10 +118,13 @@ def published_before_it_is_copied(patch: Patch) -> None:
 
 
 def shards_taken_in_the_order_of_the_keys(patch: Patch) -> None:
-    def shards(located: Sequence[tuple[Scope, int]]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(scope.shards[part] for scope, part in located))
+    locate = Scope.locate
 
-    patch.setattr("concurrent_kv.pool.writing.sorted_shards", shards)
+    def unsorted(scope: Scope, hashes: Sequence[int]) -> Located:
+        shards = dict.fromkeys(scope.shards[scope.part_of(key_hash)] for key_hash in hashes)
+        return locate(scope, hashes)._replace(shards=tuple(shards))
+
+    patch.setattr(Scope, "locate", unsorted)
 
 
 def slots_reserved_one_at_a_time(patch: Patch) -> None:
@@ -130,7 +133,7 @@ def slots_reserved_one_at_a_time(patch: Patch) -> None:
         scope: Scope,
         generation: Generation,
         plan: WritePlan,
-        located: Sequence[tuple[Scope, int]],
+        located: Located,
         deadline: Deadline,
     ) -> Grant:
         taken: list[Slots] = []
