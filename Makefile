@@ -60,8 +60,11 @@ help:
 play: $(VENV)/$(if $(findstring --plot,$(ARGS))$(findstring --metrics,$(ARGS))$(findstring trio,$(ARGS)),play-all,play).stamp
 	@$(BIN)/python -m examples.cartpole $(ARGS)
 
+# A file of tests stays in one process. ARGS="-n 0": all in this one, as a debugger needs it.
+IN_PROCESSES := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(IN_PROCESSES) $(ARGS)
 
 # The sdist, a wheel for each Python that is found here, and each of them used in an empty environment.
 wheels: $(VENV)/package.stamp
@@ -96,7 +99,7 @@ lint: $(VENV)/dev.stamp
 
 # The working tree is what is tested, with its compiled module; its requirements are among LightZero's.
 lightzero: $(LIGHTZERO_VENV)/module.stamp
-	@LIGHTZERO= PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest $(LIGHTZERO_TESTS) $(ARGS)
+	@LIGHTZERO= PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest $(IN_PROCESSES) $(LIGHTZERO_TESTS) $(ARGS)
 	@PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.compare_old_new_cache
 	@PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m benchmarks.benchmark_kv_cache --quick
 
@@ -109,7 +112,7 @@ else
 lightzero-main: $(LIGHTZERO_VENV)/main.stamp
 	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.lightzero_checkout
 	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m tests.lightzero_main_trees
-	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest -rs $(LIGHTZERO_MAIN_TESTS) $(ARGS)
+	@LIGHTZERO='$(abspath $(LIGHTZERO))' PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m pytest -rs $(IN_PROCESSES) $(LIGHTZERO_MAIN_TESTS) $(ARGS)
 	@LIGHTZERO= PYTHONPATH=. $(LIGHTZERO_VENV)/bin/python -m benchmarks.benchmark_kv_cache --quick --main '$(abspath $(LIGHTZERO))'
 endif
 

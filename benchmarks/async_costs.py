@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from benchmarks.async_cases import CASES, Case, Tasks, Threads, World
 from benchmarks.async_shards import measure_shards, shards_tables
 from benchmarks.async_thresholds import thresholds
+from reporting.arguments import file_to_write
 from reporting.machine import about
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few calls of everything, to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", action="store_true", help="print the tables as docs/async.md has them")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

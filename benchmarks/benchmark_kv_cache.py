@@ -30,6 +30,7 @@ from benchmarks.lightzero_trees import Trees
 from concurrent_kv import KVCacheManager
 from concurrent_kv.compat.lightzero import attach
 from concurrent_kv.compat.lightzero.settings import manager_config
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
 from tests.lightzero_support import SHAPES, Shape, make_world_model
@@ -311,8 +312,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpu-time", action="store_true", help="time the thread, where others use the machine meanwhile"
     )
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file (needs matplotlib)")
+    parser.add_argument("--json", type=file_to_write, help="write every figure to this file")
+    parser.add_argument("--plot", type=file_to_write, help="draw the speed-ups into this file (needs matplotlib)")
     return parser
 
 

@@ -23,7 +23,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -35,6 +34,7 @@ from examples.cartpole.hosts import Moment, Searching, decide, setup
 from examples.cartpole.job import JobSettings
 from examples.cartpole.play import ENVIRONMENT, PlaySettings
 from examples.cartpole.search import TreeSearch
+from reporting.arguments import file_to_write
 from reporting.progress import Work
 from reporting.tables import Grid, console_of, origin
 
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5, help="of each way (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a turn (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     result = measured(options.turns, options.seconds)

@@ -13,7 +13,6 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from time import perf_counter_ns
 from typing import TypeAlias
 
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from concurrent_kv import DropOldest, KeysValues, KVCacheManager
 from concurrent_kv.evaluation import Evaluated, Evaluator, Leaf
 from concurrent_kv.pool.joint import JointBatch
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
 
@@ -168,7 +168,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_model", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (inductor)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=file_to_write, help="write the figures there")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     rounds = QUICK_ROUNDS if options.quick else ROUNDS

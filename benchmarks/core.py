@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from benchmarks.timing import Samples
 from benchmarks.workloads import TOKENS_PER_STEP, WORKLOADS, Workload
 from concurrent_kv import DropAndCorrect, KeysValues
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
 
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["cartpole", "lunarlander", "atari"])
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 32], help="rows of a batch (default: 8 32)")
     parser.add_argument("--searches", type=int, default=20, help="searches of each that count (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--json", type=file_to_write, help="write every figure to this file")
     return parser
 
 

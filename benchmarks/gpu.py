@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from benchmarks.gpu_cases import PerEntry, Pooled, copy_of, device_micros, issue
 from benchmarks.gpu_lightzero import COLUMNS as STEP_COLUMNS
 from benchmarks.gpu_lightzero import measure_steps, missing
 from benchmarks.workloads import WORKLOADS
+from reporting.arguments import file_to_write
 from reporting.machine import about
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
@@ -230,7 +230,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console_of().print(table(results), streams_table(streams), absent or steps_table(steps), origin())
     if options.json is not None:
         report = {"about": _about(device, arguments), "operations": results, "streams": streams, "steps": steps}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
 
@@ -251,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script out")
     searches = "searches of LightZero's world model that count, of each side (default: %(default)s; 0: none)"
     parser.add_argument("--searches", type=int, default=3, help=searches)
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--json", type=file_to_write, help="write every figure to this file")
     return parser
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from reporting.arguments import file_to_write
 from reporting.progress import Work
 from reporting.tables import Grid, console_of, origin
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--collectors", type=int, default=8, help="environments to collect from (default: 8)")
     parser.add_argument("--steps", type=int, default=200, help="of the environments, at most (default: 200)")
     parser.add_argument("--updates", type=int, default=8, help="of the model, at most (default: 8)")
-    parser.add_argument("--json", type=Path, help="write every run to this file")
+    parser.add_argument("--json", type=file_to_write, help="write every run to this file")
     options = parser.parse_args(arguments)
     passed = ["--of", options.of]
     for name in ("collectors", "steps", "updates"):

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -28,6 +27,7 @@ from concurrent_kv.metrics import KVMetrics
 from concurrent_kv.metrics.otel import KVInstruments
 from concurrent_kv.metrics.prometheus import KVCollector
 from concurrent_kv.pool.joint import JointBatch
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
 
@@ -161,7 +161,7 @@ def tables(result: dict[str, Any]) -> tuple[Grid, Grid]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.metrics", description=__doc__)
     parser.add_argument("--turns", type=int, default=60, help="of each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {

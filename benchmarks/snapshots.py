@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from benchmarks.peers.machine import About
 from benchmarks.workloads import TOKENS_PER_STEP, WORKLOADS
 from concurrent_kv import KeysValues, KVLayout, KVPool
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
 
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small pools and two rounds: does it run at all?")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--json", type=file_to_write, help="write every figure to this file")
     parser.add_argument("--folder", type=Path, help="where the files are written (default: the system's for such)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -333,7 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"about": about.as_dict("python -m benchmarks.snapshots"), "files": files, "roots": roots}
     console_of().print(*tables(results), origin(results["about"]))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     return 0
 

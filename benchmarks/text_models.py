@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from concurrent_kv.compat.transformers import CacheLayout
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import console_of, origin
 
@@ -54,7 +54,7 @@ def kind_of(config_class: Any, warnings: Warnings) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--json", type=file_to_write, help="write what was found to this file")
     asked = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     warnings = Warnings(logging.WARNING)

@@ -26,7 +26,6 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter, process_time, thread_time
 from typing import Any, Protocol
 
@@ -40,6 +39,7 @@ from benchmarks.peers.machine import About
 from concurrent_kv import KVCacheManager, KVLayout
 from concurrent_kv.compat.transformers import BatchCache, CacheLayout, TextStore
 from concurrent_kv.model.config import ManagerConfig
+from reporting.arguments import file_to_write
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
 
@@ -489,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contestants alone")
     parser.add_argument("--quick", action="store_true", help="16 nodes of 4 tokens, to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=file_to_write, help="write the figures to this file")
     asked = parser.parse_args(argv)
     if asked.quick:
         asked.nodes, asked.new, asked.prompt = 16, 4, min(asked.prompt, 50)

@@ -13,7 +13,6 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from examples.cartpole.job import JobSettings, run_job
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.search import TreeSearch
+from reporting.arguments import file_to_write
 from reporting.machine import about
 from reporting.progress import track
 from reporting.tables import Grid, console_of, origin
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print; with `--json`, write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few samples, a short trace: to see that it runs")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=file_to_write, help="where the figures go")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     number = 20 if options.quick else 400
@@ -227,7 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console_of().print(*tables(costs, found), origin())
     if options.json:
         figures = {"machine": about(), "costs": costs, "trace": {"calls": len(trace), "rows": rows}, "hit_rates": found}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

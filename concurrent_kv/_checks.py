@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Integral, Real
 from typing import Any
@@ -130,10 +130,17 @@ def _check_equality(key: object, name: str) -> None:
     _asked.add(kind)
 
 
-def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
-    """`keys` as a list of at least `minimum` hashables."""
-    if isinstance(keys, (str, bytes)):
-        raise InvalidTypeError(f"keys must be a sequence of keys, got the single {type(keys).__name__} {shown(keys)}")
+SINGLE, UNORDERED = (str, bytes), (set, frozenset)  # what can be iterated, and is no sequence of items
+
+
+def check_keys(keys: Iterable[Hashable], *, minimum: int = 1, ordered: bool = True) -> list[Hashable]:
+    """`keys` as a list of at least `minimum` hashables; with `ordered`, each is a row's."""
+    if type(keys) is not list:
+        if isinstance(keys, SINGLE):
+            kind = type(keys).__name__
+            raise InvalidTypeError(f"keys must be a sequence of keys, got the single {kind} {shown(keys)}")
+        if ordered and isinstance(keys, UNORDERED):
+            raise InvalidTypeError(f"keys must be a sequence, one for each row, got the unordered {shown(keys)}")
     try:
         keys = list(keys)
     except TypeError as error:
@@ -145,9 +152,9 @@ def check_keys(keys: Iterable[Hashable], *, minimum: int = 1) -> list[Hashable]:
     return keys
 
 
-def listed(keys: Iterable[Hashable]) -> list[Hashable]:
+def listed(keys: Iterable[Hashable], *, ordered: bool = True) -> list[Hashable]:
     """A copy of `keys`, for an operation that checks them itself; what may be iterated only once is checked here."""
-    return list(keys) if type(keys) is list or type(keys) is tuple else check_keys(keys, minimum=0)
+    return list(keys) if type(keys) is list or type(keys) is tuple else check_keys(keys, minimum=0, ordered=ordered)
 
 
 def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
@@ -164,6 +171,8 @@ def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
 
 def sequence_of(name: str, items: object, what: str) -> list[Any]:
     """`items` as a list, or an error that names the argument."""
+    if isinstance(items, (*SINGLE, *UNORDERED, Mapping)):
+        raise InvalidTypeError(f"{name} must be a sequence of {what}, got {shown(items)}")
     try:
         return list(items)  # type: ignore[call-overload, no-any-return]
     except TypeError as error:

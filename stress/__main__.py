@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from math import inf, nan
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from concurrent_kv.books.eviction.registry import POLICIES
+from reporting.arguments import file_to_write
 from reporting.tables import console_of, origin
 from stress.faults.plan import FAULTS, parse_faults
 from stress.operations import MOST_ROWS
@@ -187,9 +187,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"what an operation may take before it counts as stuck ({DEFAULT})",
     )
-    add("--json", type=Path, metavar="FILE", help="write every figure there")
-    add("--summary", type=Path, metavar="FILE", help="write the figures without their course over time there")
-    add("--report", type=Path, metavar="FILE", help="write a page with plots there")
+    add("--json", type=file_to_write, metavar="FILE", help="write every figure there")
+    add("--summary", type=file_to_write, metavar="FILE", help="write the figures without their course over time there")
+    add("--report", type=file_to_write, metavar="FILE", help="write a page with plots there")
     add(
         "--metrics",
         type=_checked(_whole(0, 65535)),

@@ -37,6 +37,7 @@ KEYS = {
     "none": (Type, None),
     "empty": (Value, []),
     "unhashable": (Type, ["a", []]),
+    "set": (Type, {"a", "b"}),
 }
 ROOMS = {"negative": (Value, -1), "too large": (Value, 6), "float": (Type, 1.5), "text": (Type, "2")}
 KVS = {
@@ -63,7 +64,14 @@ OUTS = {
     "strides": (Value, torch.zeros(4, 2, 2, 3, WINDOW).transpose(3, 4)),
     "gradients": (Value, torch.zeros(SHAPE, requires_grad=True)),
 }
-SIDES = {"too few": (Value, ["A"]), "too many": (Value, ["A", "B", "C"]), "number": (Type, 5)}
+SIDES = {
+    "too few": (Value, ["A"]),
+    "too many": (Value, ["A", "B", "C"]),
+    "number": (Type, 5),
+    "text": (Type, "AB"),
+    "set": (Type, {"A", "B"}),
+    "dict": (Type, {"a": "A", "b": "B"}),
+}
 NEW = torch.zeros(2, 2, 1, 3)
 APPENDED = {
     "list": (Type, [0.0]),

@@ -72,7 +72,7 @@ MANAGER = [
     *with_each(
         "hierarchical order",
         "order",
-        {"text": (Value, "init"), "empty": (Value, ()), "unknown": (Value, ("init", "x")), "number": (Type, 5)},
+        {"text": (Type, "init"), "empty": (Value, ()), "unknown": (Value, ("init", "x")), "number": (Type, 5)},
         lambda s, order: s.manager.hierarchical_get(0, "k", order=order),
     ),
 ]
@@ -98,6 +98,7 @@ SEARCH = [
             "none": (Type, None),
             "a number": (Type, 0),
             "unhashable": (Type, [0, []]),
+            "set": (Type, {0}),
         },
         lambda s, env_ids: s.search.gather(["root", "child"], env_ids),
     ),
@@ -120,14 +121,14 @@ MORE = [
     *with_each(
         "release keys",
         "keys",
-        {k: v for k, v in KEYS.items() if k != "empty"},
+        {k: v for k, v in KEYS.items() if k not in ("empty", "set")},
         lambda s, keys: s.search.release(keys),
     ),
     Bad("release missing", lambda s: s.search.release(["child", "x"]), KeyNotFoundError, "'x'"),
     *with_each(
         "keep keys",
         "keys",
-        {k: v for k, v in KEYS.items() if k != "empty"},
+        {k: v for k, v in KEYS.items() if k not in ("empty", "set")},
         lambda s, keys: s.search.keep(keys),
     ),
     *with_each("keep timeout", "timeout", TIMEOUTS, lambda s, t: s.search.keep(["child"], timeout=t)),

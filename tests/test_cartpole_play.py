@@ -278,7 +278,8 @@ def test_ctrl_c_ends_cleanly(
     "wrong",
     [
         *("--envs 0", "--threads -1", "--seed -1", "--backend curio", "--policy none", "--groups 0", "--max-rows 0"),
-        *("--workers-per-tree 0", "--no-cache-steps -1", "--turns 0"),
+        *("--workers-per-tree 0", "--no-cache-steps -1", "--turns 0", "--metrics 65536"),
+        *("--json README.md/figures.json", "--json examples", "--plot README.md/scaling.svg"),
     ],
 )
 def test_impossible_options_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,6 +287,12 @@ def test_impossible_options_are_refused(wrong: str, capsys: pytest.CaptureFixtur
         main(wrong.split())
     assert caught.value.code == 2
     assert wrong.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["--checkpoint folder", "--actors 3", "--plot scaling.svg"])
+def test_options_of_another_job_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(wrong.split()) == 2
+    assert f"{wrong.split()[0]} goes with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["--threads 2 --groups 3", "--loops-only --groups 2", "--envs 1 --groups 2"])

@@ -744,6 +744,12 @@ def test_a_model_that_ends_its_thread_is_survived_by_the_others(manager: KVCache
         ("nothing", "must return an Evaluated, got str"),
         (Evaluated([1, 2, 3]), "outputs of 1 leaves, got 3"),
         (Evaluated([1], sides=[1, 2]), "sides of 1 leaves, got 2"),
+        (Evaluated(None), "outputs as a sequence, got None"),  # type: ignore[arg-type]
+        (Evaluated({0: 1}), "outputs as a sequence, got {0: 1}"),  # type: ignore[arg-type]
+        (Evaluated({1}), "outputs as a sequence, got {1}"),  # type: ignore[arg-type]
+        (Evaluated("a"), "outputs as a sequence, got 'a'"),
+        (Evaluated(torch.tensor(1)), "outputs as a sequence, got tensor"),  # type: ignore[arg-type]
+        (Evaluated([1], sides=5), "sides as a sequence, got 5"),  # type: ignore[arg-type]
     ],
 )
 def test_a_model_that_answers_something_else_is_told_so(manager: KVCacheManager, answer: Any, words: str) -> None:
@@ -762,6 +768,18 @@ def test_a_row_of_a_pool_that_outgrows_the_window_is_cut_as_the_evaluator_says(m
         parent = key
     with pool.gather([parent]) as batch:
         assert 0 < batch.lengths[0] <= limit
+
+
+def test_a_leaf_whose_pool_is_cleared_during_the_call_was_stored_before_the_clear(manager: KVCacheManager) -> None:
+    pool = manager.init_pools[0]
+
+    def clearing(batch: JointBatch, numbers: Sequence[int]) -> Evaluated[int]:
+        answer = model(batch, numbers)
+        pool.clear()
+        return answer
+
+    assert Evaluator(manager, clearing).evaluate(Leaf(pool, "root", "child", 1)) == value_after(root_sum(0), 1)[0]
+    assert pool.keys() == []
 
 
 def test_of_leaves_that_do_not_all_fit_those_that_do_are_stored() -> None:
@@ -989,8 +1007,14 @@ def test_leaves_of_other_managers_and_other_things_are_refused(manager: KVCacheM
             evaluator.evaluate("leaf")  # type: ignore[arg-type]
         with pytest.raises(InvalidTypeError, match="got int"):
             evaluator.evaluate(leaf(3, "root", 1))
+        with pytest.raises(InvalidTypeError, match="leaves must be a sequence of leaves, got Leaf"):
+            evaluator.evaluate_many(leaf(search, "root", 1))  # type: ignore[arg-type]
+        with pytest.raises(InvalidTypeError, match="searches must be a sequence of generators, got None"):
+            evaluator.run_many(None)  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match="must be a KVCacheManager"):
         Evaluator("manager", model)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match="row_sizes must be a sequence of ints, got 64"):
+        Evaluator(manager, model, row_sizes=64)  # type: ignore[arg-type]
     other.close()
 
 

@@ -169,7 +169,8 @@ def without_comparing_epochs_on_reading(patch: pytest.MonkeyPatch) -> None:
     def any_generation(
         storage: Any, located: Any, keys: Any, hashes: Any, generations: Any, deadline: Any, **options: Any
     ) -> Any:
-        entries = [(scope, scope.entries[part].get(key)) for (scope, part), key in zip(located, keys, strict=True)]
+        of_each = zip(located.scopes, located.parts, keys, strict=True)
+        entries = [(scope, part.get(key)) for scope, part, key in of_each]
         current = {scope: entry.generation for scope, entry in entries if entry}
         return retain(storage, located, keys, hashes, {**generations, **current}, deadline, **options)
 
@@ -292,13 +293,13 @@ def publishing_shard_by_shard(patch: pytest.MonkeyPatch) -> None:
     ) -> Any:
         if len(entries) < 2 or not pool.gated_locks.gate:
             return publish(pool, scope, generation, entries, plan, located, grant, deadline)
-        parts = [scope.entries[part] for _, part in located]
-        with pool.storage.locks.write((located[0][0].shards[located[0][1]],), deadline), pool.storage.ledger.mutex:
+        first, second = [scope.locate([key_hash]) for key_hash in plan.hashes]
+        with pool.storage.locks.write(first.shards, deadline), pool.storage.ledger.mutex:
             plan.make(pool.storage.ledger, entries, grant.taken)
-            parts[0].put(entries[0])
+            first.parts[0].put(entries[0])
         gate.pass_through()
-        with pool.storage.locks.write((located[1][0].shards[located[1][1]],), deadline), pool.storage.ledger.mutex:
-            parts[1].put(entries[1])
+        with pool.storage.locks.write(second.shards, deadline), pool.storage.ledger.mutex:
+            second.parts[0].put(entries[1])
         grant.spent = True
         return None
 

@@ -148,7 +148,7 @@ def test_hierarchical_get_counts_a_hit_where_the_key_was(manager: KVCacheManager
     assert (summary.total.request_count, summary.total.miss_count) == (1, 0)
 
 
-@pytest.mark.parametrize("order", [(), "init", ("init", "other"), ("initial",)], ids=repr)
+@pytest.mark.parametrize("order", [(), ("init", "other"), ("initial",)], ids=repr)
 def test_an_order_of_unknown_pools_is_an_error(manager: KVCacheManager, order: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="order must name some of 'init', 'recur' and 'wm'"):
         manager.hierarchical_get(0, "k", order=order)

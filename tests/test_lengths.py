@@ -360,7 +360,7 @@ def refused(batch: Batch, pool: KVPool, lengths: Any, error: type[Exception], sa
         (torch.tensor([1.0, 2.0]), InvalidTypeError, "lengths must be an int"),
         (torch.tensor(1), InvalidTypeError, "lengths must be a sequence of whole numbers"),
         (2, InvalidTypeError, "lengths must be a sequence of whole numbers"),
-        ("12", InvalidTypeError, "lengths must be an int"),
+        ("12", InvalidTypeError, "lengths must be a sequence of whole numbers"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused_by_name_and_change_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -11,17 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrent_kv import (
+    DropAndCorrect,
     DropLazily,
     DropOldest,
     InvalidArgumentError,
     KeysValues,
     KVCacheManager,
     KVLayout,
+    KVPool,
     PositionSteps,
     PositionTable,
     RaiseOnOverflow,
     WindowOverflowError,
 )
+from concurrent_kv.model.overflow import Overflow
 from tests.support import LAYOUT, WINDOW, append, assert_same, child_of, packed, row_of, slots_in_use, tokens
 from tests.trimming import KINDS, Reference, as_stored, difference_for, policy, roomy_manager, trimmed
 
@@ -268,6 +272,49 @@ def test_a_row_owed_steps_is_stored_whole_where_another_policy_drops_from_it(oth
                 torch.testing.assert_close(again.data[:, 0, :, : again.start], whole, rtol=1e-5, atol=1e-5)
             else:
                 assert torch.equal(again.data[:, 0, :, : again.start], whole)
+        model.manager.check_integrity()
+
+
+@pytest.mark.parametrize("kinds", [*product(["oldest", "eager", "steps", "table"], repeat=3)], ids="-".join)
+def test_each_policy_changes_what_was_read_before_it_whatever_came_before(kinds: tuple[str, ...]) -> None:
+    layout = KVLayout(1, 1, 1, 8)
+    drop = torch.full((1, 2, 1, 8, 1), 200.0)
+    table = PositionTable(layout, lambda moved: torch.full((1, 2, 1, 8 - moved, 1), 100.0 * moved))
+    policies: dict[str, Overflow] = {
+        "oldest": DropOldest(7, 2),
+        "eager": DropAndCorrect(7, 2, drop, layout),
+        "steps": DropLazily(7, 2, PositionSteps(layout, 2, drop)),
+        "table": DropLazily(7, 2, table),
+    }
+    expected = torch.arange(5.0)
+    with KVPool(layout, 20) as pool:
+        pool.put(0, KeysValues.from_packed(expected.expand(2, 1, 1, 5).unsqueeze(-1)))
+        for step, kind in enumerate(kinds):
+            # A child that fits, which shares its parent's tokens, and a row of another path in the same batch.
+            with pool.gather([step, 0]) as batch:
+                new = torch.tensor([10.0 * step + 5, 10.0 * step + 6])
+                assert torch.equal(batch.data[0, 0, 0, : batch.end].ravel(), expected)
+                batch.append(0, new.expand(2, 1, 2).unsqueeze(-1), new.expand(2, 1, 2).unsqueeze(-1))
+                pool.commit([step + 1, "beside"], batch, overflow=policies[kind])
+            expected = torch.cat((expected, new))[2:] + (0.0 if kind == "oldest" else 200.0)
+        found = pool.get(len(kinds))
+        assert found is not None
+        assert torch.equal(found.keys.ravel(), expected)
+        assert torch.equal(found.values.ravel(), expected)
+        pool.check_integrity()
+
+
+def test_a_row_that_moved_without_a_correction_shares_its_tokens_until_a_lazy_policy_drops_from_it() -> None:
+    with reference("rotary") as model:
+        model.root(0, 5)
+        model.step([0], [1], 2, {})
+        lazily = policy("lazy", LIMIT, COUNT)
+        for key, taken in ((2, 1), (3, LIMIT - COUNT)):  # five tokens get one more, which fits, and another
+            batch = model.search.gather([key - 1], [0])
+            append(batch, [key], 1)
+            before = slots_in_use(model.manager)
+            model.search.commit([key], batch, overflow=lazily)
+            assert slots_in_use(model.manager) - before == taken
         model.manager.check_integrity()
 
 

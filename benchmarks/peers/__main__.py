@@ -31,6 +31,7 @@ from benchmarks.peers.plots import plot
 from benchmarks.peers.rounds import Result, run_case
 from benchmarks.peers.summary import RECORDS, Summary, read_records, summary_of, with_samples
 from benchmarks.peers.tables import by_contestant, calls, case_grid, facts, headline, steps_by_ours
+from reporting.arguments import file_to_write
 from reporting.progress import Work
 from reporting.tables import console_of, origin
 
@@ -51,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = summary_of(results, about.as_dict(command))
     _show(summary)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(with_samples(summary, results)) + "\n", "utf-8")
     if options.plot is not None:
         plot(summary, options.plot)
@@ -165,8 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--record", type=_record_name, metavar="NAME", help="keep the summary and a plot under this name"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary and every round's times there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the steps into this file (SVG or PNG)")
+    parser.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="write the summary and every round's times there"
+    )
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="draw the steps into this file (SVG or PNG)")
     parser.add_argument(
         "--markdown", action="store_true", help="make RESULTS.md from what is recorded; measure nothing"
     )

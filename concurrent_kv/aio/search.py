@@ -111,7 +111,7 @@ class AsyncSearch(NeverCopied):
 
     async def release(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> None:
         """See `Search.release`."""
-        keys = listed(keys)
+        keys = listed(keys, ordered=False)
         search = self.sync
         await self._offload.run(
             lambda seconds: search.release(keys, timeout=seconds), entries=len(keys), timeout=timeout
@@ -123,7 +123,7 @@ class AsyncSearch(NeverCopied):
 
     async def keep(self, keys: Iterable[Hashable], *, timeout: float | None = None) -> int:
         """See `Search.keep`."""
-        keys = listed(keys)
+        keys = listed(keys, ordered=False)
         search = self.sync
         return await self._offload.run(
             lambda seconds: search.keep(keys, timeout=seconds), entries=search.held, timeout=timeout

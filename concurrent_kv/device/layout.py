@@ -15,12 +15,12 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUPPORTED_DEVICES = ("cpu", "cuda")
 
 
-def device_of(device: object) -> torch.device:
-    """`device` as a `torch.device`, as tensors there name it, or an error that says what would do."""
+def device_of(device: object, name: str = "device") -> torch.device:
+    """`device` as a `torch.device`, as tensors there name it, or an error that names the argument."""
     try:
         found: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"device must name a torch device ('cpu', 'cuda:0'), got {shown(device)}") from error
+        raise InvalidArgumentError(f"{name} must name a torch device ('cpu', 'cuda:0'), got {shown(device)}") from error
     if found.type == "cpu":
         return torch.device("cpu")  # a tensor's device is never "cpu:0", which does not equal it
     if found.type == "cuda" and found.index is None and torch.cuda.is_available():

@@ -74,8 +74,7 @@ class PositionTable:
 class PositionSteps:
     """The model's position difference of one drop, added once for each drop that a token has outlived, in their order.
 
-    What a token then reads as is bit for bit what adding the difference at every drop gives (`DropAndCorrect`), for
-    rows that nothing else drops from.
+    What a token then reads as is bit for bit what adding the difference at every drop gives (`DropAndCorrect`).
 
     Args:
         layout: the layout of the pool it is for.

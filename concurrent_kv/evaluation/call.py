@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -321,5 +321,14 @@ def _check(evaluated: object, rows: int) -> None:
         raise InvalidTypeError(f"the model must return an Evaluated, got {type(evaluated).__name__}")
     for name in ("outputs", "sides", "lengths"):
         items = getattr(evaluated, name)
-        if items is not None and len(items) != rows:
-            raise InvalidArgumentError(f"the model must return {name} of {rows} leaves, got {len(items)}")
+        if items is None and name != "outputs":
+            continue
+        is_sequence = hasattr(items, "__getitem__") and not isinstance(items, (str, bytes, Mapping))
+        try:
+            count = len(items) if is_sequence else None
+        except TypeError:  # a tensor of one number
+            count = None
+        if count is None:
+            raise InvalidTypeError(f"the model must return {name} as a sequence, got {shown(items)}")
+        if count != rows:
+            raise InvalidArgumentError(f"the model must return {name} of {rows} leaves, got {count}")

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from .._checks import check_seconds, positive_int
+from .._checks import check_seconds, positive_int, sequence_of
 from ..errors import InvalidArgumentError, InvalidTypeError, ReentrantCallError, WaitTimeoutError
 from ..locks.gate import gate
 from ..locks.signal import Signal
@@ -103,7 +103,7 @@ class Evaluator(Handle, Generic[Inputs, Output]):
             raise InvalidTypeError(f"model must be callable, got {type(model).__name__}")
         storage = cache.storage if isinstance(cache, KVCacheManager) else cache
         max_rows = positive_int("max_rows", max_rows)
-        sizes = [positive_int("row_sizes", size) for size in row_sizes]
+        sizes = [positive_int("row_sizes", size) for size in sequence_of("row_sizes", row_sizes, "ints")]
         if sizes and (sizes != sorted(set(sizes)) or sizes[-1] < max_rows):
             raise InvalidArgumentError(f"row_sizes must ascend to at least max_rows={max_rows}, got {tuple(row_sizes)}")
         room = None if room is None else positive_int("room", room)
@@ -133,6 +133,8 @@ class Evaluator(Handle, Generic[Inputs, Output]):
 
     def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
         """The model's output for a leaf, which is stored then. May block.
+
+        Where its pool was cleared during the call, that was before the clear.
 
         Raises:
             KeyNotFoundError: there is no entry for its parent, or none any more: the weights version was bumped.
@@ -230,7 +232,7 @@ class Evaluator(Handle, Generic[Inputs, Output]):
     def check(self, leaves: Iterable[Leaf[Inputs]]) -> list[Leaf[Inputs]]:
         """Leaves that can be handed in; raises otherwise."""
         self.check_caller()
-        leaves = list(leaves)
+        leaves = sequence_of("leaves", leaves, "leaves")
         for leaf in leaves:
             self._call.check_leaf(leaf)
         return leaves
@@ -398,7 +400,7 @@ def _call_for_others(call: ModelCall, queue: LeafQueue, group: Group) -> None:
 
 def walks_of(searches: Iterable[Walk[Inputs, Output, Result]]) -> list[Walk[Inputs, Output, Result]]:
     """Searches that can be run; raises otherwise."""
-    found = list(searches)
+    found = sequence_of("searches", searches, "generators")
     for search in found:
         if not isinstance(search, Generator):
             raise InvalidTypeError(

@@ -122,8 +122,8 @@ class DropOldest(_Policy):
         return self.step
 
     def foreign(self, inherited: Sequence[Correction]) -> set[Correction]:
-        """Those that count drops: tokens that moved without a correction would be taken for ones that are owed it."""
-        return {correction for correction in {*inherited} if isinstance(correction, PositionSteps)}
+        """All of them: tokens that moved without a correction would be taken for ones that are owed it."""
+        return {*inherited} - {None}
 
 
 def _check_drop(limit: int, count: int, step: int | None) -> None:
@@ -216,7 +216,7 @@ class DropLazily(_Policy):
         limit: length after appending at which a row overflows.
         count: tokens dropped.
         table: `PositionSteps` reads bit for bit as `DropAndCorrect` stores, a `PositionTable` differs by rounding. A
-            row whose parent's tokens moved by another table is stored whole.
+            row whose parent's tokens moved by another table, or by none, is stored whole.
         step: the most tokens that are appended before a commit, to have the others checked by it.
     """
 

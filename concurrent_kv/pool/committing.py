@@ -174,7 +174,7 @@ def commit_batch(
         keys, going = [keys[i] for i in last], [committed[i] for i in last]
         items, ranks = [items[i] for i in last], [ranks[i] for i in last]
         new = new if isinstance(new, int) else tuple([new[i] for i in last])
-    plan = plan_commit(domain.storage, batch, new, keys, going, overflow, items, ranks)
+    plan = plan_commit(domain.storage, ledger.tables, batch, new, keys, going, overflow, items, ranks)
     plan.ends_batch = rows is None or len(batch.pending_rows()) == count
     try:
         if domain.storage.clock.backend is not None:

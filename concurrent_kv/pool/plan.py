@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..books.ledger import Ledger
 from ..books.records import Entry, Scopes
-from ..books.tables import Tables
+from ..books.tables import Tables, slots_of_row
 from ..device.appends import HostMemory
 from ..device.positions import Correction
 from ..device.slot_numbers import Slots
@@ -354,8 +354,27 @@ def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, pr
     return plan
 
 
+def _without_moved(
+    tables: Tables, rows: list[int], inherited: list[Correction], hits: tuple[bool, ...], over: list[bool]
+) -> tuple[bool, ...]:
+    """`hits` without those that overflow, and whose tokens have moved without a correction that they were owed.
+
+    On reading, that would be taken for a part of the way that they are owed the correction for.
+    """
+    asked = [hit and is_over and other is None for hit, is_over, other in zip(hits, over, inherited, strict=True)]
+    if True not in asked:
+        return hits
+    # If any token has moved, then the oldest.
+    oldest = [slots_of_row(tables, row)[0] if is_asked else 0 for row, is_asked in zip(rows, asked, strict=True)]
+    written_at = np.frombuffer(tables.positions(np.array(oldest, dtype=np.int64)), dtype=np.int32).tolist()
+    return tuple(
+        [hit and not (is_asked and position) for hit, is_asked, position in zip(hits, asked, written_at, strict=True)]
+    )
+
+
 def plan_commit(
     storage: KVStorage,
+    tables: Tables,
     batch: Batch,
     new: int | tuple[int, ...],
     keys: list[Hashable],
@@ -366,7 +385,7 @@ def plan_commit(
 ) -> WritePlan:
     """Store the new tokens of a batch's rows, sharing the gathered slots where the bytes stay the same.
 
-    `new` is how many every row got, or how many each of them.
+    `tables` have its entries; `new` is how many every row got, or how many each of them.
     """
     start, gathered, hits, table_rows, inherited = batch.before(rows)
     if storage.corrects_lazily:
@@ -376,6 +395,10 @@ def plan_commit(
     if storage.tier is not None:
         # Of a row that was read from the tier no slot is here: its children own all of their tokens.
         hits = tuple([hit and row > 0 for hit, row in zip(hits, table_rows, strict=True)])
+    if overflow.corrects_lazily and None in inherited:
+        added = new if isinstance(new, tuple) else (new,) * len(gathered)
+        over = [count + more >= overflow.limit for count, more in zip(gathered, added, strict=True)]
+        hits = _without_moved(tables, table_rows, inherited, hits, over)
     first, in_buffer = batch.first_row, rows if type(rows) is range else tuple(rows)
     if first:
         in_buffer = range(first, first + len(rows)) if type(rows) is range else tuple([first + row for row in rows])

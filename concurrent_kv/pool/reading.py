@@ -14,6 +14,7 @@ from ..books.ledger import Ledger
 from ..books.records import Entry, Generation, Hold, Located, Scope
 from ..books.tables import Tables, in_columns
 from ..device.buffers import new_buffer
+from ..device.layout import device_of
 from ..device.modes import plain_torch_state
 from ..device.positions import Correction, PositionSteps, PositionTable
 from ..device.streams import NO_TICKS, Ticks, merge
@@ -258,6 +259,7 @@ def _correct(
 def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None) -> KeysValues:
     """A private copy of one retained entry, on the device `to` (that of the slots if left out)."""
     storage = domain.storage
+    target = None if to is None else device_of(to, "to")
     if entry.scope.above is not None:
         assert storage.tier is not None
         out = storage.tier.read(entry)
@@ -271,10 +273,10 @@ def copy_out(domain: Domain, entry: Entry, to: torch.device | str | None = None)
         else:
             gather_entries(domain, [entry], out, length)
     found = whole_row(out)
-    if to is None:
+    if target is None:
         return found
     with plain_torch_state():
-        return found.to(to)
+        return found.to(target)
 
 
 def reads_unheld(storage: KVStorage) -> bool:

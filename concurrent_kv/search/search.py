@@ -12,11 +12,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .._checks import check_env_ids, check_keys, check_priorities, hash_of, positive_int
+from .._checks import UNORDERED, check_env_ids, check_keys, check_priorities, hash_of, positive_int
 from ..books.allocation import default_tokens
 from ..books.ledger import wake
 from ..books.records import Budget, Entry, Hold
-from ..errors import ClosedError, InvalidArgumentError, KeyNotFoundError, SearchEndedError, shown
+from ..errors import ClosedError, InvalidArgumentError, InvalidTypeError, KeyNotFoundError, SearchEndedError, shown
 from ..locks.deadline import Deadline
 from ..locks.gate import gate
 from ..model.overflow import Overflow
@@ -300,7 +300,7 @@ class Search(Handle):
             KeyNotFoundError: a key is not one of the search's entries, nor of its roots; nothing is released then.
         """
         state = self._state
-        going = set(check_keys(keys))
+        going = set(check_keys(keys, ordered=False))
         deadline = state.storage.enter(timeout)
         ledger, dead, parted = state.ledger, list[Entry](), list[Entry]()
         with gate.lock, state.locks.write(state.scope.shards, deadline):
@@ -344,7 +344,7 @@ class Search(Handle):
         """
         state = self._state
         deadline = state.storage.enter(timeout)
-        staying = set(check_keys(keys, minimum=0))
+        staying = set(check_keys(keys, minimum=0, ordered=False))
         ledger = state.ledger
         dead: list[Entry] = []
         parted: list[Entry] = []
@@ -406,7 +406,7 @@ class Search(Handle):
         storage = state.storage
         deadline = storage.enter(timeout)
         hash_of(key)
-        (env_id,) = self._check_envs([env_id])
+        (env_id,) = self._check_envs([env_id], "env_id")
         init_pool = state.init_pools[env_id]
         target = init_pool.default_scope
         generation = generation_for(target, deadline)
@@ -486,12 +486,14 @@ class Search(Handle):
             return True
         return self._state.finished
 
-    def _check_envs(self, env_ids: Sequence[Hashable]) -> Sequence[Hashable]:
+    def _check_envs(self, env_ids: Sequence[Hashable], name: str = "env_ids") -> Sequence[Hashable]:
+        if isinstance(env_ids, UNORDERED):
+            raise InvalidTypeError(f"{name} must be a sequence, one for each row, got {shown(env_ids)}")
         checked = check_env_ids(env_ids)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(
-                f"env_ids must be among the search's {shown(self.env_ids)}, got {shown(unknown[0])}"
+                f"{name} must be among the search's {shown(self.env_ids)}, got {shown(unknown[0])}"
             )
         if checked is env_ids or type(env_ids) is range:  # it will be the same
             self._checked_envs = env_ids

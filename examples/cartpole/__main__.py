@@ -17,12 +17,14 @@ from examples.cartpole.job import JobSettings, Watch, run_job, usual_groups
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.report import as_json, closing_table, cluster_json, cluster_table, live_figures, live_hosts
+from reporting.arguments import file_to_write
 from reporting.tables import console_of, origin
 
 NO_CACHE_STEPS = 25
 CHECKPOINT_STEPS = 10
 SCALING_STEPS, TURNS = 20, 5
 ACTORS = 2
+LAST_PORT = 65535
 INTERRUPTED = 130  # as a shell reports SIGINT
 DEFAULT = "default: %(default)s"
 
@@ -57,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.ray:
         return _play_on_ray(settings, options, console, errors)
-    if options.checkpoint is not None:
-        errors.print("--checkpoint goes with --ray")
+    for name, is_given in (("--checkpoint", options.checkpoint), ("--actors", options.actors)):
+        if is_given is not None:
+            errors.print(f"{name} goes with --ray")
+            return 2
+    if options.plot is not None and not options.scaling:
+        errors.print("--plot goes with --scaling")
         return 2
     watch = live_figures(console) if options.progress else None
     with ExitStack() as stack:
@@ -112,7 +118,7 @@ def _play_on_ray(settings: JobSettings, options: argparse.Namespace, console: Co
     try:
         report = run_on_ray(
             settings,
-            actors=options.actors,
+            actors=options.actors or ACTORS,
             watch=watch,
             kept=None if options.checkpoint is None else (options.checkpoint.resolve(), options.checkpoint_steps),
             metrics=options.metrics,
@@ -173,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", choices=sorted(POLICIES), default="fifo", help=f"eviction policy of the pools ({DEFAULT})"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--verify", action="store_true", help="recompute every gathered row from its path's tokens, and compare"
     )
@@ -220,9 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the searches run in Ray actors, with --threads threads each, and the environments in others",
     )
-    parser.add_argument(
-        "--actors", type=_positive, default=ACTORS, metavar="N", help=f"that search, with --ray ({DEFAULT})"
-    )
+    parser.add_argument("--actors", type=_positive, metavar="N", help=f"that search, with --ray (default: {ACTORS})")
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -237,11 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"steps of an environment between two of its checkpoints ({DEFAULT})",
     )
     parser.add_argument("--turns", type=_positive, default=TURNS, metavar="N", help=f"of --scaling ({DEFAULT})")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the scaling there, as SVG or PNG")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="draw the scaling there, as SVG or PNG")
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="end episodes after so many steps")
     parser.add_argument(
         "--metrics",
-        type=_not_negative,
+        type=_port,
         metavar="PORT",
         help="serve the cache's numbers to Prometheus there, from this machine; 0: any port that is free",
     )
@@ -253,6 +257,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _port(text: str) -> int:
+    number = _not_negative(text)
+    if number > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port, at most {LAST_PORT}, not {number}")
     return number
 
 

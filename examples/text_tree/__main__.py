@@ -17,6 +17,7 @@ from examples.text_tree.picture import draw
 from examples.text_tree.puzzle import puzzles
 from examples.text_tree.report import LiveFigures, closing_figures, closing_table, largest_difference
 from examples.text_tree.search import METHODS, Attempt
+from reporting.arguments import file_to_write
 from reporting.progress import watched
 from reporting.tables import console_of, origin
 
@@ -88,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="compute every node's log-probability from scratch, and compare"
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a tree of the last method there, as SVG")
+    parser.add_argument(
+        "--picture", type=file_to_write, metavar="FILE", help="draw a tree of the last method there, as SVG"
+    )
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show what is going on")
     return parser
 

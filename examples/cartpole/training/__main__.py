@@ -25,6 +25,7 @@ from examples.cartpole.training.figures import disturbed_transitions, policy_ret
 from examples.cartpole.training.policy import PolicySettings, best_action, train_policy
 from examples.cartpole.training.transitions import Collector, Disturbed, Transitions
 from examples.cartpole.training.unroll import UnrollSettings, train_unroll
+from reporting.arguments import file_to_write
 from reporting.progress import Work
 from reporting.tables import console_of
 
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure and save."""
     parser = argparse.ArgumentParser(prog="python -m examples.cartpole.training", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS)
+    parser.add_argument("--out", type=file_to_write, default=DEFAULT_WEIGHTS)
     options = parser.parse_args(arguments)
     console = console_of(stderr=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])

@@ -15,7 +15,6 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from examples.text_tree.model import CHARACTERS, DEFAULT_WEIGHTS, PAD, SIZES, new_model
 from examples.text_tree.puzzle import random_puzzle
+from reporting.arguments import file_to_write
 from reporting.progress import Work
 from reporting.tables import console_of
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.text_tree.training", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=UPDATES)
-    parser.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS)
+    parser.add_argument("--out", type=file_to_write, default=DEFAULT_WEIGHTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the order of a sum, and so its rounding, depends on the number of threads
     console = console_of(stderr=True)
@@ -93,7 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     written = io.BytesIO()  # of a file, torch would write the name into it
     torch.save({"origin": json.dumps(origin, sort_keys=True), "weights": model.state_dict()}, written)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(written.getvalue())
     console.print(f"wrote {options.out} after {wall:.0f} s, {processor:.0f} s of the processor")
 
