@@ -258,3 +258,14 @@ def test_every_recorded_place_is_noticed_or_accepted_with_a_reason() -> None:
     entries = recorded()
     assert len(entries) >= 150
     assert not [entry for entry in entries.values() if entry.outcome not in NOTICED and entry.place not in may_live]
+
+
+def test_every_test_that_is_recorded_for_a_guard_is_there() -> None:
+    """A test that was renamed, or whose arguments were: record its place anew."""
+    there = {place.name for place in all_places(ROOT)}
+    by = {entry.by for entry in recorded().values() if entry.outcome == KILLED and entry.place in there}
+    files = sorted({name.partition("::")[0] for name in by})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    assert by <= {*collected.stdout.splitlines()}

@@ -134,7 +134,7 @@ class Evaluator(Handle, Generic[Inputs, Output]):
     def evaluate(self, leaf: Leaf[Inputs], *, timeout: float | None = None) -> Output:
         """The model's output for a leaf, which is stored then. May block.
 
-        Where its pool was cleared during the call, that was before the clear.
+        Where its pool was cleared during the call, it was stored before the clear.
 
         Raises:
             KeyNotFoundError: there is no entry for its parent, or none any more: the weights version was bumped.
