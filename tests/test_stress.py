@@ -238,7 +238,7 @@ def test_mixes_and_faults_are_read_by_name() -> None:
         ["--capacity", "1"],
         ["--json", "."],
         ["--summary", "."],
-        ["--report", "no such folder/run.html"],
+        ["--report", "README.md/run.html"],
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
