@@ -157,15 +157,15 @@ def listed(keys: Iterable[Hashable], *, ordered: bool = True) -> list[Hashable]:
     return list(keys) if type(keys) is list or type(keys) is tuple else check_keys(keys, minimum=0, ordered=ordered)
 
 
-def check_env_ids(env_ids: Iterable[Hashable]) -> tuple[Hashable, ...]:
-    """`env_ids` as a tuple of hashables; the items of a tensor or array as plain numbers."""
+def check_env_ids(env_ids: Iterable[Hashable], name: str = "env_ids") -> tuple[Hashable, ...]:
+    """`env_ids`, an argument of this name, as a tuple of hashables; the items of a tensor or array as plain numbers."""
     if not isinstance(env_ids, (tuple, list, range)) and hasattr(env_ids, "tolist"):
         env_ids = env_ids.tolist()
     try:
         checked = tuple(env_ids)
     except TypeError as error:
-        raise InvalidTypeError(f"env_ids must be a sequence of environments, got {shown(env_ids)}") from error
-    hash_all(checked, "env_ids")
+        raise InvalidTypeError(f"{name} must be a sequence of environments, got {shown(env_ids)}") from error
+    hash_all(checked, name)
     return checked
 
 

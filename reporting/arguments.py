@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-__all__ = ["file_to_write"]
+__all__ = ["file_to_write", "port"]
+
+LAST_PORT = 65535
 
 
 def file_to_write(text: str) -> Path:
@@ -18,3 +20,14 @@ def file_to_write(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"must be a file that can be written: {error}") from error
     return path
+
+
+def port(text: str) -> int:
+    """The number of a TCP port for `add_argument(type=...)`; 0: any that is free."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port, 0 to {LAST_PORT}, got {text}")
+    return number

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from concurrent_kv.books.eviction.registry import POLICIES
-from reporting.arguments import file_to_write
+from reporting.arguments import file_to_write, port
 from reporting.tables import console_of, origin
 from stress.faults.plan import FAULTS, parse_faults
 from stress.operations import MOST_ROWS
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", type=file_to_write, metavar="FILE", help="write a page with plots there")
     add(
         "--metrics",
-        type=_checked(_whole(0, 65535)),
+        type=port,
         metavar="PORT",
         help="serve the cache's numbers to Prometheus there, from this machine; 0: any port that is free",
     )

@@ -265,10 +265,10 @@ async def test_a_search_gathers_commits_promotes_keeps_and_releases(manager: KVC
         assert await aio.init_pools[1].side("child") == "child's side"
         assert await search.promote("child", 1, as_key="root", side=None)
         assert await aio.init_pools[1].side("root", "default") is None
-        await search.release(["child"])
+        await search.release({"child"})
         with pytest.raises(KeyNotFoundError):
             await search.release(["child"])
-        assert await search.keep([]) == 1
+        assert await search.keep(set()) == 1
         assert not search.closed
     assert search.closed
     with pytest.raises(SearchEndedError):

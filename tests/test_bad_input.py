@@ -122,6 +122,7 @@ POOL = [
     Bad("clear scope of another pool", lambda s: s.pool.clear(s.other.default_scope), Value, "scope"),
     Bad("clear scope by name", lambda s: s.pool.clear("pool"), Type, "scope"),  # type: ignore[arg-type]
     Bad("put on a closed pool", lambda s: s.closed.put("x", tokens(1, 2)), ClosedError, "closed"),
+    Bad("get to nowhere", lambda s: s.pool.get("a", to="nowhere"), Value, "to must name a torch device"),
     Bad("get on a closed pool", lambda s: s.closed.get("x"), ClosedError, "closed"),
     Bad("get_or_compute key", lambda s: s.pool.get_or_compute([], lambda: tokens(1, 2)), Type, "key"),  # type: ignore[arg-type]
     Bad("get_or_compute compute", lambda s: s.pool.get_or_compute("x", 5), Type, "compute"),  # type: ignore[arg-type]

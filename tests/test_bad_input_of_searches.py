@@ -136,7 +136,7 @@ MORE = [
     *with_each("promote as_key", "as_key", UNHASHABLE, lambda s, key: s.search.promote("child", 0, as_key=key)),
     *with_each(
         "promote env_id",
-        "env_id",
+        "env_id must",
         {**ENVS, "unhashable": (Type, [])},
         lambda s, env_id: s.search.promote("child", env_id),
     ),

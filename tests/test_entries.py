@@ -9,7 +9,7 @@ import pytest
 
 from concurrent_kv.books.entries import describe, displace, let_go, new_entries, occupy, retain
 from concurrent_kv.books.index import Index, find_in, find_places, take_away
-from concurrent_kv.books.records import Entry, Generation, Place
+from concurrent_kv.books.records import Entry, Generation, Place, Scope, locate_each
 from concurrent_kv.device.streams import Ticks
 from tests.support import Incomparable
 
@@ -211,6 +211,15 @@ def test_an_entry_leaves_the_index_whatever_its_key_has_become() -> None:
         assert index.holds(stored)
         assert index.remove(stored)
         index.put(stored)
+
+
+def test_the_shards_of_keys_are_ascending_however_a_set_has_them() -> None:
+    scope = Scope(OTHER, "scope", tuple(range(3, 43)))
+    hashes = [39, 8, 1, 8, -1, 16]  # a set of small numbers begins with those that are multiples of its table's size
+    for located in (scope.locate(hashes), locate_each([scope] * len(hashes), hashes)):
+        assert located.shards == (4, 11, 19, 42)
+        assert located.scopes == [scope] * len(hashes)
+        assert [scope.entries.index(part) for part in located.parts] == [39, 8, 1, 8, 39, 16]
 
 
 def index_of(*keys: Hashable) -> Index[Entry]:

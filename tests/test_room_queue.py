@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
 
-from concurrent_kv import IntegrityError, KVCacheManager, KVPool, WaitTimeoutError
+from concurrent_kv import ClosedError, IntegrityError, KVCacheManager, KVPool, WaitTimeoutError
 from concurrent_kv.books.turns import Turn, Turns
 from concurrent_kv.locks.deadline import Deadline
 from tests.conftest import MakeManager, MakePool
@@ -134,6 +135,22 @@ def test_what_is_freed_goes_to_who_waited_first(make_pool: MakePool) -> None:
     assert second.result()
     assert pool.contains("late")
     assert waiting(pool) == 0
+
+
+def test_who_waits_for_slots_that_pins_keep_hears_at_once_that_the_pool_is_closed(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pins = []
+    with suppress(WaitTimeoutError):
+        while True:  # each replaces the one before, whose slots its pin keeps
+            pool.put("key", tokens(1, WINDOW), timeout=0.0)
+            pins.append(pool.pin("key"))
+    put = Background(lambda: pool.put("key", tokens(1, WINDOW), timeout=JOIN_SECONDS / 2))
+    wait_until(lambda: looked_again(pool) == 1)
+    pool.close()
+    with pytest.raises(ClosedError):
+        put.result()
+    for pin in pins:
+        pin.close()
 
 
 def test_who_replaces_need_not_queue(make_pool: MakePool) -> None:

@@ -246,6 +246,16 @@ def test_releasing_a_parent_keeps_its_children_whole(manager: KVCacheManager) ->
         assert_same(read(search, "grandchild"), child_of(child_of(tokens(1, 2), 5), 6))
 
 
+def test_environments_and_keys_that_are_no_rows_may_be_a_set(manager: KVCacheManager) -> None:
+    manager.set_init_cache(0, "root", tokens(1, 2))
+    with manager.search({0, 1}) as search:
+        for number in range(3):
+            grow(search, "root", number, 5 + number)
+        search.release({0})
+        assert search.keep(frozenset([1])) == 1
+        assert search.keys() == [1]
+
+
 def test_releasing_a_missing_key_is_an_error_and_releases_nothing(manager: KVCacheManager) -> None:
     manager.set_init_cache(0, "root", tokens(1, 3))
     with manager.search([0]) as search:

@@ -239,6 +239,8 @@ def test_mixes_and_faults_are_read_by_name() -> None:
         ["--json", "."],
         ["--summary", "."],
         ["--report", "README.md/run.html"],
+        ["--metrics", "65536"],
+        ["--metrics", "many"],
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -357,9 +357,10 @@ def plan_share(storage: KVStorage, entry: Entry, key: Hashable, side: object, pr
 def _without_moved(
     tables: Tables, rows: list[int], inherited: list[Correction], hits: tuple[bool, ...], over: list[bool]
 ) -> tuple[bool, ...]:
-    """`hits` without those that overflow, and whose tokens have moved without a correction that they were owed.
+    """`hits` without rows that overflow now, and whose tokens had moved before without a correction (by `DropOldest`).
 
-    On reading, that would be taken for a part of the way that they are owed the correction for.
+    Those are stored whole. Slots remember where their tokens were written: of shared ones, a later read would correct
+    the way that they went before, too.
     """
     asked = [hit and is_over and other is None for hit, is_over, other in zip(hits, over, inherited, strict=True)]
     if True not in asked:

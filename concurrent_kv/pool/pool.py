@@ -183,7 +183,7 @@ class KVPool(PoolCore):
         try:
             hashes = [hash(key) if type(key) in PLAIN else hash_of(key)]
             found_in = self.default_scope if scope is None else self._scope(scope)
-            number = hashes[0] % len(found_in.shards)
+            number = hashes[0] % len(found_in.shards)  # as `locate`, with a call less: a read makes few
             located = Located([found_in], [found_in.entries[number]], (found_in.shards[number],))
             looked_up = located, [key], hashes, {found_in: found_in.generation}, deadline
             (entry,) = retain(self.storage, *looked_up, hold=hold, quiet=quiet, lower=lower)

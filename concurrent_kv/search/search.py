@@ -489,7 +489,7 @@ class Search(Handle):
     def _check_envs(self, env_ids: Sequence[Hashable], name: str = "env_ids") -> Sequence[Hashable]:
         if isinstance(env_ids, UNORDERED):
             raise InvalidTypeError(f"{name} must be a sequence, one for each row, got {shown(env_ids)}")
-        checked = check_env_ids(env_ids)
+        checked = check_env_ids(env_ids, name)
         if not self._known_envs.issuperset(checked):
             unknown = [env_id for env_id in checked if env_id not in self._known_envs]
             raise InvalidArgumentError(

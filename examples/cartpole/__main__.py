@@ -17,14 +17,13 @@ from examples.cartpole.job import JobSettings, Watch, run_job, usual_groups
 from examples.cartpole.model import load_model
 from examples.cartpole.play import PlaySettings
 from examples.cartpole.report import as_json, closing_table, cluster_json, cluster_table, live_figures, live_hosts
-from reporting.arguments import file_to_write
+from reporting.arguments import file_to_write, port
 from reporting.tables import console_of, origin
 
 NO_CACHE_STEPS = 25
 CHECKPOINT_STEPS = 10
 SCALING_STEPS, TURNS = 20, 5
 ACTORS = 2
-LAST_PORT = 65535
 INTERRUPTED = 130  # as a shell reports SIGINT
 DEFAULT = "default: %(default)s"
 
@@ -59,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.ray:
         return _play_on_ray(settings, options, console, errors)
-    for name, is_given in (("--checkpoint", options.checkpoint), ("--actors", options.actors)):
-        if is_given is not None:
+    for name, given in (("--checkpoint", options.checkpoint), ("--actors", options.actors)):
+        if given is not None:
             errors.print(f"{name} goes with --ray")
             return 2
     if options.plot is not None and not options.scaling:
@@ -245,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="end episodes after so many steps")
     parser.add_argument(
         "--metrics",
-        type=_port,
+        type=port,
         metavar="PORT",
         help="serve the cache's numbers to Prometheus there, from this machine; 0: any port that is free",
     )
@@ -257,13 +256,6 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def _port(text: str) -> int:
-    number = _not_negative(text)
-    if number > LAST_PORT:
-        raise argparse.ArgumentTypeError(f"must be a port, at most {LAST_PORT}, not {number}")
     return number
 
 
